@@ -1,0 +1,152 @@
+"""Fixtures on tiny real objects, the two markers, and their default: `gpu` and `slow` run only when asked for by -m."""
+
+import dataclasses
+import shutil
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import vqa_helpers as vqa  # noqa: E402
+
+TINY = vqa.DEMO / "tiny_qwen3_vl"
+MARKERS = {"gpu": "needs a CUDA device", "slow": "takes more than a minute"}
+
+
+def pytest_configure(config):
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("-m"):
+        return
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in MARKERS)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def build_qwen25_twin(folder: Path) -> Path:
+    """A random Qwen2.5-VL of the demo model's size, with the demo's tokenizer and chat template."""
+    import torch
+    from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+    demo = AutoProcessor.from_pretrained(TINY)
+    token = demo.tokenizer.convert_tokens_to_ids
+    text = {
+        "vocab_size": len(demo.tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        "pad_token_id": demo.tokenizer.pad_token_id,
+        "bos_token_id": None,
+        "eos_token_id": demo.tokenizer.eos_token_id,
+        "tie_word_embeddings": True,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "patch_size": 14,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    images = Qwen2VLImageProcessor(patch_size=14)
+    processor = Qwen2_5_VLProcessor(images, demo.tokenizer, demo.video_processor, chat_template=demo.chat_template)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory) -> dict[str, Path]:
+    """Family name -> folder of its tiny model."""
+    twin = build_qwen25_twin(tmp_path_factory.mktemp("qwen25"))
+    return {"qwen3_vl": TINY, "qwen2_5_vl": twin}
+
+
+@pytest.fixture(scope="session")
+def demo_rows() -> vqa.Competition:
+    """The built-in demo competition, loaded once."""
+    return vqa.load_competition(vqa.DEMO)
+
+
+@pytest.fixture
+def demo_config(tmp_path) -> vqa.Config:
+    return vqa.Config.preset("demo", output_dir=str(tmp_path / "outputs"), data_dir=str(vqa.DEMO))
+
+
+@pytest.fixture(params=["qwen3_vl", "qwen2_5_vl"])
+def session(request, model_folders, demo_rows) -> vqa.Session:
+    """An open session of each family on the CPU; dropout 0, so that only the path matters."""
+    config = vqa.Config.preset("demo", model_id=str(model_folders[request.param]), label_smoothing=0.0)
+    return vqa.open_session(config, demo_rows.train.iloc[0])
+
+
+@pytest.fixture(scope="session")
+def mini_data(tmp_path_factory) -> Path:
+    """A competition folder of 36 training and 12 test rows of the demo."""
+    folder = tmp_path_factory.mktemp("mini")
+    for name, rows in (("train", 36), ("test", 12), ("sample_submission", 12)):
+        frame = pd.read_csv(vqa.DEMO / f"{name}.csv", dtype=str, keep_default_na=False).head(rows)
+        frame.to_csv(folder / f"{name}.csv", index=False)
+        for path in frame.get("path", ()):
+            (folder / path).parent.mkdir(exist_ok=True)
+            shutil.copy(vqa.DEMO / "images" / path, folder / path)
+    return folder
+
+
+@pytest.fixture
+def mini_run(mini_data, tmp_path):
+    """Make a run on the mini competition: mini_run(num_epochs=1, ...) -> Run."""
+
+    def make(**overrides) -> vqa.Run:
+        settings = {
+            "data_dir": str(mini_data),
+            "output_dir": str(tmp_path / "outputs"),
+            "num_epochs": 1,
+            "n_folds": 2,
+            "max_fallback_share": 0.5,
+        }
+        config = vqa.Config.preset("demo", **(settings | overrides))
+        competition = vqa.load_competition(config.data_dir)
+        folds = vqa.make_folds(competition.train, config.n_folds, config.seed)
+        return vqa.start_run(config, competition, folds)
+
+    return make
+
+
+@pytest.fixture
+def replace():
+    return dataclasses.replace
+
+
+@pytest.fixture(autouse=True)
+def quiet_logger():
+    """Take back what setup_logging did, so that tests do not write into each other's files or captured streams."""
+    yield
+    for handler in list(vqa.LOGGER.handlers):
+        vqa.LOGGER.removeHandler(handler)
+        handler.close()
+    vqa.LOGGER.propagate = True

@@ -1,0 +1,155 @@
+"""One config: presets, overrides, environment, and the decisions that follow from the hardware."""
+
+import json
+
+import pytest
+
+import vqa_helpers as vqa
+
+T4 = {"index": 0, "name": "Tesla T4", "memory_gib": 15.0, "capability": 7.5}
+A100 = {"index": 0, "name": "A100-SXM4-40GB", "memory_gib": 39.5, "capability": 8.0}
+P100 = {"index": 0, "name": "Tesla P100", "memory_gib": 16.0, "capability": 6.0}
+
+
+@pytest.mark.parametrize("name", sorted(vqa.PRESETS))
+def test_every_preset_is_valid_and_keeps_the_effective_batch(name):
+    config = vqa.Config.preset(name)
+    assert config.preset_name == name
+    assert config.batch_size * config.grad_accum_steps == (32 if name == "colab_a100" else 8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"learning_rat": 1e-4}, "Unknown config field 'learning_rat'; did you mean 'learning_rate'?"),
+        ({"n_folds": 1}, "'n_folds' is 1; it needs at least 2"),
+        ({"n_folds": "3"}, "'n_folds' is '3'; it needs int"),
+        ({"use_tta": 1}, "'use_tta' is 1; it needs bool"),
+        ({"lora_dropout": 1.0}, "'lora_dropout' is 1.0; it needs 0 <= value < 1"),
+        ({"learning_rate": 0.0}, "'learning_rate' is 0.0; it needs a positive number"),
+        ({"quantization": "4-bit"}, "'quantization' is '4-bit'; it needs one of 4bit, 8bit, none"),
+        ({"tta_rotations": 3}, "'tta_rotations' is 3; it needs 1, 2 or 4"),
+        ({"tta_scales": (0.9,)}, "'tta_scales' is (0.9,)"),
+        ({"train_folds": (3,)}, "'train_folds' is (3,); it needs folds below 3"),
+        ({"train_folds": ()}, "'train_folds' is (); it needs at least one fold"),
+        ({"train_folds": (0, 0)}, "'train_folds' is (0, 0); it needs at least one fold, and none twice"),
+        ({"seed": -1}, "'seed' is -1; it needs at least 0"),
+        ({"use_swa": True, "swa_start_epoch": 0}, "'swa_start_epoch' is 0; it needs at least 1"),
+        ({"use_swa": True, "swa_start_epoch": 2}, "'swa_start_epoch' is 2; it needs an epoch below num_epochs, 2"),
+        ({"prompt_templates": {"colour": "x"}}, "'prompt_templates' is {'colour': 'x'}; it needs keys among"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(fields, message):
+    with pytest.raises(ValueError) as error:
+        vqa.Config.preset("kaggle_t4x2", **fields)
+    assert message in str(error.value)
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(ValueError, match="'kagle_t4x2'; did you mean 'kaggle_t4x2'"):
+        vqa.Config.preset("kagle_t4x2")
+
+
+def test_environment_wins_over_the_notebooks_overrides(tmp_path):
+    environ = {
+        "VQA_PRESET": "demo",
+        "VQA_OUTPUT_DIR": str(tmp_path),
+        "VQA_RUN_NAME": "mine",
+        "VQA_OVERRIDES": json.dumps({"num_epochs": 5, "train_folds": [0, 2]}),
+    }
+    config = vqa.load_config("kaggle_t4x2", {"num_epochs": 1, "seed": 7}, environ)
+    assert (config.preset_name, config.num_epochs, config.seed) == ("demo", 5, 7)
+    assert config.train_folds == (0, 2)
+    assert config.run_dir == tmp_path / "mine"
+    assert config.data_dir == str(vqa.DEMO)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[1]", "must be a JSON object")])
+def test_overrides_that_are_no_json_object_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        vqa.load_config("demo", environ={"VQA_OVERRIDES": text})
+
+
+def test_default_run_name_depends_on_results_not_on_places():
+    base = vqa.Config.preset("demo")
+    assert base.run_dir.name == vqa.Config.preset("demo", output_dir="elsewhere", log_level="DEBUG").run_dir.name
+    assert base.run_dir.name != vqa.Config.preset("demo", learning_rate=5e-4).run_dir.name
+
+
+def test_config_table_shows_what_differs_from_the_default():
+    table = vqa.Config.preset("demo").table()
+    assert table.loc["num_epochs"].tolist() == ["8", "2"]
+    assert table.loc["seed"].tolist() == ["42", ""]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"), [((), "fp32"), ((T4, T4), "fp16"), ((A100,), "bf16"), ((A100, T4), "fp16")]
+)
+def test_precision_follows_the_oldest_card(gpus, expected):
+    precision, reason = vqa.decide_precision("auto", gpus)
+    assert precision == expected and expected in reason
+    assert vqa.Runtime("local", gpus, precision, "sdpa", ()).use_grad_scaler == (expected == "fp16")
+
+
+def test_p100_is_refused_with_the_way_out():
+    with pytest.raises(RuntimeError, match="Tesla P100 is too old .* choose 'GPU T4 x2'"):
+        vqa.decide_precision("auto", (P100,))
+
+
+def test_attention_is_sdpa_without_flash_attention():
+    assert vqa.decide_attention("auto", (T4,))[0] == "sdpa"
+    assert vqa.decide_attention("eager", (T4,))[0] == "eager"
+    attention, reason = vqa.decide_attention("auto", (A100,))
+    assert attention == "sdpa" and "not installed" in reason
+
+
+@pytest.mark.parametrize(
+    ("gpus", "has_competition", "expected"),
+    [((), False, "demo"), ((T4, T4), True, "kaggle_t4x2"), ((T4,), True, "colab_t4"), ((A100,), True, "colab_a100")],
+)
+def test_auto_preset_follows_the_hardware(gpus, has_competition, expected):
+    assert vqa.choose_preset(vqa.Runtime("local", gpus, "fp16", "sdpa", ()), has_competition) == expected
+
+
+def test_competition_files_without_a_gpu_stop_the_run():
+    with pytest.raises(RuntimeError, match="switch on the accelerator"):
+        vqa.choose_preset(vqa.Runtime("kaggle", (), "fp32", "sdpa", ()), has_competition=True)
+
+
+def test_gpus_are_read_from_nvidia_smi_and_filtered_by_visibility(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '0, Tesla T4, 15360, 7.5'\necho '1, Tesla T4, 15360, 7.5'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [gpu["index"] for gpu in vqa.detect_runtime().gpus] == [0, 1]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    runtime = vqa.detect_runtime()
+    assert [gpu["index"] for gpu in runtime.gpus] == [1]
+    assert runtime.precision == "fp16" and runtime.gpus[0]["memory_gib"] == 15.0
+
+
+def test_a_failing_nvidia_smi_means_no_gpu(tmp_path, monkeypatch, caplog):
+    """So it is on a machine whose accelerator is switched off: the tool is there, its driver is not."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho failed\nexit 9\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert vqa.detect_runtime().gpus == ()
+    assert "nvidia-smi failed with 'failed'" in caplog.text
+
+
+def test_find_competition_prefers_the_named_folder_then_the_mounts_then_the_demo(tmp_path):
+    assert vqa.find_competition(mounts=[str(tmp_path)]) == vqa.DEMO
+    for place in ("competitions/vqa", "datasets/me/copy"):
+        folder = tmp_path / place
+        folder.mkdir(parents=True)
+        for name in vqa.COMPETITION_FILES:
+            (folder / name).touch()
+        if place.startswith("competitions"):
+            assert vqa.find_competition(mounts=[str(tmp_path)]) == folder
+    with pytest.raises(ValueError, match="Several folders hold a competition: .*set data_dir"):
+        vqa.find_competition(mounts=[str(tmp_path)])
+    (folder / "test.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no test\.csv"):
+        vqa.find_competition(folder)
