@@ -2994,8 +2994,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.write(json.dumps(facts, ensure_ascii=False) + "\n")
 
 
-__all__ = [
-    name for name, item in globals().items() if callable(item) and item.__module__ == __name__ and name[0] != "_"
-]
+__all__ = [key for key, item in globals().items() if callable(item) and item.__module__ == __name__ and key[0] != "_"]
 if __name__ == "__main__":
     main()
