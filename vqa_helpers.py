@@ -326,10 +326,6 @@ class Runtime:
     attention: str  # implementation name for transformers
     reasons: tuple[str, ...]
 
-    @property
-    def use_grad_scaler(self) -> bool:
-        return self.precision == "fp16"
-
 
 def _visible_gpus() -> tuple[dict, ...]:
     """The GPUs this process may use, from nvidia-smi: asking torch for a capability would initialise CUDA."""
@@ -378,7 +374,7 @@ def decide_attention(attention: str, gpus: Sequence[Mapping]) -> tuple[str, str]
 
 def detect_runtime(precision: str = "auto", attn_implementation: str = "auto") -> Runtime:
     """What this machine is and the decisions that follow from it; CUDA stays uninitialised."""
-    signs = {"COLAB_RELEASE_TAG": "colab", "KAGGLE_KERNEL_RUN_TYPE": "kaggle"}
+    signs = {"KAGGLE_KERNEL_RUN_TYPE": "kaggle", "COLAB_RELEASE_TAG": "colab"}  # Kaggle's image sets both
     platform = next((name for variable, name in signs.items() if variable in os.environ), "local")
     gpus = _visible_gpus()
     dtype, why_dtype = decide_precision(precision, gpus)
@@ -397,11 +393,11 @@ def choose_preset(runtime: Runtime, has_competition: bool) -> str:
     return "kaggle_t4x2" if len(runtime.gpus) > 1 else "colab_t4"
 
 
-# What the notebook needs beyond a plain Kaggle or Colab machine; requirements.txt asks for the same versions.
+# What a plain Kaggle or Colab machine lacks; requirements.txt asks for the same versions.
 MINIMUM_VERSIONS = {
     "transformers": "5.18",  # takes mm_encoder_outputs
-    "peft": "0.17",
-    "bitsandbytes": "0.46",
+    "peft": "0.20",
+    "bitsandbytes": "0.46.1",
     "accelerate": "1.6",
     "qwen-vl-utils": "0.0.14",
 }
@@ -427,6 +423,7 @@ def seed_everything(seed: int, deterministic: bool = True) -> None:
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its masked backward gives NaN on Hopper: pytorch issue 196678
 
 
 # === Logging =========================================================================================================
@@ -1254,8 +1251,6 @@ def causal_mask(attention_mask):
     A row with nothing to look at may be NaN in an SDPA kernel, for some in the backward pass only. No real position
     looks at padding, so the scores do not change.
     """
-    import torch
-
     length = attention_mask.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).tril()
     visible = attention_mask.bool()
@@ -1265,7 +1260,8 @@ def causal_mask(attention_mask):
 def last_logits(session: Session, model, batch: Mapping):
     """Vocabulary logits (batch, vocabulary) in fp32 at the last prompt position, where the answer's letter belongs."""
     inputs = {name: batch[name].to(session.device) for name in MODEL_INPUTS}
-    if session.runtime.attention == "sdpa" and not batch["attention_mask"].all():
+    turing = any(gpu["capability"] < 8.0 for gpu in session.runtime.gpus)  # its fast kernel refuses GQA without a mask
+    if session.runtime.attention == "sdpa" and (turing or not batch["attention_mask"].all()):
         inputs["attention_mask"] = causal_mask(inputs["attention_mask"])
     features = session.cache.encoder_outputs(batch)
     with autocast(session):
@@ -1603,7 +1599,7 @@ class FoldTrainer:
         self.total_steps = self.steps_per_epoch * config.num_epochs
         warmup = round(self.total_steps * config.warmup_ratio)
         self.scheduler = get_cosine_schedule_with_warmup(self.optimizer, warmup, self.total_steps)
-        self.scaler = torch.amp.GradScaler(session.device.type, enabled=session.runtime.use_grad_scaler)
+        self.scaler = torch.amp.GradScaler(session.device.type, enabled=session.runtime.precision == "fp16")
         kinds = [kind for kind, use in {"ema": config.use_ema, "swa": config.use_swa}.items() if use]
         self.averagers = {kind: WeightAverager(kind, self.parameters, config.ema_decay) for kind in kinds}
         patience, min_delta = config.early_stopping_patience, config.early_stopping_min_delta
@@ -1697,10 +1693,14 @@ class FoldTrainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
         if not (norm.isfinite() or self.scaler.is_enabled()):  # a scaler skips the step and lowers its scale
             raise FloatingPointError(f"Gradient norm is {norm.item()} {where}")
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.after_step(epoch)
+        if self.scaler.get_scale() >= scale:  # a skipped step moves neither schedule nor averages
+            self.after_step(epoch)
+        elif scale < 1e-3:
+            raise FloatingPointError(f"Gradient norm is {norm.item()} {where}, at every loss scale")
         return total
 
     def after_step(self, epoch: int) -> None:

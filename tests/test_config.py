@@ -88,7 +88,6 @@ def test_config_table_shows_what_differs_from_the_default():
 def test_precision_follows_the_oldest_card(gpus, expected):
     precision, reason = vqa.decide_precision("auto", gpus)
     assert precision == expected and expected in reason
-    assert vqa.Runtime("local", gpus, precision, "sdpa", ()).use_grad_scaler == (expected == "fp16")
 
 
 def test_p100_is_refused_with_the_way_out():

@@ -227,6 +227,7 @@ def test_command_line_of_the_worker_is_usable_by_hand(mini_run):
 
 def test_on_kaggle_the_ensemble_is_copied_to_the_working_folder(finished, monkeypatch, tmp_path):
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")  # Kaggle's image sets it too
     monkeypatch.chdir(tmp_path)
     vqa.write_submissions(finished, vqa.evaluate_run(finished))
     assert (tmp_path / "submission.csv").read_bytes() == (finished.directory / "submission_ensemble.csv").read_bytes()

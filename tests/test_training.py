@@ -277,3 +277,15 @@ def test_autocast_is_off_on_a_cpu(session):
     assert not isinstance(vqa.autocast(session), torch.autocast)
     on_gpu = types.SimpleNamespace(device=torch.device("cuda"), runtime=types.SimpleNamespace(precision="fp16"))
     assert vqa.autocast(on_gpu).fast_dtype == torch.float16
+
+
+def test_gradients_that_overflow_at_every_scale_stop_the_fold_and_move_no_schedule(mini_run, replace):
+    run = mini_run()
+    session = open_run_session(run)
+    session.runtime = replace(session.runtime, precision="fp16")
+    trainer = vqa.FoldTrainer(session, run, 0)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=0.002)
+    next(iter(trainer.parameters.values())).register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(FloatingPointError, match="Gradient norm is nan at epoch 1, step 2, at every loss scale"):
+        trainer.fit()
+    assert trainer.scheduler.last_epoch == 0 and trainer.averagers["ema"].updates == 0

@@ -98,7 +98,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for name, spoil in (("grey images", grey_copy), ("shuffled answers", shuffled_copy)):
                 data_dir = spoil(Path(folder) / name.replace(" ", "_"))
-                print(f"control, {name}: {control_score(data_dir, folder):.3f}", flush=True)
+                print(f"control, {name}: {control_score(data_dir, f'{data_dir}_outputs'):.3f}", flush=True)
 
 
 if __name__ == "__main__":
