@@ -39,6 +39,7 @@ TEMPLATES = {
 }
 PATCH, MERGE, FRAMES = 16, 2, 2
 MODES = {"letter": 0.696, "rare": 0.004, "spoken": 0.15, "told": 0.15}  # shares of the rows
+KINDS = (*make_demo.TYPES, "location")  # twice as many rows of the type that is learned last
 SIZES = ((96, 96), (128, 96), (96, 128))
 LENGTH = 128  # tokens; longer than any prompt of the pool
 SPECIAL_TOKENS = [
@@ -238,7 +239,7 @@ def draw_rows(processor, seed: str, count: int, modes: dict) -> dict[tuple, dict
     rng, groups = random.Random(seed), defaultdict(lambda: defaultdict(list))
     tokenizer = processor.tokenizer
     for number in range(count):
-        kind, mode = make_demo.TYPES[number % len(make_demo.TYPES)], rng.choices(list(modes), modes.values())[0]
+        kind, mode = KINDS[number % len(KINDS)], rng.choices(list(modes), modes.values())[0]
         task = make_demo.make_task(rng, make_demo.PRETRAIN, kind)
         # `told` rows have all words, beside an unrelated picture: the demo's words are known, but not what they name.
         asked = make_demo.make_task(rng, TOLD, kind) if mode == "told" else task
@@ -366,9 +367,10 @@ def train(model, processor, pool: dict, arguments) -> None:
         optimizer.step()
         schedule.step()
         if step % 250 == 0 or step == arguments.steps - 1:
-            right = (logits.argmax(-1) == batch["target"]).float().mean()
+            right = (logits.argmax(-1) == batch["target"]).float()
+            by_kind = [f"{kind} {right[batch['kind'] == n].mean():.2f}" for n, kind in enumerate(make_demo.TYPES)]
             losses = f"answer {answer_loss:.3f} cells {cell_loss:.3f}"
-            print(f"step {step} {losses} right {right:.3f} {time.time() - start:.0f} s", flush=True)
+            print(f"step {step} {losses} {' '.join(by_kind)} {time.time() - start:.0f} s", flush=True)
             save(model, processor, arguments.out)  # a run cut short leaves its last state
 
 
@@ -397,8 +399,8 @@ def save(model, processor, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rows", type=int, default=240_000, help="rows of the pool")
-    parser.add_argument("--steps", type=int, default=4200)
+    parser.add_argument("--rows", type=int, default=280_000, help="rows of the pool")
+    parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--cell-weight", type=float, default=0.5, help="weight of the throw-away cell loss")
