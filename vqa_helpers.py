@@ -2,11 +2,7 @@
 
 The notebook's process reads tables, plans and plots; whatever touches a GPU happens in worker processes that this same
 file starts (`python vqa_helpers.py worker ...`). Importing it has no effect: nothing is seeded, logged or moved to a
-GPU, torch is imported at its first use, and transformers, peft and bitsandbytes inside the functions that use them.
-
-Sections, in the order in which data flows: Config, Runtime, Logging, Memory, Checkpoint, Data, Leakage and folds,
-Prompt, Model, Vision cache, Training, Fold training, Inference, Calibration and metrics, Ensemble, Submission,
-Evaluation, Figures and report, Worker and preflight.
+GPU, and torch and other large libraries are imported at their first use. Sections follow the order of the data flow.
 """
 
 from __future__ import annotations
@@ -17,12 +13,14 @@ import contextlib
 import csv
 import dataclasses
 import difflib
+import errno
 import gc
 import hashlib
 import html
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -30,29 +28,34 @@ import os
 import random
 import re
 import shutil
-import struct
+import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import unicodedata
 import warnings
+import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Literal, get_args, get_origin, get_type_hints
 
+import filelock
 import numpy as np
 import pandas as pd
 import psutil
 from packaging.version import Version
 from PIL import Image, ImageOps
+from safetensors import safe_open
 from scipy import special
 from scipy.optimize import minimize, minimize_scalar
-from scipy.sparse import coo_matrix
+from scipy.sparse import coo_matrix, triu
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import binomtest
 from tqdm import tqdm
@@ -60,25 +63,30 @@ from tqdm import tqdm
 __version__ = "0.1.0"
 CHOICES = ("a", "b", "c", "d")
 HERE = Path(__file__).resolve().parent
+DEMO = HERE / "data"
+COMPETITION_FILES = ("train.csv", "test.csv", "sample_submission.csv")
+# What a plain Kaggle or Colab machine lacks, as in requirements.txt; transformers 5.18 takes mm_encoder_outputs.
+MINIMUM_VERSIONS = {"transformers": "5.18", "peft": "0.20", "bitsandbytes": "0.46.1", "accelerate": "1.6"}
+MINIMUM_VERSIONS |= {"qwen-vl-utils": "0.0.14"}
 LOGGER = logging.getLogger("vqa")
 
 
-class _Lazy:
+class _Lazy(ModuleType):
     """A module imported at its first use: the notebook's process plans and plots without ever loading torch."""
 
-    def __init__(self, name: str):
-        self._name = name
-
     def __getattr__(self, attribute: str):
-        return getattr(importlib.import_module(self._name), attribute)
+        return getattr(importlib.import_module(self.__name__), attribute)
 
 
 torch = _Lazy("torch")
+transformers = _Lazy("transformers")
+peft = _Lazy("peft")
+safetensors_torch = _Lazy("safetensors.torch")
+vision_process = _Lazy("qwen_vl_utils.vision_process")
 
 # === Config ==========================================================================================================
 PRESETS = {
-    # Two free 16 GB cards, one process and whole folds on each: what the defaults are made for.
-    "kaggle_t4x2": {},
+    "kaggle_t4x2": {},  # two free 16 GB cards, one process and whole folds on each: what the defaults are made for
     "colab_t4": {"batch_size": 2, "grad_accum_steps": 4, "use_tta": False, "n_folds": 2, "train_folds": (0,)},
     "colab_a100": {"quantization": "none", "batch_size": 16, "lora_r": 32, "lora_alpha": 64, "infer_batch_size": 32}
     | {"max_pixels": 1024 * 32 * 32},
@@ -88,7 +96,7 @@ PRESETS = {
     | {"n_folds": 2, "train_folds": (0,), "use_tta": False},
     # Three million parameters on a CPU: nothing to quantise, and far too small for the large models' learning rates.
     "demo": {"model_id": "data/tiny_qwen3_vl", "quantization": "none", "gradient_checkpointing": False}
-    | {"num_epochs": 8, "batch_size": 8, "grad_accum_steps": 1, "learning_rate": 1e-3, "lora_dropout": 0.0}
+    | {"num_epochs": 12, "batch_size": 8, "grad_accum_steps": 1, "learning_rate": 1e-3, "lora_dropout": 0.0}
     | {"infer_batch_size": 32, "num_workers": 0},
 }
 
@@ -100,9 +108,9 @@ class Config:
     preset_name: str = "custom"  # the preset this started from; part of the default run name
     # Model
     model_id: str = "Qwen/Qwen3-VL-8B-Instruct"  # hub id or local folder
-    quantization: str = "4bit"  # "4bit" (NF4, double), "8bit" or "none"; language model only
-    precision: str = "auto"  # "auto", "fp16", "bf16" or "fp32"; auto follows the card
-    attn_implementation: str = "auto"  # "auto", "sdpa", "flash_attention_2" or "eager"
+    quantization: Literal["4bit", "8bit", "none"] = "4bit"  # 4bit: NF4, double; language model only
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"  # number format; auto follows the card
+    attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"  # auto: the fastest installed
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
     lora_r: int = 16  # rank
     lora_alpha: int = 32  # scale of the update is alpha / r
@@ -130,7 +138,9 @@ class Config:
     warmup_ratio: float = 0.06  # share of all optimizer steps
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    loss: str = "choices"  # "choices": cross-entropy over the four letters; "vocabulary": over every token
+    loss: Literal["choices", "vocabulary"] = (
+        "choices"  # "choices": cross-entropy over the four letters; "vocabulary": over every token
+    )
     label_smoothing: float = 0.05  # spread over the choices that exist; loss "choices" only
     shuffle_choices: bool = True  # a new choice order for each question and epoch
     use_ema: bool = True  # also keep an exponential average of the adapter; used only where OOF says so
@@ -148,21 +158,27 @@ class Config:
     infer_batch_size: int = 16  # questions per forward pass
     zeroshot_rows: int = 256  # training rows scored with the base model before training; 0: all of them
     use_temperature_scaling: bool = True
-    ensemble_method: str = "mean"  # over folds: "mean", "vote" or "weighted" (views weighted on OOF, folds averaged)
+    ensemble_method: Literal["mean", "vote", "weighted"] = "mean"  # over folds; weighted: views by OOF, folds averaged
     # Running
     seed: int = 42
     deterministic: bool = True  # deterministic cuDNN
+    strict_determinism: bool = False  # the same bits on a GPU too: deterministic attention and sums, slower
     num_workers: int = 2  # image decoding processes per worker
-    time_budget_hours: float | None = None  # hours; training stops at an epoch's end after 75 % of it; None: no limit
+    time_budget_hours: float | None = None  # hours from training's start to the submission; None: 11 on Kaggle
     save_every_epoch: bool = True
     save_every_minutes: float = 20.0  # minutes between checkpoints inside an epoch
-    log_level: str = "INFO"
+    save_every_steps: int = 500  # optimizer steps, or batches of inference, between checkpoints: whichever is first
+    max_skipped_steps: int = 10  # optimizer steps with a non-finite loss or gradient, above which the fold stops
+    trust_remote_code: bool = False  # run Python code that comes with a model
+    cache_dir: str | None = None  # vision features on disk; None: the system's folder for temporary files
+    resume_from: tuple[str, ...] = ("/kaggle/input", "/content/drive/MyDrive")  # where earlier sessions' runs may lie
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_to_file: bool = True
     output_dir: str = "outputs"
     run_name: str | None = None  # None: preset and fingerprint, the same in every session
 
     def __post_init__(self):
-        for name in ("train_folds", "tta_scales"):  # JSON brings lists
+        for name in ("train_folds", "tta_scales", "resume_from"):  # JSON brings lists
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for check, name, needs in _config_rules(self):
@@ -174,12 +190,13 @@ class Config:
         """The named preset with some fields replaced; "auto" picks one for the detected hardware."""
         if name == "auto":
             name = choose_preset(detect_runtime(), has_competition=find_competition(overrides.get("data_dir")) != DEMO)
-        if name not in PRESETS:
-            raise ValueError(f"Unknown preset {name!r}{_nearest(name, ['auto', *PRESETS])}")
-        known = [item.name for item in dataclasses.fields(cls)]
-        for override in overrides:
-            if override not in known:
-                raise ValueError(f"Unknown config field {override!r}{_nearest(override, known)}")
+        fields = [item.name for item in dataclasses.fields(cls)]
+        given = [("preset", name, [*PRESETS, "auto"]), *(("config field", override, fields) for override in overrides)]
+        for kind, word, known in given:
+            if word not in known:
+                close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+                raise ValueError(f"Unknown {kind} {word!r}; {hint}")
         return cls(**{"preset_name": name, **PRESETS[name], **overrides})
 
     @property
@@ -190,7 +207,6 @@ class Config:
 
     @property
     def rows_to_use(self) -> int | None:
-        """Training rows to sample, or None for all of them."""
         return self.sample_size if self.use_sample else None
 
     @property
@@ -206,9 +222,7 @@ class Config:
     @property
     def folds_to_train(self) -> tuple[int, ...]:
         """`train_folds`, or every fold; only the first one where a single holdout is asked for."""
-        if not self.use_kfold:
-            return (0,)
-        return self.train_folds if self.train_folds is not None else tuple(range(self.n_folds))
+        return (self.train_folds or tuple(range(self.n_folds))) if self.use_kfold else (0,)
 
     def table(self) -> pd.DataFrame:
         """Every field with its value and the default it differs from, for the notebook."""
@@ -216,56 +230,39 @@ class Config:
         return pd.DataFrame({"value": values, "default, where it differs": defaults.where(values != defaults, "")})
 
 
-# Fields that cannot change a result.
-_BOOKKEEPING = {
+_BOOKKEEPING = {  # fields that cannot change a result
     *("data_dir", "output_dir", "run_name", "log_level", "log_to_file"),
-    *("num_workers", "save_every_epoch", "save_every_minutes", "time_budget_hours"),
+    *("num_workers", "save_every_epoch", "save_every_minutes", "save_every_steps", "time_budget_hours"),
+    *("cache_dir", "resume_from", "max_skipped_steps", "trust_remote_code"),
 }
-_KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "tuple": tuple, "Mapping": Mapping}
-_ALLOWED = {
-    "quantization": ("4bit", "8bit", "none"),
-    "precision": ("auto", "fp16", "bf16", "fp32"),
-    "attn_implementation": ("auto", "sdpa", "flash_attention_2", "eager"),
-    "loss": ("choices", "vocabulary"),
-    "ensemble_method": ("mean", "vote", "weighted"),
-    "log_level": ("DEBUG", "INFO", "WARNING", "ERROR"),
-}
+_KINDS = {"int": int, "float": (int, float), "bool": bool, "tuple": tuple, "Mapping": Mapping}  # others: str
 _RANGES = (  # what the fields need, its check, their names
-    ("at least 2", lambda value: value >= 2, "n_folds sample_size"),
-    ("at least 1", lambda value: value >= 1, "lora_r lora_alpha num_epochs batch_size grad_accum_steps"),
-    ("at least 1", lambda value: value >= 1, "infer_batch_size early_stopping_patience swa_start_epoch"),
-    ("at least 0", lambda value: value >= 0, "zeroshot_rows num_workers weight_decay early_stopping_min_delta seed"),
-    ("0 <= value < 1", lambda value: 0 <= value < 1, "lora_dropout warmup_ratio label_smoothing ema_decay"),
-    ("0 <= value < 1", lambda value: 0 <= value < 1, "max_fallback_share"),
-    ("a positive number", lambda value: value > 0, "learning_rate max_grad_norm save_every_minutes time_budget_hours"),
-    ("a positive number", lambda value: value > 0, "image_size min_pixels max_pixels infer_max_pixels"),
-    ("1, 2 or 4", lambda value: value in (1, 2, 4), "tta_rotations"),
+    ("at least 2", lambda x: x >= 2, "n_folds sample_size"),
+    ("at least 1", lambda x: x >= 1, "lora_r lora_alpha num_epochs batch_size grad_accum_steps infer_batch_size"),
+    ("at least 1", lambda x: x >= 1, "early_stopping_patience swa_start_epoch save_every_steps"),
+    ("at least 0", lambda x: x >= 0, "zeroshot_rows num_workers weight_decay early_stopping_min_delta seed"),
+    ("at least 0", lambda x: x >= 0, "max_skipped_steps"),
+    ("0 <= value < 1", lambda x: 0 <= x < 1, "lora_dropout warmup_ratio label_smoothing ema_decay max_fallback_share"),
+    ("a positive number", lambda x: x > 0, "learning_rate max_grad_norm save_every_minutes time_budget_hours"),
+    ("a positive number", lambda x: x > 0, "image_size min_pixels max_pixels infer_max_pixels"),
+    ("1, 2 or 4", lambda x: x in (1, 2, 4), "tta_rotations"),
 )
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for an error message: the known name that looks most like `name`, or all of them."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-
-
-def _has_kind(value, annotation: str) -> bool:
-    if value is None:
-        return annotation.endswith("None")
-    kind = _KINDS[re.match(r"\w+", annotation).group()]
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _config_rules(config: Config) -> Iterator[tuple[bool, str, str]]:
     """Triples of (holds, field, what the field needs). Kinds come first, so that later rules may compare values."""
-    for item in dataclasses.fields(config):
-        yield _has_kind(getattr(config, item.name), item.type), item.name, item.type
-    for name, allowed in _ALLOWED.items():
-        yield getattr(config, name) in allowed, name, f"one of {', '.join(allowed)}"
+    for name, hint in get_type_hints(Config).items():
+        value, written = getattr(config, name), Config.__annotations__[name]
+        kind = _KINDS.get(re.match(r"\w+", written).group(), str)
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        yield fits or (value is None and written.endswith("None")), name, written
+        if get_origin(hint) is Literal:
+            yield value in get_args(hint), name, f"one of {', '.join(get_args(hint))}"
     for needs, holds, names in _RANGES:
         for value, name in ((getattr(config, name), name) for name in names.split()):
             yield value is None or holds(value), name, needs
+    if config.min_pixels and config.max_pixels:
+        yield config.min_pixels <= config.max_pixels, "min_pixels", f"at most max_pixels, {config.max_pixels}"
     scales = config.tta_scales
     yield all(0.25 <= scale <= 4 for scale in scales) and 1.0 in scales, "tta_scales", "factors in [0.25, 4] with 1.0"
     folds = range(config.n_folds) if config.train_folds is None else config.train_folds
@@ -280,7 +277,6 @@ def load_config(preset: str = "auto", overrides: Mapping | None = None, environ:
     """Preset, then `overrides`, then the VQA_ variables; ValueError for what is unknown, impossible or not JSON."""
     variables = {"data_dir": "DATA_DIR", "model_id": "MODEL", "output_dir": "OUTPUT_DIR", "run_name": "RUN_NAME"}
     places = {name: environ.get(f"VQA_{variable}") for name, variable in variables.items()}
-    fields = dict(overrides or {}) | {name: place for name, place in places.items() if place}
     text = environ.get("VQA_OVERRIDES") or "{}"
     try:
         parsed = json.loads(text)
@@ -288,28 +284,22 @@ def load_config(preset: str = "auto", overrides: Mapping | None = None, environ:
         raise ValueError(f"VQA_OVERRIDES is not valid JSON ({error}): {text!r}") from error
     if not isinstance(parsed, dict):
         raise ValueError(f'VQA_OVERRIDES must be a JSON object such as {{"num_epochs": 1}}, not {text!r}')
-    config = Config.preset(environ.get("VQA_PRESET") or preset, **(fields | parsed))
+    fields = {**(overrides or {}), **{name: place for name, place in places.items() if place}, **parsed}
+    config = Config.preset(environ.get("VQA_PRESET") or preset, **fields)
     return dataclasses.replace(config, data_dir=str(find_competition(config.data_dir)))
-
-
-DEMO = HERE / "data"
-COMPETITION_FILES = ("train.csv", "test.csv", "sample_submission.csv")
 
 
 def find_competition(data_dir: str | Path | None = None, mounts: Sequence[str] = ("/kaggle/input",)) -> Path:
     """`data_dir` (FileNotFoundError without files), the folder in `mounts` (ValueError if several) or else the demo."""
-
-    def missing(folder: Path) -> list[str]:
-        return [name for name in COMPETITION_FILES if not (folder / name).is_file()]
-
+    patterns = ["*/" * depth + "train.csv" for depth in range(1, 5)]
+    mounted = (path.parent for mount in mounts for pattern in patterns for path in Path(mount).glob(pattern))
+    places = mounted if data_dir is None else [Path(data_dir)]
+    missing = {place: [name for name in COMPETITION_FILES if not (place / name).is_file()] for place in places}
     if data_dir is not None:
-        if names := missing(Path(data_dir)):
+        if names := missing[Path(data_dir)]:
             raise FileNotFoundError(f"{data_dir} has no {', '.join(names)}; set data_dir to the folder that has them")
         return Path(data_dir).resolve()
-    patterns = ["*/" * depth + "train.csv" for depth in range(1, 5)]
-    places = {path.parent for mount in mounts for pattern in patterns for path in Path(mount).glob(pattern)}
-    # A mounted copy of this toolkit brings the demo along.
-    folders = sorted(folder for folder in places if not missing(folder) and folder.resolve() != DEMO)
+    folders = sorted(place for place, names in missing.items() if not names and place.resolve() != DEMO)  # not ours
     if len(folders) > 1:
         raise ValueError(f"Several folders hold a competition: {[*map(str, folders)]}; set data_dir to one of them")
     return folders[0] if folders else DEMO
@@ -327,31 +317,11 @@ class Runtime:
     reasons: tuple[str, ...]
 
 
-def _visible_gpus() -> tuple[dict, ...]:
-    """The GPUs this process may use, from nvidia-smi: asking torch for a capability would initialise CUDA."""
-    command = ["nvidia-smi", "--query-gpu=index,name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
-    if shutil.which(command[0]) is None:
-        return ()
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    if answer.returncode != 0:  # the tool without a driver, as on a machine whose accelerator is switched off
-        LOGGER.warning("No GPU is used: nvidia-smi failed with %r", answer.stdout.strip() or answer.stderr.strip())
-        return ()
-    rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.strip().splitlines()]
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    wanted = [row[0] for row in rows] if chosen is None else [part.strip() for part in chosen.split(",")]
-    return tuple(
-        {"index": int(index), "name": name, "memory_gib": float(memory) / 1024, "capability": float(capability)}
-        for index, name, memory, capability in rows
-        if index in wanted
-    )
-
-
 def decide_precision(precision: str, gpus: Sequence[Mapping]) -> tuple[str, str]:
     """Number format and reason; RuntimeError for a GPU below capability 7.0 (P100), on which torch no longer runs."""
-    oldest = min(gpus, key=lambda gpu: gpu["capability"], default={"capability": math.inf})
-    capability = oldest["capability"]
+    capability, name = min(((gpu["capability"], gpu["name"]) for gpu in gpus), default=(math.inf, ""))
     if capability < 7.0:
-        raise RuntimeError(f"{oldest['name']} is too old for torch (capability below 7.0); choose 'GPU T4 x2' instead")
+        raise RuntimeError(f"{name} is too old for torch (capability below 7.0); choose 'GPU T4 x2' instead")
     if precision != "auto":
         return precision, f"precision {precision}: set in the config"
     if not gpus:
@@ -361,12 +331,12 @@ def decide_precision(precision: str, gpus: Sequence[Mapping]) -> tuple[str, str]
     return "bf16", f"precision bf16 without a scaler: capability {capability}"
 
 
-def decide_attention(attention: str, gpus: Sequence[Mapping]) -> tuple[str, str]:
-    """SDPA, or FlashAttention-2 where every GPU has capability 8.0 and the package is importable; with the reason."""
+def decide_attention(attention: str, gpus: Sequence[Mapping], precision: str) -> tuple[str, str]:
+    """SDPA, or FlashAttention-2 where GPUs, precision and installed packages allow it; with the reason."""
     if attention != "auto":
         return attention, f"attention {attention}: set in the config"
-    if not gpus or min(gpu["capability"] for gpu in gpus) < 8.0:
-        return "sdpa", "attention sdpa: FlashAttention-2 needs capability 8.0"
+    if not gpus or min(gpu["capability"] for gpu in gpus) < 8.0 or precision == "fp32":
+        return "sdpa", "attention sdpa: FlashAttention-2 needs capability 8.0 and half precision"
     if importlib.util.find_spec("flash_attn") is None:
         return "sdpa", "attention sdpa: flash_attn is not installed"
     return "flash_attention_2", "attention flash_attention_2: installed, capability 8.0 or higher"
@@ -376,9 +346,22 @@ def detect_runtime(precision: str = "auto", attn_implementation: str = "auto") -
     """What this machine is and the decisions that follow from it; CUDA stays uninitialised."""
     signs = {"KAGGLE_KERNEL_RUN_TYPE": "kaggle", "COLAB_RELEASE_TAG": "colab"}  # Kaggle's image sets both
     platform = next((name for variable, name in signs.items() if variable in os.environ), "local")
-    gpus = _visible_gpus()
+    query = ["nvidia-smi", "--query-gpu=index,name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    rows = []
+    if shutil.which(query[0]) is not None:  # asking torch for a capability would initialise CUDA
+        answer = subprocess.run(query, capture_output=True, text=True, check=False)
+        if answer.returncode == 0:
+            rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.strip().splitlines()]
+        else:  # the tool without a driver, as on a machine whose accelerator is switched off
+            LOGGER.warning("No GPU is used: nvidia-smi failed with %r", answer.stdout.strip() or answer.stderr.strip())
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = tuple(
+        {"index": int(index), "name": name, "memory_gib": float(memory) / 1024, "capability": float(capability)}
+        for index, name, memory, capability in rows
+        if chosen is None or index in chosen.replace(" ", "").split(",")
+    )
     dtype, why_dtype = decide_precision(precision, gpus)
-    attention, why_attention = decide_attention(attn_implementation, gpus)
+    attention, why_attention = decide_attention(attn_implementation, gpus, dtype)
     return Runtime(platform, gpus, dtype, attention, (why_dtype, why_attention))
 
 
@@ -393,37 +376,30 @@ def choose_preset(runtime: Runtime, has_competition: bool) -> str:
     return "kaggle_t4x2" if len(runtime.gpus) > 1 else "colab_t4"
 
 
-# What a plain Kaggle or Colab machine lacks; requirements.txt asks for the same versions.
-MINIMUM_VERSIONS = {
-    "transformers": "5.18",  # takes mm_encoder_outputs
-    "peft": "0.20",
-    "bitsandbytes": "0.46.1",
-    "accelerate": "1.6",
-    "qwen-vl-utils": "0.0.14",
-}
-
-
 def missing_requirements(minimum: Mapping[str, str] = MINIMUM_VERSIONS) -> list[str]:
     """pip requirements for every package that is absent or too old; nothing is imported to find out."""
     missing = []
     for name, version in minimum.items():
-        try:
-            present = Version(importlib.metadata.version(name)) >= Version(version)
-        except importlib.metadata.PackageNotFoundError:
-            present = False
-        if not present:
-            missing.append(f"{name}>={version}")
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            if Version(importlib.metadata.version(name)) >= Version(version):
+                continue
+        missing.append(f"{name}>={version}")
     return missing
 
 
-def seed_everything(seed: int, deterministic: bool = True) -> None:
-    """Seed Python, NumPy and torch; `deterministic` also pins cuDNN's algorithms."""
+def seed_everything(seed: int, deterministic: bool = True, strict: bool = False) -> None:
+    """Seed Python, NumPy and torch; `deterministic` pins cuDNN's algorithms, `strict` all of torch's."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cuda.enable_cudnn_sdp(False)  # its masked backward gives NaN on Hopper: pytorch issue 196678
+    if strict:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)  # it and flash add up their gradients in any order
+        torch.backends.cuda.enable_flash_sdp(False)
 
 
 # === Logging =========================================================================================================
@@ -432,13 +408,12 @@ def setup_logging(log_dir: str | Path, level: int | str = logging.INFO, to_file:
     for handler in list(LOGGER.handlers):
         LOGGER.removeHandler(handler)
         handler.close()
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    LOGGER.addHandler(logging.StreamHandler(sys.stdout))
     if to_file:
         Path(log_dir).mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(Path(log_dir) / "run.log", encoding="utf-8"))
-    for handler in handlers:
+        LOGGER.addHandler(logging.FileHandler(Path(log_dir) / "run.log", encoding="utf-8"))
+    for handler in LOGGER.handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
-        LOGGER.addHandler(handler)
     LOGGER.setLevel(level)
     LOGGER.propagate = False
     return LOGGER
@@ -451,10 +426,13 @@ class MetricLogger:
     path: str | Path
 
     def log(self, **values) -> None:
-        path = Path(self.path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **values}, ensure_ascii=False) + "\n")
+
+
+class Interrupted(RuntimeError):
+    """A worker was asked to stop and did so at a safe point: what it had done is saved."""
 
 
 @dataclass
@@ -462,13 +440,24 @@ class ProgressFile:
     """What a worker is doing now, in a small JSON file that the notebook polls; written at most twice a second."""
 
     path: Path
+    parent: int = 0  # id of the process that started this one; 0: do not mind its end
+    stop_reason: str = ""
     written: float = 0.0
 
+    def request_stop(self, number: int, frame) -> None:
+        """A signal handler: the work stops at its next call of `update`, which it makes at safe points only."""
+        self.stop_reason = signal.Signals(number).name
+
     def update(self, stage: str, done: int, total: int, **details) -> None:
-        if done < total and time.monotonic() - self.written < 0.5:
-            return
-        self.written = time.monotonic()
-        atomic_write(self.path, json.dumps({"stage": stage, "done": done, "total": total, **details}), durable=False)
+        """Write the state. Raises Interrupted after a signal, or when the parent has died."""
+        if self.parent and os.getppid() != self.parent:
+            self.stop_reason = "the end of the notebook's process"
+        if done == total or self.stop_reason or time.monotonic() - self.written > 0.5:
+            self.written = time.monotonic()
+            state = {"stage": stage, "done": done, "total": total, **details}
+            atomic_write(self.path, json.dumps(state), durable=False)
+        if self.stop_reason:
+            raise Interrupted(f"stopped by {self.stop_reason} in {stage}; run again to continue")
 
 
 # === Memory ==========================================================================================================
@@ -502,8 +491,7 @@ def track_peak_memory(label: str, logger: logging.Logger = LOGGER) -> Iterator[d
     """Yield a dict that holds, after the block, its wall time in seconds and its peak memory in GiB."""
     if _cuda_is_in_use():
         torch.cuda.reset_peak_memory_stats()
-    report: dict = {"label": label}
-    start = time.perf_counter()
+    start, report = time.perf_counter(), {"label": label}
     yield report
     report |= {"seconds": round(time.perf_counter() - start, 1), **memory_summary()}
     logger.info("%s: %s", label, {name: value for name, value in report.items() if name != "label"})
@@ -520,14 +508,30 @@ def require_same_run(path: Path, found: str, expected: str) -> None:
         raise CheckpointError(f"{path} belongs to another configuration or data set; choose a new run_name")
 
 
-def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder, and syncs only what is open for writing
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+def _fsync_folder(path: Path) -> None:
+    if os.name != "nt":  # Windows cannot open a folder
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write_file(path: Path, content: bytes, durable: bool = True) -> None:
+    """Write and sync a new file; a full disk becomes a CheckpointError with the bytes needed and free."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        path.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        problem = f"the disk is full: {len(content):,} bytes are needed, {free:,} are free"
+        raise CheckpointError(f"{path}: {problem}; free some space and run again to continue") from error
 
 
 def atomic_write(path: str | Path, content: bytes | str, durable: bool = True) -> None:
@@ -535,15 +539,10 @@ def atomic_write(path: str | Path, content: bytes | str, durable: bool = True) -
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        if durable:
-            _fsync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    _write_file(temporary, content.encode("utf-8") if isinstance(content, str) else content, durable)
+    os.replace(temporary, path)
     if durable:
-        _fsync(path.parent)
+        _fsync_folder(path.parent)
 
 
 def file_sha256(path: Path) -> str:
@@ -555,31 +554,28 @@ def file_sha256(path: Path) -> str:
 class CheckpointManager:
     """Folders of one tensor file, one state file and metadata, each committed whole and verified before use."""
 
-    def __init__(self, directory: str | Path, keep: int = 2, logger: logging.Logger = LOGGER):
-        self.directory = Path(directory)
-        self.keep = keep
-        self.logger = logger
+    def __init__(self, directory: str | Path, keep: int = 2):
+        self.directory, self.keep = Path(directory), keep
 
     def save(self, step: int, tensors: Mapping, state: Mapping, metadata: Mapping) -> Path:
         """Commit a checkpoint: `tensors` as safetensors, `state` for torch.load(weights_only=True), `metadata` JSON."""
-        from safetensors.torch import save_file
-
+        weights = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        files = {"tensors.safetensors": safetensors_torch.save(weights), "state.pt": buffer.getvalue()}
+        files["metadata.json"] = json.dumps({"step": step, **metadata}).encode()
+        manifest = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        files["manifest.json"] = json.dumps(manifest).encode()
         # The folder gets its name last, so that a kill at any point leaves the checkpoints before it intact.
         self.directory.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=self.directory))
-        on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(on_cpu, temporary / "tensors.safetensors")
-        torch.save(dict(state), temporary / "state.pt")
-        (temporary / "metadata.json").write_text(json.dumps({"step": step, **metadata}), encoding="utf-8")
-        manifest = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
-        (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        for path in temporary.iterdir():
-            _fsync(path)
         final = self.directory / f"step_{step:08d}"
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        _fsync(self.directory)
+        while final.exists():  # saved twice at one step, or damaged: "+" sorts behind it
+            final = final.with_name(final.name + "+")
+        with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=self.directory, ignore_cleanup_errors=True) as new:
+            for name, content in files.items():
+                _write_file(Path(new) / name, content)
+            os.replace(new, final)
+        _fsync_folder(self.directory)
         self.prune()
         return final
 
@@ -596,22 +592,18 @@ class CheckpointManager:
     def latest_verified(self) -> Path | None:
         """The newest checkpoint whose manifest verifies; the ones passed over are logged with the reason."""
         for path in sorted(self.directory.glob("step_*"), reverse=True):
-            problem = self.problem(path)
-            if problem is None:
+            if not (problem := self.problem(path)):
                 return path
-            self.logger.warning("Skipped checkpoint %s: %s", path, problem)
+            LOGGER.warning("Skipped checkpoint %s: %s", path, problem)
         return None
 
     def restore(self, path: Path) -> tuple[dict, dict, dict]:
         """(tensors, state, metadata), all on the CPU. Raises CheckpointError if the manifest does not verify."""
-        from safetensors.torch import load_file
-
-        problem = self.problem(path)
-        if problem is not None:
+        if problem := self.problem(path):
             raise CheckpointError(f"{path} is damaged ({problem}); delete it to continue from an older one")
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         metadata = json.loads((path / "metadata.json").read_text(encoding="utf-8"))
-        return load_file(path / "tensors.safetensors"), state, metadata
+        return safetensors_torch.load_file(path / "tensors.safetensors"), state, metadata
 
     def prune(self) -> None:
         """Delete what is older than the newest `keep` verified checkpoints, and leftovers of killed writes."""
@@ -631,15 +623,11 @@ def _checkpoint_weights(model) -> dict:
 
 def save_checkpoint(model, optimizer, scheduler, epoch, fold, metrics, path, logger=None) -> Path:
     """Save any module's trainable weights and buffers with optimizer and scheduler (either may be None) in one file."""
-    content = {
-        "model": _checkpoint_weights(model),
-        "optimizer": optimizer.state_dict() if optimizer is not None else None,
-        "scheduler": scheduler.state_dict() if scheduler is not None else None,
-        "epoch": epoch,
-        "fold": fold,
-        # NumPy scalars would need unpickling.
-        "metrics": {name: value.item() if isinstance(value, np.generic) else value for name, value in metrics.items()},
-    }
+    # NumPy scalars would need unpickling.
+    metrics = {name: value.item() if isinstance(value, np.generic) else value for name, value in metrics.items()}
+    content = {"model": _checkpoint_weights(model), "epoch": epoch, "fold": fold, "metrics": metrics}
+    for name, part in (("optimizer", optimizer), ("scheduler", scheduler)):
+        content[name] = part.state_dict() if part is not None else None
     buffer = io.BytesIO()
     torch.save(content, buffer)
     atomic_write(path, buffer.getvalue())
@@ -651,12 +639,10 @@ def save_checkpoint(model, optimizer, scheduler, epoch, fold, metrics, path, log
 def load_checkpoint(model, optimizer, scheduler, path, logger=None) -> tuple:
     """Load what `save_checkpoint` wrote; (epoch, fold, metrics), or CheckpointError, changing nothing, if unfit."""
     content = torch.load(path, map_location="cpu", weights_only=True)
-    differing = sorted(set(_checkpoint_weights(model)) ^ set(content["model"]))
-    if differing:
+    if differing := sorted(set(_checkpoint_weights(model)) ^ set(content["model"])):
         raise CheckpointError(f"{path} does not fit the model; differing keys: {differing}")
     wanted = {name: part for name, part in {"optimizer": optimizer, "scheduler": scheduler}.items() if part is not None}
-    absent = [name for name in wanted if content[name] is None]
-    if absent:
+    if absent := [name for name in wanted if content[name] is None]:
         raise CheckpointError(f"{path} was saved without {' and '.join(absent)}")
     model.load_state_dict(content["model"], strict=False)
     for name, part in wanted.items():
@@ -672,9 +658,7 @@ TABLE_COLUMNS = {"train.csv": COLUMNS, "test.csv": COLUMNS[:-1], "sample_submiss
 GREY_IMAGE = "<grey image>"  # image_path of a test row without a usable image; `load_image` knows it
 MAX_IMAGE_SIDE = 4096  # pixels; more than any pixel budget asks for, and it bounds the memory of one image
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not EPS, for example: it starts Ghostscript
-# What PIL's decoders are known to raise on damaged files.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, RuntimeError)
-_DECODE_ERRORS += (struct.error, zlib.error, Image.DecompressionBombError)
+MAX_MEMBERS, MAX_UNPACKED_BYTES, MAX_RATIO = 2_000_000, 64 * 2**30, 200  # of an archive; the ratio from 100 MiB on
 
 
 class DataError(ValueError):
@@ -682,7 +666,7 @@ class DataError(ValueError):
 
 
 class ImageError(DataError):
-    """An image that cannot be decoded; the message names its path."""
+    """An image that cannot be used; the message names its path."""
 
 
 @dataclass(frozen=True)
@@ -697,8 +681,50 @@ class Competition:
     test: pd.DataFrame
     sample: pd.DataFrame
     fallbacks: Counter  # how often each fallback was taken; 0 for one that was not
-    fingerprint: str  # changes with any byte of the tables and any name or size of an image
+    fingerprint: str  # changes with any byte of the tables and any pixel
     data_dir: Path
+
+
+def _check_members(opened, packed: int, free: int) -> None:
+    """ValueError about the first member that must not be unpacked from an archive of `packed` bytes."""
+    if isinstance(opened, tarfile.TarFile):
+        members = ((part.name, part.size, part.isfile() or part.isdir()) for part in opened)
+    else:  # the kind on Unix, where it is given: 4 for a folder, 8 for a file
+        members = ((p.filename, p.file_size, p.external_attr >> 28 in (0, 4, 8)) for p in opened.infolist())
+    limits = {free: "disk", max(MAX_RATIO * packed, 100 * 2**20): "decompression bomb", MAX_UNPACKED_BYTES: "archive"}
+    most, total = min(limits), 0
+    for number, (name, size, plain) in enumerate(members, start=1):
+        total += size
+        if not plain or re.search(r"^/|^[A-Za-z]:|\\|(^|/)\.\.(/|$)", name):
+            raise ValueError(f"member {name!r} is a link or a device, or its name leads out of the folder")
+        if number > MAX_MEMBERS or total > most:
+            found = f"member {name!r} is number {number:,} and makes {total:,} bytes in all"
+            raise ValueError(f"{found}; the limit is {MAX_MEMBERS:,} and {most:,} ({limits[most]})")
+    if isinstance(opened, tarfile.TarFile):
+        opened.fileobj.seek(opened.offset)  # tarfile takes a damaged member for the end
+        if not opened.fileobj.read(2**20).startswith(bytes(512)):  # reading on, a .gz is compared with its checksum
+            raise EOFError("the end of the archive is missing, or a member is damaged")
+
+
+def unpack_archive(archive: str | Path, folder: str | Path) -> Path:
+    """Unpack a .zip or .tar(.gz) into the new `folder`, whole or not at all; DataError names archive and member."""
+    archive, folder = Path(archive), Path(folder)
+    if folder.exists():
+        raise DataError(f"{folder}: exists already; delete it or unpack {archive.name} into a new folder")
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # what a killed process left
+    unfinished.mkdir(parents=True)
+    try:
+        is_zip = zipfile.is_zipfile(archive)
+        with zipfile.ZipFile(archive, metadata_encoding="utf-8") if is_zip else tarfile.open(archive) as opened:
+            _check_members(opened, archive.stat().st_size, shutil.disk_usage(unfinished).free)
+            opened.extractall(unfinished, **({} if is_zip else {"filter": "data"}))
+        return unfinished.rename(folder)
+    except Exception as error:  # each format and each decoder raises its own
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{archive}: not unpacked ({reason}); download it again, or unpack it by hand") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _refuse_first(file: str, frame: pd.DataFrame, wrong: pd.Series, column: str, problem: str) -> None:
@@ -707,63 +733,51 @@ def _refuse_first(file: str, frame: pd.DataFrame, wrong: pd.Series, column: str,
         raise DataError(f"{file}, line {line}, column {column!r}, value {value[:80]!r}: {problem}")
 
 
-def _read_text(path: Path, fallbacks: Counter) -> str:
-    """The file as UTF-8 (with or without a mark), else cp949. Never latin-1, which turns Korean into nonsense."""
+def _read_records(path: Path, fallbacks: Counter) -> list[tuple[int, list[str]]]:
+    """Line (1-based) and fields of the header and of every record that is not blank; UTF-8, else Korean cp949."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; set data_dir to the folder with {', '.join(TABLE_COLUMNS)}")
-    for encoding in ("utf-8-sig", "cp949"):
-        with contextlib.suppress(UnicodeDecodeError):
-            fallbacks["csv_read_as_cp949"] += encoding == "cp949"
-            return path.read_bytes().decode(encoding)
-    raise DataError(f"{path.name}: neither UTF-8 nor cp949; save it as UTF-8")
-
-
-def _read_records(path: Path, fallbacks: Counter) -> list[tuple[int, list[str]]]:
-    """Line (1-based) and fields of the header and of every record; blank lines are skipped."""
-    text, records, line = _read_text(path, fallbacks), [], 1
+    content, records, line = path.read_bytes(), [], 1
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:  # never as latin-1, which would read anything
+        text = content.decode("cp949", errors="replace")
+        if "\ufffd" in text or not re.search("[가-힣]", text):  # other encodings often decode, but not to Korean
+            line += content.count(b"\n", 0, error.start)
+            raise DataError(f"{path.name}, line {line}: not UTF-8 ({error}) nor cp949; save it as UTF-8") from error
+        fallbacks["csv_read_as_cp949"] += 1
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         for fields in reader:
             if any("\0" in field for field in fields):
-                raise csv.Error("holds a NUL byte")
+                raise csv.Error("a NUL byte, as in a file that is not UTF-8")
             if fields:
                 records.append((line, fields))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path.name}, line {line}: {error}; check the quotes, or download the file again") from error
+        raise DataError(f"{path.name}, line {line}: {error}; check the quotes from here on and the encoding") from error
     return records or [(1, [])]
 
 
 def _read_table(path: Path, fallbacks: Counter) -> tuple[pd.DataFrame, list[str]]:
     """The columns used, verbatim, plus `line`, and the header. (pandas would shift short rows and lose "None".)"""
-    (_, header), *records = _read_records(path, fallbacks)
+    (first, header), *records = _read_records(path, fallbacks)
     columns = ["path" if name.strip().casefold() == "image" else name.strip().casefold() for name in header]
-    wrong = [column for column in TABLE_COLUMNS[path.name] if columns.count(column) != 1]
+    wrong = [name for name in COLUMNS if columns.count(name) != 1 and name in {*TABLE_COLUMNS[path.name], *columns}]
     if wrong:
-        raise DataError(f"{path.name}, line 1: columns {wrong} must occur once ('image' means 'path'); found {header}")
+        problem = f"columns {wrong} are missing or double ('image' means 'path'); correct the header {str(header)[:99]}"
+        raise DataError(f"{path.name}, line {first}: {problem}")
     if not records:
-        raise DataError(f"{path.name}: has a header but no rows; download it again")
+        raise DataError(f"{path.name}, line {first}: a header but no rows; download the file again")
     for line, fields in records:
         if len(fields) != len(columns):
-            problem = f"{len(fields)} fields but {len(columns)} columns; quote a field that holds a comma"
-            raise DataError(f"{path.name}, line {line}, row {fields[0]!r}: {problem}")
+            problem = f"{len(fields)} fields but {len(columns)} columns; correct it, with quotes around commas"
+            raise DataError(f"{path.name}, line {line}, row {fields[0][:80]!r}: {problem}")
     frame = pd.DataFrame([fields for _, fields in records], columns=columns, dtype=object)
-    frame = frame[[column for column in COLUMNS if columns.count(column) == 1]]
-    frame = frame.assign(line=[line for line, _ in records])
+    frame = frame[[name for name in COLUMNS if name in columns]].assign(line=[line for line, _ in records])
     wrong = frame["id"].duplicated() | (frame["id"].str.strip() == "")
     _refuse_first(path.name, frame, wrong, "id", "is blank or repeats an earlier row's; give each row its own")
-    return frame, [column.strip() for column in header]
-
-
-def _read_sample(path: Path, test_ids: Iterable[str], fallbacks: Counter) -> pd.DataFrame:
-    """The sample submission under its own column names; its ids must be those of the test file, in any order."""
-    frame, header = _read_table(path, fallbacks)
-    if [column.casefold() for column in header] != ["id", "answer"]:
-        raise DataError(f"{path.name}, line 1: the columns must be id, answer; found {header}")
-    different = sorted(set(test_ids) ^ set(frame["id"]))
-    if different:
-        raise DataError(f"{path.name}: ids {different[:3]} are only in it or only in test.csv; use a pair that fits")
-    return frame[["id", "answer"]].set_axis(header, axis=1)
+    return frame, [name.strip() for name in header]
 
 
 def _check_questions(split: str, frame: pd.DataFrame, fallbacks: Counter) -> None:
@@ -781,11 +795,9 @@ def _check_questions(split: str, frame: pd.DataFrame, fallbacks: Counter) -> Non
 
 
 def answer_labels(frame: pd.DataFrame, name: str = "train.csv") -> np.ndarray:
-    """Labels 0-3, shape (n,), of the `answer` column; DataError names the first row that is not certain.
-
-    A column of letters (a, A, (a), a. or full width) or of 1-4 is read as such, any other also as texts of a choice.
-    """
-    choices, answer = frame[[*CHOICES]].map(str.strip), frame["answer"].str.strip()
+    """Labels 0-3 from `answer`: a-d or 1-4 as a, A, (a), a. or full width, else texts too; DataError where in doubt."""
+    texts = frame[[*CHOICES, "answer"]].map(lambda text: unicodedata.normalize("NFC", text.strip()))
+    choices, answer = texts[[*CHOICES]], texts["answer"]
     plain = answer.map(lambda text: unicodedata.normalize("NFKC", text)).str.casefold()
     mark = plain.str.extract(r"^\(?([a-d1-4])[.)]?$", expand=False)
     marks = "1234" if mark.isin([*"1234"]).all() else "abcd"
@@ -793,27 +805,26 @@ def answer_labels(frame: pd.DataFrame, name: str = "train.csv") -> np.ndarray:
     if not mark.isin([*"abcd"]).all():
         meant |= choices.eq(answer, axis=0)
     unclear = (meant.sum(axis=1) != 1) | (meant & (choices == "")).any(axis=1)
-    _refuse_first(name, frame, unclear, "answer", "does not mean exactly one filled choice; write its letter a-d")
+    for wrong in (unclear & mark.isna(), unclear):  # a 5 among numbers is to blame, not the numbers before it
+        _refuse_first(name, frame, wrong, "answer", "does not mean exactly one filled choice; write its letter a-d")
     return meant.to_numpy().argmax(axis=1)
 
 
 def _find_images(frame: pd.DataFrame, root: Path, split: str, fallbacks: Counter) -> list[str]:
-    """Path of every row's image, existing or not; DataError for a URL or a path, link included, that leaves `root`."""
+    """Every row's image, first found in `root`, its images or its split; DataError for a URL or a way out of `root`."""
     text = frame["path"].str.strip().str.replace("\\", "/")
     places = [[str(root / folder / path) for folder in ("", "images", split)] for path in text]
     found = [next(filter(os.path.isfile, paths), None) for paths in places]
     files = defaultdict(set)  # listed only where it is needed
-    for path in map(str, root.rglob("*") if None in found else ()):
-        files[unicodedata.normalize("NFC", path).casefold()].add(path)
-    for row in (row for row, path in enumerate(found) if path is None):  # another case or Unicode form of the name?
+    for file in filter(Path.is_file, root.rglob("*") if None in found else ()):
+        files[unicodedata.normalize("NFC", str(file)).casefold()].add(str(file))
+    for row in (row for row, path in enumerate(found) if path is None):
         similar = set().union(*(files[unicodedata.normalize("NFC", path).casefold()] for path in places[row]))
+        fallbacks["image_found_under_other_spelling"] += len(similar) == 1
         found[row] = similar.pop() if len(similar) == 1 else places[row][0]  # no guess between several
-        fallbacks["image_found_under_other_spelling"] += os.path.isfile(found[row])
     outside = np.array([not Path(os.path.realpath(path)).is_relative_to(root) for path in found])
     outside |= text.str.match(r"[A-Za-z][\w+.-]*:").to_numpy()
-    _refuse_first(
-        f"{split}.csv", frame, outside, "path", "is a URL or leads out of the data folder; copy the file there"
-    )
+    _refuse_first(f"{split}.csv", frame, outside, "path", "is a URL or leads out of the data folder; copy it there")
     return found
 
 
@@ -838,62 +849,62 @@ def grey_image(side: int = 224) -> Image.Image:
 
 
 def load_image(path: str | Path, max_side: int = MAX_IMAGE_SIDE) -> Image.Image:
-    """Upright RGB, longer side at most `max_side`, transparency on white; ImageError for what cannot be decoded."""
+    """Upright RGB, longer side at most `max_side`, transparency on white; ImageError for what cannot be used."""
     if str(path) == GREY_IMAGE:
         return grey_image()
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:  # reads the header; PIL refuses a decompression bomb
-            scale = max_side / max(image.size)
-            image.draft("RGB", [math.ceil(side * scale) for side in image.size])  # decodes a big JPEG at 1/2 to 1/8
+            image.draft("RGB", [math.ceil(n * max_side / max(image.size)) for n in image.size])  # JPEG at 1/2 to 1/8
             rgb = _to_rgb(ImageOps.exif_transpose(image))
-    except _DECODE_ERRORS as error:
+    except Exception as error:  # each decoder raises its own on damaged files, and PIL passes them on
         raise ImageError(f"{path}: not a readable image ({type(error).__name__}: {error}); replace the file") from error
     rgb.thumbnail((max_side, max_side))
+    if max(rgb.size) > 200 * min(rgb.size):  # the models' processors take no more
+        raise ImageError(f"{path}: its sides {rgb.size} differ more than 200 to 1; crop it")
     return rgb
 
 
 def _image_facts(path: str) -> dict:
-    """Size, content hash and perceptual hash of one image from one full decode; no hashes where it fails."""
-    image, pixel_hash, dhash = grey_image(), "", ""
+    """Size, content hash and perceptual hash of one image from one full decode; the problem where it is unusable."""
+    image, pixel_hash, dhash, problem = grey_image(), "", "", ""
     try:
         image = load_image(path)
         pixel_hash = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
         grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX))
         dhash = np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes().hex()  # 64 bits: does it get lighter to the right?
     except ImageError as error:
-        LOGGER.warning("%s", error)
-    facts = {"image_path": path, "image_ok": pixel_hash != "", "width": image.width, "height": image.height}
-    return facts | {"pixel_hash": pixel_hash, "dhash": dhash}
+        problem = str(error)
+    facts = {"image_path": path, "image_ok": problem == "", "width": image.width, "height": image.height}
+    return facts | {"pixel_hash": pixel_hash, "dhash": dhash, "problem": problem}
 
 
 def _attach_images(frame: pd.DataFrame, root: Path, split: str, limit: float, fallbacks: Counter) -> pd.DataFrame:
     """Add image_path and the facts of every image, each file decoded once, on all cores; unusable ones are counted."""
     frame = frame.assign(image_path=_find_images(frame, root, split, fallbacks))
-    quiet = warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)  # errors are enough
-    with quiet, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL's errors suffice
         facts = pd.DataFrame(pool.map(_image_facts, frame["image_path"].unique()))
     frame = frame.merge(facts, how="left", on="image_path")
-    _count_lost(frame, ~frame["image_ok"], split, "unusable_image", limit, fallbacks)
-    return frame.drop(columns="path").assign(type=frame["question"].map(question_type))
+    _count_lost(frame, split, "unusable_image", "path", limit, fallbacks)
+    return frame.drop(columns=["path", "problem"]).assign(type=frame["question"].map(question_type))
 
 
-def _count_lost(frame: pd.DataFrame, lost: pd.Series, split: str, what: str, limit: float, fallbacks: Counter) -> None:
-    """Log and count the rows of `frame` where `lost` is true; DataError above the share `limit`."""
-    lines = frame.loc[lost, "line"].tolist()
-    fallbacks[f"{split}_{what}"] += len(lines)
-    if lines:
-        LOGGER.warning("%s.csv: %s in %d rows, the first on lines %s", split, what, len(lines), lines[:20])
-    if len(lines) > limit * len(frame):
-        remedy = f"repair the data or raise max_fallback_share={limit}"
-        raise DataError(f"{split}.csv: {what} in {len(lines)} of {len(frame)} rows, first on line {lines[0]}; {remedy}")
+def _count_lost(frame: pd.DataFrame, split: str, what: str, column: str, limit: float, fallbacks: Counter) -> None:
+    """Log and count the rows whose `problem` is not blank; DataError about the first above the share `limit`."""
+    lost = frame["problem"] != ""
+    fallbacks[f"{split}_{what}"] += int(lost.sum())
+    if lost.any():
+        text = f"{frame['problem'][lost].iloc[0][:400]}; {what} in {lost.sum()} of {len(frame)} rows"
+        LOGGER.warning("%s.csv, lines %s: %s", split, frame["line"][lost].tolist()[:20], text)
+        if lost.sum() > limit * len(frame):
+            _refuse_first(f"{split}.csv", frame, lost, column, f"{text}; repair it or raise max_fallback_share={limit}")
 
 
 def _load_train(root: Path, limit: float, sample_size: int | None, seed: int, fallbacks: Counter) -> pd.DataFrame:
     """Training rows with labels; rows without an answer or a usable image are dropped and counted."""
     frame, _ = _read_table(root / "train.csv", fallbacks)
-    blank = frame["answer"].str.strip() == ""
-    _count_lost(frame, blank, "train", "blank_answer", limit, fallbacks)
-    frame = frame[~blank]
+    frame = frame.assign(problem=frame["answer"].str.strip().map(lambda answer: "" if answer else "no answer"))
+    _count_lost(frame, "train", "blank_answer", "answer", limit, fallbacks)
+    frame = frame[frame["problem"] == ""].drop(columns="problem")
     _check_questions("train", frame, fallbacks)
     frame = frame.assign(label=answer_labels(frame))
     frame["answer"] = frame["label"].map(dict(enumerate(CHOICES)))
@@ -913,21 +924,22 @@ def _load_test(root: Path, limit: float, fallbacks: Counter) -> pd.DataFrame:
     return frame.drop(columns="answer", errors="ignore")
 
 
-def _fingerprint(root: Path, *frames: pd.DataFrame) -> str:
-    paths = sorted({path for frame in frames for path in frame["image_path"][frame["image_ok"]]})
-    sizes = "\n".join(f"{os.path.relpath(path, root)}:{os.path.getsize(path)}" for path in paths)
-    tables = b"".join((root / name).read_bytes() for name in TABLE_COLUMNS)
-    return hashlib.sha256(tables + sizes.encode()).hexdigest()
-
-
 def load_competition(data_dir, max_fallback_share=0.01, sample_size: int | None = None, seed=42) -> Competition:
     """Validated tables and counts; DataError for what would need a guess or for losses above `max_fallback_share`."""
-    root, fallbacks = Path(data_dir).resolve(), Counter()
+    root, fallbacks = Path(data_dir).resolve(), Counter(csv_read_as_cp949=0)
     train = _load_train(root, max_fallback_share, sample_size, seed, fallbacks)
     test = _load_test(root, max_fallback_share, fallbacks)
-    sample = _read_sample(root / "sample_submission.csv", test["id"], fallbacks)
+    sample, header = _read_table(root / "sample_submission.csv", fallbacks)
+    if [name.casefold() for name in header] != ["id", "answer"]:
+        raise DataError(f"sample_submission.csv, line 1: the columns must be id, answer; correct {str(header)[:200]}")
+    for file, frame, other in (("sample_submission.csv", sample, test), ("test.csv", test, sample)):
+        problem = "is only in this file; take test.csv and sample_submission.csv from one download"
+        _refuse_first(file, frame, ~frame["id"].isin(other["id"]), "id", problem)
     LOGGER.info("Loaded %d training and %d test rows; fallbacks: %s", len(train), len(test), dict(+fallbacks))
-    return Competition(train, test, sample, fallbacks, _fingerprint(root, train, test), root)
+    pixels = "".join(digest for frame in (train, test) for digest in frame["pixel_hash"])
+    tables = b"".join((root / name).read_bytes() for name in TABLE_COLUMNS)
+    fingerprint = hashlib.sha256(tables + pixels.encode()).hexdigest()
+    return Competition(train, test, sample[["id", "answer"]].set_axis(header, axis=1), fallbacks, fingerprint, root)
 
 
 # === Leakage and folds ===============================================================================================
@@ -949,8 +961,7 @@ def _near_pairs(images: pd.DataFrame, max_bits: int, max_difference: float) -> t
     codes = np.frombuffer(bytes.fromhex("".join(images["dhash"])), dtype=np.uint8)
     bits = np.unpackbits(codes.reshape(-1, 8), axis=1).astype(np.float32)
     graph = radius_neighbors_graph(bits, radius=(max_bits + 0.5) ** 0.5)  # squared distance = bits that differ
-    pairs = np.column_stack(graph.nonzero())
-    pairs = pairs[pairs[:, 0] < pairs[:, 1]]
+    pairs = np.column_stack(triu(graph).nonzero())
     involved = np.unique(pairs)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         small = pool.map(lambda path: load_image(path).resize((32, 32)), images["image_path"].iloc[involved])
@@ -961,19 +972,17 @@ def _near_pairs(images: pd.DataFrame, max_bits: int, max_difference: float) -> t
 
 def leakage_report(train: pd.DataFrame, test: pd.DataFrame, max_bits=4, max_difference=3.0) -> LeakageReport:
     """Copies of images: exact by pixels, near by `max_bits` of 64 hash bits and `max_difference` of 255 grey levels."""
-    rows = pd.concat([train.assign(split="train"), test.assign(split="test")])
-    rows = rows[rows["image_ok"]].reset_index(drop=True)
+    rows = pd.concat([train.assign(split="train"), test.assign(split="test")]).query("image_ok").reset_index(drop=True)
     image, hashes = pd.factorize(rows["pixel_hash"])  # number of the image in each row
     first = np.unique(image, return_index=True)[1]  # the first row with each image
     near, gaps = _near_pairs(rows.iloc[first], max_bits, max_difference)
     links = coo_matrix((np.ones(len(near)), near.T), shape=(len(hashes), len(hashes)))
-    group_of_image, alarm = connected_components(links, directed=False)[1], ""
-    largest = np.bincount(group_of_image).max()
+    group, alarm = connected_components(links, directed=False)[1][image], ""
+    largest = rows.groupby(group)["pixel_hash"].nunique().max()
     if largest > max(10, 0.01 * len(hashes)):  # implausible
         alarm = f"near copies would link {largest} different images into one group: only exact copies are grouped"
         LOGGER.warning("Leakage: %s", alarm)
-        group_of_image = np.arange(len(hashes))
-    group = group_of_image[image]
+        group = image
     exact = np.column_stack([first[image], rows.index])[first[image] != rows.index]
     pairs = np.concatenate([exact, first[near]])
     ends = [rows.loc[end, ["split", "id", "image_path"]].reset_index(drop=True) for end in pairs.T]
@@ -988,10 +997,7 @@ def leakage_report(train: pd.DataFrame, test: pd.DataFrame, max_bits=4, max_diff
 
 
 def make_folds(train: pd.DataFrame, n_folds: int = 3, seed: int = 42, groups=None) -> np.ndarray:
-    """Fold number 0..n_folds-1 per training row, shape (n,), stratified on answer and question type.
-
-    Rows of a group stay together; default: exact copies. ValueError for fewer than two folds or groups than folds.
-    """
+    """Fold (n,) of each row, even in answer and type, groups (default: exact copies) whole; ValueError for too few."""
     from sklearn.model_selection import StratifiedGroupKFold  # importing sklearn draws from the global generator
 
     groups = pd.factorize(np.asarray(train["pixel_hash"] if groups is None else groups))[0]
@@ -1009,11 +1015,9 @@ def make_folds(train: pd.DataFrame, n_folds: int = 3, seed: int = 42, groups=Non
 
 # === Prompt ==========================================================================================================
 QUESTION_TYPES = ("counting", "color", "ocr", "yesno", "location", "attribute", "general")
-
 # First match wins, so the narrow patterns stand before the wide ones: "what colour is the text" asks for a colour.
-_KOREAN_UNITS = "개|명|마리|대|권|장|병|송이|그루|채|척|잔|켤레|가지|번|층|줄|칸|쌍|자루|벌"
 _QUESTION_PATTERNS = {
-    "counting": rf"몇\s*({_KOREAN_UNITS})|개수|how many|number of",
+    "counting": r"몇\s*([개명대권장병채척잔번층줄칸쌍벌]|마리|송이|그루|켤레|가지|자루)|개수|how many|number of",
     "color": r"색|빛깔|colou?r",
     "ocr": r"글자|글씨|숫자|문자|적힌|적혀|쓰인|쓰여|써\s*있|읽|표지판|간판|텍스트|번호"
     r"|\btext\b|written|\bread\b|\bsays?\b|digit",
@@ -1023,17 +1027,7 @@ _QUESTION_PATTERNS = {
     r"|^(is|are|does|do|can)\b",
     "attribute": r"모양|재질|종류|상태|형태|크기|날씨|어떤|무슨|shape|material|kind of|type of|\bsize\b",
 }
-_QUESTION_REGEX = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in _QUESTION_PATTERNS.items()}
-
-
-def question_type(text: str) -> str:
-    """Return one of QUESTION_TYPES for a Korean or English question, by its wording alone."""
-    matches = (name for name, pattern in _QUESTION_REGEX.items() if pattern.search(text.strip()))
-    return next(matches, "general")
-
-
 SYSTEM_PROMPT = "당신은 이미지를 보고 객관식 질문에 답하는 전문가입니다. 정답의 글자 하나만 답합니다."
-
 _HINTS = {
     "counting": "대상을 하나씩 빠짐없이 세어 보세요.",
     "color": "대상의 색을 주의 깊게 보세요.",
@@ -1047,12 +1041,16 @@ _HINTS = {
 _TASK = " 알맞은 보기의 글자(a, b, c, d) 하나만 답하세요.\n질문: {question}\n보기:\n{choices}"
 PROMPT_TEMPLATES = {name: hint + _TASK for name, hint in _HINTS.items()}
 
-_SPECIAL_TOKEN = re.compile(r"<(\|[^<>|\s]{1,40}\||/?(?:think|tool_call|tool_response))>")
+
+def question_type(text: str) -> str:
+    """Return one of QUESTION_TYPES for a Korean or English question, by its wording alone."""
+    matches = (name for name, pattern in _QUESTION_PATTERNS.items() if re.search(pattern, text.strip(), re.IGNORECASE))
+    return next(matches, "general")
 
 
 def neutralise_special_tokens(text: str) -> str:
     """Break text that a tokenizer would read as a control token: `<|im_end|>` becomes `< |im_end| >`."""
-    return _SPECIAL_TOKEN.sub(r"< \1 >", text)
+    return re.sub(r"<(\|[^<>|\s]{1,40}\||/?(?:think|tool_call|tool_response))>", r"< \1 >", text)
 
 
 def permute_choices(values, order):
@@ -1075,6 +1073,8 @@ def build_messages(row, order=(0, 1, 2, 3), templates=PROMPT_TEMPLATES) -> list[
 # Projections of the language model's decoder layers and nothing else: the vision tower stays as it was pretrained.
 LORA_TARGETS = r"(?:.*\.)?language_model\.layers\.\d+\.(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)"
 VISION_PREFIX = "visual"
+MODEL_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "position_ids")
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # precision -> name in torch
 
 
 class TemplateError(ValueError):
@@ -1083,50 +1083,39 @@ class TemplateError(ValueError):
 
 def load_processor(config: Config):
     """The model's processor, padding on the left so that the last position is the answer's for every row."""
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(config.model_path, trust_remote_code=False)
+    trusted = config.trust_remote_code
+    if not trusted:
+        for path in Path(config.model_path).glob("*.json"):  # none for a hub id, whose code transformers refuses itself
+            if '"auto_map"' in path.read_text(encoding="utf-8"):
+                raise ValueError(f"{path} asks to run Python code from that folder (auto_map): trust_remote_code=True?")
+    processor = transformers.AutoProcessor.from_pretrained(config.model_path, trust_remote_code=trusted)
     processor.tokenizer.padding_side = "left"
     return processor
 
 
-def _torch_dtype(precision: str):
-    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-
-
 def quantization_config(quantization: str, precision: str):
     """bitsandbytes settings for the language model, or None; vision tower and head stay in 16 bits."""
-    from transformers import BitsAndBytesConfig
-
     if quantization == "none":
         return None
-    return BitsAndBytesConfig(
-        load_in_4bit=quantization == "4bit",
-        load_in_8bit=quantization == "8bit",
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=_torch_dtype(precision),
-        llm_int8_skip_modules=[VISION_PREFIX, f"model.{VISION_PREFIX}", "lm_head"],
-    )
+    settings = {"load_in_4bit": quantization == "4bit", "load_in_8bit": quantization == "8bit"}
+    settings |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # quantises the scales too
+    settings |= {"bnb_4bit_compute_dtype": getattr(torch, DTYPES[precision])}
+    settings |= {"llm_int8_skip_modules": [VISION_PREFIX, f"model.{VISION_PREFIX}", "lm_head"]}
+    return transformers.BitsAndBytesConfig(**settings)
 
 
 def load_model(config: Config, runtime: Runtime, attempts: int = 3):
     """The frozen base model on this process's first GPU or the CPU; after `attempts` an OSError says what to check."""
-    from transformers import AutoModelForImageTextToText
-
     if config.quantization != "none" and not runtime.gpus:
         raise ValueError(f"quantization {config.quantization!r} needs a GPU; on a CPU set quantization='none'")
-    options = {
-        "dtype": _torch_dtype(runtime.precision),
-        "attn_implementation": runtime.attention,
-        "trust_remote_code": False,
-        "device_map": {"": 0} if runtime.gpus else None,
-        "quantization_config": quantization_config(config.quantization, runtime.precision),
-    }
+    options = {"dtype": getattr(torch, DTYPES[runtime.precision]), "attn_implementation": runtime.attention}
+    options |= {"quantization_config": quantization_config(config.quantization, runtime.precision)}
+    options |= {"device_map": {"": 0} if runtime.gpus else None, "trust_remote_code": config.trust_remote_code}
+    options |= {"use_safetensors": True}  # never a pickle
     for attempt in range(attempts):  # downloads from the hub break off
         time.sleep(2 * attempt)
         try:
-            model = AutoModelForImageTextToText.from_pretrained(config.model_path, **options)
+            model = transformers.AutoModelForImageTextToText.from_pretrained(config.model_path, **options)
             return model.requires_grad_(False).eval()
         except OSError as error:
             LOGGER.warning("Loading %s failed (attempt %d of %d): %s", config.model_path, attempt + 1, attempts, error)
@@ -1139,18 +1128,14 @@ def load_model(config: Config, runtime: Runtime, attempts: int = 3):
 
 def attach_lora(model, config: Config, seed: int):
     """A fresh LoRA adapter around `model`, a function of `seed`; asserted to be fp32 and outside the vision tower."""
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(seed)
-    strength = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
-    adapted = get_peft_model(model, LoraConfig(target_modules=LORA_TARGETS, task_type="CAUSAL_LM", **strength))
+    lora = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=LORA_TARGETS, task_type="CAUSAL_LM", **lora))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trainable = trainable_parameters(adapted)
-    in_vision = [name for name in trainable if f".{VISION_PREFIX}." in name]
-    assert trainable and not in_vision, f"LoRA reached the vision tower: {in_vision[:3]}"
-    not_fp32 = [name for name, parameter in trainable.items() if parameter.dtype != torch.float32]
-    assert not not_fp32, f"Trainable weights must be fp32 for the optimizer: {not_fp32[:3]}"
+    wrong = [name for name, value in trainable.items() if f".{VISION_PREFIX}." in name or value.dtype != torch.float32]
+    assert trainable and not wrong, f"LoRA weights must be fp32 and outside the vision tower, unlike {wrong[:3]}"
     return adapted
 
 
@@ -1170,8 +1155,7 @@ def choice_token_ids(processor, prompt: str) -> tuple[tuple[int, ...], ...]:
         if not single or continued[0][-1] != single[0]:
             raise TemplateError(f"The letter {choice!r} is not one token after the prompt; token ids: {continued[0]}")
         letters.append(tuple(dict.fromkeys(single)))
-    every = [token for variants in letters for token in variants]
-    if len(set(every)) != len(every):
+    if len({token for variants in letters for token in variants}) != sum(map(len, letters)):
         raise TemplateError(f"Two letters share a token: {dict(zip(CHOICES, letters, strict=True))}")
     return tuple(letters)
 
@@ -1212,10 +1196,17 @@ class Session:
     letters: tuple[tuple[int, ...], ...]
     cache: VisionCache
     progress: Callable = lambda stage, done, total, **details: None
+    notes: list[str] = field(default_factory=list)  # departures from the plan, for the report
+    largest_batch: int | None = None  # questions per forward pass that memory has allowed since it ran out
+    seconds_per_question: float = 0.0  # of the last inference
 
     @property
     def device(self):
         return self.model.device
+
+    def note(self, text: str) -> None:
+        LOGGER.warning("%s", text)
+        self.notes.append(text)
 
     @property
     def templates(self) -> Mapping[str, str]:
@@ -1227,30 +1218,24 @@ def open_session(config: Config, example: Mapping) -> Session:
     runtime = detect_runtime(config.precision, config.attn_implementation)
     for reason in runtime.reasons:
         LOGGER.info("Decision: %s", reason)
-    seed_everything(config.seed, config.deterministic)
+    seed_everything(config.seed, config.deterministic, config.strict_determinism)
     processor = load_processor(config)
     letters = check_template(processor, build_messages(example))
     with track_peak_memory("model loaded"):
         model = load_model(config, runtime)
-    return Session(config, runtime, processor, model, letters, VisionCache(model, processor))
+    return Session(config, runtime, processor, model, letters, VisionCache(model, processor, config.cache_dir))
 
 
 def autocast(session: Session):
     """Mixed precision on a GPU, nothing on a CPU."""
     if session.device.type != "cuda" or session.runtime.precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast("cuda", dtype=_torch_dtype(session.runtime.precision))
-
-
-MODEL_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "position_ids")
+    return torch.autocast("cuda", dtype=getattr(torch, DTYPES[session.runtime.precision]))
 
 
 def causal_mask(attention_mask):
-    """(batch, 1, length, length) causal mask from (batch, length), in which a padded position may look at everything.
-
-    A row with nothing to look at may be NaN in an SDPA kernel, for some in the backward pass only. No real position
-    looks at padding, so the scores do not change.
-    """
+    """Causal mask (batch, 1, length, length) from (batch, length), in which a padded position looks at everything."""
+    # A row with nothing to look at may be NaN in an SDPA kernel. No real position looks at padding: no score changes.
     length = attention_mask.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).tril()
     visible = attention_mask.bool()
@@ -1295,21 +1280,15 @@ def make_prompt(session: Session, frame: pd.DataFrame, row: int, order: Sequence
 
 def collate(session: Session, prompts: Sequence[Prompt]) -> dict:
     """Left-padded model inputs on the CPU, with 3-D position ids, and the images as cache keys or as pixels."""
-    length = max(len(prompt.input_ids) for prompt in prompts)
-    input_ids = torch.full((len(prompts), length), session.processor.tokenizer.pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for line, prompt in enumerate(prompts):
-        input_ids[line, length - len(prompt.input_ids) :] = torch.from_numpy(prompt.input_ids)
-        attention_mask[line, length - len(prompt.input_ids) :] = 1
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "mm_token_type_ids": (input_ids == session.processor.image_token_id).int(),
-        "image_grid_thw": torch.tensor([prompt.grid for prompt in prompts]),
-    }
+    rows = [torch.from_numpy(prompt.input_ids) for prompt in prompts]
+    pad, left = torch.nn.utils.rnn.pad_sequence, {"batch_first": True, "padding_side": "left"}
+    input_ids = pad(rows, padding_value=session.processor.tokenizer.pad_token_id, **left)
+    inputs = {"input_ids": input_ids, "attention_mask": pad([torch.ones_like(row) for row in rows], **left)}
+    inputs |= {"mm_token_type_ids": (input_ids == session.processor.image_token_id).int()}
+    inputs |= {"image_grid_thw": torch.tensor([prompt.grid for prompt in prompts])}
     positions, _ = session.model.model.get_rope_index(**inputs)
     inputs |= {"position_ids": positions, "prompts": list(prompts)}
-    if not session.cache.covers(prompts):
+    if not session.cache.covers(prompt.image_key for prompt in prompts):
         inputs["pixel_values"] = [_checked_pixels(session, prompt) for prompt in prompts]
     return inputs
 
@@ -1321,16 +1300,28 @@ def _checked_pixels(session: Session, prompt: Prompt):
     return pixels
 
 
+def split_batches(session: Session, batches: Iterable[Mapping], size: int) -> Iterator[Mapping]:
+    """The same questions in batches of at most `size`."""
+    for batch in batches:
+        prompts = batch["prompts"]
+        parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        yield from [batch] if len(parts) == 1 else (collate(session, part) for part in parts)
+
+
+def out_of_memory(cause: Exception) -> RuntimeError:
+    """What to do when not even one question fits into the GPU's memory."""
+    remedy = "set max_pixels=400 * 32 * 32, gradient_checkpointing=True or a smaller model_id"
+    return RuntimeError(f"Out of GPU memory with one question per forward pass: {remedy}. Cause: {cause}")
+
+
 def iterate_batches(session: Session, prompts: Sequence[Prompt], batches: Sequence[Sequence[int]]) -> Iterator[dict]:
     """Collated batches in order; decoding runs in worker processes when any image is missing from the cache."""
-    from torch.utils.data import DataLoader
-
+    is_cached = session.cache.covers(prompt.image_key for prompt in prompts)
     # Only a forked process shares the session; another kind would have to pickle the model.
-    use_workers = hasattr(os, "fork") and not session.cache.covers(prompts)
-    workers = session.config.num_workers if use_workers else 0
+    workers = session.config.num_workers if hasattr(os, "fork") and not is_cached else 0
     options = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
     chosen = [[prompts[item] for item in batch] for batch in batches]
-    return iter(DataLoader(chosen, None, collate_fn=lambda batch: collate(session, batch), **options))
+    return iter(torch.utils.data.DataLoader(chosen, None, collate_fn=lambda batch: collate(session, batch), **options))
 
 
 # === Vision cache ====================================================================================================
@@ -1344,28 +1335,22 @@ def pixel_budget(config: Config, processor, scale: float = 1.0) -> tuple[int, in
     """(min_pixels, max_pixels) of one view; the only place where the budget is decided."""
     area = merged_patch_area(processor)
     upper = config.image_size**2 if config.image_size else config.max_pixels or 768 * area
-    lower = config.min_pixels or 4 * area
     upper = max(int(upper * scale), area)
-    return min(lower, upper), upper
+    return min(config.min_pixels or 4 * area, upper), upper
 
 
 def image_grid(width: int, height: int, processor, budget: tuple[int, int]) -> tuple[int, int, int]:
     """(1, rows, columns) of patches for an image of that size within `budget`; aspect ratio kept."""
-    from qwen_vl_utils.vision_process import smart_resize
-
     images = processor.image_processor
-    factor = images.patch_size * images.merge_size
-    rows, columns = smart_resize(height, width, factor=factor, min_pixels=budget[0], max_pixels=budget[1])
+    rows, columns = vision_process.smart_resize(height, width, images.patch_size * images.merge_size, *budget)
     return 1, rows // images.patch_size, columns // images.patch_size
 
 
 def prepare_image(image, processor, budget: tuple[int, int]):
     """(pixel_values (patches, values), grid) of a PIL image, resized once; the processor does not resize again."""
-    from qwen_vl_utils import process_vision_info
-
     patch = processor.image_processor.patch_size
     content = [{"type": "image", "image": image, "min_pixels": budget[0], "max_pixels": budget[1]}]
-    resized, _ = process_vision_info([{"role": "user", "content": content}], image_patch_size=patch)
+    resized, _ = vision_process.process_vision_info([{"role": "user", "content": content}], image_patch_size=patch)
     inputs = processor.image_processor(images=resized, do_resize=False, return_tensors="pt")
     return inputs["pixel_values"], tuple(inputs["image_grid_thw"][0].tolist())
 
@@ -1378,37 +1363,82 @@ def encode_prompt(processor, messages: list[dict], grid: tuple[int, int, int]) -
 
 
 class VisionCache:
-    """Features of the frozen vision tower, kept in RAM, one computation for each image content and pixel budget."""
+    """Features of the frozen vision tower, once per image and pixel budget: on disk, for later processes, or in RAM."""
 
-    def __init__(self, model, processor):
-        self.model = model
-        self.processor = processor
-        self.store: dict[tuple, tuple] = {}
+    def __init__(self, model, processor, cache_dir: str | None = None):
+        self.model, self.processor = model, processor
+        scratch = Path(tempfile.gettempdir()) / f"vqa_features_{getattr(os, 'getuid', int)()}"
+        self.folder = (Path(cache_dir) if cache_dir else scratch) / self.identity()
+        self.shards: dict[tuple, tuple[Path, int]] = {}  # key -> file and the image's number in it
+        self.store: dict[tuple, tuple] = {}  # key -> features, where the disk is too small
         self.recomputed_in_fp32 = 0
 
-    def covers(self, prompts: Sequence[Prompt]) -> bool:
-        """Whether the features of every prompt's image are stored."""
-        return all(prompt.image_key in self.store for prompt in prompts)
+    def identity(self) -> str:
+        """A hash of what features depend on besides image and budget: the tower's weights, the processor, torch."""
+        settings = f"{self.processor.image_processor.to_json_string()} {torch.__version__} {self.model.device.type}"
+        digest = hashlib.sha256(settings.encode())
+        for value in self.model.get_submodule(f"model.{VISION_PREFIX}").state_dict().values():
+            digest.update(value.cpu().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+    def covers(self, keys: Iterable[tuple]) -> bool:
+        return all(key in self.shards or key in self.store for key in keys)
 
     def fill(self, frame: pd.DataFrame, budget: tuple[int, int], progress: Callable, batch_size: int = 16) -> bool:
-        """Compute what is missing for the images of `frame`; False, with the reason logged, if RAM is too small."""
+        """Store the features of all images of `frame`; False, with the reason logged, where nothing can hold them."""
         images = zip(frame["pixel_hash"], frame["image_path"], strict=True)
-        distinct = {(digest, *budget): path for digest, path in images}
-        missing = [(key, path) for key, path in distinct.items() if key not in self.store]
-        free = psutil.virtual_memory().available
-        for start in range(0, len(missing), batch_size):
-            keys, paths = zip(*missing[start : start + batch_size], strict=True)
-            prepared = [prepare_image(load_image(path), self.processor, budget) for path in paths]
-            features = self.compute(*zip(*prepared, strict=True))
-            if start == 0:
-                size = sum(tensor.nbytes for image in features for tensor in image) / len(keys) * len(missing)
-                LOGGER.info("Vision cache: %d images, about %.2f GiB", len(missing), size / 2**30)
-                if size > free / 2:
-                    LOGGER.warning("Vision cache skipped: only %.2f GiB of memory are free", free / 2**30)
+        distinct = list({(digest, *budget): path for digest, path in images}.items())
+        # The batches are fixed, so that no feature depends on where an earlier process stopped.
+        batches = [distinct[start : start + batch_size] for start in range(0, len(distinct), batch_size)]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(self.folder / "lock"):  # one worker computes, the others wait and read
+            for path in set(self.folder.glob("*.safetensors")) - {path for path, _ in self.shards.values()}:
+                if file_sha256(path) == path.stem:
+                    with safe_open(path, "pt") as file:
+                        self.index(path, [tuple(key) for key in json.loads(file.metadata()["keys"])])
+                else:
+                    LOGGER.warning("Vision features recomputed: %s was damaged", path)
+                    path.unlink()
+            missing = [batch for batch in batches if not self.covers(key for key, _ in batch)]
+            for done, batch in enumerate(missing, 1):
+                keys, paths = zip(*batch, strict=True)
+                prepared = [prepare_image(load_image(path), self.processor, budget) for path in paths]
+                features = self.compute(*zip(*prepared, strict=True))
+                size = sum(tensor.nbytes for image in features for tensor in image) * (len(missing) - done + 1)
+                if not self.keep(keys, features, size):
                     return False
-            self.store |= zip(keys, features, strict=True)
-            progress("vision features", start + len(keys), len(missing))
+                progress("vision features", done, len(missing))
         return True
+
+    def keep(self, keys: Sequence[tuple], features: Sequence[tuple], size: float) -> bool:
+        """Write a shard, or use RAM; False, with a warning, where the expected bytes of all, `size`, fit in neither."""
+        disk, memory = shutil.disk_usage(self.folder).free, psutil.virtual_memory().available
+        if size <= disk / 2:
+            tensors = {f"{n}.{k:02}": tensor for n, image in enumerate(features) for k, tensor in enumerate(image)}
+            content = safetensors_torch.save(tensors, {"keys": json.dumps(keys)})  # two entries would swap at random
+            path = self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
+            atomic_write(path, content, durable=False)
+            self.index(path, keys)
+        elif size <= memory / 4:  # a quarter, because there may be two workers
+            self.store |= zip(keys, features, strict=True)
+        else:
+            free = f"{disk / 2**30:.2f} GiB of disk and {memory / 2**30:.2f} GiB of memory are free"
+            LOGGER.warning("Vision cache skipped: it needs %.2f GiB, only %s", size / 2**30, free)
+            return False
+        return True
+
+    def index(self, path: Path, keys: Sequence[tuple]) -> None:
+        """Note where images lie; of two places the first by name, so that every process reads the same one."""
+        for number, key in enumerate(keys):
+            self.shards[key] = min((path, number), self.shards.get(key, (path, number)))
+
+    def read(self, key: tuple) -> tuple:
+        """The features of one image: (tokens, hidden), then DeepStack's layers."""
+        if key in self.store:
+            return self.store[key]
+        path, number = self.shards[key]
+        with safe_open(path, "pt") as file:  # memory-mapped
+            return tuple(file.get_tensor(name) for name in sorted(file.keys()) if name.startswith(f"{number}."))
 
     def compute(self, pixel_values: Sequence, grids: Sequence) -> list[tuple]:
         """One tuple per image on the CPU: features (tokens, hidden), then DeepStack; fp32, clamped, after overflow."""
@@ -1431,17 +1461,15 @@ class VisionCache:
 
     def _tower(self, pixels, grid) -> list[tuple]:
         output = self.model.get_image_features(pixels, grid, return_dict=True)
-        layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
-        return list(zip(*layers, strict=True))
+        return list(zip(output.pooler_output, *(getattr(output, "deepstack_features", None) or []), strict=True))
 
     def encoder_outputs(self, batch: Mapping) -> SimpleNamespace:
         """What `mm_encoder_outputs["image"]` takes for `batch`: cached features, or fresh ones from its pixels."""
         if "pixel_values" in batch:
             images = self.compute(batch["pixel_values"], batch["image_grid_thw"].tolist())
         else:
-            images = [self.store[prompt.image_key] for prompt in batch["prompts"]]
-        layers = zip(*images, strict=True)
-        pooled, *deepstack = ([tensor.to(self.model.device) for tensor in layer] for layer in layers)
+            images = [self.read(prompt.image_key) for prompt in batch["prompts"]]
+        pooled, *deepstack = ([tensor.to(self.model.device) for tensor in layer] for layer in zip(*images, strict=True))
         return SimpleNamespace(pooler_output=pooled, deepstack_features=deepstack)
 
 
@@ -1454,21 +1482,17 @@ class EarlyStopping:
             raise ValueError(f"mode must be 'max' or 'min', not {mode!r}")
         self.patience, self.min_delta, self.logger = patience, min_delta, logger
         self.sign = 1 if mode == "max" else -1
-        self.best = -self.sign * math.inf
-        self.waited = 0
+        self.best, self.waited = -self.sign * math.inf, 0
 
     def __call__(self, value: float) -> bool:
         if self.sign * (value - self.best) > self.min_delta:  # never true for NaN
             self.best, self.waited = float(value), 0
         else:
             self.waited += 1
-        if self.should_stop and self.logger is not None:
+        stop = self.waited >= self.patience
+        if stop and self.logger is not None:
             self.logger.info("Early stopping: no gain over %.4f for %d epochs", self.best, self.waited)
-        return self.should_stop
-
-    @property
-    def should_stop(self) -> bool:
-        return self.waited >= self.patience
+        return stop
 
     def state_dict(self) -> dict:
         return {"best": self.best, "waited": self.waited}
@@ -1484,30 +1508,26 @@ class WeightAverager:
         if kind not in ("ema", "swa"):
             raise ValueError(f"kind must be 'ema' or 'swa', not {kind!r}")
         self.kind, self.parameters, self.decay = kind, dict(parameters), decay
-        self.updates = 0
-        self.average: dict = {}
+        self.updates, self.average = 0, {}
 
     def update(self) -> None:
-        from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
-
-        with torch.no_grad():
-            if self.updates == 0:
-                self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
-            else:
-                # Less than `decay` at first, so that a short run does not keep its initial weights.
-                decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-                combine = get_ema_multi_avg_fn(decay) if self.kind == "ema" else get_swa_multi_avg_fn()
-                combine(list(self.average.values()), list(self.parameters.values()), self.updates)
+        if self.updates == 0:
+            self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
+        else:
+            tools = torch.optim.swa_utils
+            # Less than `decay` at first, so that a short run does not keep its initial weights.
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+            combine = tools.get_ema_multi_avg_fn(decay) if self.kind == "ema" else tools.get_swa_multi_avg_fn()
+            combine(list(self.average.values()), list(self.parameters.values()), self.updates)
         self.updates += 1
 
     def state_dict(self) -> dict:
         return {"average": self.average, "updates": self.updates}
 
     def load_state_dict(self, state: Mapping) -> None:
+        self.updates, average = state["updates"], state["average"]
         # In the order of the parameters: the averages are combined list by list.
-        names = self.parameters if state["updates"] else ()
-        self.average = {name: state["average"][name].to(self.parameters[name].device) for name in names}
-        self.updates = state["updates"]
+        self.average = {name: average[name].to(own.device) for name, own in self.parameters.items() if self.updates}
 
 
 def set_weights(parameters: Mapping, values: Mapping) -> None:
@@ -1538,15 +1558,12 @@ def choice_loss(scores, targets, present, label_smoothing: float = 0.0):
 
 def training_loss(session: Session, logits, batch: Mapping, frame: pd.DataFrame):
     """The configured loss of a batch, from its vocabulary logits (batch, vocabulary)."""
-    from torch.nn.functional import cross_entropy
-
     shown = [(prompt.order, frame.iloc[prompt.row]) for prompt in batch["prompts"]]
-    targets = torch.tensor([order.index(record["label"]) for order, record in shown], device=logits.device)
+    targets = torch.tensor([order.index(row["label"]) for order, row in shown], device=logits.device)
     if session.config.loss == "vocabulary":
         plain = torch.tensor([variants[0] for variants in session.letters], device=logits.device)
-        return cross_entropy(logits, plain[targets])
-    shown_choices = [permute_choices(present_choices(record), order) for order, record in shown]
-    present = torch.tensor(shown_choices, device=logits.device)
+        return torch.nn.functional.cross_entropy(logits, plain[targets])
+    present = torch.tensor([permute_choices(present_choices(row), order) for order, row in shown], device=logits.device)
     return choice_loss(choice_logits(logits, session.letters), targets, present, session.config.label_smoothing)
 
 
@@ -1557,9 +1574,8 @@ def _generator(*keys) -> np.random.Generator:
 
 def training_order(config: Config, epoch: int, sample_id: str) -> tuple[int, ...]:
     """The choice order in which one question is shown in one epoch, a function of (seed, epoch, sample id)."""
-    if not config.shuffle_choices:
-        return (0, 1, 2, 3)
-    return tuple(int(choice) for choice in _generator(config.seed, epoch, sample_id).permutation(4))
+    shuffled = _generator(config.seed, epoch, sample_id).permutation(4).tolist()
+    return tuple(shuffled) if config.shuffle_choices else (0, 1, 2, 3)
 
 
 def plan_epoch(rows: int, batch_size: int, accumulation: int, seed_keys: Sequence) -> list[list[np.ndarray]]:
@@ -1579,14 +1595,13 @@ class FoldResult:
     best_epoch: int
     history: pd.DataFrame  # one row per epoch
     kinds: dict[str, dict]  # "raw", "ema", "swa" -> validation accuracy and nll
+    adapters: dict[str, str]  # "raw", "ema", "swa" -> SHA-256 of its weights
 
 
 class FoldTrainer:
     """One fold's training: a fresh adapter, its optimizer and everything a checkpoint holds."""
 
     def __init__(self, session: Session, run: Run, fold: int):
-        from transformers import get_cosine_schedule_with_warmup
-
         config = self.config = session.config
         self.session, self.run, self.fold = session, run, fold
         self.train = run.train[run.train["fold"] != fold].reset_index(drop=True)
@@ -1598,31 +1613,28 @@ class FoldTrainer:
         self.steps_per_epoch = math.ceil(len(self.train) / (config.batch_size * config.grad_accum_steps))
         self.total_steps = self.steps_per_epoch * config.num_epochs
         warmup = round(self.total_steps * config.warmup_ratio)
-        self.scheduler = get_cosine_schedule_with_warmup(self.optimizer, warmup, self.total_steps)
+        self.scheduler = transformers.get_cosine_schedule_with_warmup(self.optimizer, warmup, self.total_steps)
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=session.runtime.precision == "fp16")
         kinds = [kind for kind, use in {"ema": config.use_ema, "swa": config.use_swa}.items() if use]
         self.averagers = {kind: WeightAverager(kind, self.parameters, config.ema_decay) for kind in kinds}
         patience, min_delta = config.early_stopping_patience, config.early_stopping_min_delta
         self.early_stopping = EarlyStopping(patience, min_delta=min_delta, logger=LOGGER)
+        stateful = ("optimizer", "scheduler", "scaler", "early_stopping")  # in a checkpoint, beside the weights
+        self.parts = {name: getattr(self, name) for name in stateful} | self.averagers
         self.checkpoints = CheckpointManager(run.fold_dir(fold) / "checkpoints")
         self.metrics = MetricLogger(run.fold_dir(fold) / "metrics.jsonl")
-        self.history: list[dict] = []
-        self.losses: list[float] = []  # of the steps of the current epoch
+        self.history, self.losses = [], []  # of the epochs, and of the steps of the current one
         self.best: dict = {"score": None, "epoch": -1, "tensors": {}}
+        self.micro_batch = config.batch_size  # questions per forward pass; halved when memory runs out
+        self.skipped, self.next_step = 0, 0  # steps without an update; the next one of the current epoch
         self.last_save = time.monotonic()
-
-    @property
-    def parts(self) -> dict:
-        """Name -> object with state_dict and load_state_dict, beside the weights themselves."""
-        names = ("optimizer", "scheduler", "scaler", "early_stopping")
-        return {name: getattr(self, name) for name in names} | self.averagers
 
     def save(self, epoch: int, step: int) -> None:
         """Commit the state before optimizer step `step` of `epoch`."""
         # No random state is stored, because every draw is a function of (seed, epoch, sample id or step).
         state = {name: part.state_dict() for name, part in self.parts.items()} | {"best": self.best}
-        metadata = {"epoch": epoch, "step_in_epoch": step, "fingerprint": self.run.fingerprint}
-        metadata |= {"history": self.history, "losses": self.losses}
+        metadata = {"epoch": epoch, "step_in_epoch": step, "fingerprint": self.run.fingerprint, "history": self.history}
+        metadata |= {"losses": self.losses, "micro_batch": self.micro_batch, "skipped": self.skipped}
         self.checkpoints.save(epoch * self.steps_per_epoch + step, self.parameters, state, metadata)
         self.last_save = time.monotonic()
 
@@ -1637,6 +1649,7 @@ class FoldTrainer:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.best, self.history, self.losses = state["best"], metadata["history"], metadata["losses"]
+        self.micro_batch, self.skipped = metadata["micro_batch"], metadata["skipped"]
         epoch, step = metadata["epoch"], metadata["step_in_epoch"]
         LOGGER.info("Fold %d continues at epoch %d, step %d", self.fold, epoch + 1, step)
         return epoch, step
@@ -1644,16 +1657,24 @@ class FoldTrainer:
     def fit(self) -> FoldResult:
         """Train from the newest checkpoint to the end and write adapters, validation logits and result.json."""
         epoch, step = self.resume()
-        while epoch < self.config.num_epochs and not self.early_stopping.should_stop:
-            speed = self.train_epoch(epoch, step)
-            self.end_epoch(epoch, speed)
+        while epoch < self.config.num_epochs and self.early_stopping.waited < self.early_stopping.patience:
+            try:
+                speed = self.train_epoch(epoch, step)
+                self.end_epoch(epoch, speed)
+            except Interrupted:
+                self.save(epoch, self.next_step)
+                raise
             epoch, step = epoch + 1, 0
             if self.config.save_every_epoch or epoch == self.config.num_epochs:
                 self.save(epoch, step)
-            if self.run.training_time_is_up() and epoch < self.config.num_epochs:
-                LOGGER.warning("Fold %d stops after epoch %d: 75 %% of time_budget_hours is used", self.fold, epoch)
+            if self.time_is_up(speed):
                 break
         return self.finish()
+
+    def time_is_up(self, speed: float) -> bool:
+        """Whether the time left is needed for inference; `speed` in questions per second, where none was scored yet."""
+        seconds = self.session.seconds_per_question or 1 / max(speed, 1e-9)
+        return self.run.seconds_left() < self.run.inference_seconds(seconds, self.session.processor, training=1)
 
     def train_epoch(self, epoch: int, first_step: int) -> float:
         """Optimizer steps `first_step`.. of one epoch (none, where only its validation is left); samples per second."""
@@ -1661,47 +1682,66 @@ class FoldTrainer:
         self.model.train()
         orders = [training_order(config, epoch, sample_id) for sample_id in self.train["id"]]
         prompts = [make_prompt(self.session, self.train, row, order) for row, order in enumerate(orders)]
-        seed_keys = (config.seed, self.fold, epoch)
-        plan = plan_epoch(len(prompts), config.batch_size, config.grad_accum_steps, seed_keys)
+        plan = plan_epoch(len(prompts), config.batch_size, config.grad_accum_steps, (config.seed, self.fold, epoch))
         batches = iterate_batches(self.session, prompts, [micro for step in plan[first_step:] for micro in step])
-        start, seen, speed = time.perf_counter(), 0, 0.0
+        start, seen, speed, self.next_step = time.perf_counter(), 0, 0.0, first_step
         for step in range(first_step, len(plan)):
             self.losses.append(self.optimizer_step(epoch, step, [next(batches) for _ in plan[step]]))
+            self.next_step = step + 1
             seen += sum(map(len, plan[step]))
             speed = seen / (time.perf_counter() - start)
-            self.report(epoch, step, speed)
-            if time.monotonic() - self.last_save > config.save_every_minutes * 60:
+            due = time.monotonic() - self.last_save > config.save_every_minutes * 60
+            if due or (epoch * len(plan) + step + 1) % config.save_every_steps == 0:
                 self.save(epoch, step + 1)
+            self.report(epoch, step, speed)
+            if step + 1 < len(plan) and self.time_is_up(speed):
+                text = f"fold {self.fold}: training stopped in epoch {epoch + 1} after step {step + 1} of {len(plan)}"
+                self.session.note(f"{text}, because the rest of the time budget is needed for inference")
+                break
         return speed
 
     def optimizer_step(self, epoch: int, step: int, batches: Sequence[Mapping]) -> float:
-        """Update by the mean gradient over the questions of `batches`; their mean loss, or FloatingPointError."""
-        # Dropout is a function of the step, so that a resumed run draws the same masks.
-        torch.manual_seed(int(_generator(self.config.seed, self.fold, epoch, step, "dropout").integers(2**31)))
-        rows = sum(len(batch["prompts"]) for batch in batches)
-        where = f"at epoch {epoch + 1}, step {step}"
-        total = 0.0
-        for batch in batches:
-            logits = last_logits(self.session, self.model, batch)
-            loss = training_loss(self.session, logits, batch, self.train) * (len(batch["prompts"]) / rows)
-            if not loss.isfinite():
-                ids = [self.train["id"].iloc[prompt.row] for prompt in batch["prompts"]]
-                raise FloatingPointError(f"Loss is {loss.item()} {where}, rows {ids}")
-            self.scaler.scale(loss).backward()
-            total += loss.item()
+        """Update by the mean gradient; the mean loss, NaN for a skipped step, FloatingPointError for one too many."""
+        total = self.accumulate(epoch, step, batches)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
-        if not (norm.isfinite() or self.scaler.is_enabled()):  # a scaler skips the step and lowers its scale
-            raise FloatingPointError(f"Gradient norm is {norm.item()} {where}")
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.scaler.get_scale() >= scale:  # a skipped step moves neither schedule nor averages
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm).item()
+        if math.isfinite(total) and math.isfinite(norm):
+            self.scaler.step(self.optimizer)
             self.after_step(epoch)
-        elif scale < 1e-3:
-            raise FloatingPointError(f"Gradient norm is {norm.item()} {where}, at every loss scale")
-        return total
+        elif not (math.isfinite(total) and self.scaler.is_enabled() and self.scaler.get_scale() > 1e-3):
+            ids = [self.train["id"].iloc[prompt.row] for batch in batches for prompt in batch["prompts"]]
+            problem = f"loss {total}, gradient norm {norm} at epoch {epoch + 1}, step {step}, rows {ids}"
+            self.session.note(f"fold {self.fold}: skipped a step: {problem}")
+            self.skipped += 1
+            if self.skipped > self.config.max_skipped_steps:
+                remedy = "lower learning_rate, or set precision='fp32' where memory allows"
+                raise FloatingPointError(f"{self.skipped} steps were not finite, the last: {problem}; {remedy}")
+        self.scaler.update()  # lowers its scale after gradients that overflowed
+        self.optimizer.zero_grad(set_to_none=True)
+        return total if math.isfinite(norm) else math.nan
+
+    def accumulate(self, epoch: int, step: int, batches: Sequence[Mapping]) -> float:
+        """Add up the gradients of the mean loss over all questions; returns it. Without memory, in smaller batches."""
+        rows = sum(len(batch["prompts"]) for batch in batches)
+        while True:
+            # Dropout is a function of the step, so that a resumed run draws the same masks.
+            torch.manual_seed(int(_generator(self.config.seed, self.fold, epoch, step, "dropout").integers(2**31)))
+            total = 0.0
+            try:
+                for batch in split_batches(self.session, batches, self.micro_batch):
+                    logits = last_logits(self.session, self.model, batch)
+                    loss = training_loss(self.session, logits, batch, self.train) * (len(batch["prompts"]) / rows)
+                    self.scaler.scale(loss).backward()
+                    total += loss.item()
+                return total
+            except torch.OutOfMemoryError as error:
+                if self.micro_batch == 1:
+                    raise out_of_memory(error) from error
+            self.optimizer.zero_grad(set_to_none=True)
+            clear_memory(LOGGER)
+            self.micro_batch = math.ceil(self.micro_batch / 2)
+            text = f"fold {self.fold}: out of memory, {self.micro_batch} questions per forward pass from here on"
+            self.session.note(f"{text}; an optimizer step still takes {rows}")
 
     def after_step(self, epoch: int) -> None:
         """Advance the schedule and the averages; SWA averages over a tail of constant learning rate."""
@@ -1714,19 +1754,16 @@ class FoldTrainer:
 
     def report(self, epoch: int, step: int, speed: float) -> None:
         memory = memory_summary()
-        details = {
-            "loss": round(self.losses[-1], 4),
-            "lr": f"{self.optimizer.param_groups[0]['lr']:.1e}",
-            "samples/s": round(speed, 1),
-            "GiB": memory.get("gpu_peak_gib", memory["rss_gib"]),
-        }
+        details = {"loss": round(self.losses[-1], 4), "lr": f"{self.optimizer.param_groups[0]['lr']:.1e}"}
+        details |= {"samples/s": round(speed, 1), "GiB": memory.get("gpu_peak_gib", memory["rss_gib"])}
+        self.metrics.log(epoch=epoch, step=step, **details | {"loss": self.losses[-1]})
         done = epoch * self.steps_per_epoch + step + 1
         self.session.progress(f"fold {self.fold} training", done, self.total_steps, **details)
-        self.metrics.log(epoch=epoch, step=step, **details)
 
     def validate(self) -> tuple[np.ndarray, dict]:
         """Logits (n, 1, 4) of the held-out rows through the inference path, with accuracy and NLL."""
-        logits = predict_logits(self.session, self.validation, [View("rotation 0")], self.model)
+        label = f"fold {self.fold} validation"
+        logits = predict_logits(self.session, self.validation, [View("rotation 0")], self.model, label)
         probabilities = softmax(logits[:, 0])
         labels = self.validation["label"].to_numpy()
         diversity = prediction_diversity(probabilities, labels)
@@ -1737,15 +1774,13 @@ class FoldTrainer:
         return logits, scores
 
     def end_epoch(self, epoch: int, speed: float) -> None:
-        """Validate, keep the best weights, and write the learning curve."""
         _, metrics = self.validate()
         score = [metrics["accuracy"], -metrics["nll"]]
         if self.best["score"] is None or score > self.best["score"]:
             tensors = {name: value.detach().cpu().clone() for name, value in self.parameters.items()}
             self.best = {"score": score, "epoch": epoch, "tensors": tensors}
-        loss = float(np.mean(self.losses))
+        loss, self.losses = float(np.nanmean(self.losses)), []
         self.history.append({"epoch": epoch + 1, "loss": loss, "samples_per_second": round(speed, 1), **metrics})
-        self.losses = []
         write_table(pd.DataFrame(self.history), self.run.fold_dir(self.fold) / "history.csv")
         rounded = {name: round(value, 4) for name, value in self.history[-1].items()}
         LOGGER.info("Fold %d epoch %d: %s", self.fold, epoch + 1, rounded)
@@ -1755,15 +1790,16 @@ class FoldTrainer:
     def finish(self) -> FoldResult:
         """Score each kind of weights once on the held-out rows and save its adapter in PEFT's format."""
         averages = {kind: averager.average for kind, averager in self.averagers.items() if averager.updates}
-        folder, kinds = self.run.fold_dir(self.fold), {}
+        folder, kinds, adapters = self.run.fold_dir(self.fold), {}, {}
         for kind, tensors in {"raw": self.best["tensors"], **averages}.items():
             with swapped_weights(self.parameters, tensors):
                 logits, kinds[kind] = self.validate()
                 self.model.save_pretrained(folder / f"adapter_{kind}")
+            adapters[kind] = file_sha256(folder / f"adapter_{kind}" / "adapter_model.safetensors")
             path = folder / f"validation_{kind}.npz"
             write_logits(path, self.validation, logits, ["rotation 0"], self.run.fingerprint)
         result = {"fold": self.fold, "best_epoch": self.best["epoch"] + 1, "kinds": kinds, "history": self.history}
-        atomic_write(folder / "result.json", json.dumps(result))
+        atomic_write(folder / "result.json", json.dumps(result | {"adapters": adapters}))
         LOGGER.info("Fold %d: best epoch %d, held-out %s", self.fold, result["best_epoch"], kinds)
         return read_fold_result(self.run, self.fold)
 
@@ -1777,7 +1813,7 @@ def read_fold_result(run: Run, fold: int) -> FoldResult:
 def train_fold(config: Config, fold: int, session: Session | None = None) -> FoldResult:
     """Train one fold of the run at `config.run_dir`, continuing where it stopped; folds share `session` at most."""
     run = Run.open(config.run_dir)
-    if (run.fold_dir(fold) / "result.json").exists():
+    if run.is_done("train", fold):
         return read_fold_result(run, fold)
     session = session or open_session(run.config, run.train.iloc[0])
     session.cache.fill(run.train, pixel_budget(run.config, session.processor), session.progress)
@@ -1792,10 +1828,7 @@ def train_fold(config: Config, fold: int, session: Session | None = None) -> Fol
 # === Inference =======================================================================================================
 def unpermute_scores(scores, order: Sequence[int]) -> np.ndarray:
     """Scores (..., 4) by prompt position, moved to the original choices: result[..., order[p]] = scores[..., p]."""
-    scores = np.asarray(scores)
-    result = np.empty_like(scores)
-    result[..., list(order)] = scores
-    return result
+    return np.asarray(scores)[..., np.argsort(order)]
 
 
 @dataclass(frozen=True)
@@ -1818,9 +1851,8 @@ def all_views(config: Config, processor) -> list[View]:
     scales = {1.0, *config.tta_scales}
     if config.infer_max_pixels:
         scales.add(round(config.infer_max_pixels / pixel_budget(config, processor)[1], 3))
-    rotations = [rotation * 4 // config.tta_rotations for rotation in range(config.tta_rotations)]
-    views = [View(f"rotation {rotation}", rotation) for rotation in rotations]
-    return views + [View(f"scale {scale:g}", 0, scale) for scale in sorted(scales - {1.0})]
+    rotations = [View(f"rotation {turn}", turn) for turn in range(0, 4, 4 // config.tta_rotations)]
+    return rotations + [View(f"scale {scale:g}", 0, scale) for scale in sorted(scales - {1.0})]
 
 
 def tta_views(row: Mapping, views: Sequence[View]) -> list[View]:
@@ -1828,46 +1860,92 @@ def tta_views(row: Mapping, views: Sequence[View]) -> list[View]:
     return [view for view in views if not (row["type"] == "ocr" and view.scale < 1)]
 
 
-def plan_views(session: Session, frame: pd.DataFrame, views: Sequence[View]) -> list[tuple[int, Prompt]]:
-    """(view number, prompt) for every row and view; a scale that gives the grid of another view is left out."""
-    planned = []
-    for row in range(len(frame)):
-        known: set[tuple] = set()
-        for view in tta_views(frame.iloc[row], views):
-            prompt = make_prompt(session, frame, row, view.order, view.scale)
-            if (prompt.grid, view.order) not in known:
-                planned.append((views.index(view), prompt))
-            known.add((prompt.grid, view.order))
-    return planned
-
-
 def present_choices(row: Mapping) -> list[bool]:
     """Whether each of a, b, c, d holds any text; a blank choice cannot be the answer."""
     return [bool(str(row[choice]).strip()) for choice in CHOICES]
 
 
-def predict_logits(session: Session, frame: pd.DataFrame, views: Sequence[View], model=None, label="") -> np.ndarray:
+@dataclass
+class Partial:
+    """Where inference keeps what it has done, to be continued by a later process of the same run."""
+
+    path: Path
+    fingerprint: str
+    config: Config
+    written: float = field(default_factory=time.monotonic)
+
+    def read(self) -> tuple[int, np.ndarray | None]:
+        """(batches done, their logits); nothing, said aloud, where the file is damaged."""
+        if self.path.exists():
+            try:
+                content = read_arrays(self.path, self.fingerprint)
+                LOGGER.info("Inference continues after %d batches: %s", content["done"], self.path)
+                return int(content["done"]), content["logits"]
+            except CheckpointError as error:
+                LOGGER.warning("Inference starts again: %s", error)
+        return 0, None
+
+    def save(self, done: int, logits: np.ndarray, now: bool = False) -> None:
+        """Write what `done` batches gave, where the config's steps or minutes say so, or `now`."""
+        late = time.monotonic() - self.written > 60 * self.config.save_every_minutes
+        if now or late or done % self.config.save_every_steps == 0:
+            write_arrays(self.path, self.fingerprint, done=np.array(done), logits=logits)
+            self.written = time.monotonic()
+
+
+def score_batch(session: Session, model, batch: Mapping) -> np.ndarray:
+    """Scores (batch, 4) in prompt positions; in smaller parts, from here on, when memory runs out."""
+    while True:
+        size = session.largest_batch or len(batch["prompts"])
+        try:
+            parts = split_batches(session, [batch], size)
+            scores = [choice_logits(last_logits(session, model, part), session.letters) for part in parts]
+            return torch.cat(scores).cpu().numpy()
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise out_of_memory(error) from error
+        clear_memory(LOGGER)
+        session.largest_batch = math.ceil(size / 2)
+        session.note(f"out of memory: inference goes on with {session.largest_batch} questions per forward pass")
+
+
+def predict_logits(session: Session, frame: pd.DataFrame, views: Sequence, model=None, label="inference", partial=None):
     """Scores (n, views, 4) of original a-d; -inf: blank choice, NaN: no such view; FloatingPointError names the row."""
     model = model if model is not None else session.model
-    planned = plan_views(session, frame, views)
+    planned: list[tuple[int, Prompt]] = []  # number of the view, and how it shows a row
+    for row in range(len(frame)):
+        distinct: dict[tuple, tuple[int, Prompt]] = {}
+        for view in tta_views(frame.iloc[row], views):
+            prompt = make_prompt(session, frame, row, view.order, view.scale)
+            distinct.setdefault((prompt.grid, view.order), (views.index(view), prompt))
+        planned += distinct.values()
     size = session.config.infer_batch_size if session.config.use_batch_inference else 1
     by_length = np.argsort([-len(prompt.input_ids) for _, prompt in planned], kind="stable")
     batches = [by_length[start : start + size] for start in range(0, len(planned), size)]
     present = np.array([present_choices(row) for _, row in frame.iterrows()])
-    result = np.full((len(frame), len(views), 4), np.nan, dtype=np.float32)
-    was_training = model.training
+    first, result = partial.read() if partial else (0, None)  # a Partial: where an earlier process stopped
+    result = np.full((len(frame), len(views), 4), np.nan, dtype=np.float32) if result is None else result
+    was_training, start = model.training, time.perf_counter()
     model.eval()
     with torch.inference_mode():
-        loader = iterate_batches(session, [prompt for _, prompt in planned], batches)
-        for done, (chosen, batch) in enumerate(zip(batches, loader, strict=True), 1):
-            scores = choice_logits(last_logits(session, model, batch), session.letters).cpu().numpy()
-            for (view, prompt), score in zip((planned[item] for item in chosen), scores, strict=True):
+        loader = iterate_batches(session, [prompt for _, prompt in planned], batches[first:])
+        for done, batch in enumerate(loader, first + 1):
+            scores = score_batch(session, model, batch)
+            for item, score in zip(batches[done - 1], scores, strict=True):
+                view, prompt = planned[item]
                 original = unpermute_scores(score, prompt.order)
                 if not np.isfinite(original[present[prompt.row]]).all():
                     raise FloatingPointError(f"Non-finite scores for row {frame['id'].iloc[prompt.row]}: {original}")
                 result[prompt.row, view] = np.where(present[prompt.row], original, -np.inf)
-            if label:
+            session.seconds_per_question = (time.perf_counter() - start) / sum(map(len, batches[first:done]))
+            if partial:
+                partial.save(done, result)
+            try:
                 session.progress(label, done, len(batches))
+            except Interrupted:
+                if partial:
+                    partial.save(done, result, now=True)
+                raise
     model.train(was_training)
     return result
 
@@ -1892,16 +1970,24 @@ def write_logits(path: Path, frame: pd.DataFrame, logits: np.ndarray, view_names
     """Save logits in the run's schema: ids, logits (n, views, 4), view_names, labels (or -1) and the fingerprint."""
     labels = frame["label"].to_numpy(np.int64) if "label" in frame else np.full(len(frame), -1)
     content = {"ids": frame["id"].to_numpy(dtype=str), "logits": logits.astype(np.float32), "labels": labels}
+    write_arrays(path, fingerprint, **content, view_names=np.array(view_names, dtype=str))
+
+
+def write_arrays(path: Path, fingerprint: str, **arrays: np.ndarray) -> None:
+    """Save named arrays with the fingerprint of their run, whole or not at all."""
     buffer = io.BytesIO()
-    np.savez(buffer, **content, view_names=np.array(view_names, dtype=str), fingerprint=np.array(fingerprint))
+    np.savez(buffer, **arrays, fingerprint=np.array(fingerprint))
     atomic_write(path, buffer.getvalue())
 
 
-def read_logits(path: Path, fingerprint: str) -> dict[str, np.ndarray]:
-    """Load what `write_logits` wrote. Raises CheckpointError if it belongs to another configuration or data set."""
-    with np.load(path, allow_pickle=False) as file:
-        content = {name: file[name] for name in file.files}
-    require_same_run(path, str(content["fingerprint"]), fingerprint)
+def read_arrays(path: Path, fingerprint: str) -> dict[str, np.ndarray]:
+    """Load what `write_arrays` wrote. Raises CheckpointError for a damaged file, or one of another run."""
+    try:
+        with np.load(path, allow_pickle=False) as file:  # checks each array's CRC
+            content = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); delete it and run again to make it anew") from error
+    require_same_run(path, str(content.get("fingerprint")), fingerprint)
     return content
 
 
@@ -1918,20 +2004,17 @@ def _as_array(values) -> np.ndarray:
     return np.asarray(values, dtype=np.float64)
 
 
-def _as_probabilities(probabilities, ndim=2) -> np.ndarray:
+def _as_probabilities(values, ndim=2) -> np.ndarray:
     """Checked float64 probabilities, (n, choices) or with ndim=3 (members, n, choices)."""
-    probabilities = _as_array(probabilities)
-    # Written so that NaN fails too.
-    valid = probabilities.ndim == ndim and (probabilities >= 0).all()
-    if not valid or not np.allclose(probabilities.sum(axis=-1), 1, atol=1e-3):
+    values = _as_array(values)
+    if not (values.ndim == ndim and (values >= 0).all() and np.allclose(values.sum(axis=-1), 1, atol=1e-3)):
         raise ValueError(f"need probabilities with {ndim} axes and a sum of 1 in each row; are these logits?")
-    return probabilities
+    return values
 
 
 def _as_labels(labels, shape) -> np.ndarray:
     """Checked int labels for an array whose last two axes are (n, choices)."""
-    n_rows, n_choices = shape[-2:]
-    labels = _as_array(labels)
+    labels, (n_rows, n_choices) = _as_array(labels), shape[-2:]
     if labels.shape != (n_rows,) or not n_rows:
         raise ValueError(f"{n_rows} rows but labels of shape {labels.shape}")
     bad = ~np.isin(labels, np.arange(n_choices))
@@ -1947,15 +2030,12 @@ def softmax(logits) -> np.ndarray:
 
 
 def combine_views(logits) -> np.ndarray:
-    """(n, views, choices) logits, or (n, choices), -> (n, choices) mean log-probabilities over a row's views.
-
-    Over all four rotations this cancels any additive letter preference: each choice has then met each letter once.
-    """
+    """(n, views, choices) logits, or (n, choices), -> (n, choices) mean log-probabilities over a row's views."""
+    # Over all four rotations this cancels any additive letter preference: each choice has then met each letter once.
     logits = _as_array(logits)
     logits = logits[:, None] if logits.ndim == 2 else logits
-    exists = ~np.isnan(logits).all(axis=2)
-    scores = np.where(exists[..., None], special.log_softmax(logits, axis=2), 0)
-    combined = scores.sum(axis=1) / exists.sum(axis=1, keepdims=True)
+    exists = ~np.isnan(logits).all(axis=2, keepdims=True)
+    combined = special.log_softmax(logits, axis=2).mean(axis=1, where=exists)
     # One -inf would mask the choice in the mean although other views have scored it.
     uneven = np.isneginf(combined) & np.isfinite(logits).any(axis=1)
     bad = (np.isnan(combined) | uneven).any(axis=1)
@@ -2011,8 +2091,7 @@ def shrink_temperatures(fold_temperatures, fold_sizes, pooled, strength=50) -> n
 def negative_log_likelihood(probabilities, labels) -> float:
     """Mean -log p(label): the score that calibration is judged by. A zero counts as PROBABILITY_FLOOR."""
     probabilities = _as_probabilities(probabilities)
-    labels = _as_labels(labels, probabilities.shape)
-    chosen = probabilities[np.arange(len(labels)), labels]
+    chosen = probabilities[np.arange(len(probabilities)), _as_labels(labels, probabilities.shape)]
     return float(-np.log(np.maximum(chosen, PROBABILITY_FLOOR)).mean())
 
 
@@ -2035,9 +2114,8 @@ def reliability_curve(probabilities, labels, n_bins=15) -> pd.DataFrame:
 
 def expected_calibration_error(probabilities, labels, n_bins=15) -> float:
     """Mean gap of confidence and accuracy over equal bins (Guo et al. 2017); read beside `calibration_error_null`."""
-    curve = reliability_curve(probabilities, labels, n_bins)
-    gap = (curve["confidence"] - curve["accuracy"]).abs() * curve["count"]
-    return float(gap.sum() / curve["count"].sum())
+    curve = reliability_curve(probabilities, labels, n_bins).dropna()
+    return float(np.average((curve["confidence"] - curve["accuracy"]).abs(), weights=curve["count"]))
 
 
 def calibration_error_null(probabilities, n_bins=15, n_simulations=200, seed=0) -> float:
@@ -2058,29 +2136,21 @@ def _letter_indices(values) -> np.ndarray:
 
 
 def prediction_diversity(predictions, validation_labels) -> dict:
-    """Mode-collapse alarm on (n, 4) probabilities or (n,) letters, beside labels as letters or indices.
-
-    `entropy` is 1 for evenly spread letters, 0 for a single one; the shares are those of the most predicted letter.
-    `collapsed` needs an excess that chance does not explain (exact binomial test) and that is also large.
-    """
+    """Mode-collapse alarm on (n, 4) probabilities or (n,) letters; `entropy` is 1 for even letters, 0 for a single."""
     predicted, labels = _letter_indices(predictions), _letter_indices(validation_labels)
     shares, label_shares = (np.bincount(indices, minlength=4) / len(indices) for indices in (predicted, labels))
-    entropy, label_entropy = (special.entr(share).sum() / math.log(4) for share in (shares, label_shares))
+    entropy, label_entropy = (float(special.entr(share).sum() / math.log(4)) for share in (shares, label_shares))
     top = int(shares.argmax())
-    test = binomtest(int((predicted == top).sum()), len(predicted), label_shares[top], alternative="greater")
-    large = shares[top] - label_shares[top] > 0.3 or entropy < 0.6 * label_entropy
-    return {
-        "entropy": float(entropy),
-        "top_letter": CHOICES[top],
-        "top_share": float(shares[top]),
-        "label_share": float(label_shares[top]),
-        "collapsed": bool(test.pvalue < 0.001 and large),
-    }
+    top_share, label_share = float(shares[top]), float(label_shares[top])
+    # Collapsed is an excess of the top letter that chance does not explain and that is also large.
+    test = binomtest(int((predicted == top).sum()), len(predicted), label_share, alternative="greater")
+    large = top_share - label_share > 0.3 or entropy < 0.6 * label_entropy
+    alarm = {"entropy": entropy, "top_letter": CHOICES[top], "top_share": top_share, "label_share": label_share}
+    return alarm | {"collapsed": bool(test.pvalue < 0.001 and large)}
 
 
 # === Ensemble ========================================================================================================
-# Members are (members, n, choices) probabilities. What is fitted here is fitted on out-of-fold rows, and any number
-# about it must come from cross_fit: on 200 rows a stack of ten models looks good on its own rows and loses elsewhere.
+# Judge what is fitted here by cross_fit: on its own 200 rows a stack of ten models looks good, elsewhere it loses.
 STACK_FLOOR = 1e-3  # log(1e-12) for a masked choice would drown every other feature
 
 
@@ -2113,54 +2183,41 @@ def optimize_ensemble_weights(probabilities, labels, logger=None) -> np.ndarray:
     result = minimize(loss_and_gradient, uniform, jac=True, method="SLSQP", options={"ftol": 1e-9}, **limits)
     if not result.success:
         (logger or LOGGER).warning("ensemble weights are uniform: SLSQP did not converge: %s", result.message)
-        return uniform
-    weights = np.clip(result.x, 0, None)
+    weights = result.x.clip(min=0) if result.success else uniform
     return weights / weights.sum()
 
 
-@dataclass(frozen=True)
-class _Stacker:
-    """A logistic regression over the members' log-probabilities; a choice masked in every member stays at 0."""
-
-    model: object
-
-    @staticmethod
-    def features(probabilities) -> np.ndarray:
-        """(members, n, choices) -> (n, members * choices)."""
-        return np.concatenate(list(np.log(np.maximum(probabilities, STACK_FLOOR))), axis=1)
-
-    def predict_proba(self, probabilities) -> np.ndarray:
-        probabilities = _as_probabilities(probabilities, ndim=3)
-        stacked = self.model.predict_proba(self.features(probabilities)) * (probabilities > 0).any(axis=0)
-        return stacked / stacked.sum(axis=1, keepdims=True)
-
-
-def stack(probabilities, labels, strength=0.03) -> _Stacker:
+def stack(probabilities, labels, strength=0.03) -> SimpleNamespace:
     """Stack (Wolpert 1992) on (members, n, choices) probabilities: `.predict_proba`; ValueError for unseen choices."""
-    # sklearn's C is small on purpose: 0.03 was best in our simulations.
     from sklearn.linear_model import LogisticRegression  # importing sklearn draws from the global generator
+
+    def features(members):  # log-probabilities side by side, (n, members * choices)
+        return np.hstack(np.log(np.maximum(members, STACK_FLOOR)))
+
+    def predict_proba(members):
+        members = _as_probabilities(members, ndim=3)
+        stacked = model.predict_proba(features(members)) * (members > 0).any(axis=0)  # masked in every member: stays 0
+        return stacked / stacked.sum(axis=1, keepdims=True)
 
     probabilities = _as_probabilities(probabilities, ndim=3)
     labels = _as_labels(labels, probabilities.shape)
     unseen = set(range(probabilities.shape[2])) - set(labels.tolist())
     if unseen:
         raise ValueError(f"choices {sorted(unseen)} never occur in the labels: too few rows to stack, use the mean")
-    model = LogisticRegression(C=strength, max_iter=2000)
-    return _Stacker(model.fit(_Stacker.features(probabilities), labels))
+    # sklearn's C is small on purpose: 0.03 was best in our simulations.
+    model = LogisticRegression(C=strength, max_iter=2000).fit(features(probabilities), labels)
+    return SimpleNamespace(predict_proba=predict_proba)
 
 
 def cross_fit(fit_and_predict, probabilities, labels, folds) -> np.ndarray:
-    """(n, choices) predictions by fit_and_predict(fit_inputs, fit_labels, predict_inputs), fitted on the other folds.
-
-    Inputs have their rows on the last axis but one: (members, n, choices), or (n, choices) logits.
-    """
+    """(n, choices) predictions of each fold by fit_and_predict(fit_inputs, fit_labels, predict_inputs) on the rest."""
+    # Rows are on the last axis but one: (members, n, choices), or (n, choices) logits.
     inputs, folds = _as_array(probabilities), np.asarray(folds)
     labels = _as_labels(labels, inputs.shape)
     if folds.shape != labels.shape or len(np.unique(folds)) < 2:
         raise ValueError(f"need one fold number per row ({len(labels)}) and at least two folds, got {folds.shape}")
     predictions = np.full(inputs.shape[-2:], np.nan)
-    for fold in np.unique(folds):
-        held_out = folds == fold
+    for held_out in (folds == fold for fold in np.unique(folds)):
         predictions[held_out] = fit_and_predict(inputs[..., ~held_out, :], labels[~held_out], inputs[..., held_out, :])
     return predictions
 
@@ -2172,7 +2229,7 @@ def compare_paired(correct_a, correct_b) -> dict:
         raise ValueError(f"need the same rows twice, got shapes {a.shape} and {b.shape}")
     wins, losses = int((b & ~a).sum()), int((a & ~b).sum())
     p_value = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
-    return {"gain": (wins - losses) / len(a), "wins": wins, "losses": losses, "p_value": float(p_value)}
+    return {"gain": (wins - losses) / max(1, len(a)), "wins": wins, "losses": losses, "p_value": float(p_value)}
 
 
 # === Submission ======================================================================================================
@@ -2181,29 +2238,20 @@ class SubmissionError(ValueError):
 
 
 def make_submission(sample, letters, path) -> dict:
-    """Write `path` like the sample (id column first, answer second), read it back, return what was checked.
-
-    `letters` goes from id to letter. A SubmissionError comes before an earlier good file would be overwritten.
-    """
-    ids = [str(name) for name in sample.iloc[:, 0]]
-    letters = pd.Series(letters, dtype=object)
-    names = [str(name) for name in letters.index]
-    missing, unknown = sorted(set(ids) - set(names)), sorted(set(names) - set(ids))
-    if missing or unknown or len(names) != len(ids):
-        raise SubmissionError(
-            f"{path}: {len(names)} answers for {len(ids)} ids, without an answer {missing[:3]}, not in the sample "
-            f"{unknown[:3]}; answer each id of the sample once"
-        )
-    answers = letters.set_axis(names)[ids].tolist()
-    frame = pd.DataFrame(dict(zip(sample.columns, (ids, answers), strict=True)), dtype=object)
-    _check_rows(frame, ids, path)
+    """Write `letters` (id -> letter) like the sample and read it back; a SubmissionError spares an earlier file."""
+    ids, letters = sample.iloc[:, 0].map(str), pd.Series(letters, dtype=object).rename(str)
+    missing, unknown = sorted(set(ids) - set(letters.index)), sorted(set(letters.index) - set(ids))
+    if missing or unknown or len(letters) != len(ids):
+        problem = f"without an answer {missing[:3]}, not in the sample {unknown[:3]}; answer each id of the sample once"
+        raise SubmissionError(f"{path}: {len(letters)} answers for {len(ids)} ids, {problem}")
+    frame = pd.DataFrame(zip(ids, letters[ids], strict=True), columns=sample.columns, dtype=object)
+    _check_rows(frame, sample, path)
     atomic_write(path, frame.to_csv(index=False, lineterminator="\n"))
     return validate_submission(path, sample)
 
 
 def validate_submission(path, sample) -> dict:
     """Check the file at `path` against the sample; returns `rows` and `letters` (count of each) or SubmissionError."""
-    ids = [str(name) for name in sample.iloc[:, 0]]
     try:  # as it is: no id parsed as a number, no "NA" as missing, no blank line or repeated column hidden
         raw = pd.read_csv(path, dtype=str, keep_default_na=False, header=None, skip_blank_lines=False)
     except ValueError as error:  # pandas' parser errors and wrong encodings
@@ -2212,29 +2260,23 @@ def validate_submission(path, sample) -> dict:
     if found != columns:
         raise SubmissionError(f"{path}: columns are {found}; name them {columns}, as the sample does")
     frame = raw.iloc[1:].reset_index(drop=True)
-    _check_rows(frame, ids, path)
-    answers = frame.iloc[:, 1].tolist()
-    return {"rows": len(answers), "letters": {letter: answers.count(letter) for letter in CHOICES}}
+    _check_rows(frame, sample, path)
+    return {"rows": len(frame), "letters": {letter: int((frame[1] == letter).sum()) for letter in CHOICES}}
 
 
-def _check_rows(frame, ids, path):
-    """The ids are those of the sample, each once, in its order, and every answer is one of the four letters."""
-    names, answers = frame.iloc[:, 0], frame.iloc[:, 1]
-    _refuse(~names.isin(ids), "this id is not in the sample; remove the row", frame, path)
-    _refuse(names.duplicated(), "this id occurs twice; keep one row per id", frame, path)
+def _check_rows(frame, sample, path):
+    def refuse(bad, problem):
+        for row, name, answer in frame[bad].head(1).itertuples():
+            raise SubmissionError(f"{path}, row {row + 1} (id {name!r}, answer {answer!r}): {problem}")
+
+    ids, names, answers = sample.iloc[:, 0].map(str), frame.iloc[:, 0], frame.iloc[:, 1]
+    refuse(~names.isin(ids), "this id is not in the sample; remove the row")
+    refuse(names.duplicated(), "this id occurs twice; keep one row per id")
     if len(names) != len(ids):
         missing = sorted(set(ids) - set(names))
         raise SubmissionError(f"{path}: {len(names)} rows but the sample has {len(ids)}; add ids {missing[:3]}")
-    _refuse(names != ids, "the sample has another id in this row; keep the sample's order", frame, path)
-    _refuse(~answers.isin(CHOICES), "write one lower-case letter of a, b, c, d", frame, path)
-
-
-def _refuse(bad, problem, frame, path):
-    """SubmissionError at the first of the bad rows, counted from 1 below the header."""
-    if bad.any():
-        row = int(bad.argmax())
-        name, answer = frame.iloc[row]
-        raise SubmissionError(f"{path}, row {row + 1} (id {name!r}, answer {answer!r}): {problem}")
+    refuse(names != ids.tolist(), "the sample has another id in this row; keep the sample's order")
+    refuse(~answers.isin(CHOICES), "write one lower-case letter of a, b, c, d")
 
 
 # === Evaluation ======================================================================================================
@@ -2251,7 +2293,7 @@ class OofLogits:
 
 def read_oof(run: Run) -> OofLogits:
     """The trained folds' oof.npz put together. Raises FileNotFoundError for a fold that has not been predicted."""
-    parts = [read_logits(run.fold_dir(fold) / "oof.npz", run.fingerprint) for fold in run.config.folds_to_train]
+    parts = [read_arrays(run.fold_dir(fold) / "oof.npz", run.fingerprint) for fold in run.finished_folds]
     ids, logits = (np.concatenate([part[name] for part in parts]) for name in ("ids", "logits"))
     frame = run.train[run.train["id"].isin(ids)].reset_index(drop=True)
     logits = logits[pd.Index(ids).get_indexer(frame["id"])]
@@ -2268,35 +2310,29 @@ class Calibration:
 
 
 def fold_temperatures(scores: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> dict[int, float]:
-    """Temperature of each fold, shrunk toward the pooled one because a few hundred rows fix it only roughly."""
+    """Temperature of each fold, shrunk toward the pooled one (rows are few), which any other fold number gives."""
     pooled = TemperatureScaler().fit(scores, labels).temperature
-    names = np.unique(folds).tolist()
-    members = [folds == fold for fold in names]
-    own = [TemperatureScaler().fit(scores[rows], labels[rows]).temperature for rows in members]
-    shrunk = shrink_temperatures(own, [rows.sum() for rows in members], pooled)
-    return dict(zip(names, shrunk.tolist(), strict=True))
+    names, sizes = np.unique(folds, return_counts=True)
+    own = [TemperatureScaler().fit(scores[folds == name], labels[folds == name]).temperature for name in names]
+    shrunk = shrink_temperatures(own, sizes, pooled).tolist()
+    return defaultdict(lambda: pooled, zip(names.tolist(), shrunk, strict=True))
 
 
 def calibrate(scores: np.ndarray, labels: np.ndarray, folds: np.ndarray, enabled: bool = True) -> Calibration:
     """Temperature scaling of combined scores (n, 4); `enabled=False` keeps every temperature at 1."""
     if not enabled:
         return Calibration(dict.fromkeys(np.unique(folds).tolist(), 1.0), softmax(scores))
-    probabilities = np.empty(scores.shape)
-    part = np.arange(len(labels)) % 5
+    part, scale = np.arange(len(labels)) % 5, np.ones(len(labels))
     for inside in (part == number for number in np.unique(part)):
         fitted = fold_temperatures(scores[~inside], labels[~inside], folds[~inside])
-        scale = np.array([fitted[fold] for fold in folds[inside]])
-        probabilities[inside] = softmax(scores[inside] / scale[:, None])
-    return Calibration(fold_temperatures(scores, labels, folds), probabilities)
+        scale[inside] = [fitted[fold] for fold in folds[inside]]
+    return Calibration(fold_temperatures(scores, labels, folds), softmax(scores / scale[:, None]))
 
 
 def score_row(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Accuracy, NLL and ECE of probabilities (n, 4)."""
-    return {
-        "accuracy": accuracy(probabilities, labels),
-        "nll": negative_log_likelihood(probabilities, labels),
-        "ece": expected_calibration_error(probabilities, labels),
-    }
+    metrics = {"accuracy": accuracy, "nll": negative_log_likelihood, "ece": expected_calibration_error}
+    return {name: metric(probabilities, labels) for name, metric in metrics.items()}
 
 
 def view_sets(view_names: Sequence[str]) -> dict[str, list[int]]:
@@ -2340,19 +2376,16 @@ class Evaluation:
 
 def _view_members(logits: np.ndarray, views: Sequence[int]) -> np.ndarray:
     """Probabilities (views, n, 4) of the admitted views; a view that a row lacks stands in as the row's mean."""
-    mean = combine_views(logits[:, list(views)])
-    single = [np.where(np.isnan(logits[:, view]), mean, logits[:, view]) for view in views]
-    return np.stack([softmax(scores) for scores in single])
+    scores = logits[:, list(views)]
+    return softmax(np.where(np.isnan(scores), combine_views(scores)[:, None], scores)).swapaxes(0, 1)
 
 
 def evaluate_run(run: Run) -> Evaluation:
     """Admit views, fit temperatures and view weights, and build the ladder, all from saved OOF logits."""
-    oof = read_oof(run)
-    scaling = run.config.use_temperature_scaling
+    oof, scaling = read_oof(run), run.config.use_temperature_scaling
     views, view_table = admit_views(oof, scaling)
-    scores = combine_views(oof.logits[:, views])
+    scores, members = combine_views(oof.logits[:, views]), _view_members(oof.logits, views)
     calibration = calibrate(scores, oof.labels, oof.folds, scaling)
-    members = _view_members(oof.logits, views)
     weights = optimize_ensemble_weights(members, oof.labels)
     ladder = build_ladder(run, oof, views, calibration, members)
     rows = {}
@@ -2366,15 +2399,22 @@ def evaluate_run(run: Run) -> Evaluation:
 
 def build_ladder(run: Run, oof: OofLogits, views: list, calibration: Calibration, members: np.ndarray) -> pd.DataFrame:
     """What each step is worth on OOF: accuracy, NLL, ECE, and the paired change against the step named in `against`."""
-    labels, average = oof.labels, f"mean of {len(views)} views"
+    labels, average, parts = oof.labels, f"mean of {len(views)} views", np.arange(len(oof.labels)) % 5
     steps = {  # probabilities, and the step to compare with
         "fine-tuned, one view": (softmax(combine_views(oof.logits[:, :1])), "zero-shot"),
         average: (softmax(combine_views(oof.logits[:, views])), "fine-tuned, one view"),
         "temperature": (calibration.probabilities, average),
     }
     if len(views) > 1:
-        steps |= {name: (mixed, average) for name, mixed in _mix_views(members, labels).items()}
-    base = read_logits(run.directory / "zeroshot.npz", run.fingerprint)
+        steps["vote of views"] = (np.eye(4)[majority_vote(members)], average)
+        mixers = {
+            "weighted views": lambda old, known, new: average_probabilities(new, optimize_ensemble_weights(old, known)),
+            "stacked views": lambda old, known, new: stack(old, known).predict_proba(new),
+        }
+        if any(len(np.unique(labels[parts != part])) < 4 for part in parts[:5]):
+            mixers.pop("stacked views")  # a fit would not see every letter
+        steps |= {name: (cross_fit(mix, members, labels, parts), average) for name, mix in mixers.items()}
+    base = read_arrays(run.directory / "zeroshot.npz", run.fingerprint)
     base_probabilities = softmax(base["logits"][:, 0])
     base_correct = pd.Series(base_probabilities.argmax(1) == base["labels"], index=base["ids"])
     correct = {name: probabilities.argmax(1) == labels for name, (probabilities, _) in steps.items()}
@@ -2382,29 +2422,11 @@ def build_ladder(run: Run, oof: OofLogits, views: list, calibration: Calibration
     rows = {"zero-shot": score_row(base_probabilities, base["labels"]) | {"against": ""}}
     for name, (probabilities, against) in steps.items():
         shared = pd.notna(correct[against])
-        paired = compare_paired(correct[against][shared], correct[name][shared])
-        rows[name] = score_row(probabilities, labels) | {"against": against}
-        rows[name] |= {column: paired[column] for column in ("gain", "p_value")}
-    ladder = pd.DataFrame.from_dict(rows, orient="index").rename_axis("step")
+        change = compare_paired(correct[against][shared], correct[name][shared])
+        rows[name] = score_row(probabilities, labels) | {"against": against} | change
+    ladder = pd.DataFrame.from_dict(rows, orient="index").rename_axis("step").drop(columns=["wins", "losses"])
     ladder.loc[ladder.index == "vote of views", ["nll", "ece"]] = math.nan  # a vote has no probabilities
     return ladder
-
-
-def _mix_views(members: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Cross-fitted probabilities (n, 4) of the other ways to combine views (views, n, 4)."""
-
-    def weighted(fitted, known, new):
-        return average_probabilities(new, optimize_ensemble_weights(fitted, known))
-
-    def stacked(fitted, known, new):
-        return stack(fitted, known).predict_proba(new)
-
-    parts = np.arange(len(labels)) % 5
-    return {
-        "vote of views": np.eye(4)[majority_vote(members)],
-        "weighted views": cross_fit(weighted, members, labels, parts),
-        "stacked views": cross_fit(stacked, members, labels, parts),
-    }
 
 
 def fold_table(results: Sequence[FoldResult]) -> pd.DataFrame:
@@ -2418,22 +2440,25 @@ def fold_table(results: Sequence[FoldResult]) -> pd.DataFrame:
 
 def select_weights(run: Run) -> str:
     """Raw, EMA or SWA weights: one decision for all folds, by pooled held-out NLL, written to selection.json."""
-    results = [read_fold_result(run, fold) for fold in run.config.folds_to_train]
-    kinds = [kind for kind in results[0].kinds if all(kind in result.kinds for result in results)]
+    results = [read_fold_result(run, fold) for fold in run.finished_folds]
     rows = [(run.train["fold"] == result.fold).sum() for result in results]
-    losses = {kind: [result.kinds[kind]["nll"] for result in results] for kind in kinds}
-    pooled = {kind: float(np.average(values, weights=rows)) for kind, values in losses.items()}
+    losses = pd.DataFrame([{kind: scores["nll"] for kind, scores in result.kinds.items()} for result in results])
+    pooled = losses.dropna(axis="columns").apply(np.average, weights=rows).to_dict()  # the kinds that each fold has
     chosen = min(pooled, key=pooled.get)
     LOGGER.info("Decision: %s weights for all folds, held-out NLL %s", chosen, pooled)
-    atomic_write(run.directory / "selection.json", json.dumps({"weights": chosen, "nll": pooled}))
+    path = run.directory / "selection.json"
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["weights"] != chosen:  # a fold came later
+        for fold, name in itertools.product(run.finished_folds, ("oof", "test")):
+            (run.fold_dir(fold) / f"{name}.npz").unlink(missing_ok=True)
+    atomic_write(path, json.dumps({"weights": chosen, "nll": pooled}))
     return chosen
 
 
 def predict_test(run: Run, evaluation: Evaluation) -> dict[int, np.ndarray]:
     """Fold -> test probabilities (n, 4) with the admitted views and the fold's temperature."""
     result = {}
-    for fold in run.config.folds_to_train:
-        logits = read_logits(run.fold_dir(fold) / "test.npz", run.fingerprint)["logits"]
+    for fold in run.finished_folds:
+        logits = read_arrays(run.fold_dir(fold) / "test.npz", run.fingerprint)["logits"]
         if run.config.ensemble_method == "weighted":
             result[fold] = average_probabilities(_view_members(logits, evaluation.views), evaluation.view_weights)
         else:
@@ -2451,55 +2476,50 @@ def write_submissions(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFram
     """Write and check submission_single.csv (best fold by OOF) and submission_ensemble.csv; returns name -> frame."""
     folds = predict_test(run, evaluation)
     members = np.stack(list(folds.values()))
-    vote = run.config.ensemble_method == "vote"
-    ensemble = majority_vote(members) if vote else average_probabilities(members).argmax(1)
+    ensemble = majority_vote(members) if run.config.ensemble_method == "vote" else members.mean(axis=0).argmax(1)
     answers = {"single": folds[best_fold(evaluation)].argmax(1), "ensemble": ensemble}
+    frames = {}
     for name, labels in answers.items():
-        letters = dict(zip(run.test["id"], np.array(CHOICES)[labels], strict=True))
-        make_submission(run.sample, letters, run.directory / f"submission_{name}.csv")
+        letters, path = np.array(CHOICES)[labels], run.directory / f"submission_{name}.csv"
+        make_submission(run.sample, dict(zip(run.test["id"], letters, strict=True)), path)
+        frames[name] = pd.read_csv(path, dtype=str, keep_default_na=False)
     if detect_runtime(run.config.precision).platform == "kaggle":
         atomic_write("submission.csv", (run.directory / "submission_ensemble.csv").read_bytes())
-    return {name: pd.read_csv(run.directory / f"submission_{name}.csv", dtype=str) for name in answers}
+    return frames
 
 
 # === Figures and report ==============================================================================================
 BLUE, ORANGE, GREY = "#3b6ea5", "#d9822b", "#8a8f98"
+matplotlib_figure = _Lazy("matplotlib.figure")
 
 
-def _axes(ax, title: str, xlabel: str, ylabel: str, figsize=(6, 3.2)):
+def _axes(ax, title: str, xlabel: str, ylabel: str, figsize=(6, 3.2), **settings):
     """Given axes, or new ones, with title and labels set: figures carry type names only, Korean text is HTML."""
-    if ax is None:
-        from matplotlib.figure import Figure
-
-        ax = Figure(figsize=figsize, layout="constrained").subplots()
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax = ax or matplotlib_figure.Figure(figsize=figsize, layout="constrained").subplots()
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel, **settings)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
-def _accuracy_bars(ax, title: str, names: Sequence[str], values: Sequence[float], figsize=(6, 3.2)):
-    ax = _axes(ax, title, "accuracy", "", figsize)
-    ax.bar_label(ax.barh(names, values, color=BLUE), fmt="%.3f", padding=3, fontsize=9)
-    ax.set_xlim(0, 1.08)
+def _accuracy_bars(ax, title: str, accuracies: pd.Series, figsize=(6, 3.2)):
+    ax = _axes(ax, title, "accuracy", "", figsize, xlim=(0, 1.08))
+    ax.bar_label(ax.barh(accuracies.index, accuracies, color=BLUE), fmt="%.3f", padding=3, fontsize=9)
     return ax
 
 
 def plot_counts(counts: pd.Series, title: str, ax=None):
     """Bars of counts, each with its number."""
-    ax = _axes(ax, title, "", "rows")
-    bars = ax.bar([str(name) for name in counts.index], counts.to_numpy(), color=BLUE)
-    ax.bar_label(bars, padding=2, fontsize=9)
-    ax.margins(y=0.15)
+    ax = _axes(ax, title, "", "rows", ymargin=0.15)
+    ax.bar_label(ax.bar([str(name) for name in counts.index], counts, color=BLUE), padding=2, fontsize=9)
     return ax
 
 
 def plot_token_counts(tokens: Mapping[str, Sequence[int]], limit: int, ax=None):
     """Histogram of image tokens per split; the dashed line is the configured pixel budget."""
     ax = _axes(ax, "Image tokens within the pixel budget", "merged patches per image", "images")
-    top = max(max(values) for values in tokens.values())
-    bins = np.linspace(0, top + 1, min(40, top + 2))
+    top = max(map(max, tokens.values()))
     for (name, values), colour in zip(tokens.items(), (BLUE, ORANGE), strict=False):
-        ax.hist(values, bins=bins, alpha=0.6, label=name, color=colour)
+        ax.hist(values, bins=min(39, top + 1), range=(0, top + 1), alpha=0.6, label=name, color=colour)
     if limit <= 2 * top:
         ax.axvline(limit, linestyle="--", color=GREY)
     ax.legend(title=f"budget: {limit} patches", frameon=False)
@@ -2509,35 +2529,30 @@ def plot_token_counts(tokens: Mapping[str, Sequence[int]], limit: int, ax=None):
 def plot_learning_curves(results: Sequence[FoldResult], axes=None):
     """Training loss and held-out accuracy by epoch, one line per fold; a ring marks the epoch that was kept."""
     if axes is None:
-        from matplotlib.figure import Figure
-
-        axes = Figure(figsize=(9, 3.2), layout="constrained").subplots(1, 2)
+        axes = matplotlib_figure.Figure(figsize=(9, 3.2), layout="constrained").subplots(1, 2)
     for ax, title, column in zip(axes, ("Training loss", "Held-out accuracy"), ("loss", "accuracy"), strict=True):
         _axes(ax, title, "epoch", column)
         for result in results:
             curve = result.history.set_index("epoch")[column]
             (line,) = ax.plot(curve, marker=".", label=f"fold {result.fold}")
-            kept = curve.loc[[result.best_epoch]]
-            ax.plot(kept, "o", markersize=11, fillstyle="none", color=line.get_color())
+            ax.plot(curve.loc[[result.best_epoch]], "o", markersize=11, fillstyle="none", color=line.get_color())
     ax.legend(frameon=False)
     return axes
 
 
 def plot_reliability(curves: Mapping[str, pd.DataFrame], ax=None):
     """Accuracy against confidence per bin; on the diagonal the probabilities mean what they say."""
-    ax = _axes(ax, "Reliability on OOF rows", "confidence", "accuracy", figsize=(4.2, 3.8))
+    ax = _axes(ax, "Reliability on OOF rows", "confidence", "accuracy", (4.2, 3.8), xlim=(0.2, 1.02), ylim=(0, 1.05))
     ax.plot([0, 1], [0, 1], linestyle="--", color=GREY)
     for (name, curve), colour in zip(curves.items(), (ORANGE, BLUE), strict=False):
         ax.plot(curve["confidence"], curve["accuracy"], marker="o", label=name, color=colour)
-    ax.set(xlim=(0.2, 1.02), ylim=(0, 1.05))
     ax.legend(frameon=False)
     return ax
 
 
 def plot_ladder(ladder: pd.DataFrame, ax=None):
     """Bars of the OOF accuracy of every step, the first on top."""
-    upwards = ladder["accuracy"].iloc[::-1]
-    return _accuracy_bars(ax, "OOF accuracy, step by step", upwards.index, upwards, figsize=(7, 3.2))
+    return _accuracy_bars(ax, "OOF accuracy, step by step", ladder["accuracy"].iloc[::-1], figsize=(7, 3.2))
 
 
 def confusion_table(labels: np.ndarray, predicted: np.ndarray) -> pd.DataFrame:
@@ -2559,24 +2574,22 @@ def plot_confusion(table: pd.DataFrame, ax=None):
 
 def accuracy_by_type(types: Sequence[str], correct: np.ndarray) -> pd.DataFrame:
     """Rows and accuracy of each question type, the weakest first."""
-    frame = pd.DataFrame({"type": list(types), "correct": correct})
-    grouped = frame.groupby("type")["correct"].agg(rows="size", accuracy="mean")
-    return grouped.sort_values("accuracy")
+    grouped = pd.DataFrame({"type": list(types), "correct": correct}).groupby("type")["correct"]
+    return grouped.agg(rows="size", accuracy="mean").sort_values("accuracy")
 
 
 def plot_accuracy_by_type(table: pd.DataFrame, ax=None):
     """Bars of accuracy per question type with the number of rows; the dashed line is chance."""
     names = [f"{name} ({rows})" for name, rows in table["rows"].items()]
-    ax = _accuracy_bars(ax, "OOF accuracy by question type", names, table["accuracy"])
+    ax = _accuracy_bars(ax, "OOF accuracy by question type", table["accuracy"].set_axis(names))
     ax.axvline(0.25, linestyle="--", color=GREY)
     return ax
 
 
 def thumbnail_html(path: str, side: int = 120) -> str:
     """An <img> tag with the image inside it, at most `side` pixels, so that the notebook needs no files beside it."""
-    image = load_image(path)
+    image, buffer = load_image(path), io.BytesIO()
     image.thumbnail((side, side))
-    buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
@@ -2589,51 +2602,45 @@ def question_cards(frame: pd.DataFrame, notes: Sequence[str] | None = None) -> s
         if "answer" in row:
             choices[row["answer"]] = f"<b>{choices[row['answer']]}</b>"
         note = f"<br><i>{html.escape(notes[line])}</i>" if notes is not None else ""
-        cards.append(
-            f'<tr><td>{thumbnail_html(row["image_path"])}</td><td style="text-align:left">'
-            f"<code>{html.escape(row['id'])}</code> {row['type']}<br>{html.escape(row['question'])}<br>"
-            f"{' &nbsp; '.join(choices.values())}{note}</td></tr>"
-        )
+        text = f"<code>{html.escape(row['id'])}</code> {row['type']}<br>{html.escape(row['question'])}<br>"
+        text += " &nbsp; ".join(choices.values()) + note
+        cards.append(f'<tr><td>{thumbnail_html(row["image_path"])}</td><td style="text-align:left">{text}</td></tr>')
     return f"<table>{''.join(cards)}</table>"
 
 
 def confident_mistakes(evaluation: Evaluation, top: int = 6) -> tuple[pd.DataFrame, list[str]]:
     """The OOF rows that are wrong with the highest probability, and a note for each."""
     probabilities = evaluation.calibration.probabilities
-    predicted = probabilities.argmax(1)
-    wrong = np.flatnonzero(predicted != evaluation.oof.labels)
-    lines = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")][:top]
+    predicted, surest = probabilities.argmax(1), np.argsort(-probabilities.max(1), kind="stable")
+    lines = [line for line in surest if predicted[line] != evaluation.oof.labels[line]][:top]
     notes = [f"predicted {CHOICES[predicted[line]]} with probability {probabilities[line].max():.2f}" for line in lines]
     return evaluation.oof.frame.iloc[lines], notes
 
 
 def wrap_up_table(run: Run) -> pd.DataFrame:
     """Wall time in seconds and peak memory in GiB of each worker stage, as the workers logged them."""
-    frame = pd.read_json(run.directory / "stages.jsonl", lines=True)
-    return frame.filter(["label", "seconds", "rss_gib", "gpu_peak_gib"]).set_index("label")
+    frame = pd.read_json(run.directory / "stages.jsonl", lines=True).set_index("label")
+    return frame.filter(["seconds", "rss_gib", "gpu_peak_gib"])
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:
-    """Write a table as CSV, whole or not at all."""
-    atomic_write(path, frame.to_csv(index=False))
+    """Write a CSV, whole or not at all; text that a spreadsheet would run as a formula gets a quotation mark first."""
+    atomic_write(path, frame.replace(r"^([=+@\t\r'-])", r"'\1", regex=True).to_csv(index=False))
 
 
 def markdown_table(frame: pd.DataFrame) -> str:
     """A GitHub table with the index as first column and three decimals."""
-
-    def cell(value) -> str:
-        return f"{value:.3f}" if isinstance(value, float) else str(value).replace("|", "\\|")
-
     columns = [frame.index.name or "", *frame.columns]
     lines = ["| " + " | ".join(map(str, columns)) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(map(cell, row)) + " |" for row in frame.itertuples()]
+    for row in frame.itertuples():
+        cells = [f"{value:.3f}" if isinstance(value, float) else str(value).replace("|", "\\|") for value in row]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def save_figure(ax, run: Run, name: str):
     """Save the figure of `ax` as figures/`name`.png in the run directory; returns it for display."""
-    figure = np.ravel(ax)[0].figure
-    buffer = io.BytesIO()
+    figure, buffer = np.ravel(ax)[0].figure, io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     atomic_write(run.directory / "figures" / f"{name}.png", buffer.getvalue())
     return figure
@@ -2647,7 +2654,7 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
     parts = [
         f"# {run.directory.name}",
         f"Model `{config.model_id}`, {len(run.train)} training rows, {len(run.test)} test rows, "
-        f"folds {list(config.folds_to_train)} of {config.n_folds}, {weights} weights.",
+        f"folds {run.finished_folds} of {config.n_folds}, {weights} weights.",
         "Temperature, weights and stacking are scored on rows they were not fitted on. The gain of averaging folds "
         "cannot be seen on OOF rows, because each row has one model that did not train on it.",
     ]
@@ -2659,29 +2666,23 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
         "Fallbacks taken while reading the data": pd.DataFrame({"rows": run.fallbacks}).rename_axis("fallback"),
         "Time and memory": wrap_up_table(run),
     }
+    if (run.directory / "events.jsonl").exists():
+        tables["What did not go to plan"] = pd.read_json(run.directory / "events.jsonl", lines=True).set_index("event")
     parts += [f"## {title}\n\n{markdown_table(table)}" for title, table in tables.items()]
     parts += [f"![{path.stem}](figures/{path.name})" for path in sorted((run.directory / "figures").glob("*.png"))]
     atomic_write(run.directory / "report.md", "\n\n".join(parts) + "\n")
-    _log_experiment(run, evaluation)
+    row = {"run": run.directory.name, "finished": time.strftime("%Y-%m-%d %H:%M:%S"), "model": config.model_id}
+    row |= {"folds": len(run.finished_folds), "rows": len(run.train)}
+    row |= score_row(evaluation.calibration.probabilities, oof.labels)
+    log = run.directory.parent / "experiments.csv"  # a repeated run replaces its row
+    before = _read_rows(log) if log.exists() else pd.DataFrame(columns=["run"])
+    write_table(pd.concat([before[before["run"] != row["run"]], pd.DataFrame([row])], ignore_index=True), log)
     return run.directory / "report.md"
 
 
-def _log_experiment(run: Run, evaluation: Evaluation) -> None:
-    """One row per finished run in experiments.csv beside the run directories; a repeated run replaces its row."""
-    path = run.directory.parent / "experiments.csv"
-    row = {
-        "run": run.directory.name,
-        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "model": run.config.model_id,
-        "folds": len(run.config.folds_to_train),
-        "rows": len(run.train),
-        **score_row(evaluation.calibration.probabilities, evaluation.oof.labels),
-    }
-    before = pd.read_csv(path, dtype=str) if path.exists() else pd.DataFrame(columns=["run"])
-    write_table(pd.concat([before[before["run"] != row["run"]], pd.DataFrame([row])], ignore_index=True), path)
-
-
-# === Worker and preflight ============================================================================================
+# === Run =============================================================================================================
+LOCK_SECONDS = 10  # how long a second process waits for the first one to end
+WATCHED_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -2701,76 +2702,135 @@ class Run:
 
     @classmethod
     def open(cls, directory: str | Path) -> Run:
-        """Read what `start_run` wrote."""
         directory = Path(directory)
         content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         tables = [_read_rows(directory / name) for name in ("folds.csv", "test_rows.csv", "sample_rows.csv")]
         return cls(Config(**content["config"]), directory, *tables, content["fallbacks"], content["fingerprint"])
 
-    def training_time_is_up(self) -> bool:
-        """Whether 75 % of time_budget_hours has passed since `run_folds` began; the rest is for inference."""
-        if self.config.time_budget_hours is None:
-            return False
-        started = json.loads((self.directory / "session.json").read_text(encoding="utf-8"))["started"]
-        return time.time() - started > 0.75 * 3600 * self.config.time_budget_hours
+    def is_done(self, stage: str, fold: int) -> bool:
+        return (self.directory / STAGES[stage][1].format(fold=fold)).exists()
+
+    @property
+    def finished_folds(self) -> list[int]:
+        """The folds that are trained; fewer than the configuration asks for when the time was up."""
+        return [fold for fold in self.config.folds_to_train if self.is_done("train", fold)]
+
+    def seconds_left(self) -> float:
+        """Seconds of the time budget that remain; infinite without one."""
+        hours = self.config.time_budget_hours or (11 if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else math.inf)
+        path = self.directory / "session.json"
+        started = json.loads(path.read_text(encoding="utf-8"))["started"] if path.exists() else time.time()
+        return started + 3600 * hours - time.time()
+
+    def inference_seconds(self, seconds_per_question: float, processor, training: int) -> float:
+        """Estimated time to validate `training` folds and to score all folds that are waiting for it, with margin."""
+        folds = training + sum(not self.is_done("predict", fold) for fold in self.finished_folds)
+        held_out, views = len(self.train) / self.config.n_folds, len(all_views(self.config, processor))
+        questions = folds * (held_out + len(self.test)) * views + 3 * training * held_out
+        return 1.25 * seconds_per_question * questions
+
+    @contextlib.contextmanager
+    def owned(self, folds: Sequence[int]) -> Iterator[None]:
+        """Keep other processes off these folds; CheckpointError if one is at work. A dead owner's lock is free."""
+        with contextlib.ExitStack() as stack:
+            for fold in folds:
+                try:
+                    stack.enter_context(filelock.FileLock(self.directory / f".fold_{fold}.lock", LOCK_SECONDS))
+                except filelock.Timeout as error:
+                    problem = f"another process is working on fold {fold} of {self.directory}"
+                    raise CheckpointError(f"{problem}; wait for it, stop it, or choose a new run_name") from error
+            yield
 
 
 def _read_rows(path: Path) -> pd.DataFrame:
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    """What `write_table` wrote, as text but for the columns that hold numbers."""
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False).map(lambda text: text.removeprefix("'"))
     return frame.astype({column: int for column in ("label", "fold", "width", "height") if column in frame})
 
 
 def start_run(config: Config, competition: Competition, folds: np.ndarray) -> Run:
-    """Create the run directory; CheckpointError names what differs if one is there with other config, data or folds."""
+    """Create the run directory or continue the one there, or in `resume_from`; CheckpointError if it differs."""
     directory = config.run_dir.resolve()
     config = dataclasses.replace(config, output_dir=str(directory.parent), run_name=directory.name)
     rows = competition.train.assign(fold=folds)
     assignment = hashlib.sha256(rows[["id", "fold"]].to_csv().encode()).hexdigest()
-    content = {
-        "version": __version__,
-        "config": dataclasses.asdict(config),
-        "parts": {"config": config.fingerprint, "data": competition.fingerprint, "folds": assignment},
-        "fallbacks": competition.fallbacks,
-    }
-    content["fingerprint"] = hashlib.sha256(json.dumps(content["parts"], sort_keys=True).encode()).hexdigest()
-    if (directory / "config.json").exists():
-        _require_same_run(directory, content)
-    for name, frame in (("folds", rows), ("test_rows", competition.test), ("sample_rows", competition.sample)):
+    parts = {"config": config.fingerprint, "data": competition.fingerprint, "folds": assignment}
+    fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    libraries = {name: importlib.metadata.version(name) for name in WATCHED_LIBRARIES}
+    content = {"version": __version__, "libraries": libraries, "config": dataclasses.asdict(config), "parts": parts}
+    content |= {"fallbacks": competition.fallbacks, "fingerprint": fingerprint}
+    tables = {"folds": rows, "test_rows": competition.test, "sample_rows": competition.sample}
+    path = directory / "config.json"
+    if not path.exists():
+        _adopt_earlier_run(directory, config, fingerprint)
+    if path.exists():
+        _check_same_run(json.loads(path.read_text(encoding="utf-8")), content, directory, tables)
+    for name, frame in tables.items():
         write_table(frame, directory / f"{name}.csv")
-    atomic_write(directory / "config.json", json.dumps(content, indent=1, ensure_ascii=False))
+    atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False))
     return Run.open(directory)
 
 
-def _require_same_run(directory: Path, content: Mapping) -> None:
-    before = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    changed = [name for name, value in content["parts"].items() if before["parts"][name] != value]
+def _adopt_earlier_run(directory: Path, config: Config, fingerprint: str) -> None:
+    """Copy the run of this fingerprint from where an earlier session left it, a read-only input or Drive, if it is."""
+    patterns = ["*/" * depth + "config.json" for depth in range(1, 6)]
+    for path in (path for place in config.resume_from for pattern in patterns for path in Path(place).glob(pattern)):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")).get("fingerprint")
+        except (OSError, ValueError, AttributeError):  # other software's config.json
+            continue
+        if found == fingerprint and path.parent.resolve() != directory:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=directory.parent))
+            for source in (file for file in path.parent.rglob("*") if file.is_file() and file.suffix != ".lock"):
+                target = temporary / source.relative_to(path.parent)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)  # not copytree: it would copy the mount's write protection
+            shutil.rmtree(directory, ignore_errors=True)  # left by a start_run that was killed
+            os.replace(temporary, directory)
+            LOGGER.info("Continuing the run of an earlier session, copied from %s", path.parent)
+            return
+
+
+def _check_same_run(before: Mapping, now: Mapping, directory: Path, tables: Mapping[str, pd.DataFrame]) -> None:
+    """CheckpointError with what differs between two config.json; a warning for another version of a library."""
+    for name, version in now["libraries"].items():
+        if before["libraries"][name] != version:
+            LOGGER.warning("This run was started with %s %s; now %s", name, before["libraries"][name], version)
+    changed = [name for name, value in now["parts"].items() if before["parts"][name] != value]
     if not changed:
         return
-    new, old = (json.loads(json.dumps(part["config"])) for part in (content, before))
-    fields = [f"{name}: {old.get(name)!r} -> {value!r}" for name, value in new.items() if old.get(name) != value]
-    raise CheckpointError(
-        f"{directory} was made with other {' and '.join(changed)} ({'; '.join(fields) or 'same settings'}); "
-        "choose a new run_name, or delete that folder"
-    )
+    new, old = json.loads(json.dumps(now["config"])), before["config"]
+    differences = [f"{name}: {old.get(name)!r} -> {value!r}" for name, value in new.items() if old.get(name) != value]
+    for name in ("folds", "test_rows"):
+        earlier = _read_rows(directory / f"{name}.csv")
+        columns = [column for column in earlier if column in tables[name] and column not in ("image_path", "line")]
+        both = (rows[columns].astype(str) for rows in (tables[name], earlier))
+        ids = sorted(set(pd.concat(both).drop_duplicates(keep=False)["id"]))  # of rows that one side has only
+        differences += [f"rows {ids[:3]} and {max(0, len(ids) - 3)} more of {name}.csv"] if ids else []
+    what, remedy = "; ".join(differences) or "same settings", "choose a new run_name, or delete that folder"
+    raise CheckpointError(f"{directory} was made with other {' and '.join(changed)} ({what}); {remedy}")
+
+
+# === Worker and preflight ============================================================================================
+INTERRUPTED = 75  # exit status of a worker that was asked to stop and has saved its work (EX_TEMPFAIL)
 
 
 def stage_zeroshot(session: Session, run: Run, fold: int) -> None:
     """Score `zeroshot_rows` training rows with the untouched base model."""
     rows = min(run.config.zeroshot_rows or len(run.train), len(run.train))
     frame = run.train.sample(rows, random_state=run.config.seed).sort_index().reset_index(drop=True)
-    session.cache.fill(frame, pixel_budget(run.config, session.processor), session.progress)
-    logits = predict_logits(session, frame, [View("rotation 0")], label="zero-shot")
+    session.cache.fill(run.train, pixel_budget(run.config, session.processor), session.progress)
+    partial = Partial(run.directory / "zeroshot.partial.npz", run.fingerprint, run.config)
+    logits = predict_logits(session, frame, [View("rotation 0")], None, "zero-shot", partial)
     write_logits(run.directory / "zeroshot.npz", frame, logits, ["rotation 0"], run.fingerprint)
 
 
 def load_adapter(model, folder: Path):
     """The base model with a saved adapter. Raises CheckpointError unless every stored weight arrived unchanged."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    adapted = PeftModel.from_pretrained(model, str(folder))
-    stored = load_file(folder / "adapter_model.safetensors")
-    loaded = get_peft_model_state_dict(adapted)
+    adapted = peft.PeftModel.from_pretrained(model, str(folder))
+    stored = safetensors_torch.load_file(folder / "adapter_model.safetensors")
+    loaded = peft.get_peft_model_state_dict(adapted)
     differing = [name for name in stored if name not in loaded or not torch.equal(stored[name], loaded[name].cpu())]
     if differing or set(loaded) != set(stored):
         raise CheckpointError(f"{folder} was not loaded completely: {differing[:3] or set(loaded) ^ set(stored)}")
@@ -2780,15 +2840,21 @@ def load_adapter(model, folder: Path):
 def stage_predict(session: Session, run: Run, fold: int) -> None:
     """Score the fold's held-out rows and all test rows in every view with the selected weights."""
     kind = json.loads((run.directory / "selection.json").read_text(encoding="utf-8"))["weights"]
-    views = all_views(run.config, session.processor)
+    views, directory = all_views(run.config, session.processor), run.fold_dir(fold)
     held_out = run.train[run.train["fold"] == fold].reset_index(drop=True)
-    adapted = load_adapter(session.model, run.fold_dir(fold) / f"adapter_{kind}")
+    weights = directory / f"adapter_{kind}" / "adapter_model.safetensors"
+    if not weights.exists() or file_sha256(weights) != read_fold_result(run, fold).adapters[kind]:
+        LOGGER.warning("%s is damaged: made anew from the last checkpoint", weights)
+        (directory / "result.json").unlink()
+        train_fold(run.config, fold, session)
+    adapted = load_adapter(session.model, directory / f"adapter_{kind}")
     try:
-        for name, frame in (("oof", held_out), ("test", run.test)):
-            session.cache.fill(frame, pixel_budget(run.config, session.processor), session.progress)
-            logits = predict_logits(session, frame, views, adapted, label=f"fold {fold} {name}")
-            path = run.fold_dir(fold) / f"{name}.npz"
-            write_logits(path, frame, logits, [view.name for view in views], run.fingerprint)
+        for name, frame, images in (("oof", held_out, run.train), ("test", run.test, run.test)):
+            session.cache.fill(images, pixel_budget(run.config, session.processor), session.progress)
+            partial = Partial(directory / f"{name}.{kind}.partial.npz", run.fingerprint, run.config)
+            logits = predict_logits(session, frame, views, adapted, f"fold {fold} {name}", partial)
+            write_logits(directory / f"{name}.npz", frame, logits, [view.name for view in views], run.fingerprint)
+            partial.path.unlink(missing_ok=True)
     finally:
         adapted.unload()
 
@@ -2800,25 +2866,35 @@ STAGES = {  # what does it for one fold, and the file that it writes last: where
 }
 
 
-def stage_is_done(run: Run, stage: str, fold: int) -> bool:
-    """Whether the file that the stage writes last is there."""
-    return (run.directory / STAGES[stage][1].format(fold=fold)).exists()
-
-
 def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: Callable) -> None:
     """Do what is missing of `stages` for `folds`, loading the model at most once."""
-    session = None
+    session, longest = None, 0.0
     for stage in stages:
-        if stage == "predict" and not (run.directory / "selection.json").exists():
+        if stage == "predict":
             select_weights(run)
         for fold in folds:
-            if stage_is_done(run, stage, fold):
+            if run.is_done(stage, fold) or (stage == "predict" and fold not in run.finished_folds):
                 continue
             session = session or open_session(run.config, run.train.iloc[0])
             session.progress = progress
             label = stage if stage == "zeroshot" else f"{stage} fold {fold}"
-            with track_peak_memory(label) as report:
-                STAGES[stage][0](session, run, fold)
+            try:
+                if stage == "train" and run.finished_folds:
+                    needed = run.inference_seconds(session.seconds_per_question, session.processor, 1) + longest
+                    if run.seconds_left() < needed:
+                        minutes = f"{needed / 60:.0f} minutes"
+                        session.note(f"{label} was left out: the time budget has no {minutes} left for it")
+                        continue
+                with track_peak_memory(label) as report:
+                    STAGES[stage][0](session, run, fold)
+            finally:
+                if count := session.cache.recomputed_in_fp32:
+                    session.note(f"vision features of {count} images were not finite and recomputed in fp32")
+                    session.cache.recomputed_in_fp32 = 0
+                for text in session.notes:
+                    MetricLogger(run.directory / "events.jsonl").log(event=text)
+                session.notes.clear()
+            longest = max(longest, report["seconds"]) if stage == "train" else longest
             MetricLogger(run.directory / "stages.jsonl").log(**report)
 
 
@@ -2826,68 +2902,61 @@ def launch_workers(run: Run, jobs: Sequence[tuple[int | None, Sequence[int]]], s
     """Start one worker per (GPU index or None, folds), show progress, wait; RuntimeError shows failed logs' ends."""
     workers = {}  # log -> process
     for number, (gpu, folds) in enumerate(jobs):
-        environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
-        arguments = ["--run", str(run.directory), "--folds", ",".join(map(str, folds)), "--stages", ",".join(stages)]
-        command = [sys.executable, str(Path(__file__).resolve()), "worker", *arguments, "--name", str(number)]
+        chosen = {"CUDA_VISIBLE_DEVICES": str(gpu), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # nvidia-smi's numbers
+        environment = os.environ | ({} if gpu is None else chosen)
+        command = [sys.executable, __file__, "worker", "--run", str(run.directory), "--name", str(number)]
+        command += ["--folds", ",".join(map(str, folds)), "--stages", ",".join(stages), "--parent", str(os.getpid())]
         (run.directory / f"progress_{number}.json").unlink(missing_ok=True)
         log = run.directory / f"worker_{number}.log"
         with log.open("ab") as file:
             workers[log] = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
         _watch(run, list(workers.values()))
-    finally:
+    finally:  # reached by a KeyboardInterrupt too: the workers save and end
         for process in workers.values():
             process.terminate()
-    failed = [log for log, process in workers.items() if process.wait() != 0]
-    if failed:
-        ends = [f"End of {log}:\n" + _tail(log.read_text(encoding="utf-8", errors="replace")) for log in failed]
+        ended = {log: process.wait() for log, process in workers.items()}
+    if failed := [log for log, status in ended.items() if status not in (0, INTERRUPTED)]:
+        ends = ["\n".join([f"End of {log}:", *log.read_text("utf-8", "replace").splitlines()[-25:]]) for log in failed]
         raise RuntimeError("A worker stopped. Run the cell again to continue where it was.\n" + "\n".join(ends))
-
-
-def _tail(text: str) -> str:
-    return "\n".join(text.splitlines()[-25:])
+    if INTERRUPTED in ended.values():
+        raise Interrupted("A worker was asked to stop. Its work is saved: run the cell again to continue.")
 
 
 def _watch(run: Run, processes: Sequence[subprocess.Popen]) -> None:
-    """Show what every worker is doing, in place, until all have ended."""
-    show, started, running = _live_text(), time.monotonic(), True
+    """Show what every worker is doing until all have ended: in one output of a notebook cell, or in the terminal."""
+    ipython = sys.modules.get("IPython")
+    in_notebook = ipython is not None and ipython.get_ipython() is not None
+    handle = ipython.display.display({"text/plain": ""}, raw=True, display_id=True) if in_notebook else None
+    meter = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} in {elapsed}{postfix}"
+    started, running = time.monotonic(), True
     while running:
         running = any(process.poll() is None for process in processes)
-        show("\n".join(_progress_line(run, number, time.monotonic() - started) for number in range(len(processes))))
-        if running:
-            time.sleep(1)
-
-
-def _live_text() -> Callable[[str], object]:
-    """A function that shows a text instead of the one before: one output of a notebook cell, or the terminal's line."""
-    ipython = sys.modules.get("IPython")
-    if ipython is None or ipython.get_ipython() is None:
-        return lambda text: sys.stdout.write("\r" + text)
-    handle = ipython.display.display({"text/plain": ""}, raw=True, display_id=True)
-    return lambda text: handle.update({"text/plain": text}, raw=True)
-
-
-def _progress_line(run: Run, number: int, elapsed: float) -> str:
-    path = run.directory / f"progress_{number}.json"
-    if not path.exists():
-        return f"worker {number} starting"
-    state = json.loads(path.read_text(encoding="utf-8"))
-    done, total, prefix = state.pop("done"), state.pop("total"), f"worker {number} {state.pop('stage')}"
-    postfix = ", ".join(f"{name}={value}" for name, value in state.items())
-    meter = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} in {elapsed}{postfix}"
-    return tqdm.format_meter(done, total, elapsed, prefix=prefix, postfix=postfix, bar_format=meter)
+        lines, elapsed = [], time.monotonic() - started
+        for number in range(len(processes)):
+            path, line = run.directory / f"progress_{number}.json", f"worker {number} starting"
+            if path.exists():
+                state = json.loads(path.read_text(encoding="utf-8"))
+                name, done, total = f"worker {number} {state.pop('stage')}", state.pop("done"), state.pop("total")
+                details = ", ".join(f"{key}={value}" for key, value in state.items())
+                line = tqdm.format_meter(done, total, elapsed, prefix=name, postfix=details, bar_format=meter)
+            lines.append(line)
+        if in_notebook:
+            handle.update({"text/plain": "\n".join(lines)}, raw=True)
+        else:
+            sys.stdout.write("\r" + "\n".join(lines))
+        time.sleep(1 if running else 0)
 
 
 def _devices(config: Config) -> list[int | None]:
-    gpus = detect_runtime(config.precision, config.attn_implementation).gpus
-    return [gpu["index"] for gpu in gpus] or [None]
+    return [gpu["index"] for gpu in detect_runtime(config.precision, config.attn_implementation).gpus] or [None]
 
 
 def run_zeroshot(run: Run) -> pd.DataFrame:
     """Score the base model in a worker; returns rows and accuracy by question type and over all."""
-    if not stage_is_done(run, "zeroshot", 0):
+    if not run.is_done("zeroshot", 0):
         launch_workers(run, [(_devices(run.config)[0], [0])], ["zeroshot"])
-    content = read_logits(run.directory / "zeroshot.npz", run.fingerprint)
+    content = read_arrays(run.directory / "zeroshot.npz", run.fingerprint)
     correct = softmax(content["logits"][:, 0]).argmax(1) == content["labels"]
     table = accuracy_by_type(run.train.set_index("id").loc[content["ids"], "type"], correct)
     table.loc["all"] = [len(correct), correct.mean()]
@@ -2902,9 +2971,10 @@ def run_folds(config: Config) -> list[FoldResult]:
     jobs = [(device, folds[number :: len(devices)]) for number, device in enumerate(devices[: len(folds)])]
     # The weights are selected once all folds are trained: with several devices, by a second round of workers.
     for stages in [["train", "predict"]] if len(jobs) == 1 else [["train"], ["predict"]]:
-        if not all(stage_is_done(run, stage, fold) for stage in stages for fold in folds):
+        wanted = run.finished_folds if stages == ["predict"] else folds
+        if not all(run.is_done(stage, fold) for stage in stages for fold in wanted):
             launch_workers(run, jobs, stages)
-    return [read_fold_result(run, fold) for fold in folds]
+    return [read_fold_result(run, fold) for fold in run.finished_folds]
 
 
 def preflight(config: Config, rows: int = 64) -> dict:
@@ -2913,22 +2983,37 @@ def preflight(config: Config, rows: int = 64) -> dict:
     count = len(competition.train)
     frame = competition.train.sample(min(rows, count), random_state=config.seed, ignore_index=True)
     session = open_session(config, frame.iloc[0])
+    budget, merged = pixel_budget(config, session.processor), session.processor.image_processor.merge_size**2
     prompts = [make_prompt(session, frame, row, (0, 1, 2, 3)) for row in range(len(frame))]
-    session.cache.fill(frame, pixel_budget(config, session.processor), session.progress)
+    session.cache.fill(frame, budget, session.progress)
     start = time.perf_counter()
     probabilities = softmax(predict_logits(session, frame, [View("rotation 0")])[:, 0])
     score_seconds = (time.perf_counter() - start) / len(frame)
-    trainable, step_seconds = _time_training(session, frame, prompts)
+    model = attach_lora(session.model, config, config.seed).train()
+    parameters = trainable_parameters(model).values()
+    longest = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))[: config.batch_size]
+    for _ in range(2):  # the second one is timed
+        start = time.perf_counter()
+        batch = collate(session, longest)
+        training_loss(session, last_logits(session, model, batch), batch, frame).backward()
+        if not all(value.grad.isfinite().all() for value in parameters):  # this waits for the GPU, too
+            raise FloatingPointError("A training step on these rows gives gradients that are not finite")
+        step_seconds = (time.perf_counter() - start) / len(longest)
+    model.unload()
     folds, views = len(config.folds_to_train), len(all_views(config, session.processor))
     trained = count * (1 - 1 / config.n_folds) * config.num_epochs * folds
     scored = (len(competition.test) * folds + count * folds / config.n_folds) * views
+    tokens = {}
+    for name, table in {"train": competition.train, "test": competition.test}.items():
+        sizes = zip(table["width"], table["height"], strict=True)
+        tokens[name] = [math.prod(image_grid(*size, session.processor, budget)) // merged for size in sizes]
     return {
         "letter tokens": " ".join(f"{c}={list(ids)}" for c, ids in zip(CHOICES, session.letters, strict=True)),
         "prompt": render_prompt(session.processor, build_messages(frame.iloc[0], templates=session.templates)),
         "tokens per prompt": f"at most {max(len(prompt.input_ids) for prompt in prompts)}",
-        "token_budget": pixel_budget(config, session.processor)[1] // merged_patch_area(session.processor),
-        "token_counts": {name: image_token_counts(session, getattr(competition, name)) for name in ("train", "test")},
-        "trainable parameters": f"{trainable:,}",
+        "token_budget": budget[1] // merged_patch_area(session.processor),
+        "token_counts": tokens,
+        "trainable parameters": f"{sum(value.numel() for value in parameters):,}",
         "seconds per training question": round(step_seconds, 3),
         "seconds per scored question": round(score_seconds, 4),
         "zero-shot accuracy": f"{accuracy(probabilities, frame['label'].to_numpy()):.2f} on {len(frame)} rows",
@@ -2937,41 +3022,16 @@ def preflight(config: Config, rows: int = 64) -> dict:
     }
 
 
-def image_token_counts(session: Session, frame: pd.DataFrame) -> list[int]:
-    """Tokens that each row's image takes within the pixel budget."""
-    budget, merged = pixel_budget(session.config, session.processor), session.processor.image_processor.merge_size**2
-    sizes = zip(frame["width"], frame["height"], strict=True)
-    return [math.prod(image_grid(*size, session.processor, budget)) // merged for size in sizes]
-
-
-def _time_training(session: Session, frame: pd.DataFrame, prompts: Sequence[Prompt]) -> tuple[int, float]:
-    """(trainable parameters, seconds per question) of forward and backward over one micro-batch, the second of two."""
-    model = attach_lora(session.model, session.config, session.config.seed)
-    model.train()
-    longest = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))[: session.config.batch_size]
-    for _ in range(2):
-        start = time.perf_counter()
-        batch = collate(session, longest)
-        training_loss(session, last_logits(session, model, batch), batch, frame).backward()
-        if session.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = (time.perf_counter() - start) / len(longest)
-    parameters = sum(parameter.numel() for parameter in trainable_parameters(model).values())
-    model.unload()
-    return parameters, seconds
-
-
 def run_preflight(config: Config) -> dict:
     """`preflight` in a process of its own, so that the notebook's never touches the GPU; raises with its last lines."""
-    command = [sys.executable, str(Path(__file__).resolve()), "preflight", "--config"]
-    command += [json.dumps(dataclasses.asdict(config))]
+    command = [sys.executable, __file__, "preflight", "--config", json.dumps(dataclasses.asdict(config))]
     done = subprocess.run(command, check=False, capture_output=True, text=True, encoding="utf-8")
     if done.returncode != 0:
-        raise RuntimeError("Preflight failed:\n" + _tail(done.stdout + done.stderr))
+        raise RuntimeError("Preflight failed:\n" + "\n".join((done.stdout + done.stderr).splitlines()[-25:]))
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Command line: `worker` (what run_folds starts) and `preflight` (settings from --config or the VQA_ variables)."""
     parser = argparse.ArgumentParser(prog="vqa_helpers.py")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -2980,18 +3040,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     worker.add_argument("--folds", required=True, help="comma-separated fold numbers")
     worker.add_argument("--stages", default="train,predict", help=f"comma-separated, from {', '.join(STAGES)}")
     worker.add_argument("--name", default="0", help="number of the worker, for its progress file")
+    worker.add_argument("--parent", type=int, default=0, help="stop, saving all, when this process ends; 0: do not")
     check = commands.add_parser("preflight", help="try everything once on a few rows")
     check.add_argument("--config", help="JSON object of config fields; default: preset auto and the VQA_ variables")
-    options = parser.parse_args(arguments)
-    if options.command == "worker":
-        run = Run.open(options.run)
-        setup_logging(run.directory, run.config.log_level, run.config.log_to_file)
-        progress = ProgressFile(run.directory / f"progress_{options.name}.json")
-        folds = [int(fold) for fold in options.folds.split(",")]
-        run_stages(run, folds, options.stages.split(","), progress.update)
-    else:
-        facts = preflight(Config(**json.loads(options.config)) if options.config else load_config())
+    options = parser.parse_args()
+    if options.command == "preflight":
+        config = Config(**json.loads(options.config)) if options.config else load_config()
+        with tempfile.TemporaryDirectory() as folder:  # no features of few rows in the run's cache
+            facts = preflight(dataclasses.replace(config, cache_dir=folder))
         sys.stdout.write(json.dumps(facts, ensure_ascii=False) + "\n")
+        return
+    run, folds = Run.open(options.run), [int(fold) for fold in options.folds.split(",")]
+    setup_logging(run.directory, run.config.log_level, run.config.log_to_file)
+    progress = ProgressFile(run.directory / f"progress_{options.name}.json", options.parent)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, progress.request_stop)
+    try:
+        with run.owned(folds):
+            run_stages(run, folds, options.stages.split(","), progress.update)
+    except Interrupted as error:
+        LOGGER.warning("%s", error)
+        sys.exit(INTERRUPTED)
 
 
 __all__ = [key for key, item in globals().items() if callable(item) and item.__module__ == __name__ and key[0] != "_"]

@@ -1,8 +1,11 @@
 """Fixtures on tiny real objects, the two markers, and their default: `gpu` and `slow` run only when asked for by -m."""
 
+import atexit
 import dataclasses
+import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +16,9 @@ sys.path.insert(0, str(ROOT))
 
 import vqa_helpers as vqa  # noqa: E402
 
+# Temporary files, the cached vision features among them, also those of the workers that tests start.
+tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="vqa-tests-")
+atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 TINY = vqa.DEMO / "tiny_qwen3_vl"
 MARKERS = {"gpu": "needs a CUDA device", "slow": "takes more than a minute"}
 

@@ -34,6 +34,8 @@ def test_every_preset_is_valid_and_keeps_the_effective_batch(name):
         ({"train_folds": ()}, "'train_folds' is (); it needs at least one fold"),
         ({"train_folds": (0, 0)}, "'train_folds' is (0, 0); it needs at least one fold, and none twice"),
         ({"seed": -1}, "'seed' is -1; it needs at least 0"),
+        ({"min_pixels": 9000, "max_pixels": 8000}, "'min_pixels' is 9000; it needs at most max_pixels, 8000"),
+        ({"save_every_steps": 0}, "'save_every_steps' is 0; it needs at least 1"),
         ({"use_swa": True, "swa_start_epoch": 0}, "'swa_start_epoch' is 0; it needs at least 1"),
         ({"use_swa": True, "swa_start_epoch": 2}, "'swa_start_epoch' is 2; it needs an epoch below num_epochs, 2"),
         ({"prompt_templates": {"colour": "x"}}, "'prompt_templates' is {'colour': 'x'}; it needs keys among"),
@@ -78,7 +80,7 @@ def test_default_run_name_depends_on_results_not_on_places():
 
 def test_config_table_shows_what_differs_from_the_default():
     table = vqa.Config.preset("demo").table()
-    assert table.loc["num_epochs"].tolist() == ["8", "2"]
+    assert table.loc["num_epochs"].tolist() == ["12", "2"]
     assert table.loc["seed"].tolist() == ["42", ""]
 
 
@@ -96,10 +98,16 @@ def test_p100_is_refused_with_the_way_out():
 
 
 def test_attention_is_sdpa_without_flash_attention():
-    assert vqa.decide_attention("auto", (T4,))[0] == "sdpa"
-    assert vqa.decide_attention("eager", (T4,))[0] == "eager"
-    attention, reason = vqa.decide_attention("auto", (A100,))
+    assert vqa.decide_attention("auto", (T4,), "fp16")[0] == "sdpa"
+    assert vqa.decide_attention("eager", (T4,), "fp16")[0] == "eager"
+    attention, reason = vqa.decide_attention("auto", (A100,), "bf16")
     assert attention == "sdpa" and "not installed" in reason
+
+
+def test_flash_attention_is_used_where_installed_but_not_in_fp32(monkeypatch):
+    monkeypatch.setattr(vqa.importlib.util, "find_spec", lambda name: object())
+    assert vqa.decide_attention("auto", (A100,), "bf16")[0] == "flash_attention_2"
+    assert vqa.decide_attention("auto", (A100,), "fp32")[0] == "sdpa"
 
 
 @pytest.mark.parametrize(

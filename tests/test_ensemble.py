@@ -155,5 +155,6 @@ def test_compare_paired_equals_the_binomial_test_by_hand():
 
 def test_compare_paired_without_a_difference_proves_nothing():
     assert vqa.compare_paired([1, 0], [1, 0]) == {"gain": 0.0, "wins": 0, "losses": 0, "p_value": 1.0}
+    assert vqa.compare_paired([], []) == {"gain": 0.0, "wins": 0, "losses": 0, "p_value": 1.0}
     with pytest.raises(ValueError, match="need the same rows twice"):
         vqa.compare_paired([1, 0], [1, 0, 1])

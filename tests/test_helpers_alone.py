@@ -134,3 +134,18 @@ def test_atomic_write_leaves_the_old_file_when_the_write_fails(tmp_path, monkeyp
     with pytest.raises(OSError, match="disk"):
         vqa.atomic_write(path, "new")
     assert path.read_text() == "old"
+
+
+def test_strict_seeding_makes_torch_deterministic(monkeypatch):
+    import torch
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # taken back with the test
+    before = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+    try:
+        vqa.seed_everything(7, strict=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.mem_efficient_sdp_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_flash_sdp(before[0])
+        torch.backends.cuda.enable_mem_efficient_sdp(before[1])

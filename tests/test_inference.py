@@ -172,11 +172,11 @@ def test_logits_file_has_the_schema_and_belongs_to_one_run(tmp_path):
     frame = pd.DataFrame({"id": ["x", "y"], "label": [0, 3]})
     logits = np.array([[[1, 2, 3, -np.inf]], [[0, 0, 0, 1]]])
     vqa.write_logits(tmp_path / "oof.npz", frame, logits, ["rotation 0"], "fingerprint")
-    content = vqa.read_logits(tmp_path / "oof.npz", "fingerprint")
+    content = vqa.read_arrays(tmp_path / "oof.npz", "fingerprint")
     assert set(content) == {"ids", "logits", "view_names", "labels", "fingerprint"}
     assert content["logits"].dtype == np.float32 and np.isneginf(content["logits"][0, 0, 3])
     assert content["ids"].tolist() == ["x", "y"] and content["labels"].tolist() == [0, 3]
     vqa.write_logits(tmp_path / "test.npz", frame[["id"]], logits, ["rotation 0"], "fingerprint")
-    assert vqa.read_logits(tmp_path / "test.npz", "fingerprint")["labels"].tolist() == [-1, -1]
+    assert vqa.read_arrays(tmp_path / "test.npz", "fingerprint")["labels"].tolist() == [-1, -1]
     with pytest.raises(vqa.CheckpointError, match="another configuration"):
-        vqa.read_logits(tmp_path / "oof.npz", "other")
+        vqa.read_arrays(tmp_path / "oof.npz", "other")

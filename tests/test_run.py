@@ -59,7 +59,7 @@ def test_every_training_row_is_predicted_once_by_a_model_that_did_not_see_it(fin
     assert oof.frame["id"].tolist() == finished.train["id"].tolist()
     assert np.array_equal(oof.folds, finished.train["fold"])
     for fold in (0, 1):
-        content = vqa.read_logits(finished.fold_dir(fold) / "oof.npz", finished.fingerprint)
+        content = vqa.read_arrays(finished.fold_dir(fold) / "oof.npz", finished.fingerprint)
         assert set(content["ids"]) == set(finished.train["id"][finished.train["fold"] == fold])
     by_id = finished.train.set_index("id")["label"]
     assert np.array_equal(oof.labels, by_id.loc[oof.frame["id"]])
@@ -69,8 +69,8 @@ def test_oof_of_the_plain_view_is_the_validation_of_the_selected_weights(finishe
     """Reloading the saved adapter gives the numbers it had in training."""
     kind = json.loads((finished.directory / "selection.json").read_text())["weights"]
     for fold in (0, 1):
-        oof = vqa.read_logits(finished.fold_dir(fold) / "oof.npz", finished.fingerprint)
-        validation = vqa.read_logits(finished.fold_dir(fold) / f"validation_{kind}.npz", finished.fingerprint)
+        oof = vqa.read_arrays(finished.fold_dir(fold) / "oof.npz", finished.fingerprint)
+        validation = vqa.read_arrays(finished.fold_dir(fold) / f"validation_{kind}.npz", finished.fingerprint)
         assert oof["ids"].tolist() == validation["ids"].tolist()
         assert np.allclose(oof["logits"][:, 0], validation["logits"][:, 0], atol=1e-4)
 
@@ -108,7 +108,7 @@ def test_ensemble_is_the_mean_of_the_folds_after_view_mean_and_temperature(finis
     evaluation = vqa.evaluate_run(finished)
     expected = 0
     for fold in (0, 1):
-        logits = vqa.read_logits(finished.fold_dir(fold) / "test.npz", finished.fingerprint)["logits"]
+        logits = vqa.read_arrays(finished.fold_dir(fold) / "test.npz", finished.fingerprint)["logits"]
         per_view = [log_softmax(logits[:, view].astype(float), axis=1) for view in evaluation.views]
         scores = np.nanmean(per_view, axis=0) / evaluation.calibration.temperatures[fold]
         expected = expected + np.exp(scores) / np.exp(scores).sum(1, keepdims=True) / 2
@@ -201,7 +201,7 @@ def test_weights_are_chosen_by_pooled_held_out_nll(mini_run):
     run = mini_run()
     for fold, (raw, ema) in enumerate([(0.5, 0.6), (0.9, 0.7)]):
         kinds = {"raw": {"accuracy": 1, "nll": raw}, "ema": {"accuracy": 0, "nll": ema}}
-        content = {"fold": fold, "best_epoch": 1, "kinds": kinds, "history": [{"epoch": 1}]}
+        content = {"fold": fold, "best_epoch": 1, "kinds": kinds, "history": [{"epoch": 1}], "adapters": {}}
         vqa.atomic_write(run.fold_dir(fold) / "result.json", json.dumps(content))
     assert vqa.select_weights(run) == "ema"
     table = vqa.fold_table([vqa.read_fold_result(run, fold) for fold in (0, 1)])
@@ -222,7 +222,7 @@ def test_command_line_of_the_worker_is_usable_by_hand(mini_run):
     run = mini_run(zeroshot_rows=4)
     command = [sys.executable, str(vqa.HERE / "vqa_helpers.py"), "worker", "--run", str(run.directory)]
     subprocess.run([*command, "--folds", "0", "--stages", "zeroshot"], check=True, env=os.environ)
-    assert len(vqa.read_logits(run.directory / "zeroshot.npz", run.fingerprint)["ids"]) == 4
+    assert len(vqa.read_arrays(run.directory / "zeroshot.npz", run.fingerprint)["ids"]) == 4
 
 
 def test_on_kaggle_the_ensemble_is_copied_to_the_working_folder(finished, monkeypatch, tmp_path):
@@ -231,3 +231,57 @@ def test_on_kaggle_the_ensemble_is_copied_to_the_working_folder(finished, monkey
     monkeypatch.chdir(tmp_path)
     vqa.write_submissions(finished, vqa.evaluate_run(finished))
     assert (tmp_path / "submission.csv").read_bytes() == (finished.directory / "submission_ensemble.csv").read_bytes()
+
+
+def scored(run, zeroshot_rows):
+    """The run as if its folds had been trained and predicted in two views, with made-up scores."""
+    random = np.random.default_rng(0)
+    names = ["rotation 0", "rotation 2"]
+    for fold in run.config.folds_to_train:
+        held_out = run.train[run.train["fold"] == fold]
+        for name, frame in (("oof", held_out), ("test", run.test)):
+            logits = random.normal(size=(len(frame), 2, 4))
+            logits[:, 1] += 4 * np.eye(4)[frame["label"]] if "label" in frame else 0  # so that two views beat one
+            vqa.write_logits(run.fold_dir(fold) / f"{name}.npz", frame, logits, names, run.fingerprint)
+        vqa.atomic_write(run.fold_dir(fold) / "result.json", "{}")
+    logits = random.normal(size=(len(zeroshot_rows), 1, 4))
+    vqa.write_logits(run.directory / "zeroshot.npz", zeroshot_rows, logits, names[:1], run.fingerprint)
+    return run
+
+
+def test_a_zero_shot_sample_without_a_row_of_the_trained_folds_is_no_obstacle(mini_run):
+    run = mini_run(train_folds=(0,))
+    evaluation = vqa.evaluate_run(scored(run, run.train[run.train["fold"] == 1]))
+    step = evaluation.ladder.loc["fine-tuned, one view"]
+    assert step["against"] == "zero-shot" and step["gain"] == 0 and step["p_value"] == 1
+
+
+def test_a_fold_with_one_row_is_scaled_by_the_pooled_temperature(mini_run, replace):
+    run = mini_run()
+    run = replace(run, train=run.train.assign(fold=[1] + [0] * 35))
+    evaluation = vqa.evaluate_run(scored(run, run.train))
+    assert np.isfinite(evaluation.calibration.probabilities).all()
+    assert set(evaluation.calibration.temperatures) == {0, 1} and len(vqa.predict_test(run, evaluation)) == 2
+    rest = evaluation.oof.folds == 0  # row 0 is in the first of five parts: its temperature comes from the others
+    rest &= np.arange(36) % 5 != 0
+    scores = vqa.combine_views(evaluation.oof.logits[:, evaluation.views])
+    scaler = vqa.TemperatureScaler().fit(scores[rest], evaluation.oof.labels[rest])
+    assert np.allclose(evaluation.calibration.probabilities[0], scaler.transform(scores[:1])[0])
+
+
+def test_a_letter_that_a_fit_would_not_see_leaves_stacking_out(mini_run, replace):
+    run = mini_run()
+    labels = np.arange(36) % 3
+    complete = replace(run, train=run.train.assign(label=np.arange(36) % 4))
+    rare = replace(run, train=run.train.assign(label=np.where(np.arange(36) % 10 == 5, 3, labels)))
+    for case, stacked in ((complete, True), (rare, False)):
+        ladder = vqa.evaluate_run(scored(case, case.train)).ladder
+        assert "weighted views" in ladder.index and ("stacked views" in ladder.index) == stacked
+
+
+def test_an_id_that_pandas_takes_for_a_missing_value_survives(mini_run, replace):
+    run = scored(mini_run(), mini_run().train)
+    ids = ["NA", "null", *run.test["id"][2:]]
+    run = replace(run, test=run.test.assign(id=ids), sample=run.sample.assign(id=ids))
+    for frame in vqa.write_submissions(run, vqa.evaluate_run(run)).values():
+        assert frame["id"].tolist() == ids

@@ -147,7 +147,7 @@ def test_a_resumed_fold_ends_bitwise_like_an_uninterrupted_one(mini_run, monkeyp
         first, second = (run.fold_dir(0) / f"adapter_{kind}" / "adapter_model.safetensors" for run in (whole, broken))
         assert first.read_bytes() == second.read_bytes(), kind
         logits = [
-            vqa.read_logits(run.fold_dir(0) / f"validation_{kind}.npz", run.fingerprint)["logits"]
+            vqa.read_arrays(run.fold_dir(0) / f"validation_{kind}.npz", run.fingerprint)["logits"]
             for run in (whole, broken)
         ]
         assert np.array_equal(*logits)
@@ -196,11 +196,56 @@ def test_a_finished_fold_is_read_not_trained_again(mini_run, monkeypatch):
     assert vqa.train_fold(run.config, 0).kinds == first.kinds
 
 
-def test_a_non_finite_loss_names_the_rows(mini_run, monkeypatch):
-    run = mini_run()
+def test_a_non_finite_loss_skips_the_step_and_above_a_limit_stops_with_the_rows(mini_run, monkeypatch):
+    run = mini_run(max_skipped_steps=1)
+    trainer = vqa.FoldTrainer(open_run_session(run), run, 0)
+    before = {name: value.detach().clone() for name, value in trainer.parameters.items()}
     monkeypatch.setattr(vqa, "choice_logits", lambda logits, letters: logits[:, :4] * math.nan)
-    with pytest.raises(FloatingPointError, match=r"epoch 1, step 0, rows \['train_00"):
-        vqa.train_fold(run.config, 0)
+    with pytest.raises(
+        FloatingPointError, match=r"2 steps were not finite, the last: loss nan.*step 1, rows \['train_"
+    ):
+        trainer.fit()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.parameters.items())
+    assert trainer.scheduler.last_epoch == 0 and trainer.averagers["ema"].updates == 0
+    assert [note.split(":")[1] for note in trainer.session.notes] == [" skipped a step"] * 2
+
+
+def out_of_memory_above(size, monkeypatch):
+    """Let the model's forward pass fail as a GPU's does for batches of more than `size` questions."""
+    forward = vqa.last_logits
+
+    def limited(session, model, batch):
+        if len(batch["prompts"]) > size:
+            raise torch.OutOfMemoryError("CUDA out of memory (a test)")
+        return forward(session, model, batch)
+
+    monkeypatch.setattr(vqa, "last_logits", limited)
+
+
+def test_without_memory_the_micro_batch_is_halved_and_the_update_stays_the_same(mini_run, monkeypatch):
+    whole, halved = (mini_run(run_name=name) for name in ("whole", "halved"))
+    plain = vqa.FoldTrainer(open_run_session(whole), whole, 0)
+    plain.fit()
+    out_of_memory_above(2, monkeypatch)
+    trainer = vqa.FoldTrainer(open_run_session(halved), halved, 0)
+    trainer.fit()
+    assert trainer.micro_batch == 2 and trainer.session.largest_batch == 2
+    for name, value in trainer.parameters.items():
+        assert torch.allclose(value, plain.parameters[name], atol=2e-5), name
+    assert "4 questions per forward pass from here on; an optimizer step still takes 8" in trainer.session.notes[0]
+    resumed = vqa.FoldTrainer(open_run_session(halved), halved, 0)
+    resumed.resume()
+    assert resumed.micro_batch == 2  # the plan is part of the checkpoint
+
+
+def test_memory_that_does_not_hold_one_question_is_explained(mini_run, monkeypatch):
+    run = mini_run()
+    session = open_run_session(run)
+    out_of_memory_above(0, monkeypatch)
+    with pytest.raises(RuntimeError, match="Out of GPU memory with one question per forward pass: set max_pixels"):
+        vqa.FoldTrainer(session, run, 0).fit()
+    with pytest.raises(RuntimeError, match="Out of GPU memory with one question per forward pass: set max_pixels"):
+        vqa.predict_logits(session, run.test, [vqa.View("rotation 0")])
 
 
 def test_swa_averages_a_tail_of_constant_learning_rate(mini_run):
@@ -280,12 +325,12 @@ def test_autocast_is_off_on_a_cpu(session):
 
 
 def test_gradients_that_overflow_at_every_scale_stop_the_fold_and_move_no_schedule(mini_run, replace):
-    run = mini_run()
+    run = mini_run(max_skipped_steps=0)
     session = open_run_session(run)
     session.runtime = replace(session.runtime, precision="fp16")
     trainer = vqa.FoldTrainer(session, run, 0)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=0.002)
     next(iter(trainer.parameters.values())).register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(FloatingPointError, match="Gradient norm is nan at epoch 1, step 2, at every loss scale"):
+    with pytest.raises(FloatingPointError, match=r"the last: loss \d.*, gradient norm nan at epoch 1, step 2"):
         trainer.fit()
     assert trainer.scheduler.last_epoch == 0 and trainer.averagers["ema"].updates == 0

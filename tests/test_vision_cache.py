@@ -10,6 +10,13 @@ import torch
 import vqa_helpers as vqa
 
 
+@pytest.fixture
+def session(session, tmp_path):
+    """A session of each family with a cache folder of its own."""
+    session.cache.folder = tmp_path / "features"
+    return session
+
+
 def fill(session, frame):
     return session.cache.fill(frame, vqa.pixel_budget(session.config, session.processor), session.progress)
 
@@ -18,7 +25,7 @@ def test_cached_scores_are_bitwise_the_uncached_ones(session, demo_rows):
     frame = demo_rows.train.head(6)
     views = [vqa.View("rotation 0")]
     uncached = vqa.predict_logits(session, frame, views)
-    assert not session.cache.store
+    assert not session.cache.shards
     assert fill(session, frame)
     assert np.array_equal(vqa.predict_logits(session, frame, views), uncached)
 
@@ -38,15 +45,68 @@ def test_copies_of_an_image_are_computed_once(session, demo_rows):
     copies = frame[frame["pixel_hash"].duplicated(keep=False)]
     assert len(copies) >= 2
     fill(session, copies)
-    assert len(session.cache.store) == copies["pixel_hash"].nunique()
+    assert len(session.cache.shards) == copies["pixel_hash"].nunique()
     session.cache.compute = None  # a second fill must have nothing to do
     assert fill(session, copies)
 
 
-def test_cache_is_skipped_where_memory_is_short(session, demo_rows, monkeypatch, caplog):
+def forget(session):
+    """The cache as a later process finds it: nothing known, the shards on disk."""
+    session.cache.shards.clear()
+
+
+def test_a_later_process_reads_the_shards_and_finishes_what_is_missing(session, demo_rows):
+    frame = demo_rows.train.head(10)
+    budget = vqa.pixel_budget(session.config, session.processor)
+    assert session.cache.fill(frame, budget, session.progress, batch_size=4)
+    keys = [(digest, *budget) for digest in frame["pixel_hash"]]
+    whole = [session.cache.read(key) for key in keys]
+    lost = session.cache.shards[keys[5]][0]
+    lost.unlink()
+    forget(session)
+    computed, compute = [], session.cache.compute
+    session.cache.compute = lambda pixels, grids: computed.append(len(pixels)) or compute(pixels, grids)
+    assert session.cache.fill(frame, budget, session.progress, batch_size=4)
+    assert computed == [4]  # the batch of the lost shard, whole, so that its features are the same bits
+    again = [session.cache.read(key) for key in keys]
+    assert all(torch.equal(a, b) for one, two in zip(whole, again, strict=True) for a, b in zip(one, two, strict=True))
+
+
+def test_a_damaged_shard_is_deleted_and_computed_again(session, demo_rows, caplog):
+    frame = demo_rows.train.head(4)
+    fill(session, frame)
+    (path,) = session.cache.folder.glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    forget(session)
+    fill(session, frame)
+    assert "Vision features recomputed" in caplog.text
+    assert vqa.file_sha256(path) == path.stem
+
+
+def test_features_are_kept_in_memory_where_the_disk_is_small(session, demo_rows, monkeypatch):
+    monkeypatch.setattr(vqa.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    frame = demo_rows.train.head(4)
+    assert fill(session, frame)
+    assert len(session.cache.store) == 4 and not list(session.cache.folder.glob("*.safetensors"))
+    assert np.isfinite(vqa.predict_logits(session, frame, [vqa.View("rotation 0")])).all()
+
+
+def test_other_weights_or_settings_have_a_cache_of_their_own(session):
+    before = session.cache.identity()
+    session.processor.image_processor.image_mean = [0.4] * 3
+    settings = session.cache.identity()
+    with torch.no_grad():
+        next(session.model.model.visual.parameters()).add_(1)
+    assert len({before, settings, session.cache.identity()}) == 3
+
+
+def test_cache_is_skipped_where_disk_and_memory_are_short(session, demo_rows, monkeypatch, caplog):
+    monkeypatch.setattr(vqa.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1000))
     assert not fill(session, demo_rows.train.head(4))
-    assert not session.cache.store
+    assert not session.cache.store and not session.cache.shards
     assert "Vision cache skipped" in caplog.text
 
 
@@ -61,7 +121,7 @@ def test_overflowing_half_precision_features_are_recomputed_in_fp32_and_counted(
         fill(session, frame)
     except RuntimeError as error:  # a CPU without half-precision kernels
         pytest.skip(str(error))
-    tensors = [tensor for image in session.cache.store.values() for tensor in image]
+    tensors = [tensor for key in session.cache.shards for tensor in session.cache.read(key)]
     assert all(tensor.isfinite().all() and tensor.dtype == torch.float16 for tensor in tensors)
     assert session.cache.recomputed_in_fp32 == 2
     assert visual.dtype == torch.float16
