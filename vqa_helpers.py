@@ -164,14 +164,14 @@ class Config:
     deterministic: bool = True  # deterministic cuDNN
     strict_determinism: bool = False  # the same bits on a GPU too: deterministic attention and sums, slower
     num_workers: int = 2  # image decoding processes per worker
-    time_budget_hours: float | None = None  # hours from training's start to the submission; None: 11 on Kaggle
+    time_budget_hours: float | None = None  # hours from training's start, on Kaggle the notebook's; None: 11 on Kaggle
     save_every_epoch: bool = True
     save_every_minutes: float = 20.0  # minutes between checkpoints inside an epoch
     save_every_steps: int = 500  # optimizer steps, or batches of inference, between checkpoints: whichever is first
     max_skipped_steps: int = 10  # optimizer steps with a non-finite loss or gradient, above which the fold stops
     trust_remote_code: bool = False  # run Python code that comes with a model
     cache_dir: str | None = None  # vision features on disk; None: the system's folder for temporary files
-    resume_from: tuple[str, ...] = ("/kaggle/input", "/content/drive/MyDrive")  # where earlier sessions' runs may lie
+    resume_from: tuple[str, ...] = ("/kaggle/input", "/content/drive/MyDrive/vqa")  # where earlier runs may lie
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_to_file: bool = True
     output_dir: str = "outputs"
@@ -226,7 +226,8 @@ class Config:
 
     def table(self) -> pd.DataFrame:
         """Every field with its value and the default it differs from, for the notebook."""
-        values, defaults = (pd.Series(dataclasses.asdict(config)).astype(str) for config in (self, Config()))
+        both = (dataclasses.asdict(config).items() for config in (self, Config()))
+        values, defaults = (pd.Series({name: str(value) for name, value in items}) for items in both)
         return pd.DataFrame({"value": values, "default, where it differs": defaults.where(values != defaults, "")})
 
 
@@ -429,6 +430,15 @@ class MetricLogger:
         Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **values}, ensure_ascii=False) + "\n")
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The records that MetricLogger wrote; a line that a kill or a full disk has cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
 
 
 class Interrupted(RuntimeError):
@@ -1198,7 +1208,8 @@ class Session:
     progress: Callable = lambda stage, done, total, **details: None
     notes: list[str] = field(default_factory=list)  # departures from the plan, for the report
     largest_batch: int | None = None  # questions per forward pass that memory has allowed since it ran out
-    seconds_per_question: float = 0.0  # of the last inference
+    seconds_per_question: float = 0.0  # of the last inference, in this process or an earlier one; 0: unknown
+    folds: Sequence[int] = ()  # those that this worker trains and scores
 
     @property
     def device(self):
@@ -1598,6 +1609,9 @@ class FoldResult:
     adapters: dict[str, str]  # "raw", "ema", "swa" -> SHA-256 of its weights
 
 
+_NO_TIME = "because the rest of the time budget is needed for inference"
+
+
 class FoldTrainer:
     """One fold's training: a fresh adapter, its optimizer and everything a checkpoint holds."""
 
@@ -1667,14 +1681,15 @@ class FoldTrainer:
             epoch, step = epoch + 1, 0
             if self.config.save_every_epoch or epoch == self.config.num_epochs:
                 self.save(epoch, step)
-            if self.time_is_up(speed):
+            if epoch < self.config.num_epochs and self.time_is_up(speed):
+                self.session.note(f"fold {self.fold}: training stopped after epoch {epoch}, {_NO_TIME}")
                 break
         return self.finish()
 
     def time_is_up(self, speed: float) -> bool:
-        """Whether the time left is needed for inference; `speed` in questions per second, where none was scored yet."""
-        seconds = self.session.seconds_per_question or 1 / max(speed, 1e-9)
-        return self.run.seconds_left() < self.run.inference_seconds(seconds, self.session.processor, training=1)
+        """Whether the time left is needed for inference; training `speed` in questions per second."""
+        seconds = self.session.seconds_per_question or 1 / max(3 * speed, 1e-9)  # scoring is three times as fast
+        return self.run.seconds_left() < self.run.inference_seconds(seconds, self.session, training=1)
 
     def train_epoch(self, epoch: int, first_step: int) -> float:
         """Optimizer steps `first_step`.. of one epoch (none, where only its validation is left); samples per second."""
@@ -1694,9 +1709,10 @@ class FoldTrainer:
             if due or (epoch * len(plan) + step + 1) % config.save_every_steps == 0:
                 self.save(epoch, step + 1)
             self.report(epoch, step, speed)
-            if step + 1 < len(plan) and self.time_is_up(speed):
+            settled = self.session.seconds_per_question or step - first_step >= 20  # the first steps are slow
+            if step + 1 < len(plan) and settled and self.time_is_up(speed):
                 text = f"fold {self.fold}: training stopped in epoch {epoch + 1} after step {step + 1} of {len(plan)}"
-                self.session.note(f"{text}, because the rest of the time budget is needed for inference")
+                self.session.note(f"{text}, {_NO_TIME}")
                 break
         return speed
 
@@ -1737,6 +1753,7 @@ class FoldTrainer:
             except torch.OutOfMemoryError as error:
                 if self.micro_batch == 1:
                     raise out_of_memory(error) from error
+            logits = loss = None  # they hold the activations
             self.optimizer.zero_grad(set_to_none=True)
             clear_memory(LOGGER)
             self.micro_batch = math.ceil(self.micro_batch / 2)
@@ -1904,6 +1921,7 @@ def score_batch(session: Session, model, batch: Mapping) -> np.ndarray:
         except torch.OutOfMemoryError as error:
             if size == 1:
                 raise out_of_memory(error) from error
+        scores = None
         clear_memory(LOGGER)
         session.largest_batch = math.ceil(size / 2)
         session.note(f"out of memory: inference goes on with {session.largest_batch} questions per forward pass")
@@ -2619,7 +2637,7 @@ def confident_mistakes(evaluation: Evaluation, top: int = 6) -> tuple[pd.DataFra
 
 def wrap_up_table(run: Run) -> pd.DataFrame:
     """Wall time in seconds and peak memory in GiB of each worker stage, as the workers logged them."""
-    frame = pd.read_json(run.directory / "stages.jsonl", lines=True).set_index("label")
+    frame = pd.DataFrame(read_json_lines(run.directory / "stages.jsonl")).set_index("label")
     return frame.filter(["seconds", "rss_gib", "gpu_peak_gib"])
 
 
@@ -2666,8 +2684,10 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
         "Fallbacks taken while reading the data": pd.DataFrame({"rows": run.fallbacks}).rename_axis("fallback"),
         "Time and memory": wrap_up_table(run),
     }
-    if (run.directory / "events.jsonl").exists():
-        tables["What did not go to plan"] = pd.read_json(run.directory / "events.jsonl", lines=True).set_index("event")
+    later = tuple(f"train fold {fold} was left out" for fold in run.finished_folds)  # made up for by a later session
+    logged = read_json_lines(run.directory / "events.jsonl")
+    if events := [record for record in logged if not record["event"].startswith(later)]:
+        tables["What did not go to plan"] = pd.DataFrame(events).drop_duplicates("event").set_index("event")
     parts += [f"## {title}\n\n{markdown_table(table)}" for title, table in tables.items()]
     parts += [f"![{path.stem}](figures/{path.name})" for path in sorted((run.directory / "figures").glob("*.png"))]
     atomic_write(run.directory / "report.md", "\n\n".join(parts) + "\n")
@@ -2722,11 +2742,16 @@ class Run:
         started = json.loads(path.read_text(encoding="utf-8"))["started"] if path.exists() else time.time()
         return started + 3600 * hours - time.time()
 
-    def inference_seconds(self, seconds_per_question: float, processor, training: int) -> float:
-        """Estimated time to validate `training` folds and to score all folds that are waiting for it, with margin."""
-        folds = training + sum(not self.is_done("predict", fold) for fold in self.finished_folds)
-        held_out, views = len(self.train) / self.config.n_folds, len(all_views(self.config, processor))
-        questions = folds * (held_out + len(self.test)) * views + 3 * training * held_out
+    def seconds_per_question(self) -> float:
+        """Of the last inference that a worker has logged; 0 before the first one."""
+        logged = (record.get("seconds_per_question") for record in read_json_lines(self.directory / "stages.jsonl"))
+        return next(filter(None, reversed(list(logged))), 0.0)
+
+    def inference_seconds(self, seconds_per_question: float, session: Session, training: int) -> float:
+        """Estimated time to validate `training` folds and to score the worker's folds that wait for it, with margin."""
+        waiting = [fold for fold in session.folds if fold in self.finished_folds and not self.is_done("predict", fold)]
+        held_out, views = len(self.train) / self.config.n_folds, len(all_views(self.config, session.processor))
+        questions = (len(waiting) + training) * (held_out + len(self.test)) * views + 3 * training * held_out
         return 1.25 * seconds_per_question * questions
 
     @contextlib.contextmanager
@@ -2773,23 +2798,30 @@ def start_run(config: Config, competition: Competition, folds: np.ndarray) -> Ru
 
 def _adopt_earlier_run(directory: Path, config: Config, fingerprint: str) -> None:
     """Copy the run of this fingerprint from where an earlier session left it, a read-only input or Drive, if it is."""
-    patterns = ["*/" * depth + "config.json" for depth in range(1, 6)]
-    for path in (path for place in config.resume_from for pattern in patterns for path in Path(place).glob(pattern)):
-        try:
-            found = json.loads(path.read_text(encoding="utf-8")).get("fingerprint")
-        except (OSError, ValueError, AttributeError):  # other software's config.json
-            continue
-        if found == fingerprint and path.parent.resolve() != directory:
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=directory.parent))
-            for source in (file for file in path.parent.rglob("*") if file.is_file() and file.suffix != ".lock"):
-                target = temporary / source.relative_to(path.parent)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target)  # not copytree: it would copy the mount's write protection
-            shutil.rmtree(directory, ignore_errors=True)  # left by a start_run that was killed
-            os.replace(temporary, directory)
-            LOGGER.info("Continuing the run of an earlier session, copied from %s", path.parent)
-            return
+    found = {}  # folder -> how far its run has come
+    for place in config.resume_from:
+        for folder, folders, files in os.walk(place):
+            path = Path(folder)
+            if len(path.relative_to(place).parts) >= 5:
+                folders.clear()
+            if path.name != directory.name or "config.json" not in files or path.resolve() == directory:
+                continue
+            earlier = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            if earlier.get("fingerprint") == fingerprint:
+                found[path] = (len([*path.glob("fold_*/*.npz")]), len([*path.glob("fold_*/checkpoints/step_*")]))
+            else:
+                LOGGER.warning("%s has this run's name, but other settings, data or folds: not continued", path)
+    if not found:
+        return
+    source = max(found, key=found.get)
+    # config.json comes last: only with it is the copy a run.
+    for path in sorted(source.rglob("*"), key=lambda path: path == source / "config.json"):
+        left_out = path.name == "session.json" or path.suffix in (".lock", ".tmp") or ".incomplete-" in str(path)
+        if path.is_file() and not left_out:
+            target = directory / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)  # not copytree: it would copy the mount's write protection
+    LOGGER.info("Continuing the run of an earlier session, copied from %s", source)
 
 
 def _check_same_run(before: Mapping, now: Mapping, directory: Path, tables: Mapping[str, pd.DataFrame]) -> None:
@@ -2824,6 +2856,7 @@ def stage_zeroshot(session: Session, run: Run, fold: int) -> None:
     partial = Partial(run.directory / "zeroshot.partial.npz", run.fingerprint, run.config)
     logits = predict_logits(session, frame, [View("rotation 0")], None, "zero-shot", partial)
     write_logits(run.directory / "zeroshot.npz", frame, logits, ["rotation 0"], run.fingerprint)
+    partial.path.unlink(missing_ok=True)
 
 
 def load_adapter(model, folder: Path):
@@ -2875,12 +2908,14 @@ def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: 
         for fold in folds:
             if run.is_done(stage, fold) or (stage == "predict" and fold not in run.finished_folds):
                 continue
-            session = session or open_session(run.config, run.train.iloc[0])
-            session.progress = progress
+            if session is None:
+                session = open_session(run.config, run.train.iloc[0])
+                session.progress, session.folds = progress, folds
+                session.seconds_per_question = run.seconds_per_question()
             label = stage if stage == "zeroshot" else f"{stage} fold {fold}"
             try:
                 if stage == "train" and run.finished_folds:
-                    needed = run.inference_seconds(session.seconds_per_question, session.processor, 1) + longest
+                    needed = run.inference_seconds(session.seconds_per_question, session, training=1) + longest
                     if run.seconds_left() < needed:
                         minutes = f"{needed / 60:.0f} minutes"
                         session.note(f"{label} was left out: the time budget has no {minutes} left for it")
@@ -2891,9 +2926,11 @@ def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: 
                 if count := session.cache.recomputed_in_fp32:
                     session.note(f"vision features of {count} images were not finite and recomputed in fp32")
                     session.cache.recomputed_in_fp32 = 0
-                for text in session.notes:
-                    MetricLogger(run.directory / "events.jsonl").log(event=text)
+                with contextlib.suppress(OSError):  # the disk may be full: the error to see is another one
+                    for text in session.notes:
+                        MetricLogger(run.directory / "events.jsonl").log(event=text)
                 session.notes.clear()
+            report["seconds_per_question"] = session.seconds_per_question
             longest = max(longest, report["seconds"]) if stage == "train" else longest
             MetricLogger(run.directory / "stages.jsonl").log(**report)
 
@@ -2917,7 +2954,8 @@ def launch_workers(run: Run, jobs: Sequence[tuple[int | None, Sequence[int]]], s
             process.terminate()
         ended = {log: process.wait() for log, process in workers.items()}
     if failed := [log for log, status in ended.items() if status not in (0, INTERRUPTED)]:
-        ends = ["\n".join([f"End of {log}:", *log.read_text("utf-8", "replace").splitlines()[-25:]]) for log in failed]
+        tails = {log: log.read_text("utf-8", "replace").splitlines()[-25:] for log in failed}
+        ends = ["\n".join([f"End of {log}, exit status {ended[log]}:", *tails[log]]) for log in failed]
         raise RuntimeError("A worker stopped. Run the cell again to continue where it was.\n" + "\n".join(ends))
     if INTERRUPTED in ended.values():
         raise Interrupted("A worker was asked to stop. Its work is saved: run the cell again to continue.")
@@ -2966,7 +3004,9 @@ def run_zeroshot(run: Run) -> pd.DataFrame:
 def run_folds(config: Config) -> list[FoldResult]:
     """Train and predict all folds of the run at `config.run_dir`, one worker per GPU with whole folds; resumable."""
     run = Run.open(config.run_dir)
-    atomic_write(run.directory / "session.json", json.dumps({"started": time.time()}))
+    # Kaggle ends a session by the age of the notebook's process, however often this is called.
+    started = psutil.Process().create_time() if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else time.time()
+    atomic_write(run.directory / "session.json", json.dumps({"started": started}))
     devices, folds = _devices(config), config.folds_to_train
     jobs = [(device, folds[number :: len(devices)]) for number, device in enumerate(devices[: len(folds)])]
     # The weights are selected once all folds are trained: with several devices, by a second round of workers.

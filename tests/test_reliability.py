@@ -136,10 +136,31 @@ def test_a_fold_that_comes_later_may_change_the_weights_of_all(mini_run):
 
 def test_the_time_needed_for_inference_counts_folds_views_and_validations(mini_run, session):
     run = mini_run(tta_rotations=2)  # 36 training rows in two folds, 12 test rows
-    assert run.inference_seconds(0.5, session.processor, training=1) == 1.25 * 0.5 * ((18 + 12) * 2 + 3 * 18)
+    assert run.inference_seconds(0.5, session, training=1) == 1.25 * 0.5 * ((18 + 12) * 2 + 3 * 18)
     vqa.atomic_write(run.fold_dir(1) / "result.json", "{}")
-    assert run.inference_seconds(0.5, session.processor, training=0) == 1.25 * 0.5 * (18 + 12) * 2
+    assert run.inference_seconds(0.5, session, training=0) == 0  # another worker's fold
+    session.folds = (1,)
+    assert run.inference_seconds(0.5, session, training=0) == 1.25 * 0.5 * (18 + 12) * 2
     assert run.seconds_left() == math.inf
+
+
+def test_the_speed_of_scoring_is_known_to_the_next_worker(mini_run):
+    run = mini_run(zeroshot_rows=8)
+    assert run.seconds_per_question() == 0
+    vqa.run_stages(run, [0], ["zeroshot"], lambda *_, **__: None)
+    assert 0 < run.seconds_per_question() < 60
+    with (run.directory / "stages.jsonl").open("a") as file:
+        file.write('{"label": "cut sho')  # by a full disk
+    assert run.seconds_per_question() > 0 and vqa.wrap_up_table(run).index.tolist() == ["zeroshot"]
+
+
+def test_on_kaggle_the_budget_runs_from_the_start_of_the_notebook(mini_run, monkeypatch):
+    run = mini_run()
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setattr(vqa, "launch_workers", lambda *_: None)
+    vqa.run_folds(run.config)
+    started = json.loads((run.directory / "session.json").read_text())["started"]
+    assert started == vqa.psutil.Process().create_time()
 
 
 def test_kaggle_has_a_time_budget_of_its_own(mini_run, monkeypatch):
@@ -224,8 +245,28 @@ def test_a_run_of_an_earlier_session_is_copied_and_continued(mini_run, tmp_path,
     new = mini_run(run_name="one", resume_from=(str(tmp_path / "input"),))
     assert (new.fold_dir(0) / "oof.npz").read_bytes() == b"from the earlier session"
     assert f"Continuing the run of an earlier session, copied from {old.directory}" in caplog.text
-    other = mini_run(run_name="two", resume_from=(str(tmp_path / "input"),), learning_rate=0.5)
-    assert not (other.fold_dir(0) / "oof.npz").exists()  # another fingerprint
+    assert not (new.directory / "session.json").exists()
+    other = mini_run(run_name="two", resume_from=(str(tmp_path / "input"),))
+    assert not (other.fold_dir(0) / "oof.npz").exists()
+
+
+def test_an_earlier_run_of_the_same_name_but_other_settings_is_left_alone_and_said(mini_run, tmp_path, caplog):
+    old = mini_run(run_name="one", output_dir=str(tmp_path / "input"))
+    new = mini_run(run_name="one", resume_from=(str(tmp_path / "input"),), learning_rate=0.5)
+    assert f"{old.directory} has this run's name, but other settings, data or folds" in caplog.text
+    assert new.config.learning_rate == 0.5
+
+
+def test_of_several_earlier_sessions_the_one_that_came_furthest_is_continued(mini_run, tmp_path):
+    for session, files in (("first", 2), ("second", 5), ("third", 1)):
+        old = mini_run(run_name="one", output_dir=str(tmp_path / "input" / session))
+        for number in range(files):
+            vqa.atomic_write(old.fold_dir(0) / f"{number}.npz", session)
+    (tmp_path / "outputs" / "one").mkdir(parents=True)
+    (tmp_path / "outputs" / "one" / "mine.txt").write_text("not a run, but somebody's")
+    new = mini_run(run_name="one", resume_from=(str(tmp_path / "input"),))
+    assert (new.fold_dir(0) / "4.npz").read_bytes() == b"second"
+    assert (new.directory / "mine.txt").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- inference

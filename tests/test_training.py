@@ -223,19 +223,41 @@ def out_of_memory_above(size, monkeypatch):
 
 
 def test_without_memory_the_micro_batch_is_halved_and_the_update_stays_the_same(mini_run, monkeypatch):
-    whole, halved = (mini_run(run_name=name) for name in ("whole", "halved"))
-    plain = vqa.FoldTrainer(open_run_session(whole), whole, 0)
-    plain.fit()
-    out_of_memory_above(2, monkeypatch)
-    trainer = vqa.FoldTrainer(open_run_session(halved), halved, 0)
+    run, gradients = mini_run(), []
+    for limit in (8, 2):
+        out_of_memory_above(limit, monkeypatch)
+        trainer = vqa.FoldTrainer(open_run_session(run), run, 0)
+        prompts = [vqa.make_prompt(trainer.session, trainer.train, row, (0, 1, 2, 3)) for row in range(8)]
+        trainer.accumulate(0, 0, [vqa.collate(trainer.session, prompts)])
+        gradients.append(torch.cat([value.grad.flatten() for value in trainer.parameters.values()]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+    assert "4 questions per forward pass from here on; an optimizer step still takes 8" in trainer.session.notes[0]
+    trainer.optimizer.zero_grad()
     trainer.fit()
     assert trainer.micro_batch == 2 and trainer.session.largest_batch == 2
-    for name, value in trainer.parameters.items():
-        assert torch.allclose(value, plain.parameters[name], atol=2e-5), name
-    assert "4 questions per forward pass from here on; an optimizer step still takes 8" in trainer.session.notes[0]
-    resumed = vqa.FoldTrainer(open_run_session(halved), halved, 0)
+    resumed = vqa.FoldTrainer(open_run_session(run), run, 0)
     resumed.resume()
     assert resumed.micro_batch == 2  # the plan is part of the checkpoint
+
+
+def test_memory_that_runs_out_in_the_backward_pass_is_freed_before_the_next_try(mini_run, monkeypatch):
+    import weakref
+
+    run, alive, seen = mini_run(), [], []
+    trainer = vqa.FoldTrainer(open_run_session(run), run, 0)
+    loss = vqa.training_loss
+
+    def failing_backward(session, logits, batch, frame):
+        value = loss(session, logits, batch, frame)
+        if len(batch["prompts"]) > 4:
+            alive.append(weakref.ref(logits))
+            value.register_hook(lambda gradient: (_ for _ in ()).throw(torch.OutOfMemoryError("a test")))
+        return value
+
+    monkeypatch.setattr(vqa, "training_loss", failing_backward)
+    monkeypatch.setattr(vqa, "clear_memory", lambda logger=None: seen.append(alive[0]()))
+    trainer.train_epoch(0, 0)
+    assert trainer.micro_batch == 4 and seen == [None]
 
 
 def test_memory_that_does_not_hold_one_question_is_explained(mini_run, monkeypatch):
