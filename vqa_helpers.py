@@ -2839,7 +2839,9 @@ def _check_same_run(before: Mapping, now: Mapping, directory: Path, tables: Mapp
         columns = [column for column in earlier if column in tables[name] and column not in ("image_path", "line")]
         both = (rows[columns].astype(str) for rows in (tables[name], earlier))
         ids = sorted(set(pd.concat(both).drop_duplicates(keep=False)["id"]))  # of rows that one side has only
-        differences += [f"rows {ids[:3]} and {max(0, len(ids) - 3)} more of {name}.csv"] if ids else []
+        images = tables[name].set_index("id")["image_path"]
+        shown = [f"{key} ({Path(images.get(key, '')).name})" for key in ids[:3]]
+        differences += [f"rows {shown} and {max(0, len(ids) - 3)} more of {name}.csv"] if ids else []
     what, remedy = "; ".join(differences) or "same settings", "choose a new run_name, or delete that folder"
     raise CheckpointError(f"{directory} was made with other {' and '.join(changed)} ({what}); {remedy}")
 

@@ -365,7 +365,9 @@ def main() -> None:
     table = pd.DataFrame(rows)
     interval = SETTINGS.get("save_every_steps", vqa.Config.save_every_steps)
     table["good"] = (table["outcome"] == "finished") & table["byte-equal"] & (table["steps lost"] <= interval)
-    table["kind"] = table["fault"].str.split(",").str[0].str.replace(r"^\S+ of the", "a file of the", regex=True)
+    table["kind"] = (
+        table["fault"].str.split(",").str[0].str.replace(r"^\S+ of the newest", "a file of the newest", regex=True)
+    )
     grouped = table.groupby("kind").agg(
         faults=("good", "size"),
         same_bytes_after_the_second_run=("good", "sum"),

@@ -222,7 +222,7 @@ def test_a_touched_image_is_refused_by_name(mini_run, mini_data, tmp_path):
     image = vqa.load_image(path)
     image.paste((9, 9, 9), (0, 0, 20, 20))
     image.save(path)
-    with pytest.raises(vqa.CheckpointError, match=r"other data \(rows \['test_0004'\] and 0 more of test_rows.csv\)"):
+    with pytest.raises(vqa.CheckpointError, match=r"other data \(rows \['test_0004 \(test_0004.jpg\)'\] and 0 more of"):
         start(run.config)
 
 
