@@ -112,6 +112,8 @@ class Watch:
         setattr(owner, name, watched)
 
     def install(self) -> None:
+        if (self.place / "keep one").exists():
+            vqa.CheckpointManager.__init__.__defaults__ = (1,)
         write_file, step = vqa._write_file, vqa.FoldTrainer.after_step
 
         def half_written(path: Path, content: bytes, durable: bool = True) -> None:
@@ -167,6 +169,16 @@ def killed(kind: str, number: int):
     def break_it(data: Path, place: Path) -> dict:
         assert start(data, place, kind, number) == -signal.SIGKILL, "the fault was not reached"
         return {}
+
+    return break_it
+
+
+def killed_with_one_kept(kind: str, number: int):
+    """The same in a run that keeps no older checkpoint to fall back on."""
+
+    def break_it(data: Path, place: Path) -> dict:
+        (place / "keep one").touch()
+        return killed(kind, number)(data, place)
 
     return break_it
 
@@ -305,6 +317,11 @@ FILES = ("tensors.safetensors", "state.pt", "metadata.json", "manifest.json")
 OTHER_CASES = {
     **{f"{name} of the newest checkpoint {how}": damaged(name, how) for name in FILES for how in
        ("truncated", "bit-flipped", "deleted")},
+    "SIGKILL before pruning, one kept checkpoint": killed_with_one_kept("before pruning", 4),
+    "SIGKILL while pruning, one kept checkpoint": killed_with_one_kept("before a folder is removed", 4),
+    "SIGKILL in a checkpoint file, one kept checkpoint": killed_with_one_kept(
+        "in the middle of writing a checkpoint file", 15
+    ),
     "stale temporary files": littered,
     "a finished adapter bit-flipped": damaged_afterwards("outputs/run/fold_0/adapter_raw/adapter_model.safetensors"),
     "cached features bit-flipped": damaged_afterwards("cache/*/*.safetensors"),
