@@ -216,14 +216,16 @@ def littered(data: Path, place: Path) -> dict:
 
 
 def damaged_afterwards(pattern: str):
-    """A finished fold or a cached feature damaged between two sessions."""
+    """Finished adapters or cached features damaged between two sessions."""
 
     def break_it(data: Path, place: Path) -> dict:
         assert start(data, place, "before the weights are selected", 1) == -signal.SIGKILL
-        path = next(place.glob(pattern))
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
+        paths = list(place.glob(pattern))
+        assert paths, f"nothing matches {pattern}"
+        for path in paths:  # all of them: which kind of weights will be selected is not known yet
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
         return {}
 
     return break_it
@@ -323,7 +325,7 @@ OTHER_CASES = {
         "in the middle of writing a checkpoint file", 15
     ),
     "stale temporary files": littered,
-    "a finished adapter bit-flipped": damaged_afterwards("outputs/run/fold_0/adapter_raw/adapter_model.safetensors"),
+    "a finished adapter bit-flipped": damaged_afterwards("outputs/run/fold_0/adapter_*/adapter_model.safetensors"),
     "cached features bit-flipped": damaged_afterwards("cache/*/*.safetensors"),
     "a full disk": full_disk,
     "a read-only earlier session": read_only_session,
