@@ -1205,6 +1205,7 @@ class Session:
     model: object
     letters: tuple[tuple[int, ...], ...]
     cache: VisionCache
+    letter_weights: object  # the head's rows (variants of all letters, hidden), fp32: the rest of it is never needed
     progress: Callable = lambda stage, done, total, **details: None
     notes: list[str] = field(default_factory=list)  # departures from the plan, for the report
     largest_batch: int | None = None  # questions per forward pass that memory has allowed since it ran out
@@ -1214,6 +1215,11 @@ class Session:
     @property
     def device(self):
         return self.model.device
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether several choice orders go behind one prefix: it takes a mask that other kinds of attention refuse."""
+        return self.runtime.attention == "sdpa"
 
     def note(self, text: str) -> None:
         LOGGER.warning("%s", text)
@@ -1234,7 +1240,8 @@ def open_session(config: Config, example: Mapping) -> Session:
     letters = check_template(processor, build_messages(example))
     with track_peak_memory("model loaded"):
         model = load_model(config, runtime)
-    return Session(config, runtime, processor, model, letters, VisionCache(model, processor, config.cache_dir))
+    rows = model.get_output_embeddings().weight[[token for variants in letters for token in variants]].float()
+    return Session(config, runtime, processor, model, letters, VisionCache(model, processor, config.cache_dir), rows)
 
 
 def autocast(session: Session):
@@ -1244,64 +1251,119 @@ def autocast(session: Session):
     return torch.autocast("cuda", dtype=getattr(torch, DTYPES[session.runtime.precision]))
 
 
-def causal_mask(attention_mask):
-    """Causal mask (batch, 1, length, length) from (batch, length), in which a padded position looks at everything."""
-    # A row with nothing to look at may be NaN in an SDPA kernel. No real position looks at padding: no score changes.
-    length = attention_mask.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).tril()
-    visible = attention_mask.bool()
-    return (causal & visible[:, None, None, :]) | ~visible[:, None, :, None]
-
-
-def last_logits(session: Session, model, batch: Mapping):
-    """Vocabulary logits (batch, vocabulary) in fp32 at the last prompt position, where the answer's letter belongs."""
-    inputs = {name: batch[name].to(session.device) for name in MODEL_INPUTS}
-    turing = any(gpu["capability"] < 8.0 for gpu in session.runtime.gpus)  # its fast kernel refuses GQA without a mask
-    if session.runtime.attention == "sdpa" and (turing or not batch["attention_mask"].all()):
-        inputs["attention_mask"] = causal_mask(inputs["attention_mask"])
-    features = session.cache.encoder_outputs(batch)
-    with autocast(session):
-        output = model(**inputs, mm_encoder_outputs={"image": features}, logits_to_keep=1, use_cache=False)
-    return output.logits[:, -1].float()
-
-
+# === Prompts and batches ============================================================================================
 @dataclass(frozen=True)
 class Prompt:
-    """One question in one choice order at one pixel budget, tokenised."""
+    """One question at one pixel budget, tokenised: what its choice orders have in common, then the rest of each."""
 
     row: int  # position in the frame it was made from
-    order: tuple[int, ...]  # order[position] = original choice
+    orders: tuple[tuple[int, ...], ...]  # order[position] = original choice, of each answer
     path: str
     image_key: tuple  # content hash and pixel budget, the key in the vision cache
     grid: tuple[int, int, int]
     input_ids: np.ndarray  # (length,)
+    segments: np.ndarray  # (length,): 0 in the common prefix, then the number of the order, from 1
+    positions: np.ndarray  # (3, length): time, height and width
+    ends: np.ndarray  # (orders,): where the letter of each order is predicted
+    present: tuple[bool, ...]  # original choices that hold text
+    label: int  # the correct original choice; -1: unknown
 
 
-def make_prompt(session: Session, frame: pd.DataFrame, row: int, order: Sequence[int], scale: float = 1.0) -> Prompt:
-    """Tokenise row number `row` of `frame`. Raises DataError naming the row's id and image."""
+def make_prompt(
+    session: Session, frame: pd.DataFrame, row: int, orders: Sequence[tuple[int, ...]], scale: float = 1.0
+) -> Prompt:
+    """Tokenise row number `row` of `frame` in several orders. Raises DataError naming the row's id and image."""
     record = frame.iloc[row]
     try:
         budget = pixel_budget(session.config, session.processor, scale)
         grid = image_grid(record["width"], record["height"], session.processor, budget)
-        ids = encode_prompt(session.processor, build_messages(record, order, session.templates), grid)
+        messages = [build_messages(record, order, session.templates) for order in orders]
+        texts = [encode_prompt(session.processor, message, grid) for message in messages]
     except Exception as error:
         raise DataError(f"Row {record['id']} (image {record['image_path']}) cannot be prepared: {error}") from error
-    return Prompt(row, tuple(order), record["image_path"], (record["pixel_hash"], *budget), grid, ids)
+    common = len(os.path.commonprefix([ids.tolist() for ids in texts]))
+    shared = min([common, *(len(ids) - 1 for ids in texts)])  # every order keeps at least its last token
+    lengths = [len(ids) - shared for ids in texts]
+    segments = np.repeat(np.arange(len(texts) + 1), [shared, *lengths])
+    prefix = rope_positions(session, texts[0][:shared], grid)
+    # Behind the image, text counts up by one in every dimension.
+    rest = [prefix.max() + 1 + np.tile(np.arange(length), (3, 1)) for length in lengths]
+    return Prompt(
+        row,
+        tuple(orders),
+        record["image_path"],
+        (record["pixel_hash"], *budget),
+        grid,
+        np.concatenate([texts[0][:shared], *(ids[shared:] for ids in texts)]),
+        segments,
+        np.concatenate([prefix, *rest], axis=1),
+        shared + np.cumsum(lengths) - 1,
+        tuple(present_choices(record)),
+        int(record.get("label", -1)),
+    )
+
+
+def rope_positions(session: Session, input_ids: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
+    """The model's own 3-D positions (3, length) of one sequence with one image."""
+    inputs = {"input_ids": torch.from_numpy(input_ids)[None], "image_grid_thw": torch.tensor([grid])}
+    inputs |= {"mm_token_type_ids": (inputs["input_ids"] == session.processor.image_token_id).int()}
+    return session.model.model.get_rope_index(**inputs)[0][:, 0].numpy()
 
 
 def collate(session: Session, prompts: Sequence[Prompt]) -> dict:
-    """Left-padded model inputs on the CPU, with 3-D position ids, and the images as cache keys or as pixels."""
-    rows = [torch.from_numpy(prompt.input_ids) for prompt in prompts]
-    pad, left = torch.nn.utils.rnn.pad_sequence, {"batch_first": True, "padding_side": "left"}
-    input_ids = pad(rows, padding_value=session.processor.tokenizer.pad_token_id, **left)
-    inputs = {"input_ids": input_ids, "attention_mask": pad([torch.ones_like(row) for row in rows], **left)}
+    """Left-padded model inputs on the CPU, with the images as cache keys or as pixels, and one target per answer."""
+
+    def pad(arrays: Iterable[np.ndarray], value: int):
+        rows = [torch.from_numpy(array) for array in arrays]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
+
+    input_ids = pad((prompt.input_ids for prompt in prompts), session.processor.tokenizer.pad_token_id)
+    segments = pad((prompt.segments for prompt in prompts), -1)
+    inputs = {"input_ids": input_ids, "segments": segments, "attention_mask": (segments >= 0).long()}
     inputs |= {"mm_token_type_ids": (input_ids == session.processor.image_token_id).int()}
     inputs |= {"image_grid_thw": torch.tensor([prompt.grid for prompt in prompts])}
-    positions, _ = session.model.model.get_rope_index(**inputs)
-    inputs |= {"position_ids": positions, "prompts": list(prompts)}
+    inputs |= {"position_ids": pad((prompt.positions.T for prompt in prompts), 1).permute(2, 0, 1)}
+    answers = [(prompt, order) for prompt in prompts for order in prompt.orders]
+    ends = [input_ids.shape[1] - len(prompt.input_ids) + end for prompt in prompts for end in prompt.ends]
+    rows = np.repeat(np.arange(len(prompts)), [len(prompt.orders) for prompt in prompts])
+    inputs |= {"answers": torch.from_numpy(np.stack([rows, ends]))}  # (2, answers): row and position
+    targets = [order.index(prompt.label) if prompt.label >= 0 else -1 for prompt, order in answers]
+    inputs |= {"targets": torch.tensor(targets)}  # in prompt positions
+    inputs |= {"present": torch.tensor([permute_choices(prompt.present, order) for prompt, order in answers])}
+    inputs |= {"prompts": list(prompts)}
     if not session.cache.covers(prompt.image_key for prompt in prompts):
         inputs["pixel_values"] = [_checked_pixels(session, prompt) for prompt in prompts]
     return inputs
+
+
+def tree_mask(segments):
+    """Attention mask (batch, 1, length, length): causal, and no order of a question looks at another one."""
+    # A padded position looks at everything: a row with nothing to look at may be NaN in an SDPA kernel. No real
+    # position looks at padding, so that no score changes.
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    query, key = segments[:, :, None], segments[:, None, :]
+    return ((causal & ((key == 0) | (key == query))) | (query < 0))[:, None]
+
+
+def answer_states(session: Session, batch: Mapping):
+    """Last hidden states (answers, hidden) where the letters are predicted; with the adapter, if one is attached."""
+    inputs = {name: batch[name].to(session.device, non_blocking=True) for name in MODEL_INPUTS}
+    turing = any(gpu["capability"] < 8.0 for gpu in session.runtime.gpus)  # its fast kernel refuses GQA without a mask
+    several = len(batch["present"]) > len(batch["prompts"])
+    if session.shares_prefixes and (turing or several or not batch["attention_mask"].all()):
+        inputs["attention_mask"] = tree_mask(batch["segments"].to(session.device, non_blocking=True))
+    inputs["mm_encoder_outputs"] = {"image": session.cache.encoder_outputs(batch)}
+    with autocast(session):
+        states = session.model.model(**inputs, use_cache=False).last_hidden_state
+    return states[tuple(batch["answers"].to(session.device, non_blocking=True))]
+
+
+def answer_scores(session: Session, states):
+    """Scores (answers, 4) in prompt positions from `answer_states`: only the letters' rows of the head, in fp32."""
+    columns = itertools.count()
+    letters = [[next(columns) for _ in variants] for variants in session.letters]
+    return choice_logits(states.float() @ session.letter_weights.T, letters)
 
 
 def _checked_pixels(session: Session, prompt: Prompt):
@@ -1567,15 +1629,15 @@ def choice_loss(scores, targets, present, label_smoothing: float = 0.0):
     return -((1 - label_smoothing) * hit + label_smoothing * mean).mean()
 
 
-def training_loss(session: Session, logits, batch: Mapping, frame: pd.DataFrame):
-    """The configured loss of a batch, from its vocabulary logits (batch, vocabulary)."""
-    shown = [(prompt.order, frame.iloc[prompt.row]) for prompt in batch["prompts"]]
-    targets = torch.tensor([order.index(row["label"]) for order, row in shown], device=logits.device)
+def training_loss(session: Session, states, batch: Mapping):
+    """The configured loss of a batch, from the hidden states (answers, hidden) of its answers."""
+    targets, present = (batch[name].to(session.device, non_blocking=True) for name in ("targets", "present"))
     if session.config.loss == "vocabulary":
-        plain = torch.tensor([variants[0] for variants in session.letters], device=logits.device)
-        return torch.nn.functional.cross_entropy(logits, plain[targets])
-    present = torch.tensor([permute_choices(present_choices(row), order) for order, row in shown], device=logits.device)
-    return choice_loss(choice_logits(logits, session.letters), targets, present, session.config.label_smoothing)
+        plain = torch.tensor([variants[0] for variants in session.letters], device=session.device)
+        with autocast(session):
+            logits = session.model.get_output_embeddings()(states)
+        return torch.nn.functional.cross_entropy(logits.float(), plain[targets])
+    return choice_loss(answer_scores(session, states), targets, present, session.config.label_smoothing)
 
 
 def _generator(*keys) -> np.random.Generator:
@@ -1696,7 +1758,7 @@ class FoldTrainer:
         config = self.config
         self.model.train()
         orders = [training_order(config, epoch, sample_id) for sample_id in self.train["id"]]
-        prompts = [make_prompt(self.session, self.train, row, order) for row, order in enumerate(orders)]
+        prompts = [make_prompt(self.session, self.train, row, [order]) for row, order in enumerate(orders)]
         plan = plan_epoch(len(prompts), config.batch_size, config.grad_accum_steps, (config.seed, self.fold, epoch))
         batches = iterate_batches(self.session, prompts, [micro for step in plan[first_step:] for micro in step])
         start, seen, speed, self.next_step = time.perf_counter(), 0, 0.0, first_step
@@ -1745,15 +1807,15 @@ class FoldTrainer:
             total = 0.0
             try:
                 for batch in split_batches(self.session, batches, self.micro_batch):
-                    logits = last_logits(self.session, self.model, batch)
-                    loss = training_loss(self.session, logits, batch, self.train) * (len(batch["prompts"]) / rows)
+                    states = answer_states(self.session, batch)
+                    loss = training_loss(self.session, states, batch) * (len(batch["prompts"]) / rows)
                     self.scaler.scale(loss).backward()
                     total += loss.item()
                 return total
             except torch.OutOfMemoryError as error:
                 if self.micro_batch == 1:
                     raise out_of_memory(error) from error
-            logits = loss = None  # they hold the activations
+            states = loss = None  # they hold the activations
             self.optimizer.zero_grad(set_to_none=True)
             clear_memory(LOGGER)
             self.micro_batch = math.ceil(self.micro_batch / 2)
@@ -1780,7 +1842,7 @@ class FoldTrainer:
     def validate(self) -> tuple[np.ndarray, dict]:
         """Logits (n, 1, 4) of the held-out rows through the inference path, with accuracy and NLL."""
         label = f"fold {self.fold} validation"
-        logits = predict_logits(self.session, self.validation, [View("rotation 0")], self.model, label)
+        logits = predict_logits(self.session, self.validation, [View("rotation 0")], label)
         probabilities = softmax(logits[:, 0])
         labels = self.validation["label"].to_numpy()
         diversity = prediction_diversity(probabilities, labels)
@@ -1910,13 +1972,13 @@ class Partial:
             self.written = time.monotonic()
 
 
-def score_batch(session: Session, model, batch: Mapping) -> np.ndarray:
-    """Scores (batch, 4) in prompt positions; in smaller parts, from here on, when memory runs out."""
+def score_batch(session: Session, batch: Mapping) -> np.ndarray:
+    """Scores (answers, 4) in prompt positions; in smaller parts, from here on, when memory runs out."""
     while True:
         size = session.largest_batch or len(batch["prompts"])
         try:
             parts = split_batches(session, [batch], size)
-            scores = [choice_logits(last_logits(session, model, part), session.letters) for part in parts]
+            scores = [answer_scores(session, answer_states(session, part)) for part in parts]
             return torch.cat(scores).cpu().numpy()
         except torch.OutOfMemoryError as error:
             if size == 1:
@@ -1927,35 +1989,53 @@ def score_batch(session: Session, model, batch: Mapping) -> np.ndarray:
         session.note(f"out of memory: inference goes on with {session.largest_batch} questions per forward pass")
 
 
-def predict_logits(session: Session, frame: pd.DataFrame, views: Sequence, model=None, label="inference", partial=None):
-    """Scores (n, views, 4) of original a-d; -inf: blank choice, NaN: no such view; FloatingPointError names the row."""
-    model = model if model is not None else session.model
-    planned: list[tuple[int, Prompt]] = []  # number of the view, and how it shows a row
+def plan_prompts(session: Session, frame: pd.DataFrame, views: Sequence[View]) -> list[tuple[Prompt, list[int]]]:
+    """Prompts that show every row in all its distinct views, with the number of the view of each answer."""
+    planned = []
     for row in range(len(frame)):
-        distinct: dict[tuple, tuple[int, Prompt]] = {}
-        for view in tta_views(frame.iloc[row], views):
-            prompt = make_prompt(session, frame, row, view.order, view.scale)
-            distinct.setdefault((prompt.grid, view.order), (views.index(view), prompt))
-        planned += distinct.values()
+        record, groups = frame.iloc[row], defaultdict(dict)
+        for view in tta_views(record, views):  # of views with the same grid and order the first; one prefix a grid
+            budget = pixel_budget(session.config, session.processor, view.scale)
+            grid = image_grid(record["width"], record["height"], session.processor, budget)
+            groups[grid, None if session.shares_prefixes else view.order].setdefault(view.order, view)
+        for group in groups.values():
+            scale = next(iter(group.values())).scale
+            planned.append((make_prompt(session, frame, row, [*group], scale), [*map(views.index, group.values())]))
+    return planned
+
+
+def scoring_cost(prompts: int, answers: int) -> float:
+    """Time in prompts with one answer: a further choice order is a short text behind the common prefix."""
+    return prompts + (answers - prompts) / 7
+
+
+def predict_logits(session: Session, frame: pd.DataFrame, views: Sequence, label="inference", partial=None):
+    """Scores (n, views, 4) of original a-d; -inf: blank choice, NaN: no such view; FloatingPointError names the row."""
+    planned = plan_prompts(session, frame, views)
     size = session.config.infer_batch_size if session.config.use_batch_inference else 1
-    by_length = np.argsort([-len(prompt.input_ids) for _, prompt in planned], kind="stable")
+    by_length = np.argsort([-len(prompt.input_ids) for prompt, _ in planned], kind="stable")
     batches = [by_length[start : start + size] for start in range(0, len(planned), size)]
     present = np.array([present_choices(row) for _, row in frame.iterrows()])
     first, result = partial.read() if partial else (0, None)  # a Partial: where an earlier process stopped
     result = np.full((len(frame), len(views), 4), np.nan, dtype=np.float32) if result is None else result
-    was_training, start = model.training, time.perf_counter()
-    model.eval()
+    was_training, start, scored = session.model.training, time.perf_counter(), 0.0
+    session.model.eval()
     with torch.inference_mode():
-        loader = iterate_batches(session, [prompt for _, prompt in planned], batches[first:])
+        loader = iterate_batches(session, [prompt for prompt, _ in planned], batches[first:])
         for done, batch in enumerate(loader, first + 1):
-            scores = score_batch(session, model, batch)
-            for item, score in zip(batches[done - 1], scores, strict=True):
-                view, prompt = planned[item]
-                original = unpermute_scores(score, prompt.order)
+            shown = [planned[item] for item in batches[done - 1]]
+            answers = [
+                (prompt, order, view)
+                for prompt, views_of in shown
+                for order, view in zip(prompt.orders, views_of, strict=True)
+            ]
+            for (prompt, order, view), score in zip(answers, score_batch(session, batch), strict=True):
+                original = unpermute_scores(score, order)
                 if not np.isfinite(original[present[prompt.row]]).all():
                     raise FloatingPointError(f"Non-finite scores for row {frame['id'].iloc[prompt.row]}: {original}")
                 result[prompt.row, view] = np.where(present[prompt.row], original, -np.inf)
-            session.seconds_per_question = (time.perf_counter() - start) / sum(map(len, batches[first:done]))
+            scored += scoring_cost(len(shown), len(answers))
+            session.seconds_per_question = (time.perf_counter() - start) / scored
             if partial:
                 partial.save(done, result)
             try:
@@ -1964,7 +2044,7 @@ def predict_logits(session: Session, frame: pd.DataFrame, views: Sequence, model
                 if partial:
                     partial.save(done, result, now=True)
                 raise
-    model.train(was_training)
+    session.model.train(was_training)
     return result
 
 
@@ -1973,7 +2053,7 @@ def generate_baseline(session: Session, frame: pd.DataFrame, model=None, max_new
     model = model if model is not None else session.model
     answers: list[str | None] = []
     for row in range(len(frame)):
-        batch = collate(session, [make_prompt(session, frame, row, (0, 1, 2, 3))])
+        batch = collate(session, [make_prompt(session, frame, row, [(0, 1, 2, 3)])])
         inputs = {name: batch[name].to(session.device) for name in MODEL_INPUTS if name != "position_ids"}
         pixels = torch.cat([_checked_pixels(session, prompt) for prompt in batch["prompts"]]).to(session.device)
         with torch.inference_mode(), autocast(session):
@@ -2750,8 +2830,9 @@ class Run:
     def inference_seconds(self, seconds_per_question: float, session: Session, training: int) -> float:
         """Estimated time to validate `training` folds and to score the worker's folds that wait for it, with margin."""
         waiting = [fold for fold in session.folds if fold in self.finished_folds and not self.is_done("predict", fold)]
-        held_out, views = len(self.train) / self.config.n_folds, len(all_views(self.config, session.processor))
-        questions = (len(waiting) + training) * (held_out + len(self.test)) * views + 3 * training * held_out
+        held_out, views = len(self.train) / self.config.n_folds, all_views(self.config, session.processor)
+        cost = scoring_cost(len({view.scale if session.shares_prefixes else view for view in views}), len(views))
+        questions = (len(waiting) + training) * (held_out + len(self.test)) * cost + 3 * training * held_out
         return 1.25 * seconds_per_question * questions
 
     @contextlib.contextmanager
@@ -2856,7 +2937,7 @@ def stage_zeroshot(session: Session, run: Run, fold: int) -> None:
     frame = run.train.sample(rows, random_state=run.config.seed).sort_index().reset_index(drop=True)
     session.cache.fill(run.train, pixel_budget(run.config, session.processor), session.progress)
     partial = Partial(run.directory / "zeroshot.partial.npz", run.fingerprint, run.config)
-    logits = predict_logits(session, frame, [View("rotation 0")], None, "zero-shot", partial)
+    logits = predict_logits(session, frame, [View("rotation 0")], "zero-shot", partial)
     write_logits(run.directory / "zeroshot.npz", frame, logits, ["rotation 0"], run.fingerprint)
     partial.path.unlink(missing_ok=True)
 
@@ -2887,7 +2968,7 @@ def stage_predict(session: Session, run: Run, fold: int) -> None:
         for name, frame, images in (("oof", held_out, run.train), ("test", run.test, run.test)):
             session.cache.fill(images, pixel_budget(run.config, session.processor), session.progress)
             partial = Partial(directory / f"{name}.{kind}.partial.npz", run.fingerprint, run.config)
-            logits = predict_logits(session, frame, views, adapted, f"fold {fold} {name}", partial)
+            logits = predict_logits(session, frame, views, f"fold {fold} {name}", partial)
             write_logits(directory / f"{name}.npz", frame, logits, [view.name for view in views], run.fingerprint)
             partial.path.unlink(missing_ok=True)
     finally:
@@ -3026,7 +3107,7 @@ def preflight(config: Config, rows: int = 64) -> dict:
     frame = competition.train.sample(min(rows, count), random_state=config.seed, ignore_index=True)
     session = open_session(config, frame.iloc[0])
     budget, merged = pixel_budget(config, session.processor), session.processor.image_processor.merge_size**2
-    prompts = [make_prompt(session, frame, row, (0, 1, 2, 3)) for row in range(len(frame))]
+    prompts = [make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(len(frame))]
     session.cache.fill(frame, budget, session.progress)
     start = time.perf_counter()
     probabilities = softmax(predict_logits(session, frame, [View("rotation 0")])[:, 0])
@@ -3037,7 +3118,7 @@ def preflight(config: Config, rows: int = 64) -> dict:
     for _ in range(2):  # the second one is timed
         start = time.perf_counter()
         batch = collate(session, longest)
-        training_loss(session, last_logits(session, model, batch), batch, frame).backward()
+        training_loss(session, answer_states(session, batch), batch).backward()
         if not all(value.grad.isfinite().all() for value in parameters):  # this waits for the GPU, too
             raise FloatingPointError("A training step on these rows gives gradients that are not finite")
         step_seconds = (time.perf_counter() - start) / len(longest)

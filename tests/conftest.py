@@ -85,6 +85,17 @@ def build_qwen25_twin(folder: Path) -> Path:
     return folder
 
 
+def perturb_adapter(model):
+    """LoRA starts as the identity; random weights make its gradients, and a swapped adapter, visible."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in vqa.trainable_parameters(model).values():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory) -> dict[str, Path]:
     """Family name -> folder of its tiny model."""

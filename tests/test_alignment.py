@@ -5,18 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import perturb_adapter
 from qwen_vl_utils import process_vision_info
 
 import vqa_helpers as vqa
-
-
-def perturb_adapter(model):
-    """LoRA starts as the identity; random weights make its gradients, and a swapped adapter, visible."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in vqa.trainable_parameters(model).values():
-            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def own_inputs(session, text, path):
@@ -55,8 +47,8 @@ def test_loss_and_gradients_equal_huggingfaces_own(session, demo_rows, replace):
     session.config = replace(session.config, loss="vocabulary", shuffle_choices=False)
     frame = demo_rows.train.head(4)
     model = perturb_adapter(vqa.attach_lora(session.model, session.config, seed=0)).train()
-    batch = vqa.collate(session, [vqa.make_prompt(session, frame, row, (0, 1, 2, 3)) for row in range(4)])
-    ours = vqa.training_loss(session, vqa.last_logits(session, model, batch), batch, frame)
+    batch = vqa.collate(session, [vqa.make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(4)])
+    ours = vqa.training_loss(session, vqa.answer_states(session, batch), batch)
     our_gradients = gradients(model, ours)
     theirs = huggingface_loss(session, model, frame)
     their_gradients = gradients(model, theirs)
@@ -68,7 +60,7 @@ def test_loss_and_gradients_equal_huggingfaces_own(session, demo_rows, replace):
 def test_prompt_equals_the_processors_own_and_holds_no_answer(session, demo_rows):
     for row in range(3):
         record = demo_rows.train.iloc[row]
-        prompt = vqa.make_prompt(session, demo_rows.train, row, (0, 1, 2, 3))
+        prompt = vqa.make_prompt(session, demo_rows.train, row, [(0, 1, 2, 3)])
         text = vqa.render_prompt(session.processor, vqa.build_messages(record))
         own = own_inputs(session, text, record["image_path"])
         batch = vqa.collate(session, [prompt])
@@ -82,7 +74,7 @@ def test_prompt_equals_the_processors_own_and_holds_no_answer(session, demo_rows
 
 
 def test_position_ids_are_the_ones_the_model_computes_itself(session, demo_rows):
-    prompts = [vqa.make_prompt(session, demo_rows.train, row, (0, 1, 2, 3)) for row in range(3)]
+    prompts = [vqa.make_prompt(session, demo_rows.train, row, [(0, 1, 2, 3)]) for row in range(3)]
     batch = vqa.collate(session, prompts)
     inputs = {name: batch[name] for name in vqa.MODEL_INPUTS}
     pixels = torch.cat(batch["pixel_values"])
@@ -96,28 +88,28 @@ def test_position_ids_are_the_ones_the_model_computes_itself(session, demo_rows)
 def test_batches_of_eight_agree_with_single_questions(session, demo_rows, replace):
     frame = demo_rows.train.head(24)
     views = [vqa.View("rotation 0")]
-    model = perturb_adapter(vqa.attach_lora(session.model, session.config, seed=0))
+    perturb_adapter(vqa.attach_lora(session.model, session.config, seed=0))
     session.config = replace(session.config, infer_batch_size=8)
-    batched = vqa.predict_logits(session, frame, views, model)
+    batched = vqa.predict_logits(session, frame, views)
     session.config = replace(session.config, use_batch_inference=False)
-    single = vqa.predict_logits(session, frame, views, model)
-    lengths = {len(vqa.make_prompt(session, frame, row, (0, 1, 2, 3)).input_ids) for row in range(24)}
+    single = vqa.predict_logits(session, frame, views)
+    lengths = {len(vqa.make_prompt(session, frame, row, [(0, 1, 2, 3)]).input_ids) for row in range(24)}
     assert len(lengths) > 3  # padding took part
     assert np.abs(batched - single).max() <= 1e-4
 
 
 def test_best_letter_is_the_first_token_of_generate_restricted_to_letters(session, demo_rows):
     frame = demo_rows.test
-    allowed = sorted(token for variants in session.letters for token in variants)
     # One variant a letter, so that the best token and the best log-sum-exp are the same letter.
     session.letters = tuple((variants[0],) for variants in session.letters)
+    session.letter_weights = session.model.lm_head.weight[[token for (token,) in session.letters]]
     allowed = [variants[0] for variants in session.letters]
     session.cache.fill(frame, vqa.pixel_budget(session.config, session.processor), session.progress)
     logits = vqa.predict_logits(session, frame, [vqa.View("rotation 0")])[:, 0]
     generated = []
     for start in range(0, len(frame), 40):
         rows = range(start, min(start + 40, len(frame)))
-        batch = vqa.collate(session, [vqa.make_prompt(session, frame, row, (0, 1, 2, 3)) for row in rows])
+        batch = vqa.collate(session, [vqa.make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in rows])
         inputs = {name: batch[name] for name in vqa.MODEL_INPUTS if name != "position_ids"}
         images = [vqa._checked_pixels(session, prompt) for prompt in batch["prompts"]]
         output = session.model.generate(
@@ -183,8 +175,13 @@ def test_letters_that_share_a_token_or_take_several_are_refused(processor, old, 
 
 def test_no_row_of_the_attention_mask_is_empty_and_real_rows_see_no_padding():
     """A row that may attend to nothing is NaN in some SDPA kernels (seen as NaN gradients on an H200)."""
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    full = vqa.causal_mask(mask)
+    full = vqa.tree_mask(torch.tensor([[-1, -1, 0, 0], [0, 0, 0, 0]]))
     assert full.shape == (2, 1, 4, 4) and full.any(-1).all()
     assert full[0, 0, 2:].tolist() == [[False, False, True, False], [False, False, True, True]]
     assert torch.equal(full[1, 0], torch.ones(4, 4, dtype=torch.bool).tril())
+
+
+def test_orders_behind_one_prefix_see_the_prefix_and_themselves_only():
+    mask = vqa.tree_mask(torch.tensor([[-1, 0, 0, 1, 2, 2]]))[0, 0]
+    assert mask[3].tolist() == [False, True, True, True, False, False]
+    assert mask[5].tolist() == [False, True, True, False, True, True]

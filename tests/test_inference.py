@@ -5,6 +5,8 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from conftest import perturb_adapter
 
 import vqa_helpers as vqa
 
@@ -180,3 +182,39 @@ def test_logits_file_has_the_schema_and_belongs_to_one_run(tmp_path):
     assert vqa.read_arrays(tmp_path / "test.npz", "fingerprint")["labels"].tolist() == [-1, -1]
     with pytest.raises(vqa.CheckpointError, match="another configuration"):
         vqa.read_arrays(tmp_path / "oof.npz", "other")
+
+
+def rotations(session, frame):
+    """Scores of the four rotations, each as a prompt of its own: the reference for shared prefixes."""
+    views = [vqa.View("", turn) for turn in range(4)]
+    return np.stack([vqa.predict_logits(session, frame, [view])[:, 0] for view in views], axis=1), views
+
+
+def test_orders_behind_a_shared_prefix_score_like_separate_prompts(session, demo_rows):
+    """With an adapter that matters, with padding in the batch, and with a question whose choices are all the same."""
+    perturb_adapter(vqa.attach_lora(session.model, session.config, seed=0))
+    frame = demo_rows.train.head(12).copy()
+    frame.loc[3, list("abcd")] = "같음"
+    separate, views = rotations(session, frame)
+    prompts = [prompt for prompt, _ in vqa.plan_prompts(session, frame, views)]
+    assert len(prompts) == 12 and len({len(prompt.input_ids) for prompt in prompts}) > 2
+    assert np.abs(vqa.predict_logits(session, frame, views) - separate).max() <= 1e-5 * np.abs(separate).max()
+
+
+def test_gradients_of_orders_behind_a_shared_prefix_are_those_of_separate_prompts(session, demo_rows):
+    model = perturb_adapter(vqa.attach_lora(session.model, session.config, seed=0)).train()
+    orders = [vqa.View("", turn).order for turn in range(4)]
+    gradients = []
+    for groups in ([orders], [[order] for order in orders]):
+        prompts = [vqa.make_prompt(session, demo_rows.train, row, group) for row in range(3) for group in groups]
+        batch = vqa.collate(session, prompts)
+        model.zero_grad()
+        vqa.training_loss(session, vqa.answer_states(session, batch), batch).backward()
+        gradients.append(torch.cat([value.grad.flatten() for value in vqa.trainable_parameters(model).values()]))
+    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[1].norm() and gradients[1].norm() > 1e-3
+
+
+def test_other_kinds_of_attention_get_separate_prompts(session, demo_rows, replace):
+    session.runtime = replace(session.runtime, attention="eager")
+    planned = vqa.plan_prompts(session, demo_rows.train.head(2), [vqa.View("", turn) for turn in range(4)])
+    assert [len(prompt.orders) for prompt, _ in planned] == [1] * 8

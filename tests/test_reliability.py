@@ -134,12 +134,16 @@ def test_a_fold_that_comes_later_may_change_the_weights_of_all(mini_run):
     assert not (run.fold_dir(0) / "oof.npz").exists() and (run.fold_dir(1) / "oof.npz").exists()
 
 
-def test_the_time_needed_for_inference_counts_folds_views_and_validations(mini_run, session):
+def test_the_time_needed_for_inference_counts_folds_views_and_validations(mini_run, session, replace):
     run = mini_run(tta_rotations=2)  # 36 training rows in two folds, 12 test rows
-    assert run.inference_seconds(0.5, session, training=1) == 1.25 * 0.5 * ((18 + 12) * 2 + 3 * 18)
+    assert run.inference_seconds(0.5, session, training=1) == pytest.approx(
+        1.25 * 0.5 * ((18 + 12) * (1 + 1 / 7) + 3 * 18)
+    )
     vqa.atomic_write(run.fold_dir(1) / "result.json", "{}")
     assert run.inference_seconds(0.5, session, training=0) == 0  # another worker's fold
     session.folds = (1,)
+    assert run.inference_seconds(0.5, session, training=0) == pytest.approx(1.25 * 0.5 * (18 + 12) * (1 + 1 / 7))
+    session.runtime = replace(session.runtime, attention="eager")  # every order is a prompt of its own
     assert run.inference_seconds(0.5, session, training=0) == 1.25 * 0.5 * (18 + 12) * 2
     assert run.seconds_left() == math.inf
 

@@ -212,14 +212,14 @@ def test_a_non_finite_loss_skips_the_step_and_above_a_limit_stops_with_the_rows(
 
 def out_of_memory_above(size, monkeypatch):
     """Let the model's forward pass fail as a GPU's does for batches of more than `size` questions."""
-    forward = vqa.last_logits
+    forward = vqa.answer_states
 
-    def limited(session, model, batch):
+    def limited(session, batch):
         if len(batch["prompts"]) > size:
             raise torch.OutOfMemoryError("CUDA out of memory (a test)")
-        return forward(session, model, batch)
+        return forward(session, batch)
 
-    monkeypatch.setattr(vqa, "last_logits", limited)
+    monkeypatch.setattr(vqa, "answer_states", limited)
 
 
 def test_without_memory_the_micro_batch_is_halved_and_the_update_stays_the_same(mini_run, monkeypatch):
@@ -227,7 +227,7 @@ def test_without_memory_the_micro_batch_is_halved_and_the_update_stays_the_same(
     for limit in (8, 2):
         out_of_memory_above(limit, monkeypatch)
         trainer = vqa.FoldTrainer(open_run_session(run), run, 0)
-        prompts = [vqa.make_prompt(trainer.session, trainer.train, row, (0, 1, 2, 3)) for row in range(8)]
+        prompts = [vqa.make_prompt(trainer.session, trainer.train, row, [(0, 1, 2, 3)]) for row in range(8)]
         trainer.accumulate(0, 0, [vqa.collate(trainer.session, prompts)])
         gradients.append(torch.cat([value.grad.flatten() for value in trainer.parameters.values()]))
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
@@ -247,10 +247,10 @@ def test_memory_that_runs_out_in_the_backward_pass_is_freed_before_the_next_try(
     trainer = vqa.FoldTrainer(open_run_session(run), run, 0)
     loss = vqa.training_loss
 
-    def failing_backward(session, logits, batch, frame):
-        value = loss(session, logits, batch, frame)
+    def failing_backward(session, states, batch):
+        value = loss(session, states, batch)
         if len(batch["prompts"]) > 4:
-            alive.append(weakref.ref(logits))
+            alive.append(weakref.ref(states))
             value.register_hook(lambda gradient: (_ for _ in ()).throw(torch.OutOfMemoryError("a test")))
         return value
 
@@ -291,8 +291,8 @@ def test_an_error_while_preparing_names_the_row(mini_run):
     session = open_run_session(run)
     frame = run.train.head(2).assign(height=100_000)
     with pytest.raises(vqa.DataError, match="Row train_0001 .*aspect ratio"):
-        vqa.make_prompt(session, frame, 0, (0, 1, 2, 3))
-    planned = vqa.make_prompt(session, run.train.assign(height=32, width=64), 0, (0, 1, 2, 3))
+        vqa.make_prompt(session, frame, 0, [(0, 1, 2, 3)])
+    planned = vqa.make_prompt(session, run.train.assign(height=32, width=64), 0, [(0, 1, 2, 3)])
     with pytest.raises(vqa.DataError, match="gives the patch grid"):
         vqa.collate(session, [planned])
 
@@ -303,8 +303,8 @@ def test_gradient_checkpointing_does_not_change_the_gradients(session, demo_rows
     for use in (False, True):
         config = replace(session.config, gradient_checkpointing=use)
         model = vqa.attach_lora(session.model, config, seed=0).train()
-        batch = vqa.collate(session, [vqa.make_prompt(session, frame, row, (0, 1, 2, 3)) for row in range(2)])
-        vqa.training_loss(session, vqa.last_logits(session, model, batch), batch, frame).backward()
+        batch = vqa.collate(session, [vqa.make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(2)])
+        vqa.training_loss(session, vqa.answer_states(session, batch), batch).backward()
         results.append([value.grad.clone() for value in vqa.trainable_parameters(model).values()])
         model.unload()
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*results, strict=True))

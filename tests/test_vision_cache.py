@@ -32,11 +32,12 @@ def test_cached_scores_are_bitwise_the_uncached_ones(session, demo_rows):
 
 def test_features_equal_the_models_own_path(session, demo_rows):
     """The plain call with pixel_values is the reference for what goes in through mm_encoder_outputs."""
-    batch = vqa.collate(session, [vqa.make_prompt(session, demo_rows.train, row, (0, 1, 2, 3)) for row in range(2)])
+    batch = vqa.collate(session, [vqa.make_prompt(session, demo_rows.train, row, [(0, 1, 2, 3)]) for row in range(2)])
     inputs = {name: batch[name] for name in vqa.MODEL_INPUTS}
     with torch.no_grad():
-        ours = vqa.last_logits(session, session.model, batch)
-        plain = session.model(**inputs, pixel_values=torch.cat(batch["pixel_values"])).logits[:, -1]
+        ours = vqa.answer_scores(session, vqa.answer_states(session, batch))
+        logits = session.model(**inputs, pixel_values=torch.cat(batch["pixel_values"])).logits[:, -1]
+    plain = vqa.choice_logits(logits, session.letters)
     assert (ours - plain).abs().max() <= 1e-5 * plain.abs().max()
 
 
