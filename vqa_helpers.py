@@ -14,6 +14,7 @@ import csv
 import dataclasses
 import difflib
 import errno
+import functools
 import gc
 import hashlib
 import html
@@ -111,7 +112,8 @@ class Config:
     quantization: Literal["4bit", "8bit", "none"] = "4bit"  # 4bit: NF4, double; language model only
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"  # number format; auto follows the card
     attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"  # auto: the fastest installed
-    gradient_checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
+    gradient_checkpointing: bool = True  # recompute activations in the backward pass, of as few layers as memory needs
+    compile_layers: Literal["auto", "on", "off"] = "auto"  # torch.compile of the decoder layers; auto: for long jobs
     lora_r: int = 16  # rank
     lora_alpha: int = 32  # scale of the update is alpha / r
     lora_dropout: float = 0.05  # probability
@@ -132,8 +134,9 @@ class Config:
     train_folds: tuple[int, ...] | None = None  # None: all
     # Optimisation
     num_epochs: int = 2
-    batch_size: int = 4  # questions per forward pass
-    grad_accum_steps: int = 2  # forward passes per optimizer step
+    batch_size: int = 4  # times grad_accum_steps: questions per optimizer step
+    grad_accum_steps: int = 2
+    memory_plan: Literal["auto", "config"] = "auto"  # auto: questions per forward pass by measured memory, on a GPU
     learning_rate: float = 1e-4  # peak, reached after the warm-up, then cosine to zero
     warmup_ratio: float = 0.06  # share of all optimizer steps
     weight_decay: float = 0.01
@@ -1141,8 +1144,9 @@ def attach_lora(model, config: Config, seed: int):
     torch.manual_seed(seed)
     lora = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=LORA_TARGETS, task_type="CAUSAL_LM", **lora))
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.model.language_model.layers:
+        layer.gradient_checkpointing = config.gradient_checkpointing
     trainable = trainable_parameters(adapted)
     wrong = [name for name, value in trainable.items() if f".{VISION_PREFIX}." in name or value.dtype != torch.float32]
     assert trainable and not wrong, f"LoRA weights must be fp32 and outside the vision tower, unlike {wrong[:3]}"
@@ -1205,16 +1209,18 @@ class Session:
     model: object
     letters: tuple[tuple[int, ...], ...]
     cache: VisionCache
-    letter_weights: object  # the head's rows (variants of all letters, hidden), fp32: the rest of it is never needed
+    letter_weights: object  # the head's rows (variants of all letters, hidden), fp32
+    device: object  # where the model computes; parts that rest may lie elsewhere
     progress: Callable = lambda stage, done, total, **details: None
     notes: list[str] = field(default_factory=list)  # departures from the plan, for the report
     largest_batch: int | None = None  # questions per forward pass that memory has allowed since it ran out
     seconds_per_question: float = 0.0  # of the last inference, in this process or an earlier one; 0: unknown
     folds: Sequence[int] = ()  # those that this worker trains and scores
+    plan: MemoryPlan | None = None  # measured once
 
     @property
-    def device(self):
-        return self.model.device
+    def decoder_layers(self):
+        return self.model.model.language_model.layers
 
     @property
     def shares_prefixes(self) -> bool:
@@ -1240,15 +1246,11 @@ def open_session(config: Config, example: Mapping) -> Session:
     letters = check_template(processor, build_messages(example))
     with track_peak_memory("model loaded"):
         model = load_model(config, runtime)
-    rows = model.get_output_embeddings().weight[[token for variants in letters for token in variants]].float()
-    return Session(config, runtime, processor, model, letters, VisionCache(model, processor, config.cache_dir), rows)
-
-
-def autocast(session: Session):
-    """Mixed precision on a GPU, nothing on a CPU."""
-    if session.device.type != "cuda" or session.runtime.precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast("cuda", dtype=getattr(torch, DTYPES[session.runtime.precision]))
+    device, head, cache = model.device, model.get_output_embeddings(), VisionCache(model, processor, config.cache_dir)
+    rows = head.weight[[token for variants in letters for token in variants]].float()
+    if config.loss == "choices" and head.weight is not model.get_input_embeddings().weight:
+        head.to("cpu")  # only these rows are ever multiplied: on an 8B that leaves 1.2 GiB for activations
+    return Session(config, runtime, processor, model, letters, cache, rows, device)
 
 
 # === Prompts and batches ============================================================================================
@@ -1331,7 +1333,9 @@ def collate(session: Session, prompts: Sequence[Prompt]) -> dict:
     inputs |= {"targets": torch.tensor(targets)}  # in prompt positions
     inputs |= {"present": torch.tensor([permute_choices(prompt.present, order) for prompt, order in answers])}
     inputs |= {"prompts": list(prompts)}
-    if not session.cache.covers(prompt.image_key for prompt in prompts):
+    if session.cache.covers(prompt.image_key for prompt in prompts):
+        inputs["features"] = [session.cache.read(prompt.image_key) for prompt in prompts]
+    else:
         inputs["pixel_values"] = [_checked_pixels(session, prompt) for prompt in prompts]
     return inputs
 
@@ -1354,8 +1358,7 @@ def answer_states(session: Session, batch: Mapping):
     if session.shares_prefixes and (turing or several or not batch["attention_mask"].all()):
         inputs["attention_mask"] = tree_mask(batch["segments"].to(session.device, non_blocking=True))
     inputs["mm_encoder_outputs"] = {"image": session.cache.encoder_outputs(batch)}
-    with autocast(session):
-        states = session.model.model(**inputs, use_cache=False).last_hidden_state
+    states = session.model.model(**inputs, use_cache=False).last_hidden_state
     return states[tuple(batch["answers"].to(session.device, non_blocking=True))]
 
 
@@ -1388,13 +1391,212 @@ def out_of_memory(cause: Exception) -> RuntimeError:
 
 
 def iterate_batches(session: Session, prompts: Sequence[Prompt], batches: Sequence[Sequence[int]]) -> Iterator[dict]:
-    """Collated batches in order; decoding runs in worker processes when any image is missing from the cache."""
+    """Collated batches in order, one ahead of the GPU; images that are not in the cache are decoded by processes."""
     is_cached = session.cache.covers(prompt.image_key for prompt in prompts)
     # Only a forked process shares the session; another kind would have to pickle the model.
     workers = session.config.num_workers if hasattr(os, "fork") and not is_cached else 0
     options = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
-    chosen = [[prompts[item] for item in batch] for batch in batches]
-    return iter(torch.utils.data.DataLoader(chosen, None, collate_fn=lambda batch: collate(session, batch), **options))
+    chosen, on_gpu = [[prompts[item] for item in batch] for batch in batches], session.device.type == "cuda"
+    collate_fn = functools.partial(collate, session)
+    loader = torch.utils.data.DataLoader(chosen, None, collate_fn=collate_fn, pin_memory=on_gpu, **options)
+    return ahead(iter(loader)) if on_gpu and not workers else iter(loader)
+
+
+def ahead(batches: Iterator) -> Iterator:
+    """The same items; while one is used, a thread prepares the next."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(next, batches, None)
+        while (batch := waiting.result()) is not None:
+            waiting = pool.submit(next, batches, None)
+            yield batch
+
+
+# === Fast layers =====================================================================================================
+@functools.cache
+def lora_operator():
+    """The operator of `lora_forward`, opaque to torch.compile, so that no dequantised weight is kept for later."""
+
+    def dense(weight, scales, shape, dtype):
+        if not scales:
+            return weight.to(dtype)
+        ops, (absmax, code, group_scale, offset) = torch.ops.bitsandbytes, scales
+        scale = ops.dequantize_blockwise(absmax, group_scale, code, shape[3], torch.float32) + offset
+        return ops.dequantize_4bit(weight, scale, shape[2], "nf4", shape[:2], dtype)
+
+    def forward(x, dropped, lora_a, lora_b, scaling, weight, bias, scales, shape):
+        rows = x.flatten(0, -2)
+        inner = (rows if dropped is None else dropped.flatten(0, -2)) @ lora_a.to(x.dtype).T
+        result = torch.nn.functional.linear(rows, dense(weight, scales, shape, x.dtype), bias)
+        result.addmm_(inner, lora_b.to(x.dtype).T, alpha=scaling)
+        return result.view(*x.shape[:-1], -1), inner
+
+    def backward(gradient, used, inner, lora_a, lora_b, scaling, weight, scales, shape, dropout):
+        rows = gradient.flatten(0, -2)
+        inner_gradient = (rows @ lora_b.to(rows.dtype)) * scaling
+        to_x = rows @ dense(weight, scales, shape, rows.dtype)
+        to_dropped = inner_gradient @ lora_a.to(rows.dtype) if dropout else rows.new_empty(0)
+        if not dropout:
+            to_x.addmm_(inner_gradient, lora_a.to(rows.dtype))
+        to_a, to_b = inner_gradient.T @ used.flatten(0, -2), (rows.T @ inner) * scaling
+        return to_x.view_as(used), to_dropped.view_as(used) if dropout else to_dropped, to_a.float(), to_b.float()
+
+    def remember(ctx, inputs, output):
+        x, dropped, lora_a, lora_b, ctx.scaling, weight, _, scales, ctx.shape = inputs
+        ctx.dropout = dropped is not None
+        ctx.save_for_backward(dropped if ctx.dropout else x, output[1], lora_a, lora_b, weight, *scales)
+
+    def differentiate(ctx, gradient, _):
+        used, inner, lora_a, lora_b, weight, *scales = ctx.saved_tensors
+        arguments = gradient.contiguous(), used, inner, lora_a, lora_b, ctx.scaling, weight, scales, ctx.shape
+        to_x, to_dropped, to_a, to_b = torch.ops.vqa.lora_backward(*arguments, ctx.dropout)
+        scales_gradient = [None] * len(scales)
+        return to_x, to_dropped if ctx.dropout else None, to_a, to_b, None, None, None, scales_gradient, None
+
+    tail = "Tensor weight, {}Tensor[] scales, int[] shape{}"
+    schema = "(Tensor x, Tensor? dropped, Tensor lora_a, Tensor lora_b, float scaling, " + tail.format(
+        "Tensor? bias, ", ""
+    )
+    library, made = torch.library, {"mutates_args": ()}
+    operator = library.custom_op("vqa::lora_linear", forward, schema=schema + ") -> (Tensor, Tensor)", **made)
+    schema = "(Tensor gradient, Tensor used, Tensor inner, Tensor lora_a, Tensor lora_b, float scaling, "
+    schema += tail.format("", ", bool dropout") + ") -> (Tensor, Tensor, Tensor, Tensor)"
+    library.custom_op("vqa::lora_backward", backward, schema=schema, **made).register_fake(
+        lambda gradient, used, inner, lora_a, lora_b, scaling, weight, scales, shape, dropout: (
+            torch.empty_like(used),
+            torch.empty_like(used) if dropout else used.new_empty(0),
+            torch.empty_like(lora_a),
+            torch.empty_like(lora_b),
+        )
+    )
+    operator.register_fake(
+        lambda x, dropped, lora_a, lora_b, *_: (
+            x.new_empty(*x.shape[:-1], lora_b.shape[0]),
+            x.new_empty(math.prod(x.shape[:-1]), lora_a.shape[0]),
+        )
+    )
+    operator.register_autograd(differentiate, setup_context=remember)
+    return operator
+
+
+def lora_forward(layer, x):
+    """W x + scaling * B A dropout(x), as PEFT's layer computes it (Hu et al. 2021), without its fp32 copies of x."""
+    dropout, base = layer.lora_dropout["default"], layer.base_layer
+    dropped = dropout(x) if layer.training and isinstance(dropout, torch.nn.Dropout) else None
+    lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return torch.ops.vqa.lora_linear(
+        x, dropped, lora_a, lora_b, layer.scaling["default"], layer.packed, base.bias, layer.scales, layer.packed_shape
+    )[0]
+
+
+def use_lora_forward(adapted) -> None:
+    """Let all LoRA layers of a PEFT model compute `lora_forward`; their weights and files stay PEFT's."""
+    lora_operator()
+    for layer in adapted.modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            weight = layer.base_layer.weight
+            layer.packed, layer.scales = weight.detach().as_subclass(torch.Tensor), []
+            layer.packed_shape = [*weight.shape]
+            if (state := getattr(weight, "quant_state", None)) is not None:
+                layer.scales = [state.absmax, state.state2.code, state.state2.absmax, state.offset]
+                layer.packed_shape = [*state.shape, state.blocksize, state.state2.blocksize]
+            layer.forward = functools.partial(lora_forward, layer)
+
+
+def quicken(session: Session, adapted, questions: int):
+    """Give the adapter's layers `lora_forward` and, where it pays for that many questions, compile the decoder."""
+    if session.config.quantization == "8bit":
+        LOGGER.info("Decision: PEFT's own LoRA layers, because ours know 4-bit and plain weights only")
+    else:
+        use_lora_forward(adapted)
+    use, reason = decide_compile(session.config.compile_layers, session.device.type, questions)
+    LOGGER.info("Decision: %s", reason)
+    for layer in session.decoder_layers:
+        layer._compiled_call_impl = None
+        if use:
+            torch._dynamo.config.specialize_float = True  # of the constants in a layer; lengths are what changes
+            layer.compile(dynamic=True)
+    return adapted
+
+
+def decide_compile(wish: str, device: str, questions: int) -> tuple[bool, str]:
+    """Whether torch.compile pays for itself on `questions` questions to come; with the reason."""
+    if wish != "auto":
+        return wish == "on", f"torch.compile {wish}: set in the config"
+    if device != "cuda" or importlib.util.find_spec("triton") is None or shutil.which("gcc") is None:
+        return False, "torch.compile off: it needs a GPU, triton and a C compiler"
+    if questions < 2000:
+        return False, f"torch.compile off: {questions} questions take less time than compiling"
+    return True, f"torch.compile on: {questions} questions to come"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a training step is spread over passes, and the peak that it is expected to reach."""
+
+    micro_batch: int  # questions per forward and backward pass
+    stored_layers: int  # decoder layers, the last ones, that keep their activations; the others compute them again
+    peak_gib: float = 0.0  # allocated; 0 on a CPU, where nothing is measured
+
+
+def recompute_layers(session: Session, stored: int) -> None:
+    """Let all decoder layers but the last `stored` compute their activations again in the backward pass."""
+    # The last ones keep theirs, because the backward pass frees them before it needs room to compute others again.
+    for number, layer in enumerate(session.decoder_layers):
+        layer.gradient_checkpointing = number < len(session.decoder_layers) - stored
+
+
+def choose_plan(
+    costs: tuple[float, float, float], budget: float, layers: int, step: int, tokens: int, recompute: bool
+) -> tuple[int, int]:
+    """The (micro_batch, stored_layers) with the least work per question whose bytes fit into `budget`; else the least.
+
+    `costs` in bytes (fixed, question, layer): a pass takes fixed + micro_batch * (question + max(1, stored) * layer).
+    Besides its tokens it does the work of about 300 more: weights are dequantised and kernels started once a pass.
+    """
+    fixed, question, layer = costs
+    options = {math.inf: (1, 0 if recompute else layers)}
+    for micro_batch in {math.ceil(step / passes) for passes in range(1, step + 1)}:
+        room = (budget - fixed - micro_batch * question) / (micro_batch * layer)
+        if room >= (1 if recompute else layers):
+            stored = 0 if room < 2 else min(layers, int(room))
+            options[(3 - stored / layers) * (1 + 300 / (micro_batch * tokens))] = (micro_batch, stored)
+    return options[min(options)]
+
+
+def measure_pass(session: Session, prompts: Sequence[Prompt], stored: int) -> int:
+    """Peak bytes allocated by one forward and backward pass."""
+    recompute_layers(session, stored)
+    torch.cuda.reset_peak_memory_stats()
+    batch = collate(session, prompts)
+    training_loss(session, answer_states(session, batch), batch).backward()
+    session.model.zero_grad(set_to_none=True)
+    return torch.cuda.max_memory_allocated()
+
+
+def plan_memory(session: Session, prompts: Sequence[Prompt], state_bytes: int) -> MemoryPlan:
+    """Measure small passes over the longest prompt and choose; `state_bytes` are what the optimizer will add."""
+    config, layers = session.config, len(session.decoder_layers)
+    step = config.batch_size * config.grad_accum_steps
+    if session.device.type != "cuda" or config.memory_plan == "config":
+        return MemoryPlan(config.batch_size, 0 if config.gradient_checkpointing else layers)
+    longest = max(prompts, key=lambda prompt: len(prompt.input_ids))
+    some = layers // 4
+    measure_pass(session, [longest] * 2, 0)  # compiles, and fills the workspaces of the libraries
+    two, four = (measure_pass(session, [longest] * size, 0) for size in (2, 4))
+    layer = (measure_pass(session, [longest] * 4, some) - four) / 4 / (some - 1)
+    costs = (2 * two - four + state_bytes, (four - two) / 2 - layer, layer)
+    free, total = torch.cuda.mem_get_info()
+    reserved, limit = torch.cuda.memory_reserved(), total * torch.cuda.get_per_process_memory_fraction()
+    budget = 0.92 * (reserved + min(free, limit - reserved))  # the rest is for fragmentation
+    plan = choose_plan(costs, budget, layers, step, len(longest.input_ids), config.gradient_checkpointing)
+    peak = costs[0] + plan[0] * (costs[1] + max(1, plan[1]) * costs[2])
+    LOGGER.info(
+        "Decision: %d of %d questions in a pass, %d of %d layers keep activations", plan[0], step, plan[1], layers
+    )
+    gib = [round(value / 2**30, 3) for value in (peak, budget, *costs)]
+    LOGGER.info("Memory plan in GiB: peak %s of %s; fixed %s, each question %s, each of its kept layers %s", *gib)
+    clear_memory()
+    return MemoryPlan(*plan, peak / 2**30)
 
 
 # === Vision cache ====================================================================================================
@@ -1439,7 +1641,7 @@ class VisionCache:
     """Features of the frozen vision tower, once per image and pixel budget: on disk, for later processes, or in RAM."""
 
     def __init__(self, model, processor, cache_dir: str | None = None):
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.device = model, processor, model.device
         scratch = Path(tempfile.gettempdir()) / f"vqa_features_{getattr(os, 'getuid', int)()}"
         self.folder = (Path(cache_dir) if cache_dir else scratch) / self.identity()
         self.shards: dict[tuple, tuple[Path, int]] = {}  # key -> file and the image's number in it
@@ -1448,7 +1650,7 @@ class VisionCache:
 
     def identity(self) -> str:
         """A hash of what features depend on besides image and budget: the tower's weights, the processor, torch."""
-        settings = f"{self.processor.image_processor.to_json_string()} {torch.__version__} {self.model.device.type}"
+        settings = f"{self.processor.image_processor.to_json_string()} {torch.__version__} {self.device.type}"
         digest = hashlib.sha256(settings.encode())
         for value in self.model.get_submodule(f"model.{VISION_PREFIX}").state_dict().values():
             digest.update(value.cpu().flatten().view(torch.uint8).numpy())
@@ -1459,8 +1661,8 @@ class VisionCache:
 
     def fill(self, frame: pd.DataFrame, budget: tuple[int, int], progress: Callable, batch_size: int = 16) -> bool:
         """Store the features of all images of `frame`; False, with the reason logged, where nothing can hold them."""
-        images = zip(frame["pixel_hash"], frame["image_path"], strict=True)
-        distinct = list({(digest, *budget): path for digest, path in images}.items())
+        rows = frame.drop_duplicates("pixel_hash").sort_values(["height", "width", "pixel_hash"])  # like beside like
+        distinct = [((row.pixel_hash, *budget), row.image_path) for row in rows.itertuples()]
         # The batches are fixed, so that no feature depends on where an earlier process stopped.
         batches = [distinct[start : start + batch_size] for start in range(0, len(distinct), batch_size)]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -1473,15 +1675,25 @@ class VisionCache:
                     LOGGER.warning("Vision features recomputed: %s was damaged", path)
                     path.unlink()
             missing = [batch for batch in batches if not self.covers(key for key, _ in batch)]
-            for done, batch in enumerate(missing, 1):
-                keys, paths = zip(*batch, strict=True)
-                prepared = [prepare_image(load_image(path), self.processor, budget) for path in paths]
-                features = self.compute(*zip(*prepared, strict=True))
+            pixels = ahead(self.prepare([path for _, path in batch], budget) for batch in missing)
+            for done, (batch, prepared) in enumerate(zip(missing, pixels, strict=True), 1):
+                keys = [key for key, _ in batch]
+                features = [tuple(tensor.cpu() for tensor in image) for image in self.compute(*prepared)]
                 size = sum(tensor.nbytes for image in features for tensor in image) * (len(missing) - done + 1)
                 if not self.keep(keys, features, size):
                     return False
                 progress("vision features", done, len(missing))
         return True
+
+    def prepare(self, paths: Sequence[str], budget: tuple[int, int]) -> tuple[tuple, tuple]:
+        """Pixel values and grids of images, decoded side by side."""
+        with ThreadPoolExecutor() as pool:
+            images = pool.map(lambda path: prepare_image(load_image(path), self.processor, budget), paths)
+            return tuple(zip(*images, strict=True))
+
+    def rest(self) -> None:
+        """Move the tower to the CPU until it is needed: its memory is the activations'."""
+        self.model.get_submodule(f"model.{VISION_PREFIX}").to("cpu")
 
     def keep(self, keys: Sequence[tuple], features: Sequence[tuple], size: float) -> bool:
         """Write a shard, or use RAM; False, with a warning, where the expected bytes of all, `size`, fit in neither."""
@@ -1514,13 +1726,13 @@ class VisionCache:
             return tuple(file.get_tensor(name) for name in sorted(file.keys()) if name.startswith(f"{number}."))
 
     def compute(self, pixel_values: Sequence, grids: Sequence) -> list[tuple]:
-        """One tuple per image on the CPU: features (tokens, hidden), then DeepStack; fp32, clamped, after overflow."""
-        visual = self.model.get_submodule(f"model.{VISION_PREFIX}")
-        dtype, device = visual.dtype, self.model.device
+        """One tuple per image: features (tokens, hidden), then DeepStack; by fp32, and clamped, after an overflow."""
+        visual, device = self.model.get_submodule(f"model.{VISION_PREFIX}").to(self.device), self.device
+        dtype = visual.dtype
         inputs = torch.cat(list(pixel_values)).to(device), torch.tensor(grids, device=device)
         with torch.no_grad():
             features = self._tower(*inputs)
-            if not all(tensor.isfinite().all() for image in features for tensor in image):
+            if not torch.stack([tensor.isfinite().all() for image in features for tensor in image]).all():
                 self.recomputed_in_fp32 += len(grids)
                 LOGGER.warning("Non-finite vision features: %d images recomputed in fp32", len(grids))
                 try:
@@ -1530,7 +1742,11 @@ class VisionCache:
                 finally:
                     visual.to(dtype)
         limit = torch.finfo(dtype).max
-        return [tuple(tensor.clamp(-limit, limit).to("cpu", dtype) for tensor in image) for image in features]
+        return [tuple(tensor.clamp(-limit, limit).to(dtype) for tensor in image) for image in features]
+
+    def tower(self, batch: Mapping) -> list[tuple]:
+        """Fresh features of a batch's pixels."""
+        return self.compute(batch["pixel_values"], batch["image_grid_thw"].tolist())
 
     def _tower(self, pixels, grid) -> list[tuple]:
         output = self.model.get_image_features(pixels, grid, return_dict=True)
@@ -1538,12 +1754,39 @@ class VisionCache:
 
     def encoder_outputs(self, batch: Mapping) -> SimpleNamespace:
         """What `mm_encoder_outputs["image"]` takes for `batch`: cached features, or fresh ones from its pixels."""
-        if "pixel_values" in batch:
-            images = self.compute(batch["pixel_values"], batch["image_grid_thw"].tolist())
-        else:
-            images = [self.read(prompt.image_key) for prompt in batch["prompts"]]
-        pooled, *deepstack = ([tensor.to(self.model.device) for tensor in layer] for layer in zip(*images, strict=True))
+        images = batch.get("features") or self.tower(batch)
+        layers = zip(*images, strict=True)
+        pooled, *deepstack = ([tensor.to(self.device, non_blocking=True) for tensor in layer] for layer in layers)
         return SimpleNamespace(pooler_output=pooled, deepstack_features=deepstack)
+
+
+def cache_gain(session: Session, frame: pd.DataFrame, uses: int, passes: int) -> float:
+    """Share of the time that cached features save, measured on eight rows: each is used `uses` times, and the language
+    model then does the work of `passes` forward passes."""
+    prompts = [make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(min(8, len(frame)))]
+    batch = collate(session, prompts)
+    with torch.inference_mode():
+        for _ in range(2):  # the second one counts
+            start = time.perf_counter()
+            batch["features"] = [[*map(torch.Tensor.cpu, image)] for image in session.cache.tower(batch)]
+            middle = time.perf_counter()
+            answer_states(session, batch).cpu()
+            end = time.perf_counter()
+    return (1 - 1 / uses) * (middle - start) / (middle - start + passes * (end - middle))
+
+
+def fill_cache(session: Session, frame: pd.DataFrame, uses: int, passes: int) -> None:
+    """Store the features of a frame's images where that saves at least 15 % of the time; say so where it does not."""
+    budget = pixel_budget(session.config, session.processor)
+    if session.device.type == "cuda" and not session.cache.covers((digest, *budget) for digest in frame["pixel_hash"]):
+        gain = cache_gain(session, frame, uses, passes)
+        LOGGER.info(
+            "Decision: vision cache %s: it would save %.0f %% of the time", "on" if gain >= 0.15 else "off", 100 * gain
+        )
+        if gain < 0.15:
+            return
+    if session.cache.fill(frame, budget, session.progress):
+        session.cache.rest()
 
 
 # === Training ========================================================================================================
@@ -1634,10 +1877,15 @@ def training_loss(session: Session, states, batch: Mapping):
     targets, present = (batch[name].to(session.device, non_blocking=True) for name in ("targets", "present"))
     if session.config.loss == "vocabulary":
         plain = torch.tensor([variants[0] for variants in session.letters], device=session.device)
-        with autocast(session):
-            logits = session.model.get_output_embeddings()(states)
-        return torch.nn.functional.cross_entropy(logits.float(), plain[targets])
+        logits = session.model.get_output_embeddings()(states).float()
+        return torch.nn.functional.cross_entropy(logits, plain[targets])
     return choice_loss(answer_scores(session, states), targets, present, session.config.label_smoothing)
+
+
+def padding_share(lengths: Sequence[int], batches: Iterable[Sequence[int]]) -> float:
+    """Share of padded positions among all that batches of rows of these lengths hold."""
+    held = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+    return 1 - sum(lengths) / held
 
 
 def _generator(*keys) -> np.random.Generator:
@@ -1651,12 +1899,19 @@ def training_order(config: Config, epoch: int, sample_id: str) -> tuple[int, ...
     return tuple(shuffled) if config.shuffle_choices else (0, 1, 2, 3)
 
 
-def plan_epoch(rows: int, batch_size: int, accumulation: int, seed_keys: Sequence) -> list[list[np.ndarray]]:
-    """Optimizer steps of micro-batches of row numbers: a seeded shuffle, every row once, the short tail kept."""
-    shuffled = _generator(*seed_keys).permutation(rows)
-    effective = batch_size * accumulation
-    steps = [shuffled[start : start + effective] for start in range(0, rows, effective)]
-    return [[step[start : start + batch_size] for start in range(0, len(step), batch_size)] for step in steps]
+def plan_epoch(lengths: Sequence[int], step_size: int, seed_keys: Sequence, window: int = 8) -> list[np.ndarray]:
+    """Optimizer steps of row numbers: a seeded shuffle, every row once, the short tail kept.
+
+    Within a window of some steps, rows of similar length share a step and stand in order, so that little is padded.
+    """
+    generator, steps = _generator(*seed_keys), []
+    shuffled = generator.permutation(len(lengths))
+    for start in range(0, len(shuffled), step_size * window):
+        rows = shuffled[start : start + step_size * window]
+        rows = rows[np.argsort(np.asarray(lengths)[rows], kind="stable")]
+        together = [rows[first : first + step_size] for first in range(0, len(rows), step_size)]
+        steps += [together[number] for number in generator.permutation(len(together))]
+    return steps
 
 
 # === Fold training ===================================================================================================
@@ -1683,10 +1938,13 @@ class FoldTrainer:
         self.train = run.train[run.train["fold"] != fold].reset_index(drop=True)
         self.validation = run.train[run.train["fold"] == fold].reset_index(drop=True)
         self.model = attach_lora(session.model, config, config.seed + fold)
+        quicken(session, self.model, len(self.train) * config.num_epochs)
         self.parameters = trainable_parameters(self.model)
         weights = self.parameters.values()
-        self.optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.steps_per_epoch = math.ceil(len(self.train) / (config.batch_size * config.grad_accum_steps))
+        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        self.optimizer = torch.optim.AdamW(weights, **options, fused=session.device.type == "cuda")
+        self.step_size = config.batch_size * config.grad_accum_steps
+        self.steps_per_epoch = math.ceil(len(self.train) / self.step_size)
         self.total_steps = self.steps_per_epoch * config.num_epochs
         warmup = round(self.total_steps * config.warmup_ratio)
         self.scheduler = transformers.get_cosine_schedule_with_warmup(self.optimizer, warmup, self.total_steps)
@@ -1701,7 +1959,7 @@ class FoldTrainer:
         self.metrics = MetricLogger(run.fold_dir(fold) / "metrics.jsonl")
         self.history, self.losses = [], []  # of the epochs, and of the steps of the current one
         self.best: dict = {"score": None, "epoch": -1, "tensors": {}}
-        self.micro_batch = config.batch_size  # questions per forward pass; halved when memory runs out
+        self.padding = 0.0  # share of padded positions in the current epoch
         self.skipped, self.next_step = 0, 0  # steps without an update; the next one of the current epoch
         self.last_save = time.monotonic()
 
@@ -1710,7 +1968,8 @@ class FoldTrainer:
         # No random state is stored, because every draw is a function of (seed, epoch, sample id or step).
         state = {name: part.state_dict() for name, part in self.parts.items()} | {"best": self.best}
         metadata = {"epoch": epoch, "step_in_epoch": step, "fingerprint": self.run.fingerprint, "history": self.history}
-        metadata |= {"losses": self.losses, "micro_batch": self.micro_batch, "skipped": self.skipped}
+        metadata |= {"losses": self.losses, "skipped": self.skipped}
+        metadata["plan"] = dataclasses.asdict(self.plan)
         self.checkpoints.save(epoch * self.steps_per_epoch + step, self.parameters, state, metadata)
         self.last_save = time.monotonic()
 
@@ -1725,7 +1984,7 @@ class FoldTrainer:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.best, self.history, self.losses = state["best"], metadata["history"], metadata["losses"]
-        self.micro_batch, self.skipped = metadata["micro_batch"], metadata["skipped"]
+        self.plan, self.skipped = MemoryPlan(**metadata["plan"]), metadata["skipped"]
         epoch, step = metadata["epoch"], metadata["step_in_epoch"]
         LOGGER.info("Fold %d continues at epoch %d, step %d", self.fold, epoch + 1, step)
         return epoch, step
@@ -1733,6 +1992,7 @@ class FoldTrainer:
     def fit(self) -> FoldResult:
         """Train from the newest checkpoint to the end and write adapters, validation logits and result.json."""
         epoch, step = self.resume()
+        recompute_layers(self.session, self.plan.stored_layers)
         while epoch < self.config.num_epochs and self.early_stopping.waited < self.early_stopping.patience:
             try:
                 speed = self.train_epoch(epoch, step)
@@ -1748,6 +2008,21 @@ class FoldTrainer:
                 break
         return self.finish()
 
+    @functools.cached_property
+    def plan(self) -> MemoryPlan:
+        """The checkpoint's, else the session's, measured by its first fold; halved when memory runs out."""
+        if self.session.plan is None:
+            copies = 2 + len(self.averagers)  # AdamW's two moments
+            state_bytes = copies * sum(value.nbytes for value in self.parameters.values())
+            self.model.train()
+            self.session.plan = plan_memory(self.session, self.prompts(0), state_bytes)
+        return self.session.plan
+
+    def prompts(self, epoch: int) -> list[Prompt]:
+        """Every training row in its choice order of that epoch."""
+        orders = [training_order(self.config, epoch, sample_id) for sample_id in self.train["id"]]
+        return [make_prompt(self.session, self.train, row, [order]) for row, order in enumerate(orders)]
+
     def time_is_up(self, speed: float) -> bool:
         """Whether the time left is needed for inference; training `speed` in questions per second."""
         seconds = self.session.seconds_per_question or 1 / max(3 * speed, 1e-9)  # scoring is three times as fast
@@ -1757,10 +2032,12 @@ class FoldTrainer:
         """Optimizer steps `first_step`.. of one epoch (none, where only its validation is left); samples per second."""
         config = self.config
         self.model.train()
-        orders = [training_order(config, epoch, sample_id) for sample_id in self.train["id"]]
-        prompts = [make_prompt(self.session, self.train, row, [order]) for row, order in enumerate(orders)]
-        plan = plan_epoch(len(prompts), config.batch_size, config.grad_accum_steps, (config.seed, self.fold, epoch))
-        batches = iterate_batches(self.session, prompts, [micro for step in plan[first_step:] for micro in step])
+        prompts, size = self.prompts(epoch), self.plan.micro_batch
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        steps = plan_epoch(lengths, self.step_size, (config.seed, self.fold, epoch))
+        plan = [[step[start : start + size] for start in range(0, len(step), size)] for step in steps]
+        self.padding = padding_share(lengths, itertools.chain.from_iterable(plan))
+        batches = iterate_batches(self.session, prompts, [*itertools.chain.from_iterable(plan[first_step:])])
         start, seen, speed, self.next_step = time.perf_counter(), 0, 0.0, first_step
         for step in range(first_step, len(plan)):
             self.losses.append(self.optimizer_step(epoch, step, [next(batches) for _ in plan[step]]))
@@ -1782,7 +2059,8 @@ class FoldTrainer:
         """Update by the mean gradient; the mean loss, NaN for a skipped step, FloatingPointError for one too many."""
         total = self.accumulate(epoch, step, batches)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
+        total, norm = torch.stack([total, norm]).tolist()  # the one place where a step waits for the GPU
         if math.isfinite(total) and math.isfinite(norm):
             self.scaler.step(self.optimizer)
             self.after_step(epoch)
@@ -1798,28 +2076,28 @@ class FoldTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         return total if math.isfinite(norm) else math.nan
 
-    def accumulate(self, epoch: int, step: int, batches: Sequence[Mapping]) -> float:
+    def accumulate(self, epoch: int, step: int, batches: Sequence[Mapping]):
         """Add up the gradients of the mean loss over all questions; returns it. Without memory, in smaller batches."""
         rows = sum(len(batch["prompts"]) for batch in batches)
         while True:
             # Dropout is a function of the step, so that a resumed run draws the same masks.
             torch.manual_seed(int(_generator(self.config.seed, self.fold, epoch, step, "dropout").integers(2**31)))
-            total = 0.0
+            total = torch.zeros((), device=self.session.device)
             try:
-                for batch in split_batches(self.session, batches, self.micro_batch):
+                for batch in split_batches(self.session, batches, self.plan.micro_batch):
                     states = answer_states(self.session, batch)
                     loss = training_loss(self.session, states, batch) * (len(batch["prompts"]) / rows)
                     self.scaler.scale(loss).backward()
-                    total += loss.item()
+                    total += loss.detach()
                 return total
             except torch.OutOfMemoryError as error:
-                if self.micro_batch == 1:
+                if self.plan.micro_batch == 1:
                     raise out_of_memory(error) from error
             states = loss = None  # they hold the activations
             self.optimizer.zero_grad(set_to_none=True)
             clear_memory(LOGGER)
-            self.micro_batch = math.ceil(self.micro_batch / 2)
-            text = f"fold {self.fold}: out of memory, {self.micro_batch} questions per forward pass from here on"
+            self.plan = dataclasses.replace(self.plan, micro_batch=math.ceil(self.plan.micro_batch / 2))
+            text = f"fold {self.fold}: out of memory, {self.plan.micro_batch} questions per forward pass from here on"
             self.session.note(f"{text}; an optimizer step still takes {rows}")
 
     def after_step(self, epoch: int) -> None:
@@ -1860,6 +2138,7 @@ class FoldTrainer:
             self.best = {"score": score, "epoch": epoch, "tensors": tensors}
         loss, self.losses = float(np.nanmean(self.losses)), []
         self.history.append({"epoch": epoch + 1, "loss": loss, "samples_per_second": round(speed, 1), **metrics})
+        self.history[-1]["padding_share"] = round(self.padding, 3)
         write_table(pd.DataFrame(self.history), self.run.fold_dir(self.fold) / "history.csv")
         rounded = {name: round(value, 4) for name, value in self.history[-1].items()}
         LOGGER.info("Fold %d epoch %d: %s", self.fold, epoch + 1, rounded)
@@ -1895,7 +2174,7 @@ def train_fold(config: Config, fold: int, session: Session | None = None) -> Fol
     if run.is_done("train", fold):
         return read_fold_result(run, fold)
     session = session or open_session(run.config, run.train.iloc[0])
-    session.cache.fill(run.train, pixel_budget(run.config, session.processor), session.progress)
+    fill_cache(session, run.train, uses=run.training_uses, passes=3)
     trainer = FoldTrainer(session, run, fold)
     try:
         return trainer.fit()
@@ -2051,12 +2330,13 @@ def predict_logits(session: Session, frame: pd.DataFrame, views: Sequence, label
 def generate_baseline(session: Session, frame: pd.DataFrame, model=None, max_new_tokens: int = 4) -> list[str | None]:
     """Greedy generation with a strict parser, the usual baseline: a letter, or None when the text is anything else."""
     model = model if model is not None else session.model
+    session.model.get_output_embeddings().to(session.device)
     answers: list[str | None] = []
     for row in range(len(frame)):
         batch = collate(session, [make_prompt(session, frame, row, [(0, 1, 2, 3)])])
         inputs = {name: batch[name].to(session.device) for name in MODEL_INPUTS if name != "position_ids"}
         pixels = torch.cat([_checked_pixels(session, prompt) for prompt in batch["prompts"]]).to(session.device)
-        with torch.inference_mode(), autocast(session):
+        with torch.inference_mode():
             output = model.generate(**inputs, pixel_values=pixels, max_new_tokens=max_new_tokens, do_sample=False)
         text = session.processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         match = re.fullmatch(r"\s*\(?([a-d])\)?\.?\s*", text, re.IGNORECASE)
@@ -2815,6 +3095,11 @@ class Run:
         """The folds that are trained; fewer than the configuration asks for when the time was up."""
         return [fold for fold in self.config.folds_to_train if self.is_done("train", fold)]
 
+    @property
+    def training_uses(self) -> int:
+        """How often a training image is needed, about: in each fold's epochs, validations and final scores."""
+        return len(self.config.folds_to_train) * (self.config.num_epochs + 2)
+
     def seconds_left(self) -> float:
         """Seconds of the time budget that remain; infinite without one."""
         hours = self.config.time_budget_hours or (11 if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else math.inf)
@@ -2935,7 +3220,7 @@ def stage_zeroshot(session: Session, run: Run, fold: int) -> None:
     """Score `zeroshot_rows` training rows with the untouched base model."""
     rows = min(run.config.zeroshot_rows or len(run.train), len(run.train))
     frame = run.train.sample(rows, random_state=run.config.seed).sort_index().reset_index(drop=True)
-    session.cache.fill(run.train, pixel_budget(run.config, session.processor), session.progress)
+    fill_cache(session, run.train, uses=run.training_uses, passes=3)
     partial = Partial(run.directory / "zeroshot.partial.npz", run.fingerprint, run.config)
     logits = predict_logits(session, frame, [View("rotation 0")], "zero-shot", partial)
     write_logits(run.directory / "zeroshot.npz", frame, logits, ["rotation 0"], run.fingerprint)
@@ -2964,9 +3249,10 @@ def stage_predict(session: Session, run: Run, fold: int) -> None:
         (directory / "result.json").unlink()
         train_fold(run.config, fold, session)
     adapted = load_adapter(session.model, directory / f"adapter_{kind}")
+    quicken(session, adapted, len(held_out) + len(run.test))
     try:
         for name, frame, images in (("oof", held_out, run.train), ("test", run.test, run.test)):
-            session.cache.fill(images, pixel_budget(run.config, session.processor), session.progress)
+            fill_cache(session, images, uses=len(run.config.folds_to_train), passes=1)
             partial = Partial(directory / f"{name}.{kind}.partial.npz", run.fingerprint, run.config)
             logits = predict_logits(session, frame, views, f"fold {fold} {name}", partial)
             write_logits(directory / f"{name}.npz", frame, logits, [view.name for view in views], run.fingerprint)
@@ -3108,13 +3394,15 @@ def preflight(config: Config, rows: int = 64) -> dict:
     session = open_session(config, frame.iloc[0])
     budget, merged = pixel_budget(config, session.processor), session.processor.image_processor.merge_size**2
     prompts = [make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(len(frame))]
-    session.cache.fill(frame, budget, session.progress)
+    fill_cache(session, frame, len(config.folds_to_train) * (config.num_epochs + 2), passes=3)
     start = time.perf_counter()
     probabilities = softmax(predict_logits(session, frame, [View("rotation 0")])[:, 0])
     score_seconds = (time.perf_counter() - start) / len(frame)
-    model = attach_lora(session.model, config, config.seed).train()
+    model = quicken(session, attach_lora(session.model, config, config.seed), questions=len(frame)).train()
     parameters = trainable_parameters(model).values()
-    longest = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))[: config.batch_size]
+    plan = plan_memory(session, prompts, 3 * sum(value.nbytes for value in parameters))
+    recompute_layers(session, plan.stored_layers)
+    longest = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))[: plan.micro_batch]
     for _ in range(2):  # the second one is timed
         start = time.perf_counter()
         batch = collate(session, longest)
@@ -3140,6 +3428,8 @@ def preflight(config: Config, rows: int = 64) -> dict:
         "seconds per training question": round(step_seconds, 3),
         "seconds per scored question": round(score_seconds, 4),
         "zero-shot accuracy": f"{accuracy(probabilities, frame['label'].to_numpy()):.2f} on {len(frame)} rows",
+        "memory plan": f"{plan.micro_batch} of {config.batch_size * config.grad_accum_steps} questions in a pass, "
+        f"{plan.stored_layers} of {len(session.decoder_layers)} layers keep activations, {plan.peak_gib:.1f} GiB",
         "peak memory": str(memory_summary()),
         "estimated minutes on one device": round((trained * step_seconds + scored * score_seconds) / 60, 1),
     }

@@ -1,7 +1,6 @@
 """The training loop: what each piece computes, and that a stopped run ends like one that was not."""
 
 import math
-import types
 
 import numpy as np
 import pytest
@@ -12,11 +11,23 @@ import vqa_helpers as vqa
 
 
 def test_an_epoch_visits_every_row_once_and_keeps_the_tail():
-    plan = vqa.plan_epoch(rows=21, batch_size=3, accumulation=2, seed_keys=(42, 0, 1))
-    assert [[len(micro) for micro in step] for step in plan] == [[3, 3]] * 3 + [[3]]
-    assert sorted(np.concatenate([micro for step in plan for micro in step])) == list(range(21))
-    again, other = (vqa.plan_epoch(21, 3, 2, (42, 0, epoch)) for epoch in (1, 2))
-    assert np.array_equal(again[0][0], plan[0][0]) and not np.array_equal(other[0][0], plan[0][0])
+    lengths = np.arange(21) % 7
+    steps = vqa.plan_epoch(lengths, step_size=6, seed_keys=(42, 0, 1))
+    assert sorted(map(len, steps)) == [3, 6, 6, 6]
+    assert sorted(np.concatenate(steps)) == list(range(21))
+    again, other = (vqa.plan_epoch(lengths, 6, (42, 0, epoch)) for epoch in (1, 2))
+    assert np.array_equal(again[0], steps[0]) and not np.array_equal(other[0], steps[0])
+
+
+def test_rows_of_similar_length_share_a_step_and_little_is_padded():
+    lengths = np.random.default_rng(0).integers(50, 800, 640)
+    steps = vqa.plan_epoch(lengths, 16, (42, 0, 1))
+    micro = [step[start : start + 4] for step in steps for start in range(0, 16, 4)]
+    random = np.arange(640).reshape(-1, 4)
+    assert vqa.padding_share(lengths, micro) < 0.05 < 0.3 < vqa.padding_share(lengths, random)
+    means = [lengths[step].mean() for step in steps]
+    assert abs(np.corrcoef(range(len(steps)), means)[0, 1]) < 0.4  # long and short steps alternate
+    assert vqa.padding_share([2, 4], [[0, 1]]) == 0.25
 
 
 def test_choice_order_is_a_function_of_seed_epoch_and_row():
@@ -234,10 +245,10 @@ def test_without_memory_the_micro_batch_is_halved_and_the_update_stays_the_same(
     assert "4 questions per forward pass from here on; an optimizer step still takes 8" in trainer.session.notes[0]
     trainer.optimizer.zero_grad()
     trainer.fit()
-    assert trainer.micro_batch == 2 and trainer.session.largest_batch == 2
+    assert trainer.plan.micro_batch == 2 and trainer.session.largest_batch == 2
     resumed = vqa.FoldTrainer(open_run_session(run), run, 0)
     resumed.resume()
-    assert resumed.micro_batch == 2  # the plan is part of the checkpoint
+    assert resumed.plan.micro_batch == 2  # the plan is part of the checkpoint
 
 
 def test_memory_that_runs_out_in_the_backward_pass_is_freed_before_the_next_try(mini_run, monkeypatch):
@@ -257,7 +268,7 @@ def test_memory_that_runs_out_in_the_backward_pass_is_freed_before_the_next_try(
     monkeypatch.setattr(vqa, "training_loss", failing_backward)
     monkeypatch.setattr(vqa, "clear_memory", lambda logger=None: seen.append(alive[0]()))
     trainer.train_epoch(0, 0)
-    assert trainer.micro_batch == 4 and seen == [None]
+    assert trainer.plan.micro_batch == 4 and seen == [None]
 
 
 def test_memory_that_does_not_hold_one_question_is_explained(mini_run, monkeypatch):
@@ -338,12 +349,6 @@ def test_quantisation_spares_vision_tower_and_head():
     assert {"visual", "lm_head"} <= set(four.llm_int8_skip_modules)
     assert vqa.quantization_config("8bit", "bf16").load_in_8bit
     assert vqa.quantization_config("none", "bf16") is None
-
-
-def test_autocast_is_off_on_a_cpu(session):
-    assert not isinstance(vqa.autocast(session), torch.autocast)
-    on_gpu = types.SimpleNamespace(device=torch.device("cuda"), runtime=types.SimpleNamespace(precision="fp16"))
-    assert vqa.autocast(on_gpu).fast_dtype == torch.float16
 
 
 def test_gradients_that_overflow_at_every_scale_stop_the_fold_and_move_no_schedule(mini_run, replace):

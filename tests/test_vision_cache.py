@@ -141,3 +141,17 @@ def test_image_tokens_stay_within_the_budget_and_small_images_are_not_blown_up(s
             assert tokens <= 1.5 * row.width * row.height / area + 1
     square = replace(session.config, image_size=64)
     assert vqa.pixel_budget(square, session.processor)[1] == 64 * 64
+
+
+def test_the_cache_is_left_out_where_it_saves_little_time(session, demo_rows, monkeypatch, caplog):
+    session.device = torch.device("cuda")  # the question arises on a GPU only
+    caplog.set_level("INFO")
+    for gain, decision, images in ((0.1, "off", 0), (0.5, "on", 4)):
+        monkeypatch.setattr(vqa, "cache_gain", lambda *_, gain=gain: gain)
+        vqa.fill_cache(session, demo_rows.train.head(4), uses=9, passes=3)
+        assert f"vision cache {decision}" in caplog.text and len(session.cache.shards) == images
+
+
+def test_the_gain_of_the_cache_is_nothing_for_images_that_are_used_once(session, demo_rows):
+    gains = [vqa.cache_gain(session, demo_rows.train, uses, passes=1) for uses in (1, 10**6)]
+    assert gains[0] == 0 < gains[1] < 1

@@ -1,0 +1,179 @@
+"""Fast layers compute what the plain ones compute: PEFT's LoRA, torch without compile, every layer checkpointed."""
+
+import bitsandbytes
+import numpy as np
+import peft
+import pytest
+import torch
+from conftest import perturb_adapter
+from torch._dynamo.backends.debugging import aot_eager
+
+import vqa_helpers as vqa
+
+
+def outputs_and_gradients(model, x):
+    """Output, gradient of the input and of every trainable weight."""
+    x = x.detach().requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    y.float().square().sum().backward()
+    return [y, x.grad, *(value.grad for value in vqa.trainable_parameters(model).values())]
+
+
+def lora_pair(make, dropout=0.0):
+    """The same layer with PEFT's own forward pass and with ours."""
+    pair = []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["layer"], lora_dropout=dropout)
+        model = peft.get_peft_model(torch.nn.ModuleDict({"layer": make()}), config)
+        perturb_adapter(model)
+        layer = model.base_model.model["layer"]
+        if fast:
+            vqa.use_lora_forward(model)
+        pair.append(layer)
+    return pair
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_lora_forward_equals_pefts_own_layer(bias):
+    plain, fast = lora_pair(lambda: torch.nn.Linear(24, 40, bias=bias).requires_grad_(False))
+    x = torch.randn(3, 5, 24)
+    for ours, theirs in zip(outputs_and_gradients(fast, x), outputs_and_gradients(plain, x), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def quantised_layer():
+    linear = torch.nn.Linear(128, 192, bias=False)
+    options = {"compute_dtype": torch.bfloat16, "compress_statistics": True, "quant_type": "nf4"}
+    layer = bitsandbytes.nn.Linear4bit(128, 192, bias=False, **options)
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu").requires_grad_(False)
+
+
+def test_lora_forward_on_4_bit_weights_equals_pefts_within_half_precision():
+    plain, fast = lora_pair(quantised_layer)
+    assert plain.base_layer.weight.quant_state.nested
+    x = torch.randn(6, 7, 128, dtype=torch.bfloat16)
+    for ours, theirs in zip(outputs_and_gradients(fast, x), outputs_and_gradients(plain, x), strict=True):
+        assert (ours.float() - theirs.float()).norm() <= 0.02 * theirs.float().norm()
+        assert ours.dtype == theirs.dtype
+
+
+def test_dropout_of_lora_forward_is_pefts_in_training_and_off_in_inference():
+    plain, fast = lora_pair(lambda: torch.nn.Linear(24, 40).requires_grad_(False), dropout=0.5)
+    x = torch.randn(3, 5, 24)
+    for training in (True, False):
+        results = []
+        for layer in (fast, plain):
+            torch.manual_seed(1)
+            results.append(outputs_and_gradients(layer.train(training), x))
+        assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(*results, strict=True))
+
+
+def test_the_operator_is_a_sound_one():
+    """torch's own check of schema, fake kernel and gradient formula."""
+    vqa.lora_operator()
+    x, a, b = torch.randn(2, 3, 8), torch.randn(2, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    weight = torch.randn(6, 8)
+    for dropped in (None, torch.randn(2, 3, 8, requires_grad=True)):
+        arguments = (x.requires_grad_(), dropped, a, b, 2.0, weight, torch.randn(6), [], [6, 8])
+        torch.library.opcheck(torch.ops.vqa.lora_linear.default, arguments)
+
+
+def gradients(session, frame, **overrides):
+    """LoRA gradients of one training batch after `prepare`."""
+    model = perturb_adapter(vqa.attach_lora(session.model, session.config, seed=0)).train()
+    try:
+        for name, change in overrides.items():
+            getattr(vqa, name)(session, *change(model))
+        prompts = [vqa.make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(3)]
+        batch = vqa.collate(session, prompts)
+        vqa.training_loss(session, vqa.answer_states(session, batch), batch).backward()
+        return torch.cat([value.grad.flatten() for value in vqa.trainable_parameters(model).values()])
+    finally:
+        model.unload()
+
+
+def test_quickened_and_selectively_checkpointed_gradients_are_the_plain_ones(session, demo_rows):
+    plain = gradients(session, demo_rows.train)
+    quick = gradients(session, demo_rows.train, quicken=lambda model: (model, 1))
+    assert (quick - plain).norm() <= 1e-5 * plain.norm()
+    for stored in (0, 1):
+        again = gradients(session, demo_rows.train, recompute_layers=lambda model, stored=stored: (stored,))
+        assert (again - plain).norm() <= 1e-6 * plain.norm()
+
+
+def test_the_last_layers_keep_their_activations(session):
+    vqa.recompute_layers(session, 1)
+    flags = [layer.gradient_checkpointing for layer in session.decoder_layers]
+    assert flags == [True] * (len(flags) - 1) + [False]
+
+
+def test_compiled_layers_give_the_plain_gradients_and_one_compilation_serves_all(session, demo_rows, monkeypatch):
+    """Through torch's own tracing and differentiation, without a C compiler: the code generator is torch's affair."""
+    plain = gradients(session, demo_rows.train)
+    compiled = []
+
+    def counting(graph, inputs):
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda layer, **options: original(layer, backend=counting, **options)
+    )
+    session.config = vqa.dataclasses.replace(session.config, compile_layers="on")
+    quick = gradients(session, demo_rows.train, quicken=lambda model: (model, 1))
+    assert (quick - plain).norm() <= 1e-5 * plain.norm()
+    assert len(compiled) == 1
+    again = gradients(session, demo_rows.train, quicken=lambda model: (model, 1))  # the next fold's adapter
+    assert torch.equal(again, quick) and len(compiled) == 1
+
+
+@pytest.mark.parametrize(
+    ("wish", "device", "questions", "expected", "reason"),
+    [
+        ("on", "cpu", 1, True, "set in the config"),
+        ("off", "cuda", 10**6, False, "set in the config"),
+        ("auto", "cpu", 10**6, False, "needs a GPU"),
+        ("auto", "cuda", 100, False, "less time than compiling"),
+        ("auto", "cuda", 10**6, True, "to come"),
+    ],
+)
+def test_layers_are_compiled_where_it_pays(wish, device, questions, expected, reason, monkeypatch):
+    monkeypatch.setattr(vqa.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(vqa.shutil, "which", lambda name: name)
+    use, why = vqa.decide_compile(wish, device, questions)
+    assert use is expected and reason in why
+
+
+def test_a_plan_fills_the_memory_and_prefers_less_work():
+    costs = (10.0, 1.0, 0.5)  # fixed, a question, each of its kept layers
+    for budget in (12, 20, 40, 100, 1000):
+        micro_batch, stored = vqa.choose_plan(costs, budget, layers=36, step=32, tokens=370, recompute=True)
+        assert 10 + micro_batch * (1 + max(1, stored) * 0.5) <= budget
+    assert (micro_batch, stored) == (32, 36)
+    assert vqa.choose_plan(costs, 60, 36, 32, 370, recompute=True)[1] in range(1, 36)
+    assert vqa.choose_plan(costs, 60, 36, 32, 370, recompute=False) == (2, 36)
+    assert vqa.choose_plan(costs, 5, 36, 32, 370, recompute=True) == (1, 0)  # nothing fits: the least
+
+
+def test_a_plan_divides_the_step_evenly():
+    sizes = {vqa.choose_plan((0.0, 1.0, 0.0001), budget, 36, 10, 370, True)[0] for budget in np.arange(1.1, 12, 0.1)}
+    assert sizes == {1, 2, 3, 4, 5, 10}
+
+
+def test_on_a_cpu_the_plan_is_the_configs(session, demo_rows, replace):
+    prompts = [vqa.make_prompt(session, demo_rows.train, 0, [(0, 1, 2, 3)])]
+    layers = len(session.decoder_layers)
+    assert vqa.plan_memory(session, prompts, 0) == vqa.MemoryPlan(8, layers)
+    session.config = replace(session.config, gradient_checkpointing=True, batch_size=3)
+    assert vqa.plan_memory(session, prompts, 0) == vqa.MemoryPlan(3, 0)
+
+
+def test_items_are_prepared_ahead_in_order():
+    begun = []
+    items = vqa.ahead(begun.append(number) or number for number in range(4))
+    assert next(items) == 0 and [*items] == [1, 2, 3] and begun == [0, 1, 2, 3]
