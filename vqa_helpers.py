@@ -1144,9 +1144,6 @@ def attach_lora(model, config: Config, seed: int):
     torch.manual_seed(seed)
     lora = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=LORA_TARGETS, task_type="CAUSAL_LM", **lora))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for layer in model.model.language_model.layers:
-        layer.gradient_checkpointing = config.gradient_checkpointing
     trainable = trainable_parameters(adapted)
     wrong = [name for name, value in trainable.items() if f".{VISION_PREFIX}." in name or value.dtype != torch.float32]
     assert trainable and not wrong, f"LoRA weights must be fp32 and outside the vision tower, unlike {wrong[:3]}"
@@ -1483,23 +1480,33 @@ def lora_forward(layer, x):
     dropout, base = layer.lora_dropout["default"], layer.base_layer
     dropped = dropout(x) if layer.training and isinstance(dropout, torch.nn.Dropout) else None
     lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    weight, scales = base.weight, []
+    if layer.packed_shape:
+        weight, scales = layer.packed, [layer.absmax, layer.code, layer.group_scale, layer.offset]
+    shape = layer.packed_shape or [*weight.shape]
     return torch.ops.vqa.lora_linear(
-        x, dropped, lora_a, lora_b, layer.scaling["default"], layer.packed, base.bias, layer.scales, layer.packed_shape
+        x, dropped, lora_a, lora_b, layer.scaling["default"], weight, base.bias, scales, shape
     )[0]
+
+
+@functools.cache
+def lean_class(kind: type) -> type:
+    """The subclass of a PEFT layer that computes `lora_forward`; a class, because torch.compile traces it once."""
+    return type(f"Lean{kind.__name__}", (kind,), {"forward": lora_forward})
 
 
 def use_lora_forward(adapted) -> None:
     """Let all LoRA layers of a PEFT model compute `lora_forward`; their weights and files stay PEFT's."""
     lora_operator()
-    for layer in adapted.modules():
-        if isinstance(layer, peft.tuners.lora.LoraLayer):
-            weight = layer.base_layer.weight
-            layer.packed, layer.scales = weight.detach().as_subclass(torch.Tensor), []
-            layer.packed_shape = [*weight.shape]
-            if (state := getattr(weight, "quant_state", None)) is not None:
-                layer.scales = [state.absmax, state.state2.code, state.state2.absmax, state.offset]
-                layer.packed_shape = [*state.shape, state.blocksize, state.state2.blocksize]
-            layer.forward = functools.partial(lora_forward, layer)
+    layers = [layer for layer in adapted.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
+    for layer in layers:
+        layer.__class__, layer.packed_shape = lean_class(type(layer)), []
+        if (state := getattr(layer.base_layer.weight, "quant_state", None)) is not None:  # 4-bit, scales quantised too
+            layer.packed_shape = [*state.shape, state.blocksize, state.state2.blocksize]
+            packed = {"packed": layer.base_layer.weight.detach().as_subclass(torch.Tensor), "absmax": state.absmax}
+            packed |= {"code": state.state2.code, "group_scale": state.state2.absmax, "offset": state.offset}
+            for name, tensor in packed.items():
+                layer.register_buffer(name, tensor, persistent=False)
 
 
 def quicken(session: Session, adapted, questions: int):
@@ -1510,12 +1517,24 @@ def quicken(session: Session, adapted, questions: int):
         use_lora_forward(adapted)
     use, reason = decide_compile(session.config.compile_layers, session.device.type, questions)
     LOGGER.info("Decision: %s", reason)
+    compute = type(session.decoder_layers[0]).forward
+    if use:
+        torch._dynamo.config.specialize_float = True  # of the constants in a layer; lengths are what changes
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+        compute = torch.compile(compute, dynamic=True)
     for layer in session.decoder_layers:
-        layer._compiled_call_impl = None
-        if use:
-            torch._dynamo.config.specialize_float = True  # of the constants in a layer; lengths are what changes
-            layer.compile(dynamic=True)
+        layer.forward, layer.recompute = functools.partial(layer_forward, layer, compute), False
     return adapted
+
+
+def layer_forward(layer, compute: Callable, hidden_states, **options):
+    """A decoder layer's pass by `compute`; where `recompute` is set, its activations are made again in the backward."""
+    if layer.training and not hidden_states.requires_grad:
+        hidden_states = hidden_states.detach().requires_grad_()  # the first layer like the others: one trace for all
+    if layer.training and layer.recompute:
+        again = torch.utils.checkpoint.checkpoint
+        return again(compute, layer, hidden_states, use_reentrant=False, **options)
+    return compute(layer, hidden_states, **options)
 
 
 def decide_compile(wish: str, device: str, questions: int) -> tuple[bool, str]:
@@ -1542,61 +1561,66 @@ def recompute_layers(session: Session, stored: int) -> None:
     """Let all decoder layers but the last `stored` compute their activations again in the backward pass."""
     # The last ones keep theirs, because the backward pass frees them before it needs room to compute others again.
     for number, layer in enumerate(session.decoder_layers):
-        layer.gradient_checkpointing = number < len(session.decoder_layers) - stored
+        layer.recompute = number < len(session.decoder_layers) - stored
 
 
-def choose_plan(
-    costs: tuple[float, float, float], budget: float, layers: int, step: int, tokens: int, recompute: bool
-) -> tuple[int, int]:
-    """The (micro_batch, stored_layers) with the least work per question whose bytes fit into `budget`; else the least.
-
-    `costs` in bytes (fixed, question, layer): a pass takes fixed + micro_batch * (question + max(1, stored) * layer).
-    Besides its tokens it does the work of about 300 more: weights are dequantised and kernels started once a pass.
-    """
+def candidate_plans(
+    costs: tuple[float, float, float], budget: float, layers: int, step: int, recompute: bool
+) -> list[tuple[int, int]]:
+    """(micro_batch, stored_layers) that fit into `budget` bytes: a step in 1, 2, 4, ... passes, each with what it can
+    store. `costs` in bytes (fixed, question, layer): a pass takes fixed + micro_batch * (question + stored * layer)."""
     fixed, question, layer = costs
-    options = {math.inf: (1, 0 if recompute else layers)}
-    for micro_batch in {math.ceil(step / passes) for passes in range(1, step + 1)}:
+    plans = {}
+    for micro_batch in sorted({math.ceil(step / 2**halvings) for halvings in range(step.bit_length())}):
         room = (budget - fixed - micro_batch * question) / (micro_batch * layer)
-        if room >= (1 if recompute else layers):
-            stored = 0 if room < 2 else min(layers, int(room))
-            options[(3 - stored / layers) * (1 + 300 / (micro_batch * tokens))] = (micro_batch, stored)
-    return options[min(options)]
+        stored = min(layers, math.floor(room))
+        if stored >= (1 if recompute else layers):
+            plans[micro_batch] = stored if stored > 1 else 0  # one layer at a time is computed again anyway
+    return list(plans.items())
 
 
-def measure_pass(session: Session, prompts: Sequence[Prompt], stored: int) -> int:
-    """Peak bytes allocated by one forward and backward pass."""
+def measure_pass(session: Session, prompts: Sequence[Prompt], stored: int) -> tuple[float, int]:
+    """Seconds, and peak bytes allocated, of one forward and backward pass."""
     recompute_layers(session, stored)
     torch.cuda.reset_peak_memory_stats()
-    batch = collate(session, prompts)
+    start, batch = time.perf_counter(), collate(session, prompts)
     training_loss(session, answer_states(session, batch), batch).backward()
+    torch.cuda.synchronize()
     session.model.zero_grad(set_to_none=True)
-    return torch.cuda.max_memory_allocated()
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated()
+
+
+def memory_budget() -> float:
+    """Bytes that this process may allocate, less 8 % for fragmentation."""
+    free, total = torch.cuda.mem_get_info()
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()  # torch 2.8 can tell
+    reserved = torch.cuda.memory_reserved()
+    return 0.92 * (reserved + min(free, total * share - reserved))
 
 
 def plan_memory(session: Session, prompts: Sequence[Prompt], state_bytes: int) -> MemoryPlan:
-    """Measure small passes over the longest prompt and choose; `state_bytes` are what the optimizer will add."""
+    """The fastest of the plans that fit, by trying each on the longest prompt; the optimizer will add `state_bytes`."""
     config, layers = session.config, len(session.decoder_layers)
-    step = config.batch_size * config.grad_accum_steps
-    if session.device.type != "cuda" or config.memory_plan == "config":
+    if session.device.type != "cuda" or config.memory_plan == "config" or config.strict_determinism:
         return MemoryPlan(config.batch_size, 0 if config.gradient_checkpointing else layers)
-    longest = max(prompts, key=lambda prompt: len(prompt.input_ids))
-    some = layers // 4
-    measure_pass(session, [longest] * 2, 0)  # compiles, and fills the workspaces of the libraries
-    two, four = (measure_pass(session, [longest] * size, 0) for size in (2, 4))
-    layer = (measure_pass(session, [longest] * 4, some) - four) / 4 / (some - 1)
-    costs = (2 * two - four + state_bytes, (four - two) / 2 - layer, layer)
-    free, total = torch.cuda.mem_get_info()
-    reserved, limit = torch.cuda.memory_reserved(), total * torch.cuda.get_per_process_memory_fraction()
-    budget = 0.92 * (reserved + min(free, limit - reserved))  # the rest is for fragmentation
-    plan = choose_plan(costs, budget, layers, step, len(longest.input_ids), config.gradient_checkpointing)
-    peak = costs[0] + plan[0] * (costs[1] + max(1, plan[1]) * costs[2])
-    LOGGER.info(
-        "Decision: %d of %d questions in a pass, %d of %d layers keep activations", plan[0], step, plan[1], layers
-    )
-    gib = [round(value / 2**30, 3) for value in (peak, budget, *costs)]
-    LOGGER.info("Memory plan in GiB: peak %s of %s; fixed %s, each question %s, each of its kept layers %s", *gib)
+    longest, step = max(prompts, key=lambda prompt: len(prompt.input_ids)), config.batch_size * config.grad_accum_steps
+    tried, some = {}, layers // 4
+    try:
+        measure_pass(session, [longest] * 2, 0)  # compiles, and fills the workspaces of the libraries
+        two, four, six = (measure_pass(session, [longest] * n, m)[1] for n, m in ((2, 0), (4, 0), (4, some)))
+        layer = (six - four) / 4 / (some - 1)
+        costs = (2 * two - four + state_bytes, (four - two) / 2 - layer, layer)
+        for micro_batch, stored in candidate_plans(costs, memory_budget(), layers, step, config.gradient_checkpointing):
+            seconds, peak = measure_pass(session, [longest] * micro_batch, stored)
+            plan = MemoryPlan(micro_batch, stored, (peak + state_bytes) / 2**30)
+            LOGGER.info("%s: %.1f questions/s", plan, micro_batch / seconds)
+            tried[plan] = micro_batch / seconds if plan.peak_gib * 2**30 < memory_budget() else 0.0
+    except torch.OutOfMemoryError as error:
+        LOGGER.info("Measuring ended without memory: %s", error)
     clear_memory()
-    return MemoryPlan(*plan, peak / 2**30)
+    plan = max(tried, key=tried.get, default=MemoryPlan(1, 0))
+    LOGGER.info("Decision: of %d questions in a step and %d layers, %s", step, layers, plan)
+    return plan
 
 
 # === Vision cache ====================================================================================================
@@ -3309,7 +3333,8 @@ def launch_workers(run: Run, jobs: Sequence[tuple[int | None, Sequence[int]]], s
     workers = {}  # log -> process
     for number, (gpu, folds) in enumerate(jobs):
         chosen = {"CUDA_VISIBLE_DEVICES": str(gpu), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # nvidia-smi's numbers
-        environment = os.environ | ({} if gpu is None else chosen)
+        environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ  # batches differ in size
+        environment |= {} if gpu is None else chosen
         command = [sys.executable, __file__, "worker", "--run", str(run.directory), "--name", str(number)]
         command += ["--folds", ",".join(map(str, folds)), "--stages", ",".join(stages), "--parent", str(os.getpid())]
         (run.directory / f"progress_{number}.json").unlink(missing_ok=True)

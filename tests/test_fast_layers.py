@@ -1,7 +1,6 @@
 """Fast layers compute what the plain ones compute: PEFT's LoRA, torch without compile, every layer checkpointed."""
 
 import bitsandbytes
-import numpy as np
 import peft
 import pytest
 import torch
@@ -100,13 +99,14 @@ def test_quickened_and_selectively_checkpointed_gradients_are_the_plain_ones(ses
     quick = gradients(session, demo_rows.train, quicken=lambda model: (model, 1))
     assert (quick - plain).norm() <= 1e-5 * plain.norm()
     for stored in (0, 1):
-        again = gradients(session, demo_rows.train, recompute_layers=lambda model, stored=stored: (stored,))
+        steps = {"quicken": lambda model: (model, 1), "recompute_layers": lambda model, stored=stored: (stored,)}
+        again = gradients(session, demo_rows.train, **steps)
         assert (again - plain).norm() <= 1e-6 * plain.norm()
 
 
 def test_the_last_layers_keep_their_activations(session):
     vqa.recompute_layers(session, 1)
-    flags = [layer.gradient_checkpointing for layer in session.decoder_layers]
+    flags = [layer.recompute for layer in session.decoder_layers]
     assert flags == [True] * (len(flags) - 1) + [False]
 
 
@@ -120,10 +120,8 @@ def test_compiled_layers_give_the_plain_gradients_and_one_compilation_serves_all
         return aot_eager(graph, inputs)
 
     torch._dynamo.reset()
-    original = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda layer, **options: original(layer, backend=counting, **options)
-    )
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: original(function, backend=counting, **options))
     session.config = vqa.dataclasses.replace(session.config, compile_layers="on")
     quick = gradients(session, demo_rows.train, quicken=lambda model: (model, 1))
     assert (quick - plain).norm() <= 1e-5 * plain.norm()
@@ -149,20 +147,22 @@ def test_layers_are_compiled_where_it_pays(wish, device, questions, expected, re
     assert use is expected and reason in why
 
 
-def test_a_plan_fills_the_memory_and_prefers_less_work():
+def test_plans_fit_the_memory_and_halve_the_step():
     costs = (10.0, 1.0, 0.5)  # fixed, a question, each of its kept layers
     for budget in (12, 20, 40, 100, 1000):
-        micro_batch, stored = vqa.choose_plan(costs, budget, layers=36, step=32, tokens=370, recompute=True)
-        assert 10 + micro_batch * (1 + max(1, stored) * 0.5) <= budget
-    assert (micro_batch, stored) == (32, 36)
-    assert vqa.choose_plan(costs, 60, 36, 32, 370, recompute=True)[1] in range(1, 36)
-    assert vqa.choose_plan(costs, 60, 36, 32, 370, recompute=False) == (2, 36)
-    assert vqa.choose_plan(costs, 5, 36, 32, 370, recompute=True) == (1, 0)  # nothing fits: the least
-
-
-def test_a_plan_divides_the_step_evenly():
-    sizes = {vqa.choose_plan((0.0, 1.0, 0.0001), budget, 36, 10, 370, True)[0] for budget in np.arange(1.1, 12, 0.1)}
-    assert sizes == {1, 2, 3, 4, 5, 10}
+        for micro_batch, stored in vqa.candidate_plans(costs, budget, layers=36, step=32, recompute=True):
+            assert 10 + micro_batch * (1 + max(1, stored) * 0.5) <= budget
+    assert vqa.candidate_plans(costs, 60, 36, 32, recompute=True) == [
+        (1, 36),
+        (2, 36),
+        (4, 23),
+        (8, 10),
+        (16, 4),
+        (32, 0),
+    ]
+    assert vqa.candidate_plans(costs, 60, 36, 32, recompute=False) == [(1, 36), (2, 36)]
+    assert vqa.candidate_plans(costs, 5, 36, 32, recompute=True) == []
+    assert [size for size, _ in vqa.candidate_plans(costs, 1000, 36, 10, True)] == [2, 3, 5, 10]
 
 
 def test_on_a_cpu_the_plan_is_the_configs(session, demo_rows, replace):

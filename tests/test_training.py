@@ -308,19 +308,6 @@ def test_an_error_while_preparing_names_the_row(mini_run):
         vqa.collate(session, [planned])
 
 
-def test_gradient_checkpointing_does_not_change_the_gradients(session, demo_rows, replace):
-    frame = demo_rows.train.head(2)
-    results = []
-    for use in (False, True):
-        config = replace(session.config, gradient_checkpointing=use)
-        model = vqa.attach_lora(session.model, config, seed=0).train()
-        batch = vqa.collate(session, [vqa.make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(2)])
-        vqa.training_loss(session, vqa.answer_states(session, batch), batch).backward()
-        results.append([value.grad.clone() for value in vqa.trainable_parameters(model).values()])
-        model.unload()
-    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*results, strict=True))
-
-
 def test_half_precision_training_uses_the_scaler(mini_run, replace):
     """On a CPU the scaler is only told to be there: state and steps go through it."""
     run = mini_run()
