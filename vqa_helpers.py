@@ -30,6 +30,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -39,7 +40,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -158,7 +159,7 @@ class Config:
     tta_rotations: int = 4  # choice orders: 1, 2 or 4
     tta_scales: tuple[float, ...] = (1.0,)  # factors on the pixel budget
     use_batch_inference: bool = True  # False: one question at a time
-    infer_batch_size: int = 16  # questions per forward pass
+    infer_batch_size: int = 16  # questions per forward pass, each with all its choice orders
     zeroshot_rows: int = 256  # training rows scored with the base model before training; 0: all of them
     use_temperature_scaling: bool = True
     ensemble_method: Literal["mean", "vote", "weighted"] = "mean"  # over folds; weighted: views by OOF, folds averaged
@@ -461,16 +462,61 @@ class ProgressFile:
         """A signal handler: the work stops at its next call of `update`, which it makes at safe points only."""
         self.stop_reason = signal.Signals(number).name
 
-    def update(self, stage: str, done: int, total: int, **details) -> None:
-        """Write the state. Raises Interrupted after a signal, or when the parent has died."""
+    def update(self, stage: str, done: int, total: int, together: bool = False, **details) -> None:
+        """Write the state. Interrupted after a signal or the parent's death; in a team only where it is `together`."""
         if self.parent and os.getppid() != self.parent:
             self.stop_reason = "the end of the notebook's process"
         if done == total or self.stop_reason or time.monotonic() - self.written > 0.5:
             self.written = time.monotonic()
             state = {"stage": stage, "done": done, "total": total, **details}
             atomic_write(self.path, json.dumps(state), durable=False)
-        if self.stop_reason:
-            raise Interrupted(f"stopped by {self.stop_reason} in {stage}; run again to continue")
+        if (together or team()[1] == 1) and agree(bool(self.stop_reason)):
+            raise Interrupted(f"stopped by {self.stop_reason or 'another process'} in {stage}; run again to continue")
+
+
+# === Team ============================================================================================================
+def team() -> tuple[int, int]:
+    """(rank, size) of the processes that share the work of a fold; (0, 1) for one that works alone."""
+    joined = "torch" in sys.modules and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if joined else (0, 1)
+
+
+def join_team() -> None:
+    """Meet the other processes, where RANK and WORLD_SIZE say so: run_folds sets them, and `accelerate launch`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+
+
+def add_up(tensor):
+    """The sum over the team, in place."""
+    if team()[1] > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def agree(wish: bool) -> bool:
+    """Whether any process of the team wishes it; all must take the same turn, or they would wait for each other."""
+    if team()[1] == 1:
+        return wish
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return bool(add_up(torch.tensor(float(wish), device=device)) > 0)
+
+
+def add_up_gradients(parameters: Iterable) -> None:
+    """Replace every gradient by its sum over the team, in one message."""
+    if team()[1] > 1:
+        gradients = []
+        for value in parameters:
+            value.grad = (
+                torch.zeros_like(value) if value.grad is None else value.grad
+            )  # a short step has no row for all
+            gradients.append(value.grad)
+        parts = add_up(torch.cat([value.flatten() for value in gradients])).split([*map(torch.numel, gradients)])
+        for value, part in zip(gradients, parts, strict=True):
+            value.copy_(part.view_as(value))
 
 
 # === Memory ==========================================================================================================
@@ -1123,7 +1169,10 @@ def load_model(config: Config, runtime: Runtime, attempts: int = 3):
         raise ValueError(f"quantization {config.quantization!r} needs a GPU; on a CPU set quantization='none'")
     options = {"dtype": getattr(torch, DTYPES[runtime.precision]), "attn_implementation": runtime.attention}
     options |= {"quantization_config": quantization_config(config.quantization, runtime.precision)}
-    options |= {"device_map": {"": 0} if runtime.gpus else None, "trust_remote_code": config.trust_remote_code}
+    options |= {
+        "device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))} if runtime.gpus else None,
+        "trust_remote_code": config.trust_remote_code,
+    }
     options |= {"use_safetensors": True}  # never a pickle
     for attempt in range(attempts):  # downloads from the hub break off
         time.sleep(2 * attempt)
@@ -1400,11 +1449,11 @@ def iterate_batches(session: Session, prompts: Sequence[Prompt], batches: Sequen
 
 
 def ahead(batches: Iterator) -> Iterator:
-    """The same items; while one is used, a thread prepares the next."""
+    """The same items; while one is used, a thread prepares the next two."""
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(next, batches, None)
-        while (batch := waiting.result()) is not None:
-            waiting = pool.submit(next, batches, None)
+        waiting = deque(pool.submit(next, batches, None) for _ in range(2))
+        while (batch := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(next, batches, None))
             yield batch
 
 
@@ -1521,6 +1570,7 @@ def quicken(session: Session, adapted, questions: int):
     if use:
         torch._dynamo.config.specialize_float = True  # of the constants in a layer; lengths are what changes
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+        torch.set_num_threads(torch.get_num_threads())  # in autograd's thread, too: else it would compile once more
         compute = torch.compile(compute, dynamic=True)
     for layer in session.decoder_layers:
         layer.forward, layer.recompute = functools.partial(layer_forward, layer, compute), False
@@ -1571,7 +1621,8 @@ def candidate_plans(
     store. `costs` in bytes (fixed, question, layer): a pass takes fixed + micro_batch * (question + stored * layer)."""
     fixed, question, layer = costs
     plans = {}
-    for micro_batch in sorted({math.ceil(step / 2**halvings) for halvings in range(step.bit_length())}):
+    sizes = {math.ceil(step / 2**halvings) for halvings in range(step.bit_length())}
+    for micro_batch in sorted(sizes - {1}, reverse=True) or [1]:  # a pass over one question is the last resort
         room = (budget - fixed - micro_batch * question) / (micro_batch * layer)
         stored = min(layers, math.floor(room))
         if stored >= (1 if recompute else layers):
@@ -1611,6 +1662,7 @@ def plan_memory(session: Session, prompts: Sequence[Prompt], state_bytes: int) -
         layer = (six - four) / 4 / (some - 1)
         costs = (2 * two - four + state_bytes, (four - two) / 2 - layer, layer)
         for micro_batch, stored in candidate_plans(costs, memory_budget(), layers, step, config.gradient_checkpointing):
+            measure_pass(session, [longest] * micro_batch, stored)  # the allocator grows
             seconds, peak = measure_pass(session, [longest] * micro_batch, stored)
             plan = MemoryPlan(micro_batch, stored, (peak + state_bytes) / 2**30)
             LOGGER.info("%s: %.1f questions/s", plan, micro_batch / seconds)
@@ -1908,8 +1960,8 @@ def training_loss(session: Session, states, batch: Mapping):
 
 def padding_share(lengths: Sequence[int], batches: Iterable[Sequence[int]]) -> float:
     """Share of padded positions among all that batches of rows of these lengths hold."""
-    held = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
-    return 1 - sum(lengths) / held
+    batches = [[lengths[row] for row in batch] for batch in batches]
+    return 1 - sum(map(sum, batches)) / sum(len(batch) * max(batch) for batch in batches)
 
 
 def _generator(*keys) -> np.random.Generator:
@@ -2027,7 +2079,7 @@ class FoldTrainer:
             epoch, step = epoch + 1, 0
             if self.config.save_every_epoch or epoch == self.config.num_epochs:
                 self.save(epoch, step)
-            if epoch < self.config.num_epochs and self.time_is_up(speed):
+            if epoch < self.config.num_epochs and agree(self.time_is_up(speed)):
                 self.session.note(f"fold {self.fold}: training stopped after epoch {epoch}, {_NO_TIME}")
                 break
         return self.finish()
@@ -2059,29 +2111,33 @@ class FoldTrainer:
         prompts, size = self.prompts(epoch), self.plan.micro_batch
         lengths = [len(prompt.input_ids) for prompt in prompts]
         steps = plan_epoch(lengths, self.step_size, (config.seed, self.fold, epoch))
-        plan = [[step[start : start + size] for start in range(0, len(step), size)] for step in steps]
+        rank, processes = team()  # each takes every n-th row of a step, so that all have about the same lengths
+        own_rows = [step[rank::processes] for step in steps]
+        plan = [[rows[start : start + size] for start in range(0, len(rows), size)] for rows in own_rows]
         self.padding = padding_share(lengths, itertools.chain.from_iterable(plan))
         batches = iterate_batches(self.session, prompts, [*itertools.chain.from_iterable(plan[first_step:])])
         start, seen, speed, self.next_step = time.perf_counter(), 0, 0.0, first_step
         for step in range(first_step, len(plan)):
-            self.losses.append(self.optimizer_step(epoch, step, [next(batches) for _ in plan[step]]))
+            own = itertools.islice(batches, len(plan[step]))
+            self.losses.append(self.optimizer_step(epoch, step, own, steps[step]))
             self.next_step = step + 1
-            seen += sum(map(len, plan[step]))
+            seen += len(steps[step])
             speed = seen / (time.perf_counter() - start)
             due = time.monotonic() - self.last_save > config.save_every_minutes * 60
             if due or (epoch * len(plan) + step + 1) % config.save_every_steps == 0:
                 self.save(epoch, step + 1)
             self.report(epoch, step, speed)
             settled = self.session.seconds_per_question or step - first_step >= 20  # the first steps are slow
-            if step + 1 < len(plan) and settled and self.time_is_up(speed):
+            if step + 1 < len(plan) and agree(bool(settled) and self.time_is_up(speed)):
                 text = f"fold {self.fold}: training stopped in epoch {epoch + 1} after step {step + 1} of {len(plan)}"
                 self.session.note(f"{text}, {_NO_TIME}")
                 break
         return speed
 
-    def optimizer_step(self, epoch: int, step: int, batches: Sequence[Mapping]) -> float:
+    def optimizer_step(self, epoch: int, step: int, batches: Iterable[Mapping], rows: Sequence[int]) -> float:
         """Update by the mean gradient; the mean loss, NaN for a skipped step, FloatingPointError for one too many."""
-        total = self.accumulate(epoch, step, batches)
+        total = add_up(self.accumulate(epoch, step, batches, len(rows)))
+        add_up_gradients(self.parameters.values())
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
         total, norm = torch.stack([total, norm]).tolist()  # the one place where a step waits for the GPU
@@ -2089,7 +2145,7 @@ class FoldTrainer:
             self.scaler.step(self.optimizer)
             self.after_step(epoch)
         elif not (math.isfinite(total) and self.scaler.is_enabled() and self.scaler.get_scale() > 1e-3):
-            ids = [self.train["id"].iloc[prompt.row] for batch in batches for prompt in batch["prompts"]]
+            ids = self.train["id"].iloc[rows].tolist()
             problem = f"loss {total}, gradient norm {norm} at epoch {epoch + 1}, step {step}, rows {ids}"
             self.session.note(f"fold {self.fold}: skipped a step: {problem}")
             self.skipped += 1
@@ -2100,15 +2156,24 @@ class FoldTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         return total if math.isfinite(norm) else math.nan
 
-    def accumulate(self, epoch: int, step: int, batches: Sequence[Mapping]):
-        """Add up the gradients of the mean loss over all questions; returns it. Without memory, in smaller batches."""
-        rows = sum(len(batch["prompts"]) for batch in batches)
+    def accumulate(self, epoch: int, step: int, batches: Iterable[Mapping], rows: int):
+        """Add up the gradients of the mean loss over `rows` questions; returns it. Without memory, in smaller parts."""
+        waiting, taken = iter(batches), []
+
+        def all_batches():  # one by one, so that the next is prepared meanwhile; again from the first after a failure
+            yield from tuple(taken)
+            for batch in waiting:
+                taken.append(batch)
+                yield batch
+
         while True:
             # Dropout is a function of the step, so that a resumed run draws the same masks.
-            torch.manual_seed(int(_generator(self.config.seed, self.fold, epoch, step, "dropout").integers(2**31)))
+            torch.manual_seed(
+                int(_generator(self.config.seed, self.fold, epoch, step, f"dropout {team()[0]}").integers(2**31))
+            )
             total = torch.zeros((), device=self.session.device)
             try:
-                for batch in split_batches(self.session, batches, self.plan.micro_batch):
+                for batch in split_batches(self.session, all_batches(), self.plan.micro_batch):
                     states = answer_states(self.session, batch)
                     loss = training_loss(self.session, states, batch) * (len(batch["prompts"]) / rows)
                     self.scaler.scale(loss).backward()
@@ -2139,7 +2204,7 @@ class FoldTrainer:
         details |= {"samples/s": round(speed, 1), "GiB": memory.get("gpu_peak_gib", memory["rss_gib"])}
         self.metrics.log(epoch=epoch, step=step, **details | {"loss": self.losses[-1]})
         done = epoch * self.steps_per_epoch + step + 1
-        self.session.progress(f"fold {self.fold} training", done, self.total_steps, **details)
+        self.session.progress(f"fold {self.fold} training", done, self.total_steps, together=True, **details)
 
     def validate(self) -> tuple[np.ndarray, dict]:
         """Logits (n, 1, 4) of the held-out rows through the inference path, with accuracy and NLL."""
@@ -2317,7 +2382,8 @@ def predict_logits(session: Session, frame: pd.DataFrame, views: Sequence, label
     planned = plan_prompts(session, frame, views)
     size = session.config.infer_batch_size if session.config.use_batch_inference else 1
     by_length = np.argsort([-len(prompt.input_ids) for prompt, _ in planned], kind="stable")
-    batches = [by_length[start : start + size] for start in range(0, len(planned), size)]
+    rank, processes = team()
+    batches = [by_length[start : start + size] for start in range(0, len(planned), size)][rank::processes]
     present = np.array([present_choices(row) for _, row in frame.iterrows()])
     first, result = partial.read() if partial else (0, None)  # a Partial: where an earlier process stopped
     result = np.full((len(frame), len(views), 4), np.nan, dtype=np.float32) if result is None else result
@@ -2348,7 +2414,14 @@ def predict_logits(session: Session, frame: pd.DataFrame, views: Sequence, label
                     partial.save(done, result, now=True)
                 raise
     session.model.train(was_training)
-    return result
+    return merge_scores(session, result) if processes > 1 else result
+
+
+def merge_scores(session: Session, own: np.ndarray) -> np.ndarray:
+    """The scores of all processes of a team: where one has a number, the others have NaN."""
+    known = ~np.isnan(own)
+    scores, count = (torch.from_numpy(values).to(session.device) for values in (np.where(known, own, 0.0), known * 1.0))
+    return np.where(add_up(count).cpu() > 0, add_up(scores).cpu(), np.nan).astype(np.float32)
 
 
 def generate_baseline(session: Session, frame: pd.DataFrame, model=None, max_new_tokens: int = 4) -> list[str | None]:
@@ -2756,7 +2829,8 @@ def admit_views(oof: OofLogits, use_temperature_scaling: bool = True) -> tuple[l
         scores = combine_views(oof.logits[:, views])
         # Averaging views also softens probabilities, which is not a gain: hence after temperature scaling.
         probabilities = calibrate(scores, oof.labels, oof.folds, use_temperature_scaling).probabilities
-        rows[name] = {"forward passes": len(views), **score_row(probabilities, oof.labels)}
+        prompts = 1 + sum(oof.view_names[view].startswith("scale") for view in views)
+        rows[name] = {"cost": scoring_cost(prompts, len(views)), **score_row(probabilities, oof.labels)}
         rows[name]["used"] = rows[name]["nll"] <= best
         if rows[name]["used"]:
             admitted, best = views, rows[name]["nll"]
@@ -3237,6 +3311,7 @@ def _check_same_run(before: Mapping, now: Mapping, directory: Path, tables: Mapp
 
 
 # === Worker and preflight ============================================================================================
+TEAM_GRACE_SECONDS = 5  # between the end of one process of a team and that of the others
 INTERRUPTED = 75  # exit status of a worker that was asked to stop and has saved its work (EX_TEMPFAIL)
 
 
@@ -3309,7 +3384,7 @@ def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: 
             try:
                 if stage == "train" and run.finished_folds:
                     needed = run.inference_seconds(session.seconds_per_question, session, training=1) + longest
-                    if run.seconds_left() < needed:
+                    if agree(run.seconds_left() < needed):
                         minutes = f"{needed / 60:.0f} minutes"
                         session.note(f"{label} was left out: the time budget has no {minutes} left for it")
                         continue
@@ -3328,21 +3403,50 @@ def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: 
             MetricLogger(run.directory / "stages.jsonl").log(**report)
 
 
-def launch_workers(run: Run, jobs: Sequence[tuple[int | None, Sequence[int]]], stages: Sequence[str]) -> None:
-    """Start one worker per (GPU index or None, folds), show progress, wait; RuntimeError shows failed logs' ends."""
-    workers = {}  # log -> process
-    for number, (gpu, folds) in enumerate(jobs):
-        chosen = {"CUDA_VISIBLE_DEVICES": str(gpu), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # nvidia-smi's numbers
+def schedule(folds: Sequence[int], devices: Sequence) -> list[list[tuple[tuple, tuple[int, ...]]]]:
+    """Rounds of (devices, folds): whole folds on single devices; what would leave some of them idle is done by all."""
+    together = len(folds) % len(devices)
+    if together / (0.9 * len(devices)) >= 1:  # a team of n is estimated to be 0.9 n times as fast
+        together = 0
+    alone = folds[: len(folds) - together]
+    jobs = [((device,), tuple(alone[number :: len(devices)])) for number, device in enumerate(devices)]
+    rounds = [[job for job in jobs if job[1]], [(tuple(devices), tuple(folds[len(alone) :]))] if together else []]
+    return [jobs for jobs in rounds if jobs]
+
+
+def team_environments(devices: Sequence[int | None]) -> list[dict[str, str]]:
+    """Environment variables of one process per device: its GPU and, for several, how they find each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "LOCAL_RANK": "0"}
+    environments = []
+    for rank, gpu in enumerate(devices):
         environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ  # batches differ in size
-        environment |= {} if gpu is None else chosen
-        command = [sys.executable, __file__, "worker", "--run", str(run.directory), "--name", str(number)]
-        command += ["--folds", ",".join(map(str, folds)), "--stages", ",".join(stages), "--parent", str(os.getpid())]
-        (run.directory / f"progress_{number}.json").unlink(missing_ok=True)
-        log = run.directory / f"worker_{number}.log"
-        with log.open("ab") as file:
-            workers[log] = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        environment |= meeting | {"RANK": str(rank), "WORLD_SIZE": str(len(devices))} if len(devices) > 1 else {}
+        chosen = {"CUDA_VISIBLE_DEVICES": str(gpu), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # nvidia-smi's numbers
+        environments.append(environment | ({} if gpu is None else chosen))
+    return environments
+
+
+def launch_workers(run: Run, jobs: Sequence[tuple[Sequence, Sequence[int]]], stages: Sequence[str]) -> None:
+    """Start a worker for each device of the (devices, folds), show progress, wait; RuntimeError with failed logs' ends.
+
+    Several devices of one job share its folds (data parallel). A device is a GPU's index or None."""
+    workers, teams = {}, []  # log -> process; the processes of each job
+    for devices, folds in jobs:
+        teams.append([])
+        for environment in team_environments(devices):
+            number = len(workers)
+            command = [sys.executable, __file__, "worker", "--run", str(run.directory), "--name", str(number)]
+            command += ["--folds", ",".join(map(str, folds)), "--stages", ",".join(stages)]
+            command += ["--parent", str(os.getpid())]
+            (run.directory / f"progress_{number}.json").unlink(missing_ok=True)
+            log = run.directory / f"worker_{number}.log"
+            with log.open("ab") as file:
+                workers[log] = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            teams[-1].append(workers[log])
     try:
-        _watch(run, list(workers.values()))
+        _watch(run, teams)
     finally:  # reached by a KeyboardInterrupt too: the workers save and end
         for process in workers.values():
             process.terminate()
@@ -3355,29 +3459,38 @@ def launch_workers(run: Run, jobs: Sequence[tuple[int | None, Sequence[int]]], s
         raise Interrupted("A worker was asked to stop. Its work is saved: run the cell again to continue.")
 
 
-def _watch(run: Run, processes: Sequence[subprocess.Popen]) -> None:
+def _watch(run: Run, teams: Sequence[Sequence[subprocess.Popen]]) -> None:
     """Show what every worker is doing until all have ended: in one output of a notebook cell, or in the terminal."""
     ipython = sys.modules.get("IPython")
     in_notebook = ipython is not None and ipython.get_ipython() is not None
     handle = ipython.display.display({"text/plain": ""}, raw=True, display_id=True) if in_notebook else None
-    meter = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} in {elapsed}{postfix}"
     started, running = time.monotonic(), True
     while running:
-        running = any(process.poll() is None for process in processes)
-        lines, elapsed = [], time.monotonic() - started
-        for number in range(len(processes)):
-            path, line = run.directory / f"progress_{number}.json", f"worker {number} starting"
-            if path.exists():
-                state = json.loads(path.read_text(encoding="utf-8"))
-                name, done, total = f"worker {number} {state.pop('stage')}", state.pop("done"), state.pop("total")
-                details = ", ".join(f"{key}={value}" for key, value in state.items())
-                line = tqdm.format_meter(done, total, elapsed, prefix=name, postfix=details, bar_format=meter)
-            lines.append(line)
+        states = [[process.poll() for process in team] for team in teams]
+        running = any(state is None for team in states for state in team)
+        for team, known in zip(teams, states, strict=True):
+            if any(known) and None in known:  # the others of this team would wait for the dead one for ever
+                time.sleep(TEAM_GRACE_SECONDS)
+                for process in team:
+                    process.kill()
+        lines = [_progress_line(run, number, time.monotonic() - started) for number in range(sum(map(len, teams)))]
         if in_notebook:
             handle.update({"text/plain": "\n".join(lines)}, raw=True)
         else:
             sys.stdout.write("\r" + "\n".join(lines))
         time.sleep(1 if running else 0)
+
+
+def _progress_line(run: Run, number: int, elapsed: float) -> str:
+    """A progress bar of one worker, from the file that it writes."""
+    path = run.directory / f"progress_{number}.json"
+    if not path.exists():
+        return f"worker {number} starting"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    name, done, total = f"worker {number} {state.pop('stage')}", state.pop("done"), state.pop("total")
+    details = ", ".join(f"{key}={value}" for key, value in state.items())
+    meter = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} in {elapsed}{postfix}"
+    return tqdm.format_meter(done, total, elapsed, prefix=name, postfix=details, bar_format=meter)
 
 
 def _devices(config: Config) -> list[int | None]:
@@ -3387,7 +3500,7 @@ def _devices(config: Config) -> list[int | None]:
 def run_zeroshot(run: Run) -> pd.DataFrame:
     """Score the base model in a worker; returns rows and accuracy by question type and over all."""
     if not run.is_done("zeroshot", 0):
-        launch_workers(run, [(_devices(run.config)[0], [0])], ["zeroshot"])
+        launch_workers(run, [(_devices(run.config)[:1], [0])], ["zeroshot"])
     content = read_arrays(run.directory / "zeroshot.npz", run.fingerprint)
     correct = softmax(content["logits"][:, 0]).argmax(1) == content["labels"]
     table = accuracy_by_type(run.train.set_index("id").loc[content["ids"], "type"], correct)
@@ -3402,12 +3515,13 @@ def run_folds(config: Config) -> list[FoldResult]:
     started = psutil.Process().create_time() if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else time.time()
     atomic_write(run.directory / "session.json", json.dumps({"started": started}))
     devices, folds = _devices(config), config.folds_to_train
-    jobs = [(device, folds[number :: len(devices)]) for number, device in enumerate(devices[: len(folds)])]
-    # The weights are selected once all folds are trained: with several devices, by a second round of workers.
-    for stages in [["train", "predict"]] if len(jobs) == 1 else [["train"], ["predict"]]:
-        wanted = run.finished_folds if stages == ["predict"] else folds
-        if not all(run.is_done(stage, fold) for stage in stages for fold in wanted):
-            launch_workers(run, jobs, stages)
+    # The weights are selected once all folds are trained: with several devices, by further rounds of workers.
+    rounds = schedule(folds, devices)
+    for stages in [["train", "predict"]] if len(rounds) == len(rounds[0]) == 1 else [["train"], ["predict"]]:
+        for jobs in rounds:
+            inside = [fold for _, part in jobs for fold in part if stages != ["predict"] or fold in run.finished_folds]
+            if not all(run.is_done(stage, fold) for stage in stages for fold in inside):
+                launch_workers(run, jobs, stages)
     return [read_fold_result(run, fold) for fold in run.finished_folds]
 
 
@@ -3488,17 +3602,47 @@ def main() -> None:
             facts = preflight(dataclasses.replace(config, cache_dir=folder))
         sys.stdout.write(json.dumps(facts, ensure_ascii=False) + "\n")
         return
-    run, folds = Run.open(options.run), [int(fold) for fold in options.folds.split(",")]
-    setup_logging(run.directory, run.config.log_level, run.config.log_to_file)
-    progress = ProgressFile(run.directory / f"progress_{options.name}.json", options.parent)
+    folds, stages = [int(fold) for fold in options.folds.split(",")], options.stages.split(",")
+    progress = ProgressFile(Path(options.run) / f"progress_{options.name}.json", options.parent)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, progress.request_stop)
+    with own_directory(Path(options.run), folds) as directory:
+        join_team()
+        work(Run.open(directory), folds, stages, progress)
+
+
+@contextlib.contextmanager
+def own_directory(directory: Path, folds: Sequence[int]) -> Iterator[Path]:
+    """The run directory; for a team's further processes a copy to be thrown away, so that only the first one writes."""
+    if os.environ.get("RANK", "0") == "0":
+        yield directory
+        return
+
+    def of_other_folds(folder: str, names: Sequence[str]) -> list[str]:
+        foreign = Path(folder).name.startswith("fold_") and Path(folder).name not in {f"fold_{fold}" for fold in folds}
+        return [name for name in names if name.endswith((".lock", ".tmp")) or (foreign and name != "result.json")]
+
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place) / directory.name
+        shutil.copytree(directory, copy, ignore=of_other_folds)
+        content = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+        content["config"]["output_dir"] = place
+        atomic_write(copy / "config.json", json.dumps(content))
+        yield copy
+
+
+def work(run: Run, folds: Sequence[int], stages: Sequence[str], progress: ProgressFile) -> None:
+    """What a worker process does; ends it with status 75 after a request to stop."""
+    setup_logging(run.directory, run.config.log_level, run.config.log_to_file)
     try:
         with run.owned(folds):
-            run_stages(run, folds, options.stages.split(","), progress.update)
+            run_stages(run, folds, stages, progress.update)
     except Interrupted as error:
         LOGGER.warning("%s", error)
         sys.exit(INTERRUPTED)
+    finally:
+        if team()[1] > 1:
+            torch.distributed.destroy_process_group()
 
 
 __all__ = [key for key, item in globals().items() if callable(item) and item.__module__ == __name__ and key[0] != "_"]

@@ -152,17 +152,11 @@ def test_plans_fit_the_memory_and_halve_the_step():
     for budget in (12, 20, 40, 100, 1000):
         for micro_batch, stored in vqa.candidate_plans(costs, budget, layers=36, step=32, recompute=True):
             assert 10 + micro_batch * (1 + max(1, stored) * 0.5) <= budget
-    assert vqa.candidate_plans(costs, 60, 36, 32, recompute=True) == [
-        (1, 36),
-        (2, 36),
-        (4, 23),
-        (8, 10),
-        (16, 4),
-        (32, 0),
-    ]
-    assert vqa.candidate_plans(costs, 60, 36, 32, recompute=False) == [(1, 36), (2, 36)]
+    assert vqa.candidate_plans(costs, 60, 36, 32, recompute=True) == [(32, 0), (16, 4), (8, 10), (4, 23), (2, 36)]
+    assert vqa.candidate_plans(costs, 60, 36, 32, recompute=False) == [(2, 36)]
     assert vqa.candidate_plans(costs, 5, 36, 32, recompute=True) == []
-    assert [size for size, _ in vqa.candidate_plans(costs, 1000, 36, 10, True)] == [2, 3, 5, 10]
+    assert [size for size, _ in vqa.candidate_plans(costs, 1000, 36, 10, True)] == [10, 5, 3, 2]
+    assert vqa.candidate_plans(costs, 1000, 36, 1, True) == [(1, 36)]
 
 
 def test_on_a_cpu_the_plan_is_the_configs(session, demo_rows, replace):

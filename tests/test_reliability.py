@@ -58,7 +58,7 @@ def test_the_notebook_says_that_an_interrupted_run_can_be_continued(mini_run, mo
     monkeypatch.setattr(vqa, "_watch", lambda *_: None)  # straight on to terminate()
     with pytest.raises(vqa.Interrupted, match="Its work is saved: run the cell again"):
         monkeypatch.setattr(vqa.subprocess, "Popen", lambda *_, **__: Ended(vqa.INTERRUPTED))
-        vqa.launch_workers(run, [(None, [0])], ["train"])
+        vqa.launch_workers(run, [((None,), [0])], ["train"])
 
 
 class Ended:

@@ -86,7 +86,7 @@ def test_running_again_does_nothing_and_says_the_same(finished, monkeypatch):
 
 def test_evaluation_submissions_and_report(finished):
     evaluation = vqa.evaluate_run(finished)
-    assert {"zero-shot", "fine-tuned, one view", "temperature", "stacked views"} <= set(evaluation.ladder.index)
+    assert {"zero-shot", "fine-tuned, one view", "temperature"} <= set(evaluation.ladder.index)
     assert evaluation.view_table["used"].iloc[0]
     frames = vqa.write_submissions(finished, evaluation)
     for name in ("single", "ensemble"):
@@ -101,6 +101,16 @@ def test_evaluation_submissions_and_report(finished):
     vqa.write_report(finished, evaluation)
     log = pd.read_csv(finished.directory.parent / "experiments.csv")
     assert log["run"].tolist() == [finished.directory.name]
+
+
+def test_the_ladder_compares_ways_to_combine_views(finished):
+    oof, views = vqa.read_oof(finished), [0, 1, 2, 3]
+    calibration = vqa.calibrate(vqa.combine_views(oof.logits[:, views]), oof.labels, oof.folds)
+    ladder = vqa.build_ladder(finished, oof, views, calibration, vqa._view_members(oof.logits, views))
+    combined = ["mean of 4 views", "temperature", "vote of views", "weighted views", "stacked views"]
+    assert ladder.index.tolist() == ["zero-shot", "fine-tuned, one view", *combined]
+    table = vqa.admit_views(oof)[1]
+    assert table["cost"].iloc[0] == 1 and table["cost"].is_monotonic_increasing
 
 
 def test_ensemble_is_the_mean_of_the_folds_after_view_mean_and_temperature(finished):
@@ -154,15 +164,20 @@ def test_a_worker_that_dies_is_shown_with_its_last_lines(mini_run, monkeypatch):
         vqa.run_zeroshot(run)
 
 
-def test_several_devices_share_folds_and_predict_in_a_second_round(mini_run, monkeypatch):
+def test_several_devices_share_folds_and_the_odd_one_and_predict_in_further_rounds(mini_run, monkeypatch):
     run = mini_run(n_folds=3, tta_rotations=1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(vqa, "_devices", lambda config: [None, None])
     rounds, launch = [], vqa.launch_workers
     monkeypatch.setattr(vqa, "launch_workers", lambda *args: (rounds.append(args[1:]), launch(*args)))
     results = vqa.run_folds(run.config)
     assert [result.fold for result in results] == [0, 1, 2]
-    assert rounds == [([(None, (0, 2)), (None, (1,))], ["train"]), ([(None, (0, 2)), (None, (1,))], ["predict"])]
-    assert all((run.fold_dir(fold) / "test.npz").exists() for fold in range(3))
+    whole, shared = [((None,), (0,)), ((None,), (1,))], [((None, None), (2,))]
+    assert rounds == [(jobs, [stage]) for stage in ("train", "predict") for jobs in (whole, shared)]
+    for fold in range(3):
+        for name in ("oof", "test"):
+            logits = vqa.read_arrays(run.fold_dir(fold) / f"{name}.npz", run.fingerprint)["logits"]
+            assert np.isfinite(logits).all()  # the parts of both processes
 
 
 def test_each_worker_sees_its_own_gpu(mini_run, monkeypatch):
@@ -178,7 +193,7 @@ def test_each_worker_sees_its_own_gpu(mini_run, monkeypatch):
         wait = terminate = poll
 
     monkeypatch.setattr(vqa.subprocess, "Popen", Process)
-    vqa.launch_workers(run, [(0, [0, 2]), (1, [1])], ["train"])
+    vqa.launch_workers(run, [((0,), [0, 2]), ((1,), [1])], ["train"])
     assert seen == [("0", "0,2"), ("1", "1")]
 
 

@@ -239,7 +239,7 @@ def test_without_memory_the_micro_batch_is_halved_and_the_update_stays_the_same(
         out_of_memory_above(limit, monkeypatch)
         trainer = vqa.FoldTrainer(open_run_session(run), run, 0)
         prompts = [vqa.make_prompt(trainer.session, trainer.train, row, [(0, 1, 2, 3)]) for row in range(8)]
-        trainer.accumulate(0, 0, [vqa.collate(trainer.session, prompts)])
+        trainer.accumulate(0, 0, [vqa.collate(trainer.session, prompts)], rows=8)
         gradients.append(torch.cat([value.grad.flatten() for value in trainer.parameters.values()]))
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
     assert "4 questions per forward pass from here on; an optimizer step still takes 8" in trainer.session.notes[0]
