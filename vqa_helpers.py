@@ -1360,19 +1360,25 @@ def rope_positions(session: Session, input_ids: np.ndarray, grid: tuple[int, int
 
 def collate(session: Session, prompts: Sequence[Prompt]) -> dict:
     """Left-padded model inputs on the CPU, with the images as cache keys or as pixels, and one target per answer."""
+    lengths = {len(prompt.input_ids) for prompt in prompts}
+    length = max(lengths)
+    if len(lengths) > 1 and session.device.type == "cuda":
+        length += -length % 16  # attention kernels want the rows of a mask aligned
 
-    def pad(arrays: Iterable[np.ndarray], value: int):
-        rows = [torch.from_numpy(array) for array in arrays]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
+    def pad(arrays: Sequence[np.ndarray], value: int):
+        padded = np.full((len(arrays), length, *arrays[0].shape[1:]), value)
+        for row, array in zip(padded, arrays, strict=True):
+            row[length - len(array) :] = array
+        return torch.from_numpy(padded)
 
-    input_ids = pad((prompt.input_ids for prompt in prompts), session.processor.tokenizer.pad_token_id)
-    segments = pad((prompt.segments for prompt in prompts), -1)
+    input_ids = pad([prompt.input_ids for prompt in prompts], session.processor.tokenizer.pad_token_id)
+    segments = pad([prompt.segments for prompt in prompts], -1)
     inputs = {"input_ids": input_ids, "segments": segments, "attention_mask": (segments >= 0).long()}
     inputs |= {"mm_token_type_ids": (input_ids == session.processor.image_token_id).int()}
     inputs |= {"image_grid_thw": torch.tensor([prompt.grid for prompt in prompts])}
-    inputs |= {"position_ids": pad((prompt.positions.T for prompt in prompts), 1).permute(2, 0, 1)}
+    inputs |= {"position_ids": pad([prompt.positions.T for prompt in prompts], 1).permute(2, 0, 1)}
     answers = [(prompt, order) for prompt in prompts for order in prompt.orders]
-    ends = [input_ids.shape[1] - len(prompt.input_ids) + end for prompt in prompts for end in prompt.ends]
+    ends = [length - len(prompt.input_ids) + end for prompt in prompts for end in prompt.ends]
     rows = np.repeat(np.arange(len(prompts)), [len(prompt.orders) for prompt in prompts])
     inputs |= {"answers": torch.from_numpy(np.stack([rows, ends]))}  # (2, answers): row and position
     targets = [order.index(prompt.label) if prompt.label >= 0 else -1 for prompt, order in answers]
@@ -1458,70 +1464,76 @@ def ahead(batches: Iterator) -> Iterator:
 
 
 # === Fast layers =====================================================================================================
+def dense_weight(weight, scales: Sequence, shape: Sequence[int], dtype):
+    """The frozen weight in `dtype`, out of NF4 where it has `scales`: `shape` then ends with the two block sizes."""
+    if not scales:
+        return weight.to(dtype)
+    ops, (absmax, code, group_scale, offset) = torch.ops.bitsandbytes, scales
+    scale = ops.dequantize_blockwise(absmax, group_scale, code, shape[3], torch.float32) + offset
+    return ops.dequantize_4bit(weight, scale, shape[2], "nf4", shape[:2], dtype)
+
+
+def lora_linear(x, dropped, lora_a, lora_b, scaling, weight, bias, scales, shape) -> tuple:
+    """(W x + scaling * B A dropped, A dropped) in the number format of x (..., in); `dropped`: None without dropout."""
+    rows = x.flatten(0, -2)
+    inner = (rows if dropped is None else dropped.flatten(0, -2)) @ lora_a.to(x.dtype).T
+    result = torch.nn.functional.linear(rows, dense_weight(weight, scales, shape, x.dtype), bias)
+    result.addmm_(inner, lora_b.to(x.dtype).T, alpha=scaling)
+    return result.view(*x.shape[:-1], -1), inner
+
+
+def lora_backward(gradient, used, inner, lora_a, lora_b, scaling, weight, scales, shape, dropout) -> tuple:
+    """Gradients of x, of its dropped copy (empty without dropout), and in fp32 of A and B; `used` went through A."""
+    rows = gradient.flatten(0, -2)
+    inner_gradient = (rows @ lora_b.to(rows.dtype)) * scaling
+    to_x, to_dropped = rows @ dense_weight(weight, scales, shape, rows.dtype), rows.new_empty(0)
+    if dropout:
+        to_dropped = (inner_gradient @ lora_a.to(rows.dtype)).view_as(used)
+    else:
+        to_x.addmm_(inner_gradient, lora_a.to(rows.dtype))
+    to_a, to_b = inner_gradient.T @ used.flatten(0, -2), (rows.T @ inner) * scaling
+    return to_x.view_as(used), to_dropped, to_a.float(), to_b.float()
+
+
+def _lora_remember(ctx, inputs, output) -> None:
+    x, dropped, lora_a, lora_b, ctx.scaling, weight, _, scales, ctx.shape = inputs
+    ctx.dropout = dropped is not None
+    ctx.save_for_backward(dropped if ctx.dropout else x, output[1], lora_a, lora_b, weight, *scales)
+
+
+def _lora_differentiate(ctx, gradient, _):
+    used, inner, lora_a, lora_b, weight, *scales = ctx.saved_tensors
+    arguments = gradient.contiguous(), used, inner, lora_a, lora_b, ctx.scaling, weight, scales, ctx.shape
+    to_x, to_dropped, to_a, to_b = torch.ops.vqa.lora_backward(*arguments, ctx.dropout)
+    return to_x, to_dropped if ctx.dropout else None, to_a, to_b, None, None, None, [None] * len(scales), None
+
+
+LORA_SCHEMA = (
+    "(Tensor x, Tensor? dropped, Tensor lora_a, Tensor lora_b, float scaling, Tensor weight, Tensor? bias, "
+    "Tensor[] scales, int[] shape) -> (Tensor, Tensor)"
+)
+LORA_BACKWARD_SCHEMA = (
+    "(Tensor gradient, Tensor used, Tensor inner, Tensor lora_a, Tensor lora_b, float scaling, Tensor weight, "
+    "Tensor[] scales, int[] shape, bool dropout) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
 @functools.cache
-def lora_operator():
-    """The operator of `lora_forward`, opaque to torch.compile, so that no dequantised weight is kept for later."""
+def register_lora_operators() -> None:
+    """Make both functions operators that torch.compile calls as they are, so that it keeps no dequantised weight."""
 
-    def dense(weight, scales, shape, dtype):
-        if not scales:
-            return weight.to(dtype)
-        ops, (absmax, code, group_scale, offset) = torch.ops.bitsandbytes, scales
-        scale = ops.dequantize_blockwise(absmax, group_scale, code, shape[3], torch.float32) + offset
-        return ops.dequantize_4bit(weight, scale, shape[2], "nf4", shape[:2], dtype)
+    def shapes(x, dropped, lora_a, lora_b, *_):
+        return x.new_empty(*x.shape[:-1], len(lora_b)), x.new_empty(math.prod(x.shape[:-1]), len(lora_a))
 
-    def forward(x, dropped, lora_a, lora_b, scaling, weight, bias, scales, shape):
-        rows = x.flatten(0, -2)
-        inner = (rows if dropped is None else dropped.flatten(0, -2)) @ lora_a.to(x.dtype).T
-        result = torch.nn.functional.linear(rows, dense(weight, scales, shape, x.dtype), bias)
-        result.addmm_(inner, lora_b.to(x.dtype).T, alpha=scaling)
-        return result.view(*x.shape[:-1], -1), inner
+    def backward_shapes(gradient, used, inner, lora_a, lora_b, *others):
+        to_dropped = torch.empty_like(used) if others[-1] else used.new_empty(0)
+        return torch.empty_like(used), to_dropped, torch.empty_like(lora_a), torch.empty_like(lora_b)
 
-    def backward(gradient, used, inner, lora_a, lora_b, scaling, weight, scales, shape, dropout):
-        rows = gradient.flatten(0, -2)
-        inner_gradient = (rows @ lora_b.to(rows.dtype)) * scaling
-        to_x = rows @ dense(weight, scales, shape, rows.dtype)
-        to_dropped = inner_gradient @ lora_a.to(rows.dtype) if dropout else rows.new_empty(0)
-        if not dropout:
-            to_x.addmm_(inner_gradient, lora_a.to(rows.dtype))
-        to_a, to_b = inner_gradient.T @ used.flatten(0, -2), (rows.T @ inner) * scaling
-        return to_x.view_as(used), to_dropped.view_as(used) if dropout else to_dropped, to_a.float(), to_b.float()
-
-    def remember(ctx, inputs, output):
-        x, dropped, lora_a, lora_b, ctx.scaling, weight, _, scales, ctx.shape = inputs
-        ctx.dropout = dropped is not None
-        ctx.save_for_backward(dropped if ctx.dropout else x, output[1], lora_a, lora_b, weight, *scales)
-
-    def differentiate(ctx, gradient, _):
-        used, inner, lora_a, lora_b, weight, *scales = ctx.saved_tensors
-        arguments = gradient.contiguous(), used, inner, lora_a, lora_b, ctx.scaling, weight, scales, ctx.shape
-        to_x, to_dropped, to_a, to_b = torch.ops.vqa.lora_backward(*arguments, ctx.dropout)
-        scales_gradient = [None] * len(scales)
-        return to_x, to_dropped if ctx.dropout else None, to_a, to_b, None, None, None, scales_gradient, None
-
-    tail = "Tensor weight, {}Tensor[] scales, int[] shape{}"
-    schema = "(Tensor x, Tensor? dropped, Tensor lora_a, Tensor lora_b, float scaling, " + tail.format(
-        "Tensor? bias, ", ""
-    )
-    library, made = torch.library, {"mutates_args": ()}
-    operator = library.custom_op("vqa::lora_linear", forward, schema=schema + ") -> (Tensor, Tensor)", **made)
-    schema = "(Tensor gradient, Tensor used, Tensor inner, Tensor lora_a, Tensor lora_b, float scaling, "
-    schema += tail.format("", ", bool dropout") + ") -> (Tensor, Tensor, Tensor, Tensor)"
-    library.custom_op("vqa::lora_backward", backward, schema=schema, **made).register_fake(
-        lambda gradient, used, inner, lora_a, lora_b, scaling, weight, scales, shape, dropout: (
-            torch.empty_like(used),
-            torch.empty_like(used) if dropout else used.new_empty(0),
-            torch.empty_like(lora_a),
-            torch.empty_like(lora_b),
-        )
-    )
-    operator.register_fake(
-        lambda x, dropped, lora_a, lora_b, *_: (
-            x.new_empty(*x.shape[:-1], lora_b.shape[0]),
-            x.new_empty(math.prod(x.shape[:-1]), lora_a.shape[0]),
-        )
-    )
-    operator.register_autograd(differentiate, setup_context=remember)
-    return operator
+    make = functools.partial(torch.library.custom_op, mutates_args=())
+    forward = make("vqa::lora_linear", lora_linear, schema=LORA_SCHEMA)
+    forward.register_fake(shapes)
+    forward.register_autograd(_lora_differentiate, setup_context=_lora_remember)
+    make("vqa::lora_backward", lora_backward, schema=LORA_BACKWARD_SCHEMA).register_fake(backward_shapes)
 
 
 def lora_forward(layer, x):
@@ -1546,7 +1558,7 @@ def lean_class(kind: type) -> type:
 
 def use_lora_forward(adapted) -> None:
     """Let all LoRA layers of a PEFT model compute `lora_forward`; their weights and files stay PEFT's."""
-    lora_operator()
+    register_lora_operators()
     layers = [layer for layer in adapted.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
     for layer in layers:
         layer.__class__, layer.packed_shape = lean_class(type(layer)), []
@@ -3310,11 +3322,7 @@ def _check_same_run(before: Mapping, now: Mapping, directory: Path, tables: Mapp
     raise CheckpointError(f"{directory} was made with other {' and '.join(changed)} ({what}); {remedy}")
 
 
-# === Worker and preflight ============================================================================================
-TEAM_GRACE_SECONDS = 5  # between the end of one process of a team and that of the others
-INTERRUPTED = 75  # exit status of a worker that was asked to stop and has saved its work (EX_TEMPFAIL)
-
-
+# === Stages ==========================================================================================================
 def stage_zeroshot(session: Session, run: Run, fold: int) -> None:
     """Score `zeroshot_rows` training rows with the untouched base model."""
     rows = min(run.config.zeroshot_rows or len(run.train), len(run.train))
@@ -3401,6 +3409,11 @@ def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: 
             report["seconds_per_question"] = session.seconds_per_question
             longest = max(longest, report["seconds"]) if stage == "train" else longest
             MetricLogger(run.directory / "stages.jsonl").log(**report)
+
+
+# === Workers =========================================================================================================
+TEAM_GRACE_SECONDS = 5  # between the end of one process of a team and that of the others
+INTERRUPTED = 75  # exit status of a worker that was asked to stop and has saved its work (EX_TEMPFAIL)
 
 
 def schedule(folds: Sequence[int], devices: Sequence) -> list[list[tuple[tuple, tuple[int, ...]]]]:
@@ -3525,6 +3538,7 @@ def run_folds(config: Config) -> list[FoldResult]:
     return [read_fold_result(run, fold) for fold in run.finished_folds]
 
 
+# === Preflight and command line ======================================================================================
 def preflight(config: Config, rows: int = 64) -> dict:
     """Try everything once on `rows` training rows before hours are spent: the facts learned, for a table."""
     competition = load_competition(config.data_dir, config.max_fallback_share, config.rows_to_use, config.seed)

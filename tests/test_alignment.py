@@ -185,3 +185,15 @@ def test_orders_behind_one_prefix_see_the_prefix_and_themselves_only():
     mask = vqa.tree_mask(torch.tensor([[-1, 0, 0, 1, 2, 2]]))[0, 0]
     assert mask[3].tolist() == [False, True, True, True, False, False]
     assert mask[5].tolist() == [False, True, True, False, True, True]
+
+
+def test_lengths_are_aligned_on_a_gpu_where_something_is_padded_anyway(session, demo_rows):
+    prompts = [vqa.make_prompt(session, demo_rows.train, row, [(0, 1, 2, 3)]) for row in range(4)]
+    plain = vqa.collate(session, prompts)
+    session.device = torch.device("cuda")
+    aligned, single = vqa.collate(session, prompts), vqa.collate(session, prompts[:1])
+    session.device = torch.device("cpu")
+    assert aligned["input_ids"].shape[1] % 16 == 0 and single["input_ids"].shape[1] == len(prompts[0].input_ids)
+    with torch.no_grad():
+        states = [vqa.answer_states(session, batch) for batch in (plain, aligned)]
+    assert torch.allclose(*states, atol=1e-5)

@@ -72,7 +72,7 @@ def test_dropout_of_lora_forward_is_pefts_in_training_and_off_in_inference():
 
 def test_the_operator_is_a_sound_one():
     """torch's own check of schema, fake kernel and gradient formula."""
-    vqa.lora_operator()
+    vqa.register_lora_operators()
     x, a, b = torch.randn(2, 3, 8), torch.randn(2, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)
     weight = torch.randn(6, 8)
     for dropped in (None, torch.randn(2, 3, 8, requires_grad=True)):
