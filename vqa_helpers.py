@@ -1646,7 +1646,8 @@ def measure_pass(session: Session, prompts: Sequence[Prompt], stored: int) -> tu
     """Seconds, and peak bytes allocated, of one forward and backward pass."""
     recompute_layers(session, stored)
     torch.cuda.reset_peak_memory_stats()
-    start, batch = time.perf_counter(), collate(session, prompts)
+    batch = collate(session, prompts)
+    start = time.perf_counter()
     training_loss(session, answer_states(session, batch), batch).backward()
     torch.cuda.synchronize()
     session.model.zero_grad(set_to_none=True)
@@ -1849,10 +1850,11 @@ class VisionCache:
 
 
 def cache_gain(session: Session, frame: pd.DataFrame, uses: int, passes: int) -> float:
-    """Share of the time that cached features save, measured on eight rows: each is used `uses` times, and the language
-    model then does the work of `passes` forward passes."""
-    prompts = [make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(min(8, len(frame)))]
-    batch = collate(session, prompts)
+    """Share of the time that cached features save, measured on at most eight rows that have none: each is used `uses`
+    times, and the language model then does the work of `passes` forward passes."""
+    prompts = (make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(len(frame)))
+    missing = (prompt for prompt in prompts if not session.cache.covers([prompt.image_key]))
+    batch = collate(session, [*itertools.islice(missing, 8)])
     with torch.inference_mode():
         for _ in range(2):  # the second one counts
             start = time.perf_counter()
@@ -1973,7 +1975,8 @@ def training_loss(session: Session, states, batch: Mapping):
 def padding_share(lengths: Sequence[int], batches: Iterable[Sequence[int]]) -> float:
     """Share of padded positions among all that batches of rows of these lengths hold."""
     batches = [[lengths[row] for row in batch] for batch in batches]
-    return 1 - sum(map(sum, batches)) / sum(len(batch) * max(batch) for batch in batches)
+    held = sum(len(batch) * max(batch) for batch in batches)
+    return 1 - sum(map(sum, batches)) / held if held else 0.0  # a process of a team may have no row at all
 
 
 def _generator(*keys) -> np.random.Generator:
@@ -2384,6 +2387,11 @@ def plan_prompts(session: Session, frame: pd.DataFrame, views: Sequence[View]) -
     return planned
 
 
+def views_cost(session: Session, views: Sequence[View]) -> float:
+    """Time to score a question in all `views`, in questions with one view."""
+    return scoring_cost(len({view.scale if session.shares_prefixes else view for view in views}), len(views))
+
+
 def scoring_cost(prompts: int, answers: int) -> float:
     """Time in prompts with one answer: a further choice order is a short text behind the common prefix."""
     return prompts + (answers - prompts) / 7
@@ -2440,6 +2448,7 @@ def generate_baseline(session: Session, frame: pd.DataFrame, model=None, max_new
     """Greedy generation with a strict parser, the usual baseline: a letter, or None when the text is anything else."""
     model = model if model is not None else session.model
     session.model.get_output_embeddings().to(session.device)
+    session.model.get_submodule(f"model.{VISION_PREFIX}").to(session.device)
     answers: list[str | None] = []
     for row in range(len(frame)):
         batch = collate(session, [make_prompt(session, frame, row, [(0, 1, 2, 3)])])
@@ -3225,8 +3234,10 @@ class Run:
     def inference_seconds(self, seconds_per_question: float, session: Session, training: int) -> float:
         """Estimated time to validate `training` folds and to score the worker's folds that wait for it, with margin."""
         waiting = [fold for fold in session.folds if fold in self.finished_folds and not self.is_done("predict", fold)]
-        held_out, views = len(self.train) / self.config.n_folds, all_views(self.config, session.processor)
-        cost = scoring_cost(len({view.scale if session.shares_prefixes else view for view in views}), len(views))
+        held_out, cost = (
+            len(self.train) / self.config.n_folds,
+            views_cost(session, all_views(self.config, session.processor)),
+        )
         questions = (len(waiting) + training) * (held_out + len(self.test)) * cost + 3 * training * held_out
         return 1.25 * seconds_per_question * questions
 
@@ -3360,7 +3371,9 @@ def stage_predict(session: Session, run: Run, fold: int) -> None:
     try:
         for name, frame, images in (("oof", held_out, run.train), ("test", run.test, run.test)):
             fill_cache(session, images, uses=len(run.config.folds_to_train), passes=1)
-            partial = Partial(directory / f"{name}.{kind}.partial.npz", run.fingerprint, run.config)
+            # A team's parts fit no other team: each process has a share of the batches.
+            part = "" if team() == (0, 1) else ".{}of{}".format(*team())
+            partial = Partial(directory / f"{name}.{kind}{part}.partial.npz", run.fingerprint, run.config)
             logits = predict_logits(session, frame, views, f"fold {fold} {name}", partial)
             write_logits(directory / f"{name}.npz", frame, logits, [view.name for view in views], run.fingerprint)
             partial.path.unlink(missing_ok=True)
@@ -3564,9 +3577,9 @@ def preflight(config: Config, rows: int = 64) -> dict:
             raise FloatingPointError("A training step on these rows gives gradients that are not finite")
         step_seconds = (time.perf_counter() - start) / len(longest)
     model.unload()
-    folds, views = len(config.folds_to_train), len(all_views(config, session.processor))
+    folds, cost = len(config.folds_to_train), views_cost(session, all_views(config, session.processor))
     trained = count * (1 - 1 / config.n_folds) * config.num_epochs * folds
-    scored = (len(competition.test) * folds + count * folds / config.n_folds) * views
+    scored = (len(competition.test) * folds + count * folds / config.n_folds) * cost
     tokens = {}
     for name, table in {"train": competition.train, "test": competition.test}.items():
         sizes = zip(table["width"], table["height"], strict=True)

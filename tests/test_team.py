@@ -126,3 +126,21 @@ def test_a_dead_process_takes_its_team_along_and_is_shown(mini_run, monkeypatch)
 )
 def test_no_device_is_idle_where_a_team_is_faster(folds, devices, rounds):
     assert vqa.schedule(folds, devices) == rounds
+
+
+def test_the_share_that_a_process_of_a_team_left_is_not_taken_for_all(mini_run, monkeypatch):
+    run = mini_run(**SETTINGS, save_every_steps=1)
+    vqa.run_stages(run, [0], ["train"], lambda *_, **__: None)
+
+    def stop(label, done, total, **_):
+        raise vqa.Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vqa, "team", lambda: (0, 2))
+        patch.setattr(vqa, "add_up", lambda tensor: tensor)
+        with pytest.raises(vqa.Interrupted):
+            vqa.run_stages(run, [0], ["predict"], stop)
+    assert len(list(run.fold_dir(0).glob("oof.*.partial.npz"))) == 1
+    vqa.run_stages(run, [0], ["predict"], lambda *_, **__: None)
+    for name in ("oof", "test"):
+        assert np.isfinite(vqa.read_arrays(run.fold_dir(0) / f"{name}.npz", run.fingerprint)["logits"]).all()

@@ -27,7 +27,7 @@ def test_rows_of_similar_length_share_a_step_and_little_is_padded():
     assert vqa.padding_share(lengths, micro) < 0.05 < 0.3 < vqa.padding_share(lengths, random)
     means = [lengths[step].mean() for step in steps]
     assert abs(np.corrcoef(range(len(steps)), means)[0, 1]) < 0.4  # long and short steps alternate
-    assert vqa.padding_share([2, 4], [[0, 1]]) == 0.25
+    assert vqa.padding_share([2, 4], [[0, 1]]) == 0.25 and vqa.padding_share([2, 4], []) == 0
 
 
 def test_choice_order_is_a_function_of_seed_epoch_and_row():
