@@ -12,6 +12,7 @@ import base64
 import contextlib
 import csv
 import dataclasses
+import datetime
 import difflib
 import errno
 import functools
@@ -113,7 +114,7 @@ class Config:
     quantization: Literal["4bit", "8bit", "none"] = "4bit"  # 4bit: NF4, double; language model only
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"  # number format; auto follows the card
     attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"  # auto: the fastest installed
-    gradient_checkpointing: bool = True  # recompute activations in the backward pass, of as few layers as memory needs
+    gradient_checkpointing: bool = True  # compute activations again in the backward pass; see memory_plan
     compile_layers: Literal["auto", "on", "off"] = "auto"  # torch.compile of the decoder layers; auto: for long jobs
     lora_r: int = 16  # rank
     lora_alpha: int = 32  # scale of the update is alpha / r
@@ -137,7 +138,8 @@ class Config:
     num_epochs: int = 2
     batch_size: int = 4  # times grad_accum_steps: questions per optimizer step
     grad_accum_steps: int = 2
-    memory_plan: Literal["auto", "config"] = "auto"  # auto: questions per forward pass by measured memory, on a GPU
+    # auto: on a GPU, questions per pass and layers to recompute by what is measured; config: batch_size and all layers
+    memory_plan: Literal["auto", "config"] = "auto"
     learning_rate: float = 1e-4  # peak, reached after the warm-up, then cosine to zero
     warmup_ratio: float = 0.06  # share of all optimizer steps
     weight_decay: float = 0.01
@@ -459,7 +461,7 @@ class ProgressFile:
     written: float = 0.0
 
     def request_stop(self, number: int, frame) -> None:
-        """A signal handler: the work stops at its next call of `update`, which it makes at safe points only."""
+        """A signal handler: the work stops at its next call of `update` that may do so, made at safe points only."""
         self.stop_reason = signal.Signals(number).name
 
     def update(self, stage: str, done: int, total: int, together: bool = False, **details) -> None:
@@ -484,10 +486,17 @@ def team() -> tuple[int, int]:
 def join_team() -> None:
     """Meet the other processes, where RANK and WORLD_SIZE say so: run_folds sets them, and `accelerate launch`."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        on_gpu = torch.cuda.is_available()
-        if on_gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+        nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
+        # One may score for long before the others meet it; launch_workers sees to it that nobody waits for the dead.
+        torch.distributed.init_process_group("nccl" if nccl else "gloo", timeout=datetime.timedelta(days=1))
+
+
+def see_own_gpu() -> None:
+    """Hide the GPUs of the other processes that `accelerate launch` has started here."""
+    if "LOCAL_RANK" in os.environ:
+        number, visible = int(os.environ["LOCAL_RANK"]), os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
+        os.environ["LOCAL_RANK"] = "0"
 
 
 def add_up(tensor):
@@ -1169,10 +1178,7 @@ def load_model(config: Config, runtime: Runtime, attempts: int = 3):
         raise ValueError(f"quantization {config.quantization!r} needs a GPU; on a CPU set quantization='none'")
     options = {"dtype": getattr(torch, DTYPES[runtime.precision]), "attn_implementation": runtime.attention}
     options |= {"quantization_config": quantization_config(config.quantization, runtime.precision)}
-    options |= {
-        "device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))} if runtime.gpus else None,
-        "trust_remote_code": config.trust_remote_code,
-    }
+    options |= {"device_map": {"": 0} if runtime.gpus else None, "trust_remote_code": config.trust_remote_code}
     options |= {"use_safetensors": True}  # never a pickle
     for attempt in range(attempts):  # downloads from the hub break off
         time.sleep(2 * attempt)
@@ -1443,7 +1449,7 @@ def out_of_memory(cause: Exception) -> RuntimeError:
 
 
 def iterate_batches(session: Session, prompts: Sequence[Prompt], batches: Sequence[Sequence[int]]) -> Iterator[dict]:
-    """Collated batches in order, one ahead of the GPU; images that are not in the cache are decoded by processes."""
+    """Collated batches in order, two ahead of the GPU; images that are not in the cache are decoded by processes."""
     is_cached = session.cache.covers(prompt.image_key for prompt in prompts)
     # Only a forked process shares the session; another kind would have to pickle the model.
     workers = session.config.num_workers if hasattr(os, "fork") and not is_cached else 0
@@ -1561,21 +1567,24 @@ def use_lora_forward(adapted) -> None:
     register_lora_operators()
     layers = [layer for layer in adapted.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
     for layer in layers:
-        layer.__class__, layer.packed_shape = lean_class(type(layer)), []
-        if (state := getattr(layer.base_layer.weight, "quant_state", None)) is not None:  # 4-bit, scales quantised too
+        weight, kind = layer.base_layer.weight, type(layer.base_layer)
+        if (state := getattr(weight, "quant_state", None)) is not None and state.quant_type == "nf4" and state.nested:
             layer.packed_shape = [*state.shape, state.blocksize, state.state2.blocksize]
-            packed = {"packed": layer.base_layer.weight.detach().as_subclass(torch.Tensor), "absmax": state.absmax}
+            packed = {"packed": weight.detach().as_subclass(torch.Tensor), "absmax": state.absmax}
             packed |= {"code": state.state2.code, "group_scale": state.state2.absmax, "offset": state.offset}
             for name, tensor in packed.items():
                 layer.register_buffer(name, tensor, persistent=False)
+        elif kind is torch.nn.Linear and weight.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            layer.packed_shape = []
+        else:  # 8-bit, FP8, other kinds of 4-bit: what their numbers mean is known to their own layer only
+            LOGGER.info("Decision: %s layers of PEFT stay as they are", kind.__name__)
+            return
+        layer.__class__ = lean_class(type(layer))
 
 
 def quicken(session: Session, adapted, questions: int):
     """Give the adapter's layers `lora_forward` and, where it pays for that many questions, compile the decoder."""
-    if session.config.quantization == "8bit":
-        LOGGER.info("Decision: PEFT's own LoRA layers, because ours know 4-bit and plain weights only")
-    else:
-        use_lora_forward(adapted)
+    use_lora_forward(adapted)
     use, reason = decide_compile(session.config.compile_layers, session.device.type, questions)
     LOGGER.info("Decision: %s", reason)
     compute = type(session.decoder_layers[0]).forward
@@ -1642,16 +1651,22 @@ def candidate_plans(
     return list(plans.items())
 
 
-def measure_pass(session: Session, prompts: Sequence[Prompt], stored: int) -> tuple[float, int]:
-    """Seconds, and peak bytes allocated, of one forward and backward pass."""
+def measure_pass(session: Session, prompts: Sequence[Prompt], stored: int) -> tuple[float, float]:
+    """Seconds, and peak bytes allocated, of one forward and backward pass; both infinite where memory runs out."""
     recompute_layers(session, stored)
     torch.cuda.reset_peak_memory_stats()
     batch = collate(session, prompts)
-    start = time.perf_counter()
-    training_loss(session, answer_states(session, batch), batch).backward()
-    torch.cuda.synchronize()
-    session.model.zero_grad(set_to_none=True)
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated()
+    batch["attention_mask"][0, 0] = 0  # as if padded: attention then takes the mask, as it does in training
+    try:
+        start = time.perf_counter()
+        training_loss(session, answer_states(session, batch), batch).backward()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start, torch.cuda.max_memory_allocated()
+    except torch.OutOfMemoryError as error:
+        LOGGER.info("%d questions with %d stored layers do not fit: %s", len(prompts), stored, error)
+        return math.inf, math.inf
+    finally:
+        session.model.zero_grad(set_to_none=True)
 
 
 def memory_budget() -> float:
@@ -1667,23 +1682,24 @@ def plan_memory(session: Session, prompts: Sequence[Prompt], state_bytes: int) -
     config, layers = session.config, len(session.decoder_layers)
     if session.device.type != "cuda" or config.memory_plan == "config" or config.strict_determinism:
         return MemoryPlan(config.batch_size, 0 if config.gradient_checkpointing else layers)
-    longest, step = max(prompts, key=lambda prompt: len(prompt.input_ids)), config.batch_size * config.grad_accum_steps
-    tried, some = {}, layers // 4
-    try:
-        measure_pass(session, [longest] * 2, 0)  # compiles, and fills the workspaces of the libraries
-        two, four, six = (measure_pass(session, [longest] * n, m)[1] for n, m in ((2, 0), (4, 0), (4, some)))
-        layer = (six - four) / 4 / (some - 1)
+    longest = max(prompts, key=lambda prompt: len(prompt.input_ids))
+    step, some = math.ceil(config.batch_size * config.grad_accum_steps / team()[1]), max(2, layers // 4)
+    measure_pass(session, [longest] * 2, 0)  # compiles, and fills the workspaces of the libraries
+    two, four, more = (measure_pass(session, [longest] * n, stored)[1] for n, stored in ((2, 0), (4, 0), (2, some)))
+    candidates, tried = [], {MemoryPlan(1, 0 if config.gradient_checkpointing else layers): 0.0}
+    if math.isfinite(two + four + more):
+        layer = max(1.0, (more - two) / 2 / (some - 1))
         costs = (2 * two - four + state_bytes, (four - two) / 2 - layer, layer)
-        for micro_batch, stored in candidate_plans(costs, memory_budget(), layers, step, config.gradient_checkpointing):
-            measure_pass(session, [longest] * micro_batch, stored)  # the allocator grows
-            seconds, peak = measure_pass(session, [longest] * micro_batch, stored)
-            plan = MemoryPlan(micro_batch, stored, (peak + state_bytes) / 2**30)
-            LOGGER.info("%s: %.1f questions/s", plan, micro_batch / seconds)
-            tried[plan] = micro_batch / seconds if plan.peak_gib * 2**30 < memory_budget() else 0.0
-    except torch.OutOfMemoryError as error:
-        LOGGER.info("Measuring ended without memory: %s", error)
-    clear_memory()
-    plan = max(tried, key=tried.get, default=MemoryPlan(1, 0))
+        candidates = candidate_plans(costs, memory_budget(), layers, step, config.gradient_checkpointing)
+    for micro_batch, stored in candidates:
+        measure_pass(session, [longest] * micro_batch, stored)  # the allocator grows
+        seconds, peak = measure_pass(session, [longest] * micro_batch, stored)
+        clear_memory()
+        plan = MemoryPlan(micro_batch, stored, (peak + state_bytes) / 2**30)
+        LOGGER.info("%s: %.1f questions/s", plan, micro_batch / seconds)
+        if peak + state_bytes < memory_budget():
+            tried[plan] = micro_batch / seconds
+    plan = max(tried, key=tried.get)
     LOGGER.info("Decision: of %d questions in a step and %d layers, %s", step, layers, plan)
     return plan
 
@@ -1854,7 +1870,9 @@ def cache_gain(session: Session, frame: pd.DataFrame, uses: int, passes: int) ->
     times, and the language model then does the work of `passes` forward passes."""
     prompts = (make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(len(frame)))
     missing = (prompt for prompt in prompts if not session.cache.covers([prompt.image_key]))
-    batch = collate(session, [*itertools.islice(missing, 8)])
+    if not (chosen := [*itertools.islice(missing, 8)]):
+        return 1.0  # another process of the team asks
+    batch = collate(session, chosen)
     with torch.inference_mode():
         for _ in range(2):  # the second one counts
             start = time.perf_counter()
@@ -1868,12 +1886,13 @@ def cache_gain(session: Session, frame: pd.DataFrame, uses: int, passes: int) ->
 def fill_cache(session: Session, frame: pd.DataFrame, uses: int, passes: int) -> None:
     """Store the features of a frame's images where that saves at least 15 % of the time; say so where it does not."""
     budget = pixel_budget(session.config, session.processor)
-    if session.device.type == "cuda" and not session.cache.covers((digest, *budget) for digest in frame["pixel_hash"]):
+    is_cached = session.cache.covers((digest, *budget) for digest in frame["pixel_hash"])
+    if session.device.type == "cuda" and agree(not is_cached):
         gain = cache_gain(session, frame, uses, passes)
         LOGGER.info(
             "Decision: vision cache %s: it would save %.0f %% of the time", "on" if gain >= 0.15 else "off", 100 * gain
         )
-        if gain < 0.15:
+        if not agree(gain >= 0.15):
             return
     if session.cache.fill(frame, budget, session.progress):
         session.cache.rest()
@@ -2050,6 +2069,7 @@ class FoldTrainer:
         self.metrics = MetricLogger(run.fold_dir(fold) / "metrics.jsonl")
         self.history, self.losses = [], []  # of the epochs, and of the steps of the current one
         self.best: dict = {"score": None, "epoch": -1, "tensors": {}}
+        self.gradient_norm = math.nan  # of the last step, before clipping
         self.padding = 0.0  # share of padded positions in the current epoch
         self.skipped, self.next_step = 0, 0  # steps without an update; the next one of the current epoch
         self.last_save = time.monotonic()
@@ -2155,7 +2175,8 @@ class FoldTrainer:
         add_up_gradients(self.parameters.values())
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
-        total, norm = torch.stack([total, norm]).tolist()  # the one place where a step waits for the GPU
+        total, norm = torch.stack([total, norm]).tolist()  # waits for the GPU
+        self.gradient_norm = norm
         if math.isfinite(total) and math.isfinite(norm):
             self.scaler.step(self.optimizer)
             self.after_step(epoch)
@@ -2187,6 +2208,7 @@ class FoldTrainer:
                 int(_generator(self.config.seed, self.fold, epoch, step, f"dropout {team()[0]}").integers(2**31))
             )
             total = torch.zeros((), device=self.session.device)
+            self.scaler.scale(total)  # makes its scale, also in a process of a team that has no row of this step
             try:
                 for batch in split_batches(self.session, all_batches(), self.plan.micro_batch):
                     states = answer_states(self.session, batch)
@@ -2195,12 +2217,15 @@ class FoldTrainer:
                     total += loss.detach()
                 return total
             except torch.OutOfMemoryError as error:
-                if self.plan.micro_batch == 1:
+                recompute = self.config.gradient_checkpointing and self.plan.stored_layers > 0
+                if self.plan.micro_batch == 1 and not recompute:
                     raise out_of_memory(error) from error
             states = loss = None  # they hold the activations
             self.optimizer.zero_grad(set_to_none=True)
             clear_memory(LOGGER)
-            self.plan = dataclasses.replace(self.plan, micro_batch=math.ceil(self.plan.micro_batch / 2))
+            stored = 0 if recompute else self.plan.stored_layers
+            self.session.plan = self.plan = MemoryPlan(math.ceil(self.plan.micro_batch / 2), stored)
+            recompute_layers(self.session, stored)
             text = f"fold {self.fold}: out of memory, {self.plan.micro_batch} questions per forward pass from here on"
             self.session.note(f"{text}; an optimizer step still takes {rows}")
 
@@ -2217,7 +2242,9 @@ class FoldTrainer:
         memory = memory_summary()
         details = {"loss": round(self.losses[-1], 4), "lr": f"{self.optimizer.param_groups[0]['lr']:.1e}"}
         details |= {"samples/s": round(speed, 1), "GiB": memory.get("gpu_peak_gib", memory["rss_gib"])}
-        self.metrics.log(epoch=epoch, step=step, **details | {"loss": self.losses[-1]})
+        self.metrics.log(
+            epoch=epoch, step=step, gradient_norm=self.gradient_norm, **details | {"loss": self.losses[-1]}
+        )
         done = epoch * self.steps_per_epoch + step + 1
         self.session.progress(f"fold {self.fold} training", done, self.total_steps, together=True, **details)
 
@@ -2403,7 +2430,8 @@ def predict_logits(session: Session, frame: pd.DataFrame, views: Sequence, label
     size = session.config.infer_batch_size if session.config.use_batch_inference else 1
     by_length = np.argsort([-len(prompt.input_ids) for prompt, _ in planned], kind="stable")
     rank, processes = team()
-    batches = [by_length[start : start + size] for start in range(0, len(planned), size)][rank::processes]
+    batches = [by_length[start : start + size] for start in range(0, len(planned), size)]
+    everyone, batches = len(batches) // processes, batches[rank::processes]  # so many each process has at least
     present = np.array([present_choices(row) for _, row in frame.iterrows()])
     first, result = partial.read() if partial else (0, None)  # a Partial: where an earlier process stopped
     result = np.full((len(frame), len(views), 4), np.nan, dtype=np.float32) if result is None else result
@@ -2428,7 +2456,7 @@ def predict_logits(session: Session, frame: pd.DataFrame, views: Sequence, label
             if partial:
                 partial.save(done, result)
             try:
-                session.progress(label, done, len(batches))
+                session.progress(label, done, len(batches), together=done <= everyone)
             except Interrupted:
                 if partial:
                     partial.save(done, result, now=True)
@@ -3239,7 +3267,7 @@ class Run:
             views_cost(session, all_views(self.config, session.processor)),
         )
         questions = (len(waiting) + training) * (held_out + len(self.test)) * cost + 3 * training * held_out
-        return 1.25 * seconds_per_question * questions
+        return 1.25 * seconds_per_question * questions / team()[1]
 
     @contextlib.contextmanager
     def owned(self, folds: Sequence[int]) -> Iterator[None]:
@@ -3339,10 +3367,10 @@ def stage_zeroshot(session: Session, run: Run, fold: int) -> None:
     rows = min(run.config.zeroshot_rows or len(run.train), len(run.train))
     frame = run.train.sample(rows, random_state=run.config.seed).sort_index().reset_index(drop=True)
     fill_cache(session, run.train, uses=run.training_uses, passes=3)
-    partial = Partial(run.directory / "zeroshot.partial.npz", run.fingerprint, run.config)
+    partial = partial_scores(session, run, run.directory / "zeroshot.partial.npz")
     logits = predict_logits(session, frame, [View("rotation 0")], "zero-shot", partial)
     write_logits(run.directory / "zeroshot.npz", frame, logits, ["rotation 0"], run.fingerprint)
-    partial.path.unlink(missing_ok=True)
+    (run.directory / "zeroshot.partial.npz").unlink(missing_ok=True)
 
 
 def load_adapter(model, folder: Path):
@@ -3354,6 +3382,13 @@ def load_adapter(model, folder: Path):
     if differing or set(loaded) != set(stored):
         raise CheckpointError(f"{folder} was not loaded completely: {differing[:3] or set(loaded) ^ set(stored)}")
     return adapted
+
+
+def partial_scores(session: Session, run: Run, path: Path) -> Partial | None:
+    """Where half-done scores are kept; not in a team: the others would start anew, and the first wait for them."""
+    # The number of batches that are done means nothing under another kind of attention, which has other prompts.
+    plan = f"{run.fingerprint} {session.runtime.attention}"
+    return Partial(path, plan, run.config) if team()[1] == 1 else None
 
 
 def stage_predict(session: Session, run: Run, fold: int) -> None:
@@ -3371,12 +3406,10 @@ def stage_predict(session: Session, run: Run, fold: int) -> None:
     try:
         for name, frame, images in (("oof", held_out, run.train), ("test", run.test, run.test)):
             fill_cache(session, images, uses=len(run.config.folds_to_train), passes=1)
-            # A team's parts fit no other team: each process has a share of the batches.
-            part = "" if team() == (0, 1) else ".{}of{}".format(*team())
-            partial = Partial(directory / f"{name}.{kind}{part}.partial.npz", run.fingerprint, run.config)
+            partial = partial_scores(session, run, directory / f"{name}.{kind}.partial.npz")
             logits = predict_logits(session, frame, views, f"fold {fold} {name}", partial)
             write_logits(directory / f"{name}.npz", frame, logits, [view.name for view in views], run.fingerprint)
-            partial.path.unlink(missing_ok=True)
+            (directory / f"{name}.{kind}.partial.npz").unlink(missing_ok=True)
     finally:
         adapted.unload()
 
@@ -3390,7 +3423,8 @@ STAGES = {  # what does it for one fold, and the file that it writes last: where
 
 def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: Callable) -> None:
     """Do what is missing of `stages` for `folds`, loading the model at most once."""
-    session, longest = None, 0.0
+    session, logged = None, read_json_lines(run.directory / "stages.jsonl")
+    longest = max((record["seconds"] for record in logged if record["label"].startswith("train")), default=0.0)
     for stage in stages:
         if stage == "predict":
             select_weights(run)
@@ -3399,7 +3433,9 @@ def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: 
                 continue
             if session is None:
                 session = open_session(run.config, run.train.iloc[0])
-                session.progress, session.folds = progress, folds
+                session.progress = progress
+                # A team comes last: it leaves time for what the single devices have still to score.
+                session.folds = folds if team()[1] == 1 else run.config.folds_to_train
                 session.seconds_per_question = run.seconds_per_question()
             label = stage if stage == "zeroshot" else f"{stage} fold {fold}"
             try:
@@ -3495,7 +3531,9 @@ def _watch(run: Run, teams: Sequence[Sequence[subprocess.Popen]]) -> None:
         states = [[process.poll() for process in team] for team in teams]
         running = any(state is None for team in states for state in team)
         for team, known in zip(teams, states, strict=True):
-            if any(known) and None in known:  # the others of this team would wait for the dead one for ever
+            if None in known and any(
+                status not in (None, 0, INTERRUPTED) for status in known
+            ):  # the others of this team would wait for the dead one for ever
                 time.sleep(TEAM_GRACE_SECONDS)
                 for process in team:
                     process.kill()
@@ -3535,7 +3573,7 @@ def run_zeroshot(run: Run) -> pd.DataFrame:
 
 
 def run_folds(config: Config) -> list[FoldResult]:
-    """Train and predict all folds of the run at `config.run_dir`, one worker per GPU with whole folds; resumable."""
+    """Train and predict all folds of the run at `config.run_dir`, a worker per GPU, as `schedule` says; resumable."""
     run = Run.open(config.run_dir)
     # Kaggle ends a session by the age of the notebook's process, however often this is called.
     started = psutil.Process().create_time() if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else time.time()
@@ -3633,6 +3671,7 @@ def main() -> None:
     progress = ProgressFile(Path(options.run) / f"progress_{options.name}.json", options.parent)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, progress.request_stop)
+    see_own_gpu()
     with own_directory(Path(options.run), folds) as directory:
         join_team()
         work(Run.open(directory), folds, stages, progress)
@@ -3655,7 +3694,12 @@ def own_directory(directory: Path, folds: Sequence[int]) -> Iterator[Path]:
         content = json.loads((copy / "config.json").read_text(encoding="utf-8"))
         content["config"]["output_dir"] = place
         atomic_write(copy / "config.json", json.dumps(content))
-        yield copy
+        before = len(read_json_lines(copy / "events.jsonl"))
+        try:
+            yield copy
+        finally:  # what did not go to plan here belongs into the report, too
+            for record in read_json_lines(copy / "events.jsonl")[before:]:
+                MetricLogger(directory / "events.jsonl").log(event=record["event"])
 
 
 def work(run: Run, folds: Sequence[int], stages: Sequence[str], progress: ProgressFile) -> None:

@@ -1,6 +1,7 @@
 """Fast layers compute what the plain ones compute: PEFT's LoRA, torch without compile, every layer checkpointed."""
 
 import bitsandbytes
+import numpy as np
 import peft
 import pytest
 import torch
@@ -171,3 +172,67 @@ def test_items_are_prepared_ahead_in_order():
     begun = []
     items = vqa.ahead(begun.append(number) or number for number in range(4))
     assert next(items) == 0 and [*items] == [1, 2, 3] and begun == [0, 1, 2, 3]
+
+
+@pytest.fixture
+def planned(session, demo_rows, monkeypatch):
+    """planned(room, layers) -> the plan of a GPU of `room` bytes on which a pass costs what the formula says."""
+
+    def plan(room, layers=36, state=0):
+        def measure_pass(_, prompts, stored):
+            peak = 1000 * (10 + len(prompts) * (1 + 0.5 * max(1, stored)))
+            fits = peak + state <= room
+            return (len(prompts) * (3 - stored / layers) + 1, peak) if fits else (np.inf, np.inf)
+
+        class Layers:
+            device, config, decoder_layers = torch.device("cuda"), session.config, [None] * layers
+
+        settings = {"batch_size": 16, "grad_accum_steps": 2, "gradient_checkpointing": True}
+        Layers.config = vqa.dataclasses.replace(session.config, **settings)
+        monkeypatch.setattr(vqa, "measure_pass", measure_pass)
+        monkeypatch.setattr(vqa, "memory_budget", lambda: 0.92 * room)
+        prompts = [vqa.make_prompt(session, demo_rows.train, 0, [(0, 1, 2, 3)])]
+        return vqa.plan_memory(Layers(), prompts, state)
+
+    return plan
+
+
+def test_the_fastest_plan_that_fits_is_chosen(planned):
+    assert planned(10**6) == vqa.MemoryPlan(32, 36, (10 + 32 * 19) * 1000 / 2**30)
+    middle = planned(100_000)
+    assert middle == vqa.MemoryPlan(4, 36, (10 + 4 * 19) * 1000 / 2**30)
+    later = planned(100_000, state=40_000)  # what the optimizer will allocate counts
+    assert later.stored_layers < 36 and middle.peak_gib / 2 < later.peak_gib <= 92_000 / 2**30
+
+
+def test_a_small_model_and_a_small_card_get_a_plan_too(planned):
+    assert planned(10**6, layers=4).stored_layers == 4
+    assert planned(12_000) == planned(5_000) == vqa.MemoryPlan(1, 0)
+
+
+def test_a_pass_without_memory_leaves_no_gradient_behind(session, demo_rows, monkeypatch):
+    model = vqa.attach_lora(session.model, session.config, seed=0).train()
+    vqa.quicken(session, model, 1)
+    for name in ("reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    prompts, loss = [vqa.make_prompt(session, demo_rows.train, 0, [(0, 1, 2, 3)])], vqa.training_loss
+    assert vqa.measure_pass(session, prompts, 0)[1] == 7
+
+    def failing(*arguments):
+        value = loss(*arguments)
+        value.backward()  # some gradients are there
+        raise torch.OutOfMemoryError("a test")
+
+    monkeypatch.setattr(vqa, "training_loss", failing)
+    assert vqa.measure_pass(session, prompts, 0) == (np.inf, np.inf)
+    assert all(value.grad is None for value in vqa.trainable_parameters(model).values())
+
+
+def test_layers_of_another_kind_keep_pefts_forward():
+    class Other(torch.nn.Linear):
+        """As FP8Linear: its weight alone does not say what it computes."""
+
+    for make, lean in ((torch.nn.Linear, True), (Other, False)):
+        _, fast = lora_pair(lambda make=make: make(24, 40).requires_grad_(False))
+        assert type(fast).__name__.startswith("Lean") is lean

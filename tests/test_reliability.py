@@ -287,7 +287,7 @@ def test_inference_continues_where_it_stopped_in_the_same_batches(session, demo_
         calls.append(1)
         return score_batch(*arguments)
 
-    def stop(label, done, total):
+    def stop(label, done, total, together):
         if done == 2:
             raise vqa.Interrupted
 
@@ -295,7 +295,7 @@ def test_inference_continues_where_it_stopped_in_the_same_batches(session, demo_
     session.progress = stop
     with pytest.raises(vqa.Interrupted):
         vqa.predict_logits(session, frame, views, partial=partial)
-    session.progress = lambda *_: None
+    session.progress = lambda *_, **__: None
     assert np.array_equal(vqa.predict_logits(session, frame, views, partial=partial), expected)
     assert len(calls) == 3  # none twice
     partial.path.write_bytes(partial.path.read_bytes()[:-40])

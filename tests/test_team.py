@@ -32,6 +32,11 @@ def results(run):
 
 
 def assert_alike(run, alone):
+    """The same gradient and loss in every step, each written once, and with them the same adapter and scores."""
+    logged = [vqa.read_json_lines(one.fold_dir(0) / "metrics.jsonl") for one in (run, alone)]
+    for ours, theirs in zip(*logged, strict=True):
+        assert ours["step"] == theirs["step"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
     for ours, theirs in zip(results(run), results(alone), strict=True):
         assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs)
 
@@ -43,8 +48,6 @@ def test_two_processes_do_what_one_does(mini_run, tmp_path):
     run = mini_run(**SETTINGS)
     vqa.launch_workers(run, [((None, None), [0])], ["train", "predict"])
     assert_alike(run, train_alone(mini_run(**SETTINGS, output_dir=str(tmp_path / "alone"))))
-    steps = [record["step"] for record in vqa.read_json_lines(run.fold_dir(0) / "metrics.jsonl")]
-    assert steps == [0, 1, 2]  # written once
 
 
 def test_accelerate_launch_starts_a_team(mini_run, tmp_path):
@@ -128,12 +131,13 @@ def test_no_device_is_idle_where_a_team_is_faster(folds, devices, rounds):
     assert vqa.schedule(folds, devices) == rounds
 
 
-def test_the_share_that_a_process_of_a_team_left_is_not_taken_for_all(mini_run, monkeypatch):
+def test_a_team_keeps_no_half_done_scores(mini_run, monkeypatch):
+    """They would be every second batch, and be taken for the first ones by a process that works alone."""
     run = mini_run(**SETTINGS, save_every_steps=1)
     vqa.run_stages(run, [0], ["train"], lambda *_, **__: None)
 
-    def stop(label, done, total, **_):
-        if done == 2:  # the first and the third batch of all
+    def stop(label, done, total, together):
+        if done == 2:
             raise vqa.Interrupted
 
     with monkeypatch.context() as patch:
@@ -141,7 +145,43 @@ def test_the_share_that_a_process_of_a_team_left_is_not_taken_for_all(mini_run, 
         patch.setattr(vqa, "add_up", lambda tensor: tensor)
         with pytest.raises(vqa.Interrupted):
             vqa.run_stages(run, [0], ["predict"], stop)
-    assert len(list(run.fold_dir(0).glob("oof.*.partial.npz"))) == 1
+    assert not list(run.fold_dir(0).glob("*.partial.npz"))
+    with pytest.raises(vqa.Interrupted):
+        vqa.run_stages(run, [0], ["predict"], stop)
+    assert len(list(run.fold_dir(0).glob("*.partial.npz"))) == 1
     vqa.run_stages(run, [0], ["predict"], lambda *_, **__: None)
     for name in ("oof", "test"):
         assert np.isfinite(vqa.read_arrays(run.fold_dir(0) / f"{name}.npz", run.fingerprint)["logits"]).all()
+    assert not list(run.fold_dir(0).glob("*.partial.npz"))
+
+
+def test_a_launched_process_sees_its_own_gpu_only(monkeypatch):
+    for visible, number, expected in ((None, 1, "1"), ("4,6", 1, "6"), ("3", 0, "3")):
+        monkeypatch.setenv("LOCAL_RANK", str(number))
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        vqa.see_own_gpu()
+        assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["LOCAL_RANK"]) == (expected, "0")
+
+
+def test_what_a_further_process_notes_reaches_the_report(mini_run, monkeypatch):
+    run = mini_run()
+    monkeypatch.setenv("RANK", "1")
+    vqa.MetricLogger(run.directory / "events.jsonl").log(event="earlier")
+    with vqa.own_directory(run.directory, [0]) as directory:
+        assert directory != run.directory and vqa.Run.open(directory).config.run_dir == directory
+        vqa.MetricLogger(directory / "events.jsonl").log(event="out of memory")
+    events = [record["event"] for record in vqa.read_json_lines(run.directory / "events.jsonl")]
+    assert events == ["earlier", "out of memory"] and not directory.exists()
+
+
+def test_a_team_leaves_time_for_what_the_single_devices_have_to_score(mini_run, session, monkeypatch):
+    run = mini_run(n_folds=3, tta_rotations=1)  # 24 training rows a fold, 12 of them held out; 12 test rows
+    for fold in (0, 1):
+        vqa.atomic_write(run.fold_dir(fold) / "result.json", "{}")
+    session.folds = run.config.folds_to_train
+    alone = run.inference_seconds(1.0, session, training=1)
+    assert alone == pytest.approx(1.25 * (3 * (12 + 12) + 3 * 12))
+    monkeypatch.setattr(vqa, "team", lambda: (0, 2))
+    assert run.inference_seconds(1.0, session, training=1) == pytest.approx(alone / 2)

@@ -245,6 +245,7 @@ def test_without_memory_the_micro_batch_is_halved_and_the_update_stays_the_same(
     assert "4 questions per forward pass from here on; an optimizer step still takes 8" in trainer.session.notes[0]
     trainer.optimizer.zero_grad()
     trainer.fit()
+    assert trainer.session.plan == trainer.plan  # the next fold starts with it
     assert trainer.plan.micro_batch == 2 and trainer.session.largest_batch == 2
     resumed = vqa.FoldTrainer(open_run_session(run), run, 0)
     resumed.resume()
