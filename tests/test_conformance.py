@@ -751,23 +751,17 @@ UNSAFE = [
     pytest.param(make_tar, {"kind": tarfile.LNKTYPE, "target": "x"}, [f"'more.txt' {OUT}"], id="make_tar: a hard link"),
     pytest.param(make_tar, {"kind": tarfile.CHRTYPE}, [f"'more.txt' {OUT}"], id="make_tar: a device"),
     pytest.param(make_tar, {"kind": tarfile.FIFOTYPE}, [f"'more.txt' {OUT}"], id="make_tar: a pipe"),
-    pytest.param(
-        make_zip,
-        {"content": bytes(101 * 2**20)},
-        [
-            "member 'more.txt' is number 8 and makes 105,9",
-            "the limit is 2,000,000 and 104,857,600 (decompression bomb)",
-        ],
-        id="make_zip: a bomb",
-    ),
-    pytest.param(
-        make_tar,
-        {"content": bytes(101 * 2**20)},
-        [
-            "member 'more.txt' is number 8 and makes 105,9",
-            "the limit is 2,000,000 and 104,857,600 (decompression bomb)",
-        ],
-        id="make_tar: a bomb",
+    *(
+        pytest.param(
+            make,
+            {"content": bytes(101 * 2**20)},
+            [
+                "member 'more.txt' is number 8 and makes 105,9",
+                "the limit is 2,000,000 and 104,857,600 (decompression bomb)",
+            ],
+            id=f"{make.__name__}: a bomb",
+        )
+        for make in (make_zip, make_tar)
     ),
     pytest.param(
         make_zip,
