@@ -1305,7 +1305,7 @@ def open_session(config: Config, example: Mapping) -> Session:
     return Session(config, runtime, processor, model, letters, cache, rows, device)
 
 
-# === Prompts and batches ============================================================================================
+# === Prompts and batches =============================================================================================
 @dataclass(frozen=True)
 class Prompt:
     """One question at one pixel budget, tokenised: what its choice orders have in common, then the rest of each."""
@@ -3528,14 +3528,13 @@ def _watch(run: Run, teams: Sequence[Sequence[subprocess.Popen]]) -> None:
     handle = ipython.display.display({"text/plain": ""}, raw=True, display_id=True) if in_notebook else None
     started, running = time.monotonic(), True
     while running:
-        states = [[process.poll() for process in team] for team in teams]
-        running = any(state is None for team in states for state in team)
-        for team, known in zip(teams, states, strict=True):
-            if None in known and any(
-                status not in (None, 0, INTERRUPTED) for status in known
-            ):  # the others of this team would wait for the dead one for ever
+        states = [[process.poll() for process in members] for members in teams]
+        running = any(None in known for known in states)
+        for members, known in zip(teams, states, strict=True):
+            failed = set(known) - {None, 0, INTERRUPTED}
+            if failed and None in known:  # the others would wait for the dead one for ever
                 time.sleep(TEAM_GRACE_SECONDS)
-                for process in team:
+                for process in members:
                     process.kill()
         lines = [_progress_line(run, number, time.monotonic() - started) for number in range(sum(map(len, teams)))]
         if in_notebook:
