@@ -41,8 +41,7 @@ class Size:
 
     name: str
     pixels: int
-    layers: int
-    hidden: int
+    generate_batches: tuple[int, ...]
     make_config: object
 
 
@@ -65,8 +64,8 @@ def qwen25_3b(token):
 
 
 SIZES = {
-    "8b": Size("Qwen3-VL-8B", 512, 36, 4096, qwen3_8b),
-    "3b": Size("Qwen2.5-VL-3B", 384, 36, 2048, qwen25_3b),
+    "8b": Size("Qwen3-VL-8B", 512, (16, 32), qwen3_8b),
+    "3b": Size("Qwen2.5-VL-3B", 384, (16, 64), qwen25_3b),
 }
 
 
@@ -155,10 +154,10 @@ def make_run(session, rows: int) -> vqa.Run:
 # ---------------------------------------------------------------------------------------------------------------------
 # Ours: the module's own loops over these questions
 # ---------------------------------------------------------------------------------------------------------------------
-def train_ours(session, prompts, rows: int, warm: int = 64) -> tuple[float, vqa.FoldTrainer]:
+def train_ours(session, prompts, rows: int) -> tuple[float, vqa.FoldTrainer]:
     """Training questions per second by FoldTrainer.train_epoch, after a warm-up epoch."""
     trainer = vqa.FoldTrainer(session, make_run(session, rows), 0)
-    trainer.prompts = lambda epoch: prompts[:warm] if epoch == 0 else prompts[:rows]
+    trainer.prompts = lambda epoch: prompts[:64] if epoch == 0 else prompts[:rows]
     vqa.recompute_layers(session, trainer.plan.stored_layers)
     trainer.train_epoch(0, 0)
     torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
@@ -349,7 +348,7 @@ def bench(size: Size, folder: str, options) -> None:
     if "plain" in options.parts:
         table.measure("train: plain recipe, batch 1", lambda: train_plain(session, one, 1, small))
         table.measure("train: plain recipe, batch 8", lambda: train_plain(session, one, min(small, 8), 6))
-        for batch in (4,) if tiny else (16, 32) if size.hidden == 4096 else (16, 64):
+        for batch in (4,) if tiny else size.generate_batches:
             name = f"score: generate 10 tokens, batch {batch}"
             table.measure(name, lambda batch=batch: generate_plain(session, one, batch, 2))
     if "trl" in options.parts and importlib.util.find_spec("trl"):
