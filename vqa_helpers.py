@@ -2472,9 +2472,8 @@ def merge_scores(session: Session, own: np.ndarray) -> np.ndarray:
     return np.where(add_up(count).cpu() > 0, add_up(scores).cpu(), np.nan).astype(np.float32)
 
 
-def generate_baseline(session: Session, frame: pd.DataFrame, model=None, max_new_tokens: int = 4) -> list[str | None]:
+def generate_baseline(session: Session, frame: pd.DataFrame, max_new_tokens: int = 4) -> list[str | None]:
     """Greedy generation with a strict parser, the usual baseline: a letter, or None when the text is anything else."""
-    model = model if model is not None else session.model
     session.model.get_output_embeddings().to(session.device)
     session.model.get_submodule(f"model.{VISION_PREFIX}").to(session.device)
     answers: list[str | None] = []
@@ -2483,7 +2482,9 @@ def generate_baseline(session: Session, frame: pd.DataFrame, model=None, max_new
         inputs = {name: batch[name].to(session.device) for name in MODEL_INPUTS if name != "position_ids"}
         pixels = torch.cat([_checked_pixels(session, prompt) for prompt in batch["prompts"]]).to(session.device)
         with torch.inference_mode():
-            output = model.generate(**inputs, pixel_values=pixels, max_new_tokens=max_new_tokens, do_sample=False)
+            output = session.model.generate(
+                **inputs, pixel_values=pixels, max_new_tokens=max_new_tokens, do_sample=False
+            )
         text = session.processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         match = re.fullmatch(r"\s*\(?([a-d])\)?\.?\s*", text, re.IGNORECASE)
         answers.append(match.group(1).lower() if match else None)
