@@ -1194,6 +1194,22 @@ def load_model(config: Config, runtime: Runtime, attempts: int = 3):
     ) from cause
 
 
+def keep_gpu_fed(model) -> None:
+    """Replace the two places of the forward pass at which the CPU would wait for the GPU; the sums stay the same."""
+    inner, tokens = model.model, (model.config.image_token_id, model.config.video_token_id)
+
+    def get_placeholder_mask(input_ids, *_, **__):  # `answer_states` counts the image tokens, on the CPU
+        return tuple((input_ids == token)[..., None] for token in tokens)
+
+    def add_deepstack(hidden_states, visual_pos_masks, visual_embeds):
+        embeds, mask = visual_embeds.to(hidden_states), visual_pos_masks[..., None]
+        return hidden_states + torch.zeros_like(hidden_states).masked_scatter(mask, embeds)
+
+    inner.get_placeholder_mask = get_placeholder_mask
+    if hasattr(inner.language_model, "_deepstack_process"):
+        inner.language_model._deepstack_process = add_deepstack
+
+
 def attach_lora(model, config: Config, seed: int):
     """A fresh LoRA adapter around `model`, a function of `seed`; asserted to be fp32 and outside the vision tower."""
     torch.manual_seed(seed)
@@ -1248,7 +1264,9 @@ def check_template(processor, messages: list[dict]) -> tuple[tuple[int, ...], ..
 
 def choice_logits(logits, letters: Sequence[Sequence[int]]):
     """Scores (batch, 4) from vocabulary logits (batch, vocabulary): log-sum-exp over each letter's variants."""
-    return torch.stack([logits[:, list(variants)].logsumexp(dim=-1) for variants in letters], dim=-1)
+    # One column at a time: a list of columns would go to the GPU first, and the CPU wait for that.
+    columns = [torch.stack([logits[:, token] for token in variants], dim=-1) for variants in letters]
+    return torch.stack([values.logsumexp(dim=-1) for values in columns], dim=-1)
 
 
 @dataclass
@@ -1298,6 +1316,7 @@ def open_session(config: Config, example: Mapping) -> Session:
     letters = check_template(processor, build_messages(example))
     with track_peak_memory("model loaded"):
         model = load_model(config, runtime)
+    keep_gpu_fed(model)
     device, head, cache = model.device, model.get_output_embeddings(), VisionCache(model, processor, config.cache_dir)
     rows = head.weight[[token for variants in letters for token in variants]].float()
     if config.loss == "choices" and head.weight is not model.get_input_embeddings().weight:
@@ -1390,7 +1409,7 @@ def collate(session: Session, prompts: Sequence[Prompt]) -> dict:
     targets = [order.index(prompt.label) if prompt.label >= 0 else -1 for prompt, order in answers]
     inputs |= {"targets": torch.tensor(targets)}  # in prompt positions
     inputs |= {"present": torch.tensor([permute_choices(prompt.present, order) for prompt, order in answers])}
-    inputs |= {"prompts": list(prompts)}
+    inputs |= {"prompts": list(prompts), "padded": len(lengths) > 1}
     if session.cache.covers(prompt.image_key for prompt in prompts):
         inputs["features"] = [session.cache.read(prompt.image_key) for prompt in prompts]
     else:
@@ -1413,9 +1432,17 @@ def answer_states(session: Session, batch: Mapping):
     inputs = {name: batch[name].to(session.device, non_blocking=True) for name in MODEL_INPUTS}
     turing = any(gpu["capability"] < 8.0 for gpu in session.runtime.gpus)  # its fast kernel refuses GQA without a mask
     several = len(batch["present"]) > len(batch["prompts"])
-    if session.shares_prefixes and (turing or several or not batch["attention_mask"].all()):
+    if session.shares_prefixes and (turing or several or batch["padded"]):
         inputs["attention_mask"] = tree_mask(batch["segments"].to(session.device, non_blocking=True))
-    inputs["mm_encoder_outputs"] = {"image": session.cache.encoder_outputs(batch)}
+    elif not batch["padded"]:
+        del inputs["attention_mask"]  # it says nothing, and asking it would wait for the GPU
+    encoded = session.cache.encoder_outputs(batch)
+    tokens = sum(np.count_nonzero(prompt.input_ids == session.processor.image_token_id) for prompt in batch["prompts"])
+    features = sum(map(len, encoded.pooler_output))
+    if tokens != features:
+        paths = sorted({prompt.path for prompt in batch["prompts"]})
+        raise DataError(f"{tokens} image tokens but {features} image features, for the images {paths}")
+    inputs["mm_encoder_outputs"] = {"image": encoded}
     states = session.model.model(**inputs, use_cache=False).last_hidden_state
     return states[tuple(batch["answers"].to(session.device, non_blocking=True))]
 
@@ -1656,7 +1683,7 @@ def measure_pass(session: Session, prompts: Sequence[Prompt], stored: int) -> tu
     recompute_layers(session, stored)
     torch.cuda.reset_peak_memory_stats()
     batch = collate(session, prompts)
-    batch["attention_mask"][0, 0] = 0  # as if padded: attention then takes the mask, as it does in training
+    batch["padded"] = True  # attention then takes a mask, as it does in training
     try:
         start = time.perf_counter()
         training_loss(session, answer_states(session, batch), batch).backward()
@@ -2382,14 +2409,33 @@ class Partial:
             self.written = time.monotonic()
 
 
-def score_batch(session: Session, batch: Mapping) -> np.ndarray:
-    """Scores (answers, 4) in prompt positions; in smaller parts, from here on, when memory runs out."""
+def score_batches(session: Session, batches: Iterable[Mapping]) -> Iterator[np.ndarray]:
+    """Scores (answers, 4) of each batch in prompt positions, handed over while the GPU is at the next batch."""
+    waiting = deque()
+
+    def receive() -> np.ndarray:
+        scores, copied = waiting.popleft()
+        if copied is not None:
+            copied.synchronize()
+        return scores.numpy()
+
+    for batch in batches:
+        scores = score_batch(session, batch).to("cpu", non_blocking=True)
+        waiting.append((scores, torch.cuda.current_stream().record_event() if session.device.type == "cuda" else None))
+        if len(waiting) > 1:
+            yield receive()
+    while waiting:
+        yield receive()
+
+
+def score_batch(session: Session, batch: Mapping):
+    """Scores (answers, 4) on the device; in smaller parts, from here on, when memory runs out."""
     while True:
         size = session.largest_batch or len(batch["prompts"])
         try:
             parts = split_batches(session, [batch], size)
             scores = [answer_scores(session, answer_states(session, part)) for part in parts]
-            return torch.cat(scores).cpu().numpy()
+            return torch.cat(scores)
         except torch.OutOfMemoryError as error:
             if size == 1:
                 raise out_of_memory(error) from error
@@ -2439,14 +2485,14 @@ def predict_logits(session: Session, frame: pd.DataFrame, views: Sequence, label
     session.model.eval()
     with torch.inference_mode():
         loader = iterate_batches(session, [prompt for prompt, _ in planned], batches[first:])
-        for done, batch in enumerate(loader, first + 1):
+        for done, scores in enumerate(score_batches(session, loader), first + 1):
             shown = [planned[item] for item in batches[done - 1]]
             answers = [
                 (prompt, order, view)
                 for prompt, views_of in shown
                 for order, view in zip(prompt.orders, views_of, strict=True)
             ]
-            for (prompt, order, view), score in zip(answers, score_batch(session, batch), strict=True):
+            for (prompt, order, view), score in zip(answers, scores, strict=True):
                 original = unpermute_scores(score, order)
                 if not np.isfinite(original[present[prompt.row]]).all():
                     raise FloatingPointError(f"Non-finite scores for row {frame['id'].iloc[prompt.row]}: {original}")

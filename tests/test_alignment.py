@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import perturb_adapter
+from conftest import perturb_adapter, use_huggingfaces_forward
 from qwen_vl_utils import process_vision_info
 
 import vqa_helpers as vqa
@@ -21,6 +21,7 @@ def own_inputs(session, text, path):
 
 def huggingface_loss(session, model, frame):
     """The usual recipe: prompt and answer in one chat, every label -100 but the answer's letter, HF's own loss."""
+    use_huggingfaces_forward(session)
     losses = []
     for _, row in frame.iterrows():
         messages = vqa.build_messages(row)

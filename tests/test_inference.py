@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import perturb_adapter
+from conftest import perturb_adapter, use_huggingfaces_forward
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vqa_helpers as vqa
 
@@ -218,3 +219,42 @@ def test_other_kinds_of_attention_get_separate_prompts(session, demo_rows, repla
     session.runtime = replace(session.runtime, attention="eager")
     planned = vqa.plan_prompts(session, demo_rows.train.head(2), [vqa.View("", turn) for turn in range(4)])
     assert [len(prompt.orders) for prompt, _ in planned] == [1] * 8
+
+
+class Waits(TorchDispatchMode):
+    """Notes every operation whose result the CPU must know before it can go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        by_mask = "index" in str(operation) and any(
+            index is not None and index.dtype == torch.bool for index in arguments[1] or ()
+        )
+        if by_mask or operation in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default):
+            self.found.append(str(operation))
+        return operation(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("rows", [(0, 0), (0, 1, 2)])  # without padding, and with it
+def test_the_forward_pass_never_waits_for_the_gpu_and_computes_what_huggingfaces_does(session, demo_rows, rows):
+    orders = [(0, 1, 2, 3)]
+    batch = vqa.collate(session, [vqa.make_prompt(session, demo_rows.train, row, orders) for row in rows])
+    batch["features"] = session.cache.tower(batch)
+    inputs = {name: batch[name] for name in vqa.MODEL_INPUTS}
+    encoded = session.cache.encoder_outputs(batch)
+    with torch.no_grad(), Waits() as ours:
+        states = vqa.answer_states(session, batch)
+    use_huggingfaces_forward(session)
+    with torch.no_grad(), Waits() as theirs:
+        plain = session.model.model(**inputs, mm_encoder_outputs={"image": encoded}).last_hidden_state[:, -1]
+    assert theirs.found and not ours.found
+    assert torch.allclose(states, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_an_image_with_too_few_features_is_an_error_that_names_it(session, demo_rows):
+    batch = vqa.collate(session, [vqa.make_prompt(session, demo_rows.train, 0, [(0, 1, 2, 3)])])
+    batch["features"] = [tuple(layer[1:] for layer in image) for image in session.cache.tower(batch)]
+    with pytest.raises(vqa.DataError, match=r"\d+ image tokens but \d+ image features.*train_"):
+        vqa.answer_states(session, batch)
