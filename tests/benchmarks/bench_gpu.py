@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as the workers have it
@@ -28,10 +29,13 @@ import transformers
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from conftest import build_qwen25_twin, use_huggingfaces_forward  # noqa: E402
+
 import vqa_helpers as vqa  # noqa: E402
 
 CAP_GIB = 13.0
 TEXT, SUFFIX = 110, 45
+TRL_SETTINGS = {"8b": [(32, True), (16, True)], "3b": [(8, False), (4, False), (16, True)]}  # batch, checkpointing
 ORDERS = [vqa.View("", turn).order for turn in range(4)]
 
 
@@ -71,8 +75,6 @@ SIZES = {
 
 def build(size: Size, folder: Path) -> Path:
     """Random weights at real size beside the demo's processor, in a folder that from_pretrained loads."""
-    from conftest import build_qwen25_twin
-
     tiny = vqa.DEMO / "tiny_qwen3_vl" if size.make_config is qwen3_8b else build_qwen25_twin(folder / "tiny")
     processor = transformers.AutoProcessor.from_pretrained(tiny)
     names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
@@ -196,8 +198,7 @@ def plain_adapter(session):
         head.to(session.device)
     session.model.model.visual.to(session.device)
     model = vqa.attach_lora(session.model, session.config, 0)
-    for layer in session.decoder_layers:
-        layer.__dict__.pop("forward", None)
+    use_huggingfaces_forward(session)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     precision = torch.float16 if session.runtime.precision == "fp16" else torch.bfloat16
     try:
@@ -206,6 +207,7 @@ def plain_adapter(session):
     finally:
         model.gradient_checkpointing_disable()
         model.unload()
+        vqa.keep_gpu_fed(session.model)
         session.cache.rest()
         vqa.clear_memory()
 
@@ -270,21 +272,31 @@ def question_flops(session, length: int, training: bool) -> float:
     return forward + backward if training else forward
 
 
-def idle_share(work) -> tuple[float, pd.Series]:
-    """Share of the time between the first and the last kernel in which the GPU did nothing; time by kernel name."""
+def idle_share(work) -> tuple[float, pd.Series, pd.Series]:
+    """Share of the time between the first and the last kernel in which the GPU did nothing; then milliseconds by
+    kernel, and of the idle gaps by the kernels around them."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         work()
         torch.cuda.synchronize()
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    spans = sorted((event.time_range.start, event.time_range.end) for event in events)
-    busy, reached = 0.0, spans[0][0]
-    for start, end in spans:
-        busy += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    names = pd.Series([event.name[:60] for event in events])
-    times = pd.Series([event.time_range.end - event.time_range.start for event in events])
-    return 1 - busy / (reached - spans[0][0]), times.groupby(names).sum().sort_values(ascending=False)
+    events = sorted(events, key=lambda event: event.time_range.start)
+    first, reached, before = events[0].time_range.start, events[0].time_range.end, events[0].name
+    gaps, times = Counter(), Counter()
+    for event in events:
+        start, end, name = event.time_range.start, event.time_range.end, event.name[:50]
+        gaps[f"{before} -> {name}"] += max(0.0, start - reached) / 1000
+        times[name] += (end - start) / 1000
+        if end > reached:
+            reached, before = end, name
+    idle = sum(gaps.values()) / (reached - first) * 1000
+    return idle, *(pd.Series(dict(counter.most_common(14)), dtype=float).round(1) for counter in (times, gaps))
+
+
+def print_idle(name: str, work) -> None:
+    share, *where = idle_share(work)
+    sys.stdout.write(f"GPU idle between the kernels of {name}: {100 * share:.1f} %\n")
+    sys.stdout.writelines(f"{part.to_string()}\n" for part in where)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,6 +367,7 @@ def bench(size: Size, folder: str, options) -> None:
         from trl_speed import trl_samples_per_second
 
         session.model.to(session.device)  # the parts that rest
+        use_huggingfaces_forward(session)
         for batch, checkpointing in options.trl:
             name = f"train: TRL SFTTrainer, batch {batch}, checkpointing {checkpointing}"
             table.measure(
@@ -363,6 +376,7 @@ def bench(size: Size, folder: str, options) -> None:
                     session.model, session.processor, pixels, TEXT, batch, checkpointing
                 ),
             )
+        vqa.keep_gpu_fed(session.model)
         session.cache.rest()
     if "ours" in options.parts:
         ours = table.measure("train: ours", lambda: train_ours(session, one, rows))
@@ -378,9 +392,8 @@ def bench(size: Size, folder: str, options) -> None:
                 name = f"score: ours, four orders, batch {batch}"
                 table.measure(name, lambda batch=batch: score_ours(session, four, batch))
             if not tiny:
-                trainer.prompts = lambda epoch: one[:96]
-                share, kernels = idle_share(lambda: trainer.train_epoch(2, 0))
-                sys.stdout.write(f"GPU idle between the kernels of training: {100 * share:.1f} %\n{kernels.head(14)}\n")
+                trainer.prompts = lambda epoch: one[:128]
+                print_idle("training under the cap", lambda: trainer.train_epoch(2, 0))
             trainer.model.unload()
             vqa.clear_memory()
     if "uncapped" in options.parts and not tiny:
@@ -395,6 +408,9 @@ def bench(size: Size, folder: str, options) -> None:
                 share = speed * question_flops(session, length, training) / rate
                 sys.stdout.write(f"share of that rate in {name}: {100 * share:.1f} %\n")
         if ours:
+            ours[1].prompts = lambda epoch: one[:256]
+            print_idle("training", lambda: ours[1].train_epoch(2, 0))
+            print_idle("scoring", lambda: score_ours(session, one, 64))
             sys.stdout.write(f"plan without the cap: {ours[1].plan}\n")
             ours[1].model.unload()
     for what in ("eager", "peft"):
@@ -444,9 +460,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="the demo's model on this CPU: does everything run?")
     options = parser.parse_args()
     options.parts = options.parts.split(",")
-    options.trl = (
-        [(2, True)] if options.tiny else [(32, True), (16, True)] if options.model == "8b" else [(8, False), (16, True)]
-    )
+    options.trl = [(2, True)] if options.tiny else TRL_SETTINGS[options.model]
     size, folder = SIZES[options.model], Path(tempfile.mkdtemp())
     vqa.setup_logging(folder, to_file=False)
     try:

@@ -1,0 +1,120 @@
+"""Two GPUs of one machine against one: two folds side by side, and one fold by both, on an 8B of random weights.
+
+    python tests/benchmarks/two_gpus.py              # both told to be T4s: 13 GiB, fp16, no flash attention
+    python tests/benchmarks/two_gpus.py --tiny       # the demo's model and two processes on this CPU: does it run?
+
+Each line is a real run of the workers, from their start to their end, on the demo's questions with enlarged images.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/benchmarks")]
+
+import bench_gpu  # noqa: E402
+
+import vqa_helpers as vqa  # noqa: E402
+
+# What the workers import before anything else: a T4's memory and kernels.
+T4_LIMITS = """
+import torch
+def limit():
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction({gib} * 2**30 / total)
+torch.cuda._lazy_call(limit)
+torch.backends.cuda.enable_flash_sdp(False)
+"""
+T4_TABLE = "#!/bin/sh\nprintf '0, Tesla T4, 15360, 7.5\\n1, Tesla T4, 15360, 7.5\\n'\n"  # for nvidia-smi
+
+
+def pretend_t4(folder: Path) -> None:
+    """Let this process and the workers find two T4s."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(T4_LIMITS.format(gib=bench_gpu.CAP_GIB))
+    (folder / "nvidia-smi").write_text(T4_TABLE)
+    (folder / "nvidia-smi").chmod(0o755)
+    os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"
+    os.environ["PYTHONPATH"] = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
+
+
+def enlarge_demo(folder: Path, rows: int, pixels: int) -> Path:
+    """The demo's first rows with images of `pixels` pixels square."""
+    for name, count in (("train", rows), ("test", rows // 4), ("sample_submission", rows // 4)):
+        frame = pd.read_csv(vqa.DEMO / f"{name}.csv", dtype=str, keep_default_na=False).head(count)
+        folder.mkdir(exist_ok=True)
+        frame.to_csv(folder / f"{name}.csv", index=False)
+        for path in frame.get("path", ()):
+            (folder / path).parent.mkdir(exist_ok=True)
+            Image.open(vqa.DEMO / "images" / path).convert("RGB").resize((pixels, pixels)).save(folder / path)
+    return folder
+
+
+def measure(name: str, config: vqa.Config, jobs: list) -> dict:
+    """Train, then score, the folds of `jobs` with workers as run_folds starts them; seconds, speed and memory."""
+    competition = vqa.load_competition(config.data_dir, config.max_fallback_share)
+    run = vqa.start_run(config, competition, vqa.make_folds(competition.train, config.n_folds, config.seed))
+    row = {"run": name}
+    for stage in ("train", "predict"):
+        start = time.perf_counter()
+        vqa.launch_workers(run, jobs, [stage])
+        row[f"{stage}, s in all"] = time.perf_counter() - start
+    logged = vqa.read_json_lines(run.directory / "stages.jsonl")
+    for stage in ("train", "predict"):
+        row[f"{stage}, s of the stage"] = max(line["seconds"] for line in logged if line["label"].startswith(stage))
+    folds = [fold for _, part in jobs for fold in part]
+    histories = [pd.read_csv(run.fold_dir(fold) / "history.csv") for fold in folds]
+    row["training, questions/s of a fold"] = min(history["samples_per_second"].iloc[-1] for history in histories)
+    row["peak GiB"] = max(line.get("gpu_peak_gib", 0.0) for line in logged)
+    events = [line["event"] for line in vqa.read_json_lines(run.directory / "events.jsonl")]
+    sys.stdout.write(f"\n{json.dumps(row)}\nevents: {events}\n")
+    for log in sorted(run.directory.glob("worker_*.log")):
+        decisions = [line for line in log.read_text().splitlines() if "Decision" in line or "MemoryPlan" in line]
+        sys.stdout.write("\n".join([log.name, *decisions, ""]))
+    sys.stdout.flush()
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--rows", type=int, default=512, help="training rows; a fold trains on half of them")
+    parser.add_argument("--overrides", default="{}", help="JSON object of config fields")
+    options = parser.parse_args()
+    place = Path(tempfile.mkdtemp())
+    vqa.setup_logging(place, to_file=False)
+    devices: list = [None, None] if options.tiny else [0, 1]
+    model = vqa.DEMO / "tiny_qwen3_vl" if options.tiny else bench_gpu.build(bench_gpu.SIZES["8b"], place)
+    data = enlarge_demo(place / "data", 48 if options.tiny else options.rows, 96 if options.tiny else 512)
+    settings = {"n_folds": 2, "num_epochs": 1, "max_fallback_share": 0.5, "output_dir": str(place / "outputs")}
+    settings |= {"model_id": str(model), "data_dir": str(data), "save_every_epoch": False}
+    settings |= {"batch_size": 16, "grad_accum_steps": 2} | json.loads(options.overrides)
+    preset = "demo" if options.tiny else "kaggle_t4x2"
+    pretend_t4(place / "t4") if not options.tiny else None
+    names = {
+        "one fold on one": [((devices[0],), (0,))],
+        "two folds on two": [((device,), (fold,)) for fold, device in enumerate(devices)],
+        "one fold on both": [(tuple(devices), (0,))],
+    }
+    rows = []
+    for name, jobs in names.items():
+        config = vqa.Config.preset(preset, **settings, run_name=name.replace(" ", "_"))
+        rows.append(measure(name, config, jobs))
+    table = pd.DataFrame(rows).set_index("run").T.rename_axis("")
+    sys.stdout.write(f"{vqa.markdown_table(table)}\n")
+    one, two, both = (table[name] for name in names)
+    sys.stdout.write(f"two folds on two / one on one: {two.iloc[0] / one.iloc[0]:.3f} of the time to train\n")
+    sys.stdout.write(f"and to score: {two.iloc[1] / one.iloc[1]:.3f}\n")
+    sys.stdout.write(f"one fold on both: {both.iloc[4] / one.iloc[4]:.2f} times as fast in training\n")
+
+
+if __name__ == "__main__":
+    main()
