@@ -1138,8 +1138,26 @@ def build_messages(row, order=(0, 1, 2, 3), templates=PROMPT_TEMPLATES) -> list[
 
 
 # === Model ===========================================================================================================
-# Projections of the language model's decoder layers and nothing else: the vision tower stays as it was pretrained.
-LORA_TARGETS = r"(?:.*\.)?language_model\.layers\.\d+\.(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)"
+@dataclass(frozen=True)
+class Family:
+    """What differs between families of models and cannot be read from the model itself."""
+
+    is_attention_only: bool = True  # a mask can keep choice orders apart; a recurrent layer would carry them over
+    is_compiled: bool = True  # torch.compile is used for its decoder layers
+
+
+FAMILIES = {  # transformers' model_type -> what to know about it; all others are refused
+    "qwen2_5_vl": Family(),
+    "qwen3_vl": Family(),
+    "qwen3_vl_moe": Family(is_compiled=False),  # which experts a token needs is known on the GPU only
+    "qwen3_5": Family(is_attention_only=False, is_compiled=False),
+}
+# Projections of the language model's decoder layers and nothing else: the vision tower stays as it was pretrained,
+# and so do the experts of a mixture, which are no linear layers.
+LORA_TARGETS = (
+    r"(?:.*\.)?language_model\.layers\.\d+\.(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj|"
+    r"linear_attn\.(?:in_proj_qkv|in_proj_z|out_proj))"
+)
 VISION_PREFIX = "visual"
 MODEL_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "position_ids")
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # precision -> name in torch
@@ -1183,6 +1201,12 @@ def load_model(config: Config, runtime: Runtime, attempts: int = 3):
     for attempt in range(attempts):  # downloads from the hub break off
         time.sleep(2 * attempt)
         try:
+            settings = transformers.AutoConfig.from_pretrained(
+                config.model_path, trust_remote_code=config.trust_remote_code
+            )
+            if settings.model_type not in FAMILIES:
+                known = ", ".join(FAMILIES)
+                raise ValueError(f"{config.model_path} is of the family {settings.model_type!r}; known are {known}")
             model = transformers.AutoModelForImageTextToText.from_pretrained(config.model_path, **options)
             return model.requires_grad_(False).eval()
         except OSError as error:
@@ -1293,9 +1317,13 @@ class Session:
         return self.model.model.language_model.layers
 
     @property
+    def family(self) -> Family:
+        return FAMILIES[self.model.config.model_type]
+
+    @property
     def shares_prefixes(self) -> bool:
         """Whether several choice orders go behind one prefix: it takes a mask that other kinds of attention refuse."""
-        return self.runtime.attention == "sdpa"
+        return self.runtime.attention == "sdpa" and self.family.is_attention_only
 
     def note(self, text: str) -> None:
         LOGGER.warning("%s", text)
@@ -1612,7 +1640,8 @@ def use_lora_forward(adapted) -> None:
 def quicken(session: Session, adapted, questions: int):
     """Give the adapter's layers `lora_forward` and, where it pays for that many questions, compile the decoder."""
     use_lora_forward(adapted)
-    use, reason = decide_compile(session.config.compile_layers, session.device.type, questions)
+    wish = session.config.compile_layers if session.family.is_compiled else "off"
+    use, reason = decide_compile(wish, session.device.type, questions)
     LOGGER.info("Decision: %s", reason)
     compute = type(session.decoder_layers[0]).forward
     if use:
@@ -1638,7 +1667,7 @@ def layer_forward(layer, compute: Callable, hidden_states, **options):
 def decide_compile(wish: str, device: str, questions: int) -> tuple[bool, str]:
     """Whether torch.compile pays for itself on `questions` questions to come; with the reason."""
     if wish != "auto":
-        return wish == "on", f"torch.compile {wish}: set in the config"
+        return wish == "on", f"torch.compile {wish}: set in the config, or by the model's family"
     if device != "cuda" or importlib.util.find_spec("triton") is None or shutil.which("gcc") is None:
         return False, "torch.compile off: it needs a GPU, triton and a C compiler"
     if questions < 2000:

@@ -36,40 +36,47 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in left_out]
 
 
-def build_qwen25_twin(folder: Path) -> Path:
-    """A random Qwen2.5-VL of the demo model's size, with the demo's tokenizer and chat template."""
+# What the tiny twin of each family has beside the common shape: its config's class, then text and vision settings.
+MROPE = {"rope_type": "default", "rope_theta": 10000.0}
+TWINS = {
+    "qwen2_5_vl": (
+        "Qwen2_5_VLConfig",
+        {"rope_parameters": MROPE | {"mrope_section": [2, 3, 3]}},
+        {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]},
+    ),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoeConfig",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+        | {"rope_parameters": MROPE | {"mrope_section": [2, 3, 3]}},
+        {"patch_size": 16, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+    ),
+    "qwen3_5": (
+        "Qwen3_5Config",
+        {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2}
+        | {"linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+        | {"rope_parameters": MROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}},
+        {"patch_size": 16, "num_position_embeddings": 64},
+    ),
+}
+
+
+def build_twin(family: str, folder: Path) -> Path:
+    """A random model of that family, smaller than the demo's, with the demo's tokenizer and chat template."""
     import torch
-    from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+    import transformers
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
-    demo = AutoProcessor.from_pretrained(TINY)
+    demo = transformers.AutoProcessor.from_pretrained(TINY)
     token = demo.tokenizer.convert_tokens_to_ids
-    text = {
-        "vocab_size": len(demo.tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-        "pad_token_id": demo.tokenizer.pad_token_id,
-        "bos_token_id": None,
-        "eos_token_id": demo.tokenizer.eos_token_id,
-        "tie_word_embeddings": True,
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": 64,
-        "patch_size": 14,
-        "window_size": 56,
-        "fullatt_block_indexes": [1],
-    }
-    config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
+    kind, more_text, more_vision = TWINS[family]
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"vocab_size": len(demo.tokenizer), "num_key_value_heads": 2, "tie_word_embeddings": True}
+    text |= {"pad_token_id": demo.tokenizer.pad_token_id, "bos_token_id": None}
+    text |= {"eos_token_id": demo.tokenizer.eos_token_id}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+    config = getattr(transformers, kind)(
+        text_config=text | more_text,
+        vision_config=vision | more_vision,
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
@@ -77,9 +84,12 @@ def build_qwen25_twin(folder: Path) -> Path:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    images = Qwen2VLImageProcessor(patch_size=14)
-    processor = Qwen2_5_VLProcessor(images, demo.tokenizer, demo.video_processor, chat_template=demo.chat_template)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    processor = demo
+    if family == "qwen2_5_vl":
+        images = Qwen2VLImageProcessor(patch_size=14)
+        tools = images, demo.tokenizer, demo.video_processor
+        processor = transformers.Qwen2_5_VLProcessor(*tools, chat_template=demo.chat_template)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -107,8 +117,7 @@ def use_huggingfaces_forward(session):
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory) -> dict[str, Path]:
     """Family name -> folder of its tiny model."""
-    twin = build_qwen25_twin(tmp_path_factory.mktemp("qwen25"))
-    return {"qwen3_vl": TINY, "qwen2_5_vl": twin}
+    return {"qwen3_vl": TINY} | {family: build_twin(family, tmp_path_factory.mktemp(family)) for family in TWINS}
 
 
 @pytest.fixture(scope="session")

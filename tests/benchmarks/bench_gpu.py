@@ -29,7 +29,7 @@ import transformers
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conftest import build_qwen25_twin, use_huggingfaces_forward  # noqa: E402
+from conftest import build_twin, use_huggingfaces_forward  # noqa: E402
 
 import vqa_helpers as vqa  # noqa: E402
 
@@ -75,7 +75,7 @@ SIZES = {
 
 def build(size: Size, folder: Path) -> Path:
     """Random weights at real size beside the demo's processor, in a folder that from_pretrained loads."""
-    tiny = vqa.DEMO / "tiny_qwen3_vl" if size.make_config is qwen3_8b else build_qwen25_twin(folder / "tiny")
+    tiny = vqa.DEMO / "tiny_qwen3_vl" if size.make_config is qwen3_8b else build_twin("qwen2_5_vl", folder / "tiny")
     processor = transformers.AutoProcessor.from_pretrained(tiny)
     names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
     names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
