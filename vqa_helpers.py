@@ -84,6 +84,10 @@ class _Lazy(ModuleType):
 torch = _Lazy("torch")
 transformers = _Lazy("transformers")
 peft = _Lazy("peft")
+bnb_functional = _Lazy("bitsandbytes.functional")
+bnb_parametrize = _Lazy("bitsandbytes.nn.parametrize")
+bnb_loading = _Lazy("transformers.integrations.bitsandbytes")
+quantizers = _Lazy("transformers.quantizers.auto")
 safetensors_torch = _Lazy("safetensors.torch")
 vision_process = _Lazy("qwen_vl_utils.vision_process")
 
@@ -115,6 +119,7 @@ class Config:
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"  # number format; auto follows the card
     attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"  # auto: the fastest installed
     gradient_checkpointing: bool = True  # compute activations again in the backward pass; see memory_plan
+    spread_model: bool = False  # over all GPUs: for a model that fits on none of them; adds memory, not speed
     compile_layers: Literal["auto", "on", "off"] = "auto"  # torch.compile of the decoder layers; auto: for long jobs
     lora_r: int = 16  # rank
     lora_alpha: int = 32  # scale of the update is alpha / r
@@ -1144,12 +1149,14 @@ class Family:
 
     is_attention_only: bool = True  # a mask can keep choice orders apart; a recurrent layer would carry them over
     is_compiled: bool = True  # torch.compile is used for its decoder layers
+    experts: str | None = None  # pattern of the parameters that hold all experts of a layer in one tensor
 
 
 FAMILIES = {  # transformers' model_type -> what to know about it; all others are refused
     "qwen2_5_vl": Family(),
     "qwen3_vl": Family(),
-    "qwen3_vl_moe": Family(is_compiled=False),  # which experts a token needs is known on the GPU only
+    # Which experts a token needs is known on the GPU only, so that nothing is gained by compiling.
+    "qwen3_vl_moe": Family(is_compiled=False, experts=r"\.mlp\.experts\.(gate_up|down)_proj$"),
     "qwen3_5": Family(is_attention_only=False, is_compiled=False),
 }
 # Projections of the language model's decoder layers and nothing else: the vision tower stays as it was pretrained,
@@ -1190,14 +1197,59 @@ def quantization_config(quantization: str, precision: str):
     return transformers.BitsAndBytesConfig(**settings)
 
 
+@contextlib.contextmanager
+def quantising_experts(pattern: str) -> Iterator[None]:
+    """Let transformers load parameters that match `pattern` in 4-bit, too: by itself it takes linear layers only."""
+    known, name = quantizers.AUTO_QUANTIZER_MAPPING, "bitsandbytes_4bit"
+    plain = known[name]
+
+    class QuantiseExperts(bnb_loading.Bnb4bitQuantize):
+        def convert(self, input_dict, **options):
+            ((parameter, value),) = input_dict.items()
+            if not re.search(pattern, parameter):
+                return super().convert(input_dict, **options)
+            value = value[0] if isinstance(value, list) else value
+            packed, state = bnb_functional.quantize_4bit(value, compress_statistics=True, quant_type="nf4")
+            self.hf_quantizer.states[parameter] = state
+            return {parameter: torch.nn.Parameter(packed, requires_grad=False)}
+
+    class ExpertQuantizer(plain):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.states = {}
+
+        def param_needs_quantization(self, model, param_name, **options) -> bool:
+            return bool(re.search(pattern, param_name)) or super().param_needs_quantization(model, param_name)
+
+        def get_quantize_ops(self):
+            return QuantiseExperts(self)
+
+        def _process_model_after_weight_loading(self, model, **options):
+            for parameter, state in self.states.items():
+                module, _, own_name = parameter.rpartition(".")
+                arguments = own_name, state.as_dict(), state.absmax.device
+                bnb_parametrize.replace_parameter_4bit_prequantized(model.get_submodule(module), *arguments)
+            return super()._process_model_after_weight_loading(model, **options)
+
+    known[name] = ExpertQuantizer
+    try:
+        yield
+    finally:
+        known[name] = plain
+
+
 def load_model(config: Config, runtime: Runtime, attempts: int = 3):
-    """The frozen base model on this process's first GPU or the CPU; after `attempts` an OSError says what to check."""
+    """The frozen base model on this process's GPU, its GPUs or the CPU; after `attempts` an OSError says what to do."""
     if config.quantization != "none" and not runtime.gpus:
         raise ValueError(f"quantization {config.quantization!r} needs a GPU; on a CPU set quantization='none'")
     options = {"dtype": getattr(torch, DTYPES[runtime.precision]), "attn_implementation": runtime.attention}
-    options |= {"quantization_config": quantization_config(config.quantization, runtime.precision)}
+    if quantised := quantization_config(config.quantization, runtime.precision):  # None would undo the checkpoint's own
+        options |= {"quantization_config": quantised}
     options |= {"device_map": {"": 0} if runtime.gpus else None, "trust_remote_code": config.trust_remote_code}
     options |= {"use_safetensors": True}  # never a pickle
+    if config.spread_model:  # the rest of each card is for activations, and for the experts of one layer in 16 bits
+        room = {number: f"{0.7 * gpu['memory_gib']:.2f}GiB" for number, gpu in enumerate(runtime.gpus)}
+        options |= {"device_map": "auto", "max_memory": room}
     for attempt in range(attempts):  # downloads from the hub break off
         time.sleep(2 * attempt)
         try:
@@ -1207,7 +1259,14 @@ def load_model(config: Config, runtime: Runtime, attempts: int = 3):
             if settings.model_type not in FAMILIES:
                 known = ", ".join(FAMILIES)
                 raise ValueError(f"{config.model_path} is of the family {settings.model_type!r}; known are {known}")
-            model = transformers.AutoModelForImageTextToText.from_pretrained(config.model_path, **options)
+            if (stored := getattr(settings, "quantization_config", None)) and config.quantization != "none":
+                kind = stored["quant_method"]  # transformers dequantises FP8 itself where the card has none
+                raise ValueError(f"{config.model_path} is stored in {kind} already: set quantization='none'")
+            experts = FAMILIES[settings.model_type].experts if config.quantization == "4bit" else None
+            with quantising_experts(experts) if experts else contextlib.nullcontext():
+                load = transformers.AutoModelForImageTextToText.from_pretrained
+                model, report = load(config.model_path, **options, output_loading_info=True)
+            _check_loading(config, model, report)
             return model.requires_grad_(False).eval()
         except OSError as error:
             LOGGER.warning("Loading %s failed (attempt %d of %d): %s", config.model_path, attempt + 1, attempts, error)
@@ -1232,6 +1291,19 @@ def keep_gpu_fed(model) -> None:
     inner.get_placeholder_mask = get_placeholder_mask
     if hasattr(inner.language_model, "_deepstack_process"):
         inner.language_model._deepstack_process = add_deepstack
+
+
+def _check_loading(config: Config, model, report: Mapping) -> None:
+    """RuntimeError for weights that are missing or not understood, or that do not fit into the GPUs."""
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if names := sorted(map(str, report[kind])):
+            problem = f"{config.model_path} and its config.json differ: {kind} {names[:3]} ({len(names)} in all)"
+            if kind != "unexpected_keys" or any("scale" in name for name in names):  # numbers without their scale
+                raise RuntimeError(f"{problem}; download it again, or update transformers")
+            LOGGER.warning("%s", problem)
+    if aside := [name for name, place in getattr(model, "hf_device_map", {}).items() if place in ("cpu", "disk")]:
+        problem = f"{config.model_id} does not fit into the GPUs: {aside[0]} and {len(aside) - 1} more parts do not"
+        raise RuntimeError(f"{problem}; choose a smaller model_id, quantization='4bit' or larger GPUs")
 
 
 def attach_lora(model, config: Config, seed: int):
@@ -1346,7 +1418,7 @@ def open_session(config: Config, example: Mapping) -> Session:
         model = load_model(config, runtime)
     keep_gpu_fed(model)
     device, head, cache = model.device, model.get_output_embeddings(), VisionCache(model, processor, config.cache_dir)
-    rows = head.weight[[token for variants in letters for token in variants]].float()
+    rows = head.weight[[token for variants in letters for token in variants]].float().to(device)
     if config.loss == "choices" and head.weight is not model.get_input_embeddings().weight:
         head.to("cpu")  # only these rows are ever multiplied: on an 8B that leaves 1.2 GiB for activations
     return Session(config, runtime, processor, model, letters, cache, rows, device)
@@ -1472,7 +1544,8 @@ def answer_states(session: Session, batch: Mapping):
         raise DataError(f"{tokens} image tokens but {features} image features, for the images {paths}")
     inputs["mm_encoder_outputs"] = {"image": encoded}
     states = session.model.model(**inputs, use_cache=False).last_hidden_state
-    return states[tuple(batch["answers"].to(session.device, non_blocking=True))]
+    answers = tuple(batch["answers"].to(states.device, non_blocking=True))
+    return states[answers].to(session.device)  # a model on several GPUs ends on another one than it began
 
 
 def answer_scores(session: Session, states):
@@ -1650,7 +1723,10 @@ def quicken(session: Session, adapted, questions: int):
         torch.set_num_threads(torch.get_num_threads())  # in autograd's thread, too: else it would compile once more
         compute = torch.compile(compute, dynamic=True)
     for layer in session.decoder_layers:
-        layer.forward, layer.recompute = functools.partial(layer_forward, layer, compute), False
+        # A model on several GPUs has accelerate's forward, which fetches the inputs and calls the one it found.
+        name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
+        setattr(layer, name, functools.partial(layer_forward, layer, compute))
+        layer.recompute = False
     return adapted
 
 
@@ -1708,16 +1784,18 @@ def candidate_plans(
 
 
 def measure_pass(session: Session, prompts: Sequence[Prompt], stored: int) -> tuple[float, float]:
-    """Seconds, and peak bytes allocated, of one forward and backward pass; both infinite where memory runs out."""
+    """Seconds, and peak bytes on the fullest GPU, of one forward and backward pass; infinite where memory runs out."""
     recompute_layers(session, stored)
-    torch.cuda.reset_peak_memory_stats()
+    gpus = range(torch.cuda.device_count())
+    for gpu in gpus:
+        torch.cuda.reset_peak_memory_stats(gpu)
     batch = collate(session, prompts)
     batch["padded"] = True  # attention then takes a mask, as it does in training
     try:
         start = time.perf_counter()
         training_loss(session, answer_states(session, batch), batch).backward()
         torch.cuda.synchronize()
-        return time.perf_counter() - start, torch.cuda.max_memory_allocated()
+        return time.perf_counter() - start, max(map(torch.cuda.max_memory_allocated, gpus))
     except torch.OutOfMemoryError as error:
         LOGGER.info("%d questions with %d stored layers do not fit: %s", len(prompts), stored, error)
         return math.inf, math.inf
@@ -1726,11 +1804,13 @@ def measure_pass(session: Session, prompts: Sequence[Prompt], stored: int) -> tu
 
 
 def memory_budget() -> float:
-    """Bytes that this process may allocate, less 8 % for fragmentation."""
-    free, total = torch.cuda.mem_get_info()
-    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()  # torch 2.8 can tell
-    reserved = torch.cuda.memory_reserved()
-    return 0.92 * (reserved + min(free, total * share - reserved))
+    """Bytes that this process may allocate on each of its GPUs, less 8 % for fragmentation."""
+    budgets = []
+    for gpu in range(torch.cuda.device_count()):
+        (free, total), reserved = torch.cuda.mem_get_info(gpu), torch.cuda.memory_reserved(gpu)
+        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(gpu)  # torch 2.8 can tell
+        budgets.append(0.92 * (reserved + min(free, total * share - reserved)))
+    return min(budgets)
 
 
 def plan_memory(session: Session, prompts: Sequence[Prompt], state_bytes: int) -> MemoryPlan:
@@ -3552,7 +3632,7 @@ def schedule(folds: Sequence[int], devices: Sequence) -> list[list[tuple[tuple, 
     return [jobs for jobs in rounds if jobs]
 
 
-def team_environments(devices: Sequence[int | None]) -> list[dict[str, str]]:
+def team_environments(devices: Sequence[str | None]) -> list[dict[str, str]]:
     """Environment variables of one process per device: its GPU and, for several, how they find each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -3569,7 +3649,7 @@ def team_environments(devices: Sequence[int | None]) -> list[dict[str, str]]:
 def launch_workers(run: Run, jobs: Sequence[tuple[Sequence, Sequence[int]]], stages: Sequence[str]) -> None:
     """Start a worker for each device of the (devices, folds), show progress, wait; RuntimeError with failed logs' ends.
 
-    Several devices of one job share its folds (data parallel). A device is a GPU's index or None."""
+    Several devices of one job share its folds (data parallel). A device is one or several GPUs ("0", "0,1") or None."""
     workers, teams = {}, []  # log -> process; the processes of each job
     for devices, folds in jobs:
         teams.append([])
@@ -3632,8 +3712,10 @@ def _progress_line(run: Run, number: int, elapsed: float) -> str:
     return tqdm.format_meter(done, total, elapsed, prefix=name, postfix=details, bar_format=meter)
 
 
-def _devices(config: Config) -> list[int | None]:
-    return [gpu["index"] for gpu in detect_runtime(config.precision, config.attn_implementation).gpus] or [None]
+def _devices(config: Config) -> list[str | None]:
+    """What each worker sees: one GPU, by its number, or all of them; None on a CPU."""
+    gpus = [str(gpu["index"]) for gpu in detect_runtime(config.precision, config.attn_implementation).gpus]
+    return ([",".join(gpus)] if config.spread_model else gpus) or [None]
 
 
 def run_zeroshot(run: Run) -> pd.DataFrame:
