@@ -3169,6 +3169,69 @@ def write_submissions(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFram
     return frames
 
 
+# === Error analysis ==================================================================================================
+def label_suspects(probabilities, labels) -> pd.DataFrame:
+    """Rows (of out-of-fold probabilities (n, 4)) whose label is probably wrong, the likeliest first.
+
+    Confident learning (Northcutt et al. 2021): another choice is as probable as it usually is where it is the label."""
+    probabilities = _as_probabilities(probabilities)
+    labels, rows = _as_labels(labels, probabilities.shape), np.arange(len(probabilities))
+    own = probabilities[rows, labels]
+    usual = pd.Series(own).groupby(labels).mean().reindex(range(probabilities.shape[1]), fill_value=1.0).to_numpy()
+    likely = np.where(probabilities >= usual, probabilities, -1.0).argmax(axis=1)
+    table = pd.DataFrame({"row": rows, "label": labels, "likely": likely, "margin": probabilities[rows, likely] - own})
+    return table[(likely != labels) & (table["margin"] > 0)].sort_values("margin", ascending=False, kind="stable")
+
+
+def accuracy_by_group(frame: pd.DataFrame, correct: np.ndarray) -> pd.DataFrame:
+    """Rows and accuracy by what a row looks like: type, answer's letter, lengths, image size, copies of its image."""
+    choices = frame[list(CHOICES)].map(len)
+    lengths = {"question, characters": frame["question"].map(len), "longest choice, characters": choices.max(axis=1)}
+    lengths |= {"image, pixels": frame["width"] * frame["height"]}
+    groups = {"question type": frame["type"], "answer": frame["answer"]}
+    for name, values in lengths.items():
+        edges = np.unique(values.quantile([0.25, 0.5, 0.75], interpolation="lower"))
+        quarters = values.groupby(np.searchsorted(edges, values))
+        groups[name] = quarters.transform("min").map(str) + " to " + quarters.transform("max").map(str)
+    spread = choices.max(axis=1) - choices.min(axis=1)
+    ranks = choices.rank(axis=1, method="min").to_numpy()[np.arange(len(frame)), frame["label"]]
+    groups["answer's length"] = np.select(
+        [spread == 0, ranks == 1, ranks == 4], ["all equal", "shortest", "longest"], "between"
+    )
+    copies = frame.groupby("pixel_hash")["id"].transform("size")
+    groups["image"] = np.where(copies > 1, "in several questions", "in one question")
+    tables = {name: accuracy_by_type(list(values), correct) for name, values in groups.items()}
+    return pd.concat(tables, names=["by", "group"])
+
+
+def uncertain_rows(run: Run, evaluation: Evaluation) -> pd.DataFrame:
+    """Test rows by what a human look is worth: folds that disagree, then small margins of the mean probabilities."""
+    members = np.stack(list(predict_test(run, evaluation).values()))
+    mean, ranked = members.mean(axis=0), np.sort(members.mean(axis=0), axis=1)
+    table = run.test[["id", "type", "question", *CHOICES]].assign(predicted=np.array(CHOICES)[mean.argmax(axis=1)])
+    table["folds_for_it"] = (members.argmax(axis=2) == mean.argmax(axis=1)).mean(axis=0).round(3)
+    table["margin"] = (ranked[:, -1] - ranked[:, -2]).round(4)
+    return table.sort_values(["folds_for_it", "margin"], kind="stable", ignore_index=True)
+
+
+def write_error_tables(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFrame]:
+    """accuracy_by_group, label_suspects and uncertain_rows; each is also tables/<name>.csv in the run directory."""
+    oof, probabilities = evaluation.oof, evaluation.calibration.probabilities
+    suspects = label_suspects(probabilities, oof.labels)
+    shown = oof.frame.iloc[suspects["row"]][["id", "question", *CHOICES, "answer"]].reset_index(drop=True)
+    shown["likely"] = np.array(CHOICES)[suspects["likely"]]
+    tables = {
+        "accuracy_by_group": accuracy_by_group(oof.frame, probabilities.argmax(axis=1) == oof.labels),
+        "label_suspects": shown.assign(margin=suspects["margin"].round(4).to_numpy()),
+        "uncertain_rows": uncertain_rows(run, evaluation),
+    }
+    for name, table in tables.items():
+        write_table(
+            table.reset_index() if name == "accuracy_by_group" else table, run.directory / "tables" / f"{name}.csv"
+        )
+    return tables
+
+
 # === Figures and report ==============================================================================================
 BLUE, ORANGE, GREY = "#3b6ea5", "#d9822b", "#8a8f98"
 matplotlib_figure = _Lazy("matplotlib.figure")
@@ -3302,6 +3365,27 @@ def wrap_up_table(run: Run) -> pd.DataFrame:
     """Wall time in seconds and peak memory in GiB of each worker stage, as the workers logged them."""
     frame = pd.DataFrame(read_json_lines(run.directory / "stages.jsonl")).set_index("label")
     return frame.filter(["seconds", "rss_gib", "gpu_peak_gib"])
+
+
+def experiment_table(output_dir: str | Path) -> pd.DataFrame:
+    """Every finished run of experiments.csv, the oldest first: scores, seconds, settings unlike the run before it."""
+    table, before = _read_rows(Path(output_dir) / "experiments.csv").sort_values("finished", ignore_index=True), {}
+    for line, name in enumerate(table["run"]):
+        folder = Path(output_dir) / name
+        stages = read_json_lines(folder / "stages.jsonl")
+        table.loc[line, "seconds"] = sum(stage.get("seconds", 0) for stage in stages)
+        known = (folder / "config.json").exists()  # an old run's folder may be gone
+        now = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"] if known else {}
+        changed = [f"{key}={value}" for key, value in now.items() if before and value != before.get(key)]
+        table.loc[line, "changed"] = ", ".join(text for text in changed if text.split("=")[0] not in _BOOKKEEPING)
+        before = now
+    return table.astype({"accuracy": float, "nll": float, "ece": float}).set_index("run")
+
+
+def plot_experiments(table: pd.DataFrame, ax=None):
+    """Bars of OOF accuracy of the runs in `experiment_table`, with what was changed."""
+    names = [f"{name}\n{changed[:60]}" for name, changed in table["changed"].items()]
+    return _accuracy_bars(ax, "OOF accuracy of finished runs", table["accuracy"].set_axis(names))
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:

@@ -54,6 +54,15 @@ def test_the_parent_process_never_imports_torch(mini_data, tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=vqa.HERE)
 
 
+def test_error_tables_are_written_as_csv_and_name_the_rows(finished):
+    tables = vqa.write_error_tables(finished, vqa.evaluate_run(finished))
+    assert len(tables["uncertain_rows"]) == len(finished.test)
+    assert set(tables["label_suspects"]["id"]) <= set(finished.train["id"])
+    assert (tables["label_suspects"]["likely"] != tables["label_suspects"]["answer"]).all()
+    for name, table in tables.items():
+        assert len(pd.read_csv(finished.directory / "tables" / f"{name}.csv")) == len(table)
+
+
 def test_every_training_row_is_predicted_once_by_a_model_that_did_not_see_it(finished):
     oof = vqa.read_oof(finished)
     assert oof.frame["id"].tolist() == finished.train["id"].tolist()

@@ -1,0 +1,100 @@
+"""Tables that people act on: suspected labels, weak groups, test rows to look at, and what changed between runs."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import vqa_helpers as vqa
+
+
+def probabilities_for(labels, generator, sharpness=3.0):
+    """Calibrated probabilities of a model that prefers the true choice: labels are drawn from them by the caller."""
+    scores = generator.normal(size=(len(labels), 4))
+    scores[np.arange(len(labels)), labels] += sharpness
+    return vqa.softmax(scores)
+
+
+def test_planted_label_errors_are_among_the_suspects_and_the_likely_label_is_the_true_one():
+    generator = np.random.default_rng(0)
+    truth = generator.integers(4, size=1000)
+    labels, wrong = truth.copy(), generator.choice(1000, 80, replace=False)
+    labels[wrong] = (truth[wrong] + generator.integers(1, 4, size=80)) % 4
+    suspects = vqa.label_suspects(probabilities_for(truth, generator), labels)
+    found = np.isin(suspects["row"], wrong)
+    assert found.mean() >= 0.6 and found.sum() >= 0.5 * 80
+    assert (suspects["likely"] == truth[suspects["row"]])[found].mean() > 0.85
+    assert suspects["margin"].is_monotonic_decreasing
+
+
+def test_a_row_is_no_suspect_where_the_other_choice_is_less_sure_than_usual():
+    probabilities = np.array([[0.9, 0.1, 0, 0], [0.1, 0.9, 0, 0], [0.4, 0.6, 0, 0], [0.05, 0.95, 0, 0]])
+    suspects = vqa.label_suspects(probabilities, [0, 1, 0, 0])
+    assert suspects["row"].tolist() == [3]  # 0.6 is less than what rows labelled b usually get, 0.95 is not
+
+
+def test_a_choice_that_is_never_the_label_is_never_likely():
+    suspects = vqa.label_suspects(np.array([[0.2, 0.1, 0.7, 0], [0.3, 0.6, 0.1, 0]]), [0, 1])
+    assert suspects.empty
+
+
+@pytest.fixture
+def rows():
+    """Eight rows: two share an image, and the answer is the longest choice of the first four."""
+    frame = pd.DataFrame({"id": [f"r{n}" for n in range(8)], "type": ["ocr"] * 4 + ["color"] * 4})
+    frame["question"] = ["가" * n for n in (3, 4, 5, 6, 7, 8, 9, 10)]
+    frame = frame.assign(a=["12345"] * 4 + ["1"] * 4, b="1", c="12", d="123", label=0, answer="a", width=10, height=10)
+    return frame.assign(pixel_hash=["x", "x", *"abcdef"])
+
+
+def test_accuracy_by_group_counts_every_row_once_in_each_grouping(rows):
+    correct = np.array([True] * 4 + [False] * 4)
+    table = vqa.accuracy_by_group(rows, correct)
+    assert (table["rows"].groupby("by").sum() == 8).all()
+    assert table.loc[("question type", "ocr"), "accuracy"] == 1
+    assert table.loc[("answer's length", "longest"), "accuracy"] == 1
+    assert table.loc[("answer's length", "shortest"), "accuracy"] == 0
+    assert table.loc[("image", "in several questions"), "rows"] == 2
+    assert table.loc[("question, characters", "3 to 4"), "rows"] == 2
+
+
+def test_choices_of_one_length_are_a_group_of_their_own(rows):
+    table = vqa.accuracy_by_group(rows.assign(a="1", c="1", d="1"), np.ones(8, bool))
+    assert table.loc["answer's length"].index.tolist() == ["all equal"]
+
+
+def test_rows_on_which_folds_disagree_come_first(monkeypatch):
+    sure, torn, close = [0.97, 0.01, 0.01, 0.01], [0.01, 0.97, 0.01, 0.01], [0.4, 0.39, 0.11, 0.1]
+    folds = {0: np.array([sure, sure, close]), 1: np.array([sure, torn, close]), 2: np.array([sure, sure, close])}
+    monkeypatch.setattr(vqa, "predict_test", lambda run, evaluation: folds)
+    test = pd.DataFrame({"id": ["sure", "torn", "close"], "type": "ocr", "question": "?"})
+    run = SimpleNamespace(test=test.assign(a="1", b="2", c="3", d="4"))
+    table = vqa.uncertain_rows(run, None)
+    assert table["id"].tolist() == ["torn", "close", "sure"] and table["predicted"].tolist() == ["a", "a", "a"]
+    assert table["folds_for_it"].tolist() == [0.667, 1, 1] and table["margin"].iloc[1] == pytest.approx(0.01)
+
+
+def make_finished(folder, name, finished, **overrides):
+    """What a finished run leaves in its folder, as far as the comparison reads it."""
+    config = vqa.Config.preset("demo", run_name=name, **overrides)
+    (folder / name).mkdir()
+    (folder / name / "config.json").write_text(json.dumps({"config": dataclasses.asdict(config)}))
+    (folder / name / "stages.jsonl").write_text(
+        '{"label": "train", "seconds": 10.5}\n{"label": "predict", "seconds": 2}\n'
+    )
+    row = {"run": name, "finished": finished, "model": "m", "folds": 3, "rows": 9, "accuracy": 0.5, "nll": 1, "ece": 0}
+    return pd.DataFrame([row])
+
+
+def test_finished_runs_are_compared_with_the_run_before(tmp_path):
+    late = make_finished(tmp_path, "late", "2026-01-02", learning_rate=2e-4, num_epochs=3, log_level="DEBUG")
+    early = make_finished(tmp_path, "early", "2026-01-01")
+    gone = early.assign(run="gone", finished="2026-01-03")
+    vqa.write_table(pd.concat([late, early, gone]), tmp_path / "experiments.csv")
+    table = vqa.experiment_table(tmp_path)
+    assert table.index.tolist() == ["early", "late", "gone"] and table["seconds"].tolist() == [12.5, 12.5, 0]
+    assert table["changed"].tolist() == ["", "num_epochs=3, learning_rate=0.0002", ""]
+    assert [bar.get_width() for bar in vqa.plot_experiments(table).patches] == [0.5] * 3
