@@ -231,6 +231,12 @@ class Config:
         return str(folders[0].resolve()) if folders else self.model_id
 
     @property
+    def model_files(self) -> str:
+        """Names and sizes of a local model's files, so that a run is not continued on another one; "" for a hub id."""
+        files = sorted(path for path in Path(self.model_path).glob("*") if path.suffix in (".safetensors", ".json"))
+        return ", ".join(f"{path.name} {path.stat().st_size}" for path in files)
+
+    @property
     def folds_to_train(self) -> tuple[int, ...]:
         """`train_folds`, or every fold; only the first one where a single holdout is asked for."""
         return (self.train_folds or tuple(range(self.n_folds))) if self.use_kfold else (0,)
@@ -3535,6 +3541,7 @@ def start_run(config: Config, competition: Competition, folds: np.ndarray) -> Ru
     rows = competition.train.assign(fold=folds)
     assignment = hashlib.sha256(rows[["id", "fold"]].to_csv().encode()).hexdigest()
     parts = {"config": config.fingerprint, "data": competition.fingerprint, "folds": assignment}
+    parts["model"] = config.model_files
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     libraries = {name: importlib.metadata.version(name) for name in WATCHED_LIBRARIES}
     content = {"version": __version__, "libraries": libraries, "config": dataclasses.asdict(config), "parts": parts}
@@ -3584,7 +3591,7 @@ def _check_same_run(before: Mapping, now: Mapping, directory: Path, tables: Mapp
     for name, version in now["libraries"].items():
         if before["libraries"][name] != version:
             LOGGER.warning("This run was started with %s %s; now %s", name, before["libraries"][name], version)
-    changed = [name for name, value in now["parts"].items() if before["parts"][name] != value]
+    changed = [name for name, value in now["parts"].items() if before["parts"].get(name) != value]
     if not changed:
         return
     new, old = json.loads(json.dumps(now["config"])), before["config"]
@@ -3597,6 +3604,7 @@ def _check_same_run(before: Mapping, now: Mapping, directory: Path, tables: Mapp
         images = tables[name].set_index("id")["image_path"]
         shown = [f"{key} ({Path(images.get(key, '')).name})" for key in ids[:3]]
         differences += [f"rows {shown} and {max(0, len(ids) - 3)} more of {name}.csv"] if ids else []
+    differences += [f"files in {now['config']['model_id']}"] if "model" in changed else []
     what, remedy = "; ".join(differences) or "same settings", "choose a new run_name, or delete that folder"
     raise CheckpointError(f"{directory} was made with other {' and '.join(changed)} ({what}); {remedy}")
 

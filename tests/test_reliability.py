@@ -5,6 +5,8 @@ import json
 import math
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -259,6 +261,15 @@ def test_an_earlier_run_of_the_same_name_but_other_settings_is_left_alone_and_sa
     new = mini_run(run_name="one", resume_from=(str(tmp_path / "input"),), learning_rate=0.5)
     assert f"{old.directory} has this run's name, but other settings, data or folds" in caplog.text
     assert new.config.learning_rate == 0.5
+
+
+def test_a_run_is_not_continued_on_another_model_in_the_same_folder(mini_run, model_folders, tmp_path):
+    folder = shutil.copytree(model_folders["qwen2_5_vl"], tmp_path / "model")
+    mini_run(run_name="one", model_id=str(folder))
+    mini_run(run_name="one", model_id=str(folder))
+    shutil.copy(model_folders["qwen3_vl"] / "model.safetensors", folder / "model.safetensors")
+    with pytest.raises(vqa.CheckpointError, match=rf"made with other model \(files in {re.escape(str(folder))}\)"):
+        mini_run(run_name="one", model_id=str(folder))
 
 
 def test_of_several_earlier_sessions_the_one_that_came_furthest_is_continued(mini_run, tmp_path):

@@ -27,7 +27,7 @@ def spoiled_copy(folder: Path, share: float, seed: int) -> tuple[Path, set[str]]
     train = pd.read_csv(folder / "train.csv", dtype=str, keep_default_na=False)
     generator = np.random.default_rng(seed)
     rows = generator.choice(len(train), round(share * len(train)), replace=False)
-    answers = train["answer"].map(vqa.CHOICES.index).to_numpy()
+    answers = train["answer"].map(vqa.CHOICES.index).to_numpy(copy=True)
     answers[rows] = (answers[rows] + generator.integers(1, 4, len(rows))) % 4
     train.assign(answer=np.array(vqa.CHOICES)[answers]).to_csv(folder / "train.csv", index=False)
     return folder, set(train["id"].iloc[rows])
