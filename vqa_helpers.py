@@ -117,7 +117,7 @@ class Config:
     model_id: str = "Qwen/Qwen3-VL-8B-Instruct"  # hub id or local folder
     quantization: Literal["4bit", "8bit", "none"] = "4bit"  # 4bit: NF4, double; language model only
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"  # number format; auto follows the card
-    attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"  # auto: the fastest installed
+    attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"  # auto: sdpa
     gradient_checkpointing: bool = True  # compute activations again in the backward pass; see memory_plan
     spread_model: bool = False  # over all GPUs: for a model that fits on none of them; adds memory, not speed
     compile_layers: Literal["auto", "on", "off"] = "auto"  # torch.compile of the decoder layers; auto: for long jobs
@@ -350,14 +350,14 @@ def decide_precision(precision: str, gpus: Sequence[Mapping]) -> tuple[str, str]
 
 
 def decide_attention(attention: str, gpus: Sequence[Mapping], precision: str) -> tuple[str, str]:
-    """SDPA, or FlashAttention-2 where GPUs, precision and installed packages allow it; with the reason."""
-    if attention != "auto":
-        return attention, f"attention {attention}: set in the config"
-    if not gpus or min(gpu["capability"] for gpu in gpus) < 8.0 or precision == "fp32":
-        return "sdpa", "attention sdpa: FlashAttention-2 needs capability 8.0 and half precision"
-    if importlib.util.find_spec("flash_attn") is None:
-        return "sdpa", "attention sdpa: flash_attn is not installed"
-    return "flash_attention_2", "attention flash_attention_2: installed, capability 8.0 or higher"
+    """SDPA, or what the config asks for, with the reason; ValueError for FlashAttention-2 where it cannot run."""
+    if attention == "auto":
+        return "sdpa", "attention sdpa: it takes the mask that lets all choice orders share a prefix"
+    recent = bool(gpus) and min(gpu["capability"] for gpu in gpus) >= 8.0 and precision != "fp32"
+    if attention == "flash_attention_2" and not (recent and importlib.util.find_spec("flash_attn")):
+        needs = "capability 8.0, half precision and the package flash_attn"
+        raise ValueError(f"Config field 'attn_implementation' is {attention!r}, which needs {needs}; 'auto' is SDPA")
+    return attention, f"attention {attention}: set in the config"
 
 
 def detect_runtime(precision: str = "auto", attn_implementation: str = "auto") -> Runtime:

@@ -97,17 +97,22 @@ def test_p100_is_refused_with_the_way_out():
         vqa.decide_precision("auto", (P100,))
 
 
-def test_attention_is_sdpa_without_flash_attention():
-    assert vqa.decide_attention("auto", (T4,), "fp16")[0] == "sdpa"
+def test_attention_is_sdpa_unless_the_config_asks_for_another(monkeypatch):
+    monkeypatch.setattr(vqa.importlib.util, "find_spec", lambda name: object())  # FlashAttention-2 is installed
+    for gpus in ((), (T4,), (A100,)):
+        assert vqa.decide_attention("auto", gpus, "bf16")[0] == "sdpa"
     assert vqa.decide_attention("eager", (T4,), "fp16")[0] == "eager"
-    attention, reason = vqa.decide_attention("auto", (A100,), "bf16")
-    assert attention == "sdpa" and "not installed" in reason
+    assert vqa.decide_attention("flash_attention_2", (A100,), "bf16")[0] == "flash_attention_2"
 
 
-def test_flash_attention_is_used_where_installed_but_not_in_fp32(monkeypatch):
-    monkeypatch.setattr(vqa.importlib.util, "find_spec", lambda name: object())
-    assert vqa.decide_attention("auto", (A100,), "bf16")[0] == "flash_attention_2"
-    assert vqa.decide_attention("auto", (A100,), "fp32")[0] == "sdpa"
+@pytest.mark.parametrize(
+    ("gpus", "precision", "package"),
+    [((A100,), "bf16", None), ((A100,), "fp32", True), ((A100, T4), "fp16", True), ((), "fp32", True)],
+)
+def test_flash_attention_is_refused_where_it_cannot_run(monkeypatch, gpus, precision, package):
+    monkeypatch.setattr(vqa.importlib.util, "find_spec", lambda name: package)
+    with pytest.raises(ValueError, match="needs capability 8.0, half precision and the package flash_attn; 'auto' is"):
+        vqa.decide_attention("flash_attention_2", gpus, precision)
 
 
 @pytest.mark.parametrize(
