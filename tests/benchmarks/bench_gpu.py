@@ -67,15 +67,26 @@ def qwen25_3b(token):
     return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **token)
 
 
+def qwen3_30b(token):
+    text = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
+    text |= {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "head_dim": 128}
+    text |= {"vocab_size": 151936, "intermediate_size": 6144, "tie_word_embeddings": False}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}}
+    vision = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 2048}
+    vision |= {"deepstack_visual_indexes": [8, 16, 24], "num_position_embeddings": 2304}
+    return transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **token)
+
+
 SIZES = {
     "8b": Size("Qwen3-VL-8B", 512, (16, 32), qwen3_8b),
     "3b": Size("Qwen2.5-VL-3B", 384, (16, 64), qwen25_3b),
+    "30b": Size("Qwen3-VL-30B-A3B", 512, (), qwen3_30b),  # for two_gpus.py
 }
 
 
 def build(size: Size, folder: Path) -> Path:
     """Random weights at real size beside the demo's processor, in a folder that from_pretrained loads."""
-    tiny = vqa.DEMO / "tiny_qwen3_vl" if size.make_config is qwen3_8b else build_twin("qwen2_5_vl", folder / "tiny")
+    tiny = build_twin("qwen2_5_vl", folder / "tiny") if size.make_config is qwen25_3b else vqa.DEMO / "tiny_qwen3_vl"
     processor = transformers.AutoProcessor.from_pretrained(tiny)
     names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
     names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
@@ -454,7 +465,7 @@ def bench_turing(size: Size, folder: str, options) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=SIZES, default="8b")
+    parser.add_argument("--model", choices=("8b", "3b"), default="8b")
     parser.add_argument("--parts", default="plain,trl,ours,uncapped,eager,turing")
     parser.add_argument("--rows", type=int, default=288, help="questions in a timed epoch")
     parser.add_argument("--tiny", action="store_true", help="the demo's model on this CPU: does everything run?")

@@ -28,8 +28,9 @@ import vqa_helpers as vqa  # noqa: E402
 T4_LIMITS = """
 import torch
 def limit():
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction({gib} * 2**30 / total)
+    for gpu in range(torch.cuda.device_count()):
+        total = torch.cuda.get_device_properties(gpu).total_memory
+        torch.cuda.set_per_process_memory_fraction({gib} * 2**30 / total, gpu)
 torch.cuda._lazy_call(limit)
 torch.backends.cuda.enable_flash_sdp(False)
 """
