@@ -92,11 +92,19 @@ safetensors_torch = _Lazy("safetensors.torch")
 vision_process = _Lazy("qwen_vl_utils.vision_process")
 
 # === Config ==========================================================================================================
+# What "auto" picks: GiB that the smallest GPU has at least, preset, why. The other presets are picked by name only.
+PRESET_BY_MEMORY = (
+    (38.0, "colab_a100", "room for Qwen3-VL-8B in 16 bits and 32 questions a step"),
+    (20.0, "gpu_24gb", "room for Qwen3-VL-8B in 4-bit with images of 1024 tokens"),
+    (11.0, "colab_t4", "Qwen3-VL-8B fits in 4-bit"),
+    (5.5, "single", "only Qwen3-VL-4B in 4-bit leaves room for a training step"),
+)
 PRESETS = {
     "kaggle_t4x2": {},  # two free 16 GB cards, one process and whole folds on each: what the defaults are made for
     "colab_t4": {"batch_size": 2, "grad_accum_steps": 4, "use_tta": False, "n_folds": 2, "train_folds": (0,)},
     "colab_a100": {"quantization": "none", "batch_size": 16, "lora_r": 32, "lora_alpha": 64, "infer_batch_size": 32}
     | {"max_pixels": 1024 * 32 * 32},
+    "gpu_24gb": {"max_pixels": 1024 * 32 * 32, "infer_batch_size": 32},
     "max_score": {"n_folds": 5, "num_epochs": 3, "tta_scales": (0.9, 1.0, 1.1), "infer_max_pixels": 1280 * 32 * 32},
     "single": {"model_id": "Qwen/Qwen3-VL-4B-Instruct", "use_kfold": False, "num_epochs": 3},
     "quick_test": {"model_id": "Qwen/Qwen2.5-VL-3B-Instruct", "use_sample": True, "sample_size": 200, "num_epochs": 1}
@@ -113,6 +121,7 @@ class Config:
     """All settings of one run. Unknown fields and impossible values raise a ValueError that names the field."""
 
     preset_name: str = "custom"  # the preset this started from; part of the default run name
+    preset_reason: str = "chosen by name"  # why that one, where "auto" picked it
     # Model
     model_id: str = "Qwen/Qwen3-VL-8B-Instruct"  # hub id or local folder
     quantization: Literal["4bit", "8bit", "none"] = "4bit"  # 4bit: NF4, double; language model only
@@ -199,8 +208,10 @@ class Config:
     @classmethod
     def preset(cls, name: str, **overrides) -> Config:
         """The named preset with some fields replaced; "auto" picks one for the detected hardware."""
+        picked = {}
         if name == "auto":
-            name = choose_preset(detect_runtime(), has_competition=find_competition(overrides.get("data_dir")) != DEMO)
+            has_competition = find_competition(overrides.get("data_dir")) != DEMO
+            name, picked["preset_reason"] = choose_preset(detect_runtime(), has_competition)
         fields = [item.name for item in dataclasses.fields(cls)]
         given = [("preset", name, [*PRESETS, "auto"]), *(("config field", override, fields) for override in overrides)]
         for kind, word, known in given:
@@ -208,7 +219,7 @@ class Config:
                 close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
                 hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
                 raise ValueError(f"Unknown {kind} {word!r}; {hint}")
-        return cls(**{"preset_name": name, **PRESETS[name], **overrides})
+        return cls(**{"preset_name": name, **picked, **PRESETS[name], **overrides})
 
     @property
     def fingerprint(self) -> str:
@@ -251,7 +262,7 @@ class Config:
 _BOOKKEEPING = {  # fields that cannot change a result
     *("data_dir", "output_dir", "run_name", "log_level", "log_to_file"),
     *("num_workers", "save_every_epoch", "save_every_minutes", "save_every_steps", "time_budget_hours"),
-    *("cache_dir", "resume_from", "max_skipped_steps", "trust_remote_code"),
+    *("cache_dir", "resume_from", "max_skipped_steps", "trust_remote_code", "preset_reason"),
 }
 _KINDS = {"int": int, "float": (int, float), "bool": bool, "tuple": tuple, "Mapping": Mapping}  # others: str
 _RANGES = (  # what the fields need, its check, their names
@@ -383,15 +394,19 @@ def detect_runtime(precision: str = "auto", attn_implementation: str = "auto") -
     return Runtime(platform, gpus, dtype, attention, (why_dtype, why_attention))
 
 
-def choose_preset(runtime: Runtime, has_competition: bool) -> str:
-    """The preset for the detected hardware. Raises RuntimeError for competition files without a GPU."""
+def choose_preset(runtime: Runtime, has_competition: bool) -> tuple[str, str]:
+    """The preset for the smallest of the detected GPUs, and why; RuntimeError for competition files without a GPU."""
     if not has_competition:
-        return "demo"
+        return "demo", "no competition files were found"
     if not runtime.gpus:
         raise RuntimeError("Competition files but no GPU: switch on the accelerator (or choose the preset yourself)")
-    if min(gpu["memory_gib"] for gpu in runtime.gpus) >= 38:
-        return "colab_a100"
-    return "kaggle_t4x2" if len(runtime.gpus) > 1 else "colab_t4"
+    memory, name = min((gpu["memory_gib"], gpu["name"]) for gpu in runtime.gpus)
+    count = len(runtime.gpus)
+    card = f"{name}, {memory:.1f} GiB" if count == 1 else f"{name}, {memory:.1f} GiB, the smallest of {count} GPUs"
+    for least, preset, why in PRESET_BY_MEMORY:
+        if memory >= least:
+            return "kaggle_t4x2" if preset == "colab_t4" and count > 1 else preset, f"{card}: {why}"
+    raise RuntimeError(f"{card}: too small for every preset; take one of 6 GB or more (or choose the preset yourself)")
 
 
 def missing_requirements(minimum: Mapping[str, str] = MINIMUM_VERSIONS) -> list[str]:

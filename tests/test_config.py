@@ -115,12 +115,68 @@ def test_flash_attention_is_refused_where_it_cannot_run(monkeypatch, gpus, preci
         vqa.decide_attention("flash_attention_2", gpus, precision)
 
 
-@pytest.mark.parametrize(
-    ("gpus", "has_competition", "expected"),
-    [((), False, "demo"), ((T4, T4), True, "kaggle_t4x2"), ((T4,), True, "colab_t4"), ((A100,), True, "colab_a100")],
-)
-def test_auto_preset_follows_the_hardware(gpus, has_competition, expected):
-    assert vqa.choose_preset(vqa.Runtime("local", gpus, "fp16", "sdpa", ()), has_competition) == expected
+# Name, MiB and capability as nvidia-smi reports them; the preset that "auto" picks; a word of its reason.
+CARDS = {
+    "T4 x2": ([("Tesla T4", 15360, 7.5)] * 2, "kaggle_t4x2", "smallest of 2 GPUs: Qwen3-VL-8B fits in 4-bit"),
+    "T4": ([("Tesla T4", 15360, 7.5)], "colab_t4", "Tesla T4, 15.0 GiB: Qwen3-VL-8B fits in 4-bit"),
+    "V100 16 GB": ([("Tesla V100-SXM2-16GB", 16160, 7.0)], "colab_t4", "fits in 4-bit"),
+    "V100 32 GB": ([("Tesla V100-SXM2-32GB", 32510, 7.0)], "gpu_24gb", "1024 tokens"),
+    "L4": ([("NVIDIA L4", 23034, 8.9)], "gpu_24gb", "1024 tokens"),
+    "L4 x4": ([("NVIDIA L4", 23034, 8.9)] * 4, "gpu_24gb", "smallest of 4 GPUs"),
+    "A10": ([("NVIDIA A10G", 23028, 8.6)], "gpu_24gb", "1024 tokens"),
+    "A100 40 GB": ([("NVIDIA A100-SXM4-40GB", 40960, 8.0)], "colab_a100", "16 bits"),
+    "A100 80 GB": ([("NVIDIA A100-SXM4-80GB", 81920, 8.0)], "colab_a100", "16 bits"),
+    "A100 80 GB, PCIe": ([("NVIDIA A100 80GB PCIe", 81559, 8.0)], "colab_a100", "16 bits"),
+    "H100": ([("NVIDIA H100 80GB HBM3", 81559, 9.0)], "colab_a100", "16 bits"),
+    "H200": ([("NVIDIA H200", 143771, 9.0)], "colab_a100", "16 bits"),
+    "RTX 12 GB": ([("NVIDIA GeForce RTX 3060", 12288, 8.6)], "colab_t4", "fits in 4-bit"),
+    "RTX 8 GB": ([("NVIDIA GeForce RTX 3070", 8192, 8.6)], "single", "only Qwen3-VL-4B"),
+    "unknown": ([("Some Future Card", 49140, 12.0)], "colab_a100", "Some Future Card, 48.0 GiB"),
+    "mixed": ([("NVIDIA A100-SXM4-80GB", 81920, 8.0), ("Tesla T4", 15360, 7.5)], "kaggle_t4x2", "Tesla T4, 15.0 GiB"),
+}
+
+
+@pytest.fixture
+def plug_in(tmp_path, monkeypatch):
+    """Let detect_runtime find these cards: plug_in([(name, MiB, capability), ...])."""
+
+    def make(cards) -> None:
+        tool = tmp_path / "nvidia-smi"
+        lines = "".join(f"{index}, {', '.join(map(str, card))}\n" for index, card in enumerate(cards))
+        tool.write_text(f"#!/bin/sh\ncat <<END\n{lines}END\n")
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    return make
+
+
+@pytest.mark.parametrize(("cards", "preset", "reason"), CARDS.values(), ids=CARDS)
+def test_auto_follows_the_smallest_card_and_says_why(plug_in, mini_data, cards, preset, reason):
+    plug_in(cards)
+    config = vqa.load_config("auto", {"data_dir": str(mini_data)}, environ={})
+    assert config.preset_name == preset and reason in config.preset_reason and "\n" not in config.preset_reason
+    memory = min(memory for _, memory, _ in cards)
+    assert config.batch_size * config.grad_accum_steps == (32 if memory >= 40960 else 8)
+    precision = vqa.detect_runtime().precision
+    assert precision == ("fp16" if min(capability for _, _, capability in cards) < 8 else "bf16")
+
+
+def test_auto_refuses_a_p100_with_the_way_out_and_a_card_that_is_too_small(plug_in, mini_data):
+    plug_in([("Tesla P100-PCIE-16GB", 16384, 6.0)])
+    with pytest.raises(RuntimeError, match="P100-PCIE-16GB is too old .* choose 'GPU T4 x2'"):
+        vqa.load_config("auto", {"data_dir": str(mini_data)}, environ={})
+    plug_in([("NVIDIA GeForce GTX 1650", 4096, 7.5)])
+    with pytest.raises(RuntimeError, match="GTX 1650, 4.0 GiB: too small .* take one of 6 GB"):
+        vqa.load_config("auto", {"data_dir": str(mini_data)}, environ={})
+
+
+def test_why_a_preset_was_picked_changes_no_result():
+    by_name = vqa.Config.preset("demo")
+    assert by_name.preset_reason == "chosen by name"
+    picked = vqa.Config.preset("auto")
+    assert (picked.preset_name, picked.preset_reason) == ("demo", "no competition files were found")
+    assert picked.fingerprint == by_name.fingerprint
 
 
 def test_competition_files_without_a_gpu_stop_the_run():
