@@ -3853,13 +3853,96 @@ def run_folds(config: Config) -> list[FoldResult]:
     return [read_fold_result(run, fold) for fold in run.finished_folds]
 
 
+# === Memory by computation ===========================================================================================
+@dataclass(frozen=True)
+class MemoryCosts:
+    """GiB that training takes, computed from a model's shapes."""
+
+    rows: dict[str, float]  # weights without what rests on the CPU, LoRA and gradients, optimizer, averages
+    tower: float  # on top of the weights while features are not cached
+    loaded: float  # weights just after loading
+    dense_weight: float  # the largest one while it is out of its 4 bits
+    question: float  # for each question of a pass
+    layer: float  # for each question and decoder layer that keeps its activations
+    image_token: float  # of cached vision features, on disk or in RAM
+
+    def peak(self, plan: MemoryPlan, is_cached: bool = True) -> dict[str, float]:
+        """What is on the GPU in one pass of `plan`; one layer at a time is computed again anyway."""
+        activations = self.dense_weight + plan.micro_batch * (self.question + max(1, plan.stored_layers) * self.layer)
+        weights = self.rows["weights"] + (0 if is_cached else self.tower)
+        return self.rows | {"weights": weights, "activations": activations}
+
+    def verdict(self, free: float) -> str:
+        """Whether loading, and a pass over one question with all layers recomputed, fit into `free` GiB."""
+        least = max(self.loaded, sum(self.peak(MemoryPlan(1, 0)).values()))
+        text = f"{least:.1f} GiB for one question at a time, {free:.1f} GiB free"
+        remedy = "choose a smaller model_id, quantization='4bit' or lower max_pixels"
+        return text if least <= free else f"does not fit by computation: {text}; {remedy}"
+
+
+def activation_bytes(config: Config, layer, number: int, compiled: bool) -> tuple[int, int, int]:
+    """Bytes a token of a decoder layer's input, of all it keeps, and of its MLP's gradients; `number`: of one number"""
+    attention, inner = layer.self_attn, layer.mlp.gate_proj.out_features
+    hidden, queries = attention.q_proj.in_features, attention.q_proj.out_features
+    normed = queries + attention.k_proj.out_features if hasattr(attention, "q_norm") else 0
+    # The inputs of seven projections; after dropout each has its own, and a mask of one byte a number.
+    inputs = (5 if config.lora_dropout else 2) * hidden + queries + inner
+    # Besides: both residuals, the inputs of q_norm and k_norm, attention's q, k, v (under a mask as many heads as q)
+    # and output, gate and up, LoRA's inner products; not compiled also silu(gate), and what is normed in fp32.
+    kept = inputs + 2 * hidden + normed + 4 * queries + 2 * inner + 7 * config.lora_r
+    kept += 0 if compiled else inner + 2 * hidden + normed
+    return number * hidden, number * kept + inputs * bool(config.lora_dropout), number * 2 * (hidden + inner)
+
+
+def memory_costs(config: Config, shapes, tokens: int, precision: str, compiled: bool) -> MemoryCosts:
+    """The memory of training on prompts of `tokens`, from the model's own configuration `shapes` and no weights."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(shapes)
+    number, layers = getattr(torch, DTYPES[precision]).itemsize, model.model.language_model.layers
+    linears = [module for name, module in model.named_modules() if re.fullmatch(LORA_TARGETS, name)]
+    language = sum(linear.weight.numel() for linear in linears)
+    head, tower = model.get_output_embeddings().weight, model.get_submodule(f"model.{VISION_PREFIX}").num_parameters()
+    head_rests = config.loss == "choices" and head is not model.get_input_embeddings().weight
+    # NF4: half a byte, 8 bits of scale for 64 weights, 32 bits for 256 scales.
+    packed = {"4bit": 1 / 2 + 1 / 64 + 4 / 64 / 256, "8bit": 1, "none": number}[config.quantization]
+    loaded = language * packed + (model.num_parameters() - language) * number
+    lora = 4 * config.lora_r * sum(linear.in_features + linear.out_features for linear in linears)
+    rows = {"weights": loaded - number * (tower + head.numel() * head_rests), "LoRA and gradients": 2 * lora}
+    rows |= {"optimizer": 2 * lora, "averages": (config.use_ema + config.use_swa) * lora}
+    entry, kept, gradients = activation_bytes(config, layers[0], number, compiled)
+    vision = shapes.vision_config
+    feature = number * vision.out_hidden_size * (1 + len(getattr(vision, "deepstack_visual_indexes", ())))
+    question, dense = tokens * (len(layers) * entry + gradients), number * max(part.weight.numel() for part in linears)
+    costs = (number * tower, loaded, dense, question, tokens * (kept - entry), feature)
+    return MemoryCosts({name: value / 2**30 for name, value in rows.items()}, *(value / 2**30 for value in costs))
+
+
+def expected_memory(config: Config, frame: pd.DataFrame) -> MemoryCosts:
+    """The memory of training on the longest of these rows, known before a weight is loaded."""
+    processor, runtime = load_processor(config), detect_runtime(config.precision, config.attn_implementation)
+    shapes = transformers.AutoConfig.from_pretrained(config.model_path, trust_remote_code=config.trust_remote_code)
+    budget, templates = pixel_budget(config, processor), {**PROMPT_TEMPLATES, **config.prompt_templates}
+    tokens = max(
+        len(encode_prompt(processor, build_messages(row, templates=templates), image_grid(*size, processor, budget)))
+        for row, size in zip(frame.to_dict("records"), frame[["width", "height"]].to_numpy(), strict=True)
+    )
+    compiled, _ = decide_compile(config.compile_layers, "cuda" if runtime.gpus else "cpu", len(frame))
+    return memory_costs(config, shapes, tokens, runtime.precision, compiled)
+
+
 # === Preflight and command line ======================================================================================
 def preflight(config: Config, rows: int = 64) -> dict:
     """Try everything once on `rows` training rows before hours are spent: the facts learned, for a table."""
     competition = load_competition(config.data_dir, config.max_fallback_share, config.rows_to_use, config.seed)
     count = len(competition.train)
     frame = competition.train.sample(min(rows, count), random_state=config.seed, ignore_index=True)
-    session = open_session(config, frame.iloc[0])
+    costs = expected_memory(config, frame)
+    free = (memory_budget() if torch.cuda.is_available() else psutil.virtual_memory().available) / 2**30
+    try:
+        session = open_session(config, frame.iloc[0])
+    except torch.OutOfMemoryError as error:
+        error.add_note(f"Memory: {costs.verdict(free)}")
+        raise
     budget, merged = pixel_budget(config, session.processor), session.processor.image_processor.merge_size**2
     prompts = [make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(len(frame))]
     fill_cache(session, frame, len(config.folds_to_train) * (config.num_epochs + 2), passes=3)
@@ -3868,7 +3951,8 @@ def preflight(config: Config, rows: int = 64) -> dict:
     score_seconds = (time.perf_counter() - start) / len(frame)
     model = quicken(session, attach_lora(session.model, config, config.seed), questions=len(frame)).train()
     parameters = trainable_parameters(model).values()
-    plan = plan_memory(session, prompts, 3 * sum(value.nbytes for value in parameters))
+    copies = 2 + config.use_ema + config.use_swa
+    plan = plan_memory(session, prompts, copies * sum(value.nbytes for value in parameters))
     recompute_layers(session, plan.stored_layers)
     longest = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))[: plan.micro_batch]
     for _ in range(2):  # the second one is timed
@@ -3882,10 +3966,15 @@ def preflight(config: Config, rows: int = 64) -> dict:
     folds, cost = len(config.folds_to_train), views_cost(session, all_views(config, session.processor))
     trained = count * (1 - 1 / config.n_folds) * config.num_epochs * folds
     scored = (len(competition.test) * folds + count * folds / config.n_folds) * cost
-    tokens = {}
+    tokens, images = {}, {}
     for name, table in {"train": competition.train, "test": competition.test}.items():
         sizes = zip(table["width"], table["height"], strict=True)
         tokens[name] = [math.prod(image_grid(*size, session.processor, budget)) // merged for size in sizes]
+        images |= dict(zip(table["pixel_hash"], tokens[name], strict=True))
+    computed = costs.peak(plan, session.cache.covers(prompt.image_key for prompt in prompts))
+    computed |= {"all of these": sum(computed.values())}
+    computed |= {"vision features, on disk or in RAM": costs.image_token * sum(images.values())}
+    measured = dict.fromkeys(computed, "") | {"all of these": round(plan.peak_gib, 2) or ""}
     return {
         "letter tokens": " ".join(f"{c}={list(ids)}" for c, ids in zip(CHOICES, session.letters, strict=True)),
         "prompt": render_prompt(session.processor, build_messages(frame.iloc[0], templates=session.templates)),
@@ -3898,6 +3987,8 @@ def preflight(config: Config, rows: int = 64) -> dict:
         "zero-shot accuracy": f"{accuracy(probabilities, frame['label'].to_numpy()):.2f} on {len(frame)} rows",
         "memory plan": f"{plan.micro_batch} of {config.batch_size * config.grad_accum_steps} questions in a pass, "
         f"{plan.stored_layers} of {len(session.decoder_layers)} layers keep activations, {plan.peak_gib:.1f} GiB",
+        "memory needed": costs.verdict(free),
+        "memory": {"computed GiB": computed, "measured GiB": measured},
         "peak memory": str(memory_summary()),
         "estimated minutes on one device": round((trained * step_seconds + scored * score_seconds) / 60, 1),
     }
@@ -3929,6 +4020,7 @@ def main() -> None:
         config = Config(**json.loads(options.config)) if options.config else load_config()
         with tempfile.TemporaryDirectory() as folder:  # no features of few rows in the run's cache
             facts = preflight(dataclasses.replace(config, cache_dir=folder))
+        sys.stdout.write(markdown_table(pd.DataFrame(facts["memory"])) + "\n")
         sys.stdout.write(json.dumps(facts, ensure_ascii=False) + "\n")
         return
     folds, stages = [int(fold) for fold in options.folds.split(",")], options.stages.split(",")

@@ -62,6 +62,14 @@ def test_the_notebook_shows_figures_korean_questions_and_no_error(executed):
     assert not any("Traceback" in text or "Warning" in text for text in streams)
 
 
+def test_the_notebook_says_why_it_runs_that_preset_and_what_memory_is_computed(executed):
+    notebook, _ = executed
+    streams = [out.text for cell in notebook.cells for out in cell.get("outputs", ()) if out.output_type == "stream"]
+    assert any("preset demo: chosen by name" in text for text in streams)
+    (table,) = [page for page in outputs(notebook, "text/html") if "memory of one training pass" in page]
+    assert "computed GiB" in table and "measured GiB" in table and "NaN" not in table
+
+
 def test_the_notebook_process_never_initialises_cuda_or_loads_the_model(executed):
     """`load_model` and everything on a GPU belong to workers."""
     source = "\n".join(cell.source for cell in executed[0].cells if cell.cell_type == "code")
