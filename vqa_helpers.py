@@ -3866,11 +3866,19 @@ class MemoryCosts:
     layer: float  # for each question and decoder layer that keeps its activations
     image_token: float  # of cached vision features, on disk or in RAM
 
-    def peak(self, plan: MemoryPlan, is_cached: bool = True) -> dict[str, float]:
+    def peak(self, plan: MemoryPlan) -> dict[str, float]:
         """What is on the GPU in one pass of `plan`; one layer at a time is computed again anyway."""
         activations = self.dense_weight + plan.micro_batch * (self.question + max(1, plan.stored_layers) * self.layer)
-        weights = self.rows["weights"] + (0 if is_cached else self.tower)
-        return self.rows | {"weights": weights, "activations": activations}
+        return self.rows | {"activations": activations}
+
+    def table(self, plan: MemoryPlan, is_cached: bool, image_tokens: int) -> dict[str, dict]:
+        """The computed GiB by row beside the measured sum, empty where nothing was measured."""
+        computed = self.peak(plan)
+        computed["weights"] += 0 if is_cached else self.tower
+        computed["all of these"] = sum(computed.values())
+        computed["vision features, on disk or in RAM"] = image_tokens * self.image_token
+        measured = dict.fromkeys(computed, "") | {"all of these": round(plan.peak_gib, 2) or ""}
+        return {"computed GiB": computed, "measured GiB": measured}
 
     def verdict(self, free: float) -> str:
         """Whether loading, and a pass over one question with all layers recomputed, fit into `free` GiB."""
@@ -3971,10 +3979,7 @@ def preflight(config: Config, rows: int = 64) -> dict:
         sizes = zip(table["width"], table["height"], strict=True)
         tokens[name] = [math.prod(image_grid(*size, session.processor, budget)) // merged for size in sizes]
         images |= dict(zip(table["pixel_hash"], tokens[name], strict=True))
-    computed = costs.peak(plan, session.cache.covers(prompt.image_key for prompt in prompts))
-    computed |= {"all of these": sum(computed.values())}
-    computed |= {"vision features, on disk or in RAM": costs.image_token * sum(images.values())}
-    measured = dict.fromkeys(computed, "") | {"all of these": round(plan.peak_gib, 2) or ""}
+    is_cached = session.cache.covers(prompt.image_key for prompt in prompts)
     return {
         "letter tokens": " ".join(f"{c}={list(ids)}" for c, ids in zip(CHOICES, session.letters, strict=True)),
         "prompt": render_prompt(session.processor, build_messages(frame.iloc[0], templates=session.templates)),
@@ -3988,7 +3993,7 @@ def preflight(config: Config, rows: int = 64) -> dict:
         "memory plan": f"{plan.micro_batch} of {config.batch_size * config.grad_accum_steps} questions in a pass, "
         f"{plan.stored_layers} of {len(session.decoder_layers)} layers keep activations, {plan.peak_gib:.1f} GiB",
         "memory needed": costs.verdict(free),
-        "memory": {"computed GiB": computed, "measured GiB": measured},
+        "memory": costs.table(plan, is_cached, sum(images.values())),
         "peak memory": str(memory_summary()),
         "estimated minutes on one device": round((trained * step_seconds + scored * score_seconds) / 60, 1),
     }

@@ -41,8 +41,9 @@ def test_computed_weights_are_those_measured_after_loading_and_at_rest():
     assert big.loaded == pytest.approx(6.73, abs=0.01) and small.loaded == pytest.approx(3.16, abs=0.01)
     assert big.rows["weights"] == pytest.approx(4.5, abs=0.01)
     assert small.rows["weights"] == pytest.approx(small.loaded - small.tower)  # its head is tied: it stays
-    uncached = big.peak(vqa.MemoryPlan(1, 0), is_cached=False)
-    assert uncached["weights"] == pytest.approx(big.rows["weights"] + big.tower)
+    cached, not_cached = (big.table(vqa.MemoryPlan(1, 0), is_cached, 0)["computed GiB"] for is_cached in (True, False))
+    for row in ("weights", "all of these"):
+        assert not_cached[row] == pytest.approx(cached[row] + big.tower)
 
 
 def test_settings_change_the_rows_that_they_should():
@@ -88,7 +89,8 @@ def test_preflight_shows_computed_beside_measured_memory_and_goes_on_where_it_wo
     monkeypatch.setattr(vqa.psutil, "virtual_memory", lambda: small)
     plan = vqa.MemoryPlan(8, 2, peak_gib=1.25)
     monkeypatch.setattr(vqa, "plan_memory", lambda *_: plan)
-    facts = vqa.preflight(preflight_config(mini_data, tmp_path), rows=8)
+    config = preflight_config(mini_data, tmp_path)
+    facts = vqa.preflight(config, rows=8)
     computed, measured = facts["memory"]["computed GiB"], facts["memory"]["measured GiB"]
     rows = ["weights", "LoRA and gradients", "optimizer", "averages", "activations"]
     assert list(computed) == [*rows, "all of these", "vision features, on disk or in RAM"]
@@ -96,6 +98,11 @@ def test_preflight_shows_computed_beside_measured_memory_and_goes_on_where_it_wo
     assert measured == dict.fromkeys(computed, "") | {"all of these": 1.25}
     assert facts["memory needed"].startswith("does not fit by computation: 0.")
     json.dumps(facts)
+    tables, tokens = vqa.load_competition(config.data_dir), facts["token_counts"]
+    images = dict(zip(tables.train["pixel_hash"], tokens["train"], strict=True))
+    images |= zip(tables.test["pixel_hash"], tokens["test"], strict=True)  # each image once
+    image_token = vqa.expected_memory(config, tables.train).image_token
+    assert computed["vision features, on disk or in RAM"] == pytest.approx(sum(images.values()) * image_token)
 
 
 def test_the_command_line_prints_the_table_before_the_facts(monkeypatch, capsys):
