@@ -140,3 +140,12 @@ def test_computed_vision_features_are_the_bytes_of_the_cache(session, demo_rows)
     costs = vqa.memory_costs(session.config, session.model.config, 1, "fp32", compiled=False)
     tokens = len(features[0])
     assert sum(tensor.nbytes for tensor in features) == pytest.approx(tokens * costs.image_token * 2**30)
+
+
+def test_before_loading_memory_is_that_of_the_longest_prompt_with_the_runs_own_templates(session, demo_rows, replace):
+    longer = {kind: "Look closely. " * 9 + template for kind, template in vqa.PROMPT_TEMPLATES.items()}
+    session.config = replace(session.config, prompt_templates=longer)
+    frame = demo_rows.train.head(12)
+    longest = max(len(vqa.make_prompt(session, frame, row, [(0, 1, 2, 3)]).input_ids) for row in range(12))
+    known = vqa.memory_costs(session.config, session.model.config, longest, "fp32", compiled=False)
+    assert vqa.expected_memory(session.config, frame) == known
