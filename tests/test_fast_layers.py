@@ -214,8 +214,9 @@ def test_a_pass_without_memory_leaves_no_gradient_behind(session, demo_rows, mon
     model = vqa.attach_lora(session.model, session.config, seed=0).train()
     vqa.quicken(session, model, 1)
     for name in ("reset_peak_memory_stats", "synchronize"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: (5, 7)[gpu])  # the fuller one counts
     prompts, loss = [vqa.make_prompt(session, demo_rows.train, 0, [(0, 1, 2, 3)])], vqa.training_loss
     assert vqa.measure_pass(session, prompts, 0)[1] == 7
 
