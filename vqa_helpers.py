@@ -106,6 +106,9 @@ PRESETS = {
     | {"max_pixels": 1024 * 32 * 32},
     "gpu_24gb": {"max_pixels": 1024 * 32 * 32, "infer_batch_size": 32},
     "max_score": {"n_folds": 5, "num_epochs": 3, "tta_scales": (0.9, 1.0, 1.1), "infer_max_pixels": 1280 * 32 * 32},
+    # All GPUs together hold one model: half the speed of two workers, and a mixture of experts that none could hold.
+    "large": {"model_id": "Qwen/Qwen3-VL-30B-A3B-Instruct", "spread_model": True, "lora_r": 8, "lora_alpha": 16}
+    | {"n_folds": 2, "train_folds": (0,)},
     "single": {"model_id": "Qwen/Qwen3-VL-4B-Instruct", "use_kfold": False, "num_epochs": 3},
     "quick_test": {"model_id": "Qwen/Qwen2.5-VL-3B-Instruct", "use_sample": True, "sample_size": 200, "num_epochs": 1}
     | {"n_folds": 2, "train_folds": (0,), "use_tta": False},
@@ -114,6 +117,10 @@ PRESETS = {
     | {"num_epochs": 12, "batch_size": 8, "grad_accum_steps": 1, "learning_rate": 1e-3, "lora_dropout": 0.0}
     | {"infer_batch_size": 32, "num_workers": 0},
 }
+
+
+SPREAD_SHARE = 0.7  # of each GPU for the weights of a spread model
+LARGE_GIB = 18  # the 30B in 4-bit, with its head and vision tower in 16 bits
 
 
 @dataclass(frozen=True)
@@ -314,8 +321,19 @@ def load_config(preset: str = "auto", overrides: Mapping | None = None, environ:
     if not isinstance(parsed, dict):
         raise ValueError(f'VQA_OVERRIDES must be a JSON object such as {{"num_epochs": 1}}, not {text!r}')
     fields = {**(overrides or {}), **{name: place for name, place in places.items() if place}, **parsed}
-    config = Config.preset(environ.get("VQA_PRESET") or preset, **fields)
+    config = step_down(Config.preset(environ.get("VQA_PRESET") or preset, **fields))
     return dataclasses.replace(config, data_dir=str(find_competition(config.data_dir)))
+
+
+def step_down(config: Config) -> Config:
+    """The 8B in place of preset "large"'s 30B, with the reason, where the GPUs together cannot hold that one."""
+    if config.model_id != PRESETS["large"]["model_id"] or not config.spread_model:
+        return config
+    room = SPREAD_SHARE * sum(gpu["memory_gib"] for gpu in detect_runtime().gpus)
+    if room >= LARGE_GIB:
+        return config
+    reason = f"stepped down to the 8B: the 30B needs {LARGE_GIB} GiB for its weights, these GPUs have {room:.0f}"
+    return dataclasses.replace(config, model_id=Config.model_id, spread_model=False, preset_reason=reason)
 
 
 def find_competition(data_dir: str | Path | None = None, mounts: Sequence[str] = ("/kaggle/input",)) -> Path:
@@ -1269,7 +1287,7 @@ def load_model(config: Config, runtime: Runtime, attempts: int = 3):
     options |= {"device_map": {"": 0} if runtime.gpus else None, "trust_remote_code": config.trust_remote_code}
     options |= {"use_safetensors": True}  # never a pickle
     if config.spread_model:  # the rest of each card is for activations, and for the experts of one layer in 16 bits
-        room = {number: f"{0.7 * gpu['memory_gib']:.2f}GiB" for number, gpu in enumerate(runtime.gpus)}
+        room = {number: f"{SPREAD_SHARE * gpu['memory_gib']:.2f}GiB" for number, gpu in enumerate(runtime.gpus)}
         options |= {"device_map": "auto", "max_memory": room}
     for attempt in range(attempts):  # downloads from the hub break off
         time.sleep(2 * attempt)

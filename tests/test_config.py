@@ -97,6 +97,16 @@ def test_p100_is_refused_with_the_way_out():
         vqa.decide_precision("auto", (P100,))
 
 
+@pytest.mark.parametrize(("gpus", "steps_down"), [((T4, T4), False), ((T4,), True), ((A100,), False), ((), True)])
+def test_the_large_preset_steps_down_to_the_8b_where_its_model_does_not_fit(monkeypatch, gpus, steps_down):
+    monkeypatch.setattr(vqa, "detect_runtime", lambda *_: vqa.Runtime("local", gpus, "fp16", "sdpa", ()))
+    config = vqa.load_config("large", {"data_dir": str(vqa.DEMO)}, environ={})
+    assert ("30B" in config.model_id) is config.spread_model is not steps_down
+    assert config.preset_reason.startswith("stepped down to the 8B: the 30B needs 18 GiB") is steps_down
+    own = vqa.load_config("large", {"data_dir": str(vqa.DEMO), "model_id": "mine"}, environ={})
+    assert own.model_id == "mine" and own.spread_model  # what the user asks for stays
+
+
 def test_attention_is_sdpa_unless_the_config_asks_for_another(monkeypatch):
     monkeypatch.setattr(vqa.importlib.util, "find_spec", lambda name: object())  # FlashAttention-2 is installed
     for gpus in ((), (T4,), (A100,)):
