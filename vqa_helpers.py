@@ -3872,6 +3872,9 @@ def run_folds(config: Config) -> list[FoldResult]:
 
 
 # === Memory by computation ===========================================================================================
+NOT_COMPUTED = "not computed for this family of models"
+
+
 @dataclass(frozen=True)
 class MemoryCosts:
     """GiB that training takes, computed from a model's shapes."""
@@ -3943,10 +3946,12 @@ def memory_costs(config: Config, shapes, tokens: int, precision: str, compiled: 
     return MemoryCosts({name: value / 2**30 for name, value in rows.items()}, *(value / 2**30 for value in costs))
 
 
-def expected_memory(config: Config, frame: pd.DataFrame) -> MemoryCosts:
-    """The memory of training on the longest of these rows, known before a weight is loaded."""
+def expected_memory(config: Config, frame: pd.DataFrame) -> MemoryCosts | None:
+    """The memory of training on the longest of these rows, before a weight is loaded; None for an unusual family."""
     processor, runtime = load_processor(config), detect_runtime(config.precision, config.attn_implementation)
     shapes = transformers.AutoConfig.from_pretrained(config.model_path, trust_remote_code=config.trust_remote_code)
+    if FAMILIES.get(shapes.model_type) != Family():
+        return None  # what recurrent layers and experts keep has not been measured
     budget, templates = pixel_budget(config, processor), {**PROMPT_TEMPLATES, **config.prompt_templates}
     tokens = max(
         len(encode_prompt(processor, build_messages(row, templates=templates), image_grid(*size, processor, budget)))
@@ -3967,7 +3972,7 @@ def preflight(config: Config, rows: int = 64) -> dict:
     try:
         session = open_session(config, frame.iloc[0])
     except torch.OutOfMemoryError as error:
-        error.add_note(f"Memory: {costs.verdict(free)}")
+        error.add_note(f"Memory: {costs.verdict(free) if costs else NOT_COMPUTED}")
         raise
     budget, merged = pixel_budget(config, session.processor), session.processor.image_processor.merge_size**2
     prompts = [make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(len(frame))]
@@ -4010,8 +4015,8 @@ def preflight(config: Config, rows: int = 64) -> dict:
         "zero-shot accuracy": f"{accuracy(probabilities, frame['label'].to_numpy()):.2f} on {len(frame)} rows",
         "memory plan": f"{plan.micro_batch} of {config.batch_size * config.grad_accum_steps} questions in a pass, "
         f"{plan.stored_layers} of {len(session.decoder_layers)} layers keep activations, {plan.peak_gib:.1f} GiB",
-        "memory needed": costs.verdict(free),
-        "memory": costs.table(plan, is_cached, sum(images.values())),
+        "memory needed": costs.verdict(free) if costs else NOT_COMPUTED,
+        "memory": costs.table(plan, is_cached, sum(images.values())) if costs else {},
         "peak memory": str(memory_summary()),
         "estimated minutes on one device": round((trained * step_seconds + scored * score_seconds) / 60, 1),
     }

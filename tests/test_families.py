@@ -86,6 +86,22 @@ def test_a_familys_loss_and_gradients_equal_huggingfaces_own(family_session, dem
     assert (our_gradients - their_gradients).norm() <= 1e-4 * their_gradients.norm()
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5"])
+def test_preflight_says_where_it_computes_no_memory(family, model_folders, mini_data, monkeypatch):
+    config = vqa.Config.preset("demo", model_id=str(model_folders[family]), data_dir=str(mini_data))
+    facts = vqa.preflight(config, rows=4)
+    assert facts["memory needed"] == "not computed for this family of models" and facts["memory"] == {}
+    assert "questions in a pass" in facts["memory plan"]
+
+    def full(*_):
+        raise torch.OutOfMemoryError("while loading")
+
+    monkeypatch.setattr(vqa, "open_session", full)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        vqa.preflight(config, rows=4)
+    assert caught.value.__notes__ == ["Memory: not computed for this family of models"]
+
+
 def test_a_familys_rotations_score_like_prompts_of_their_own(family_session, demo_rows, monkeypatch):
     views = [vqa.View(f"rotation {turn}", turn) for turn in range(4)]
     perturb_adapter(vqa.attach_lora(family_session.model, family_session.config, seed=0)).eval()
