@@ -71,6 +71,8 @@ COMPETITION_FILES = ("train.csv", "test.csv", "sample_submission.csv")
 # What a plain Kaggle or Colab machine lacks, as in requirements.txt; transformers 5.18 takes mm_encoder_outputs.
 MINIMUM_VERSIONS = {"transformers": "5.18", "peft": "0.20", "bitsandbytes": "0.46.1", "accelerate": "1.6"}
 MINIMUM_VERSIONS |= {"qwen-vl-utils": "0.0.14"}
+IF_INSTALLED = {"torchao": "0.16"}  # not needed, but beside an older one, as on Colab, peft refuses to work
+MOUNTS = {"/kaggle/input": 6, "/content": 1, "/content/drive/MyDrive": 1}  # what is attached: how deep to look there
 LOGGER = logging.getLogger("vqa")
 
 
@@ -321,8 +323,8 @@ def load_config(preset: str = "auto", overrides: Mapping | None = None, environ:
     if not isinstance(parsed, dict):
         raise ValueError(f'VQA_OVERRIDES must be a JSON object such as {{"num_epochs": 1}}, not {text!r}')
     fields = {**(overrides or {}), **{name: place for name, place in places.items() if place}, **parsed}
-    config = step_down(Config.preset(environ.get("VQA_PRESET") or preset, **fields))
-    return dataclasses.replace(config, data_dir=str(find_competition(config.data_dir)))
+    fields["data_dir"] = str(find_competition(fields.get("data_dir")))
+    return step_down(Config.preset(environ.get("VQA_PRESET") or preset, **fields))
 
 
 def step_down(config: Config) -> Config:
@@ -336,20 +338,61 @@ def step_down(config: Config) -> Config:
     return dataclasses.replace(config, model_id=Config.model_id, spread_model=False, preset_reason=reason)
 
 
-def find_competition(data_dir: str | Path | None = None, mounts: Sequence[str] = ("/kaggle/input",)) -> Path:
-    """`data_dir` (FileNotFoundError without files), the folder in `mounts` (ValueError if several) or else the demo."""
-    patterns = ["*/" * depth + "train.csv" for depth in range(1, 5)]
-    mounted = (path.parent for mount in mounts for pattern in patterns for path in Path(mount).glob(pattern))
-    places = mounted if data_dir is None else [Path(data_dir)]
-    missing = {place: [name for name in COMPETITION_FILES if not (place / name).is_file()] for place in places}
+def walk_mounts(mounts: Mapping[str, int] | None = None) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Folder, subfolders and files as os.walk has them, as deep as MOUNTS allows; copies of our demo are left out."""
+    for mount, depth in (MOUNTS if mounts is None else mounts).items():
+        for folder, folders, files in os.walk(mount, followlinks=True):
+            ours = "make_demo.py" in files and folder != mount
+            if ours or len(Path(folder).relative_to(mount).parts) >= depth:
+                folders.clear()
+            folders.sort()
+            if not ours:
+                yield Path(folder), folders, files
+
+
+def list_competitions(mounts: Mapping[str, int] | None) -> list[Path]:
+    """The folders with the competition's three files; only where there is none, the archives with them."""
+    found, archives = [], []
+    for folder, folders, files in walk_mounts(mounts):
+        if {*COMPETITION_FILES} <= {*files}:
+            found.append(folder.resolve())
+            folders.clear()  # not into its images
+        archives += [folder / name for name in files if name.lower().endswith(ARCHIVE_ENDINGS)]
+    return sorted(found) or sorted(filter(holds_competition, archives))
+
+
+def find_competition(data_dir: str | Path | None = None) -> Path:
+    """The competition's folder, unpacked where it is an archive: in or at `data_dir`, else in MOUNTS, else the demo.
+
+    ValueError where there are several, FileNotFoundError where there is none, not even the demo."""
+    if data_dir is not None and Path(data_dir).is_file():
+        return unpack_competition(Path(data_dir))
+    found = list_competitions(None if data_dir is None else {str(data_dir): 2})
+    choose = "set data_dir in OVERRIDES (or VQA_DATA_DIR) to"
+    if len(found) > 1:
+        kind = "folders" if found[0].is_dir() else "archives"
+        raise ValueError(f"Several {kind} hold a competition: {[*map(str, found)]}; {choose} one of them")
+    if found:
+        return found[0] if found[0].is_dir() else unpack_competition(found[0])
     if data_dir is not None:
-        if names := missing[Path(data_dir)]:
-            raise FileNotFoundError(f"{data_dir} has no {', '.join(names)}; set data_dir to the folder that has them")
-        return Path(data_dir).resolve()
-    folders = sorted(place for place, names in missing.items() if not names and place.resolve() != DEMO)  # not ours
-    if len(folders) > 1:
-        raise ValueError(f"Several folders hold a competition: {[*map(str, folders)]}; set data_dir to one of them")
-    return folders[0] if folders else DEMO
+        names = [name for name in COMPETITION_FILES if not (Path(data_dir) / name).is_file()]
+        raise FileNotFoundError(f"{data_dir} has no {', '.join(names)}; {choose} the folder or archive that has them")
+    nothing = f"No folder or archive in {', '.join(MOUNTS)} has {', '.join(COMPETITION_FILES)}"
+    if not DEMO.is_dir():
+        raise FileNotFoundError(f"{nothing}: attach the competition (Kaggle: Add Input), or {choose} where it is")
+    LOGGER.info("%s: the built-in demo runs", nothing)
+    return DEMO
+
+
+def explain_missing_model(config: Config, cause: Exception) -> OSError:
+    """The error about a model that was not loaded: what to check, and which model folders are attached."""
+    wanted = {"config.json", ".safetensors"}  # a file's name, a file's ending
+    folders = [str(place) for place, _, files in walk_mounts() if wanted <= {*files, *(Path(f).suffix for f in files)}]
+    attached = f"set model_id (or VQA_MODEL) to one of {folders}" if folders else "attach the model and give its folder"
+    return OSError(
+        f"{config.model_path} could not be loaded. Check the spelling of model_id, the internet switch of the session "
+        f"(or {attached}), and the free disk space. Cause: {cause}"
+    )
 
 
 # === Runtime =========================================================================================================
@@ -409,7 +452,9 @@ def detect_runtime(precision: str = "auto", attn_implementation: str = "auto") -
     )
     dtype, why_dtype = decide_precision(precision, gpus)
     attention, why_attention = decide_attention(attn_implementation, gpus, dtype)
-    return Runtime(platform, gpus, dtype, attention, (why_dtype, why_attention))
+    slow = "warning: torch 2.9 may be 10 to 20 times slower in the first vision layer (pytorch issue 174051): use 2.10"
+    warned = (slow,) if gpus and installed_version("torch").release[:2] == (2, 9) else ()
+    return Runtime(platform, gpus, dtype, attention, (why_dtype, why_attention, *warned))
 
 
 def choose_preset(runtime: Runtime, has_competition: bool) -> tuple[str, str]:
@@ -427,15 +472,51 @@ def choose_preset(runtime: Runtime, has_competition: bool) -> tuple[str, str]:
     raise RuntimeError(f"{card}: too small for every preset; take one of 6 GB or more (or choose the preset yourself)")
 
 
+def installed_version(name: str) -> Version:
+    """Of a package, which is not imported to find out; 0 where it is not installed."""
+    try:
+        return Version(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Version("0")
+
+
 def missing_requirements(minimum: Mapping[str, str] = MINIMUM_VERSIONS) -> list[str]:
-    """pip requirements for every package that is absent or too old; nothing is imported to find out."""
-    missing = []
-    for name, version in minimum.items():
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            if Version(importlib.metadata.version(name)) >= Version(version):
-                continue
-        missing.append(f"{name}>={version}")
+    """pip requirements for every package that is absent or too old, and for what is too old of IF_INSTALLED."""
+    optional = {name: version for name, version in IF_INSTALLED.items() if installed_version(name) > Version("0")}
+    wanted = {**minimum, **optional}.items()
+    return [f"{name}>={version}" for name, version in wanted if installed_version(name) < Version(version)]
+
+
+def install_requirements() -> list[str]:
+    """pip install what is missing; RuntimeError with the way out where pip fails or an older version is loaded here."""
+    if missing := missing_requirements():
+        pip_install(missing)
+    for name, version in MINIMUM_VERSIONS.items():
+        loaded = getattr(sys.modules.get(name.replace("-", "_")), "__version__", version)
+        if Version(loaded) < Version(version):
+            restart = "restart the session (Kaggle: Run > Restart, Colab: Runtime > Restart session) and press Run all"
+            raise RuntimeError(
+                f"{name} {loaded} was loaded before {version} was there: {restart}; what was installed stays"
+            )
     return missing
+
+
+def pip_install(requirements: Sequence[str]) -> None:
+    """From VQA_WHEELS or an attached folder `wheels`, else the internet; RuntimeError with the ways to go on."""
+    attached = (str(place) for place, _, files in walk_mounts() if place.name == "wheels" and ".whl" in str(files))
+    wheels = os.environ.get("VQA_WHEELS") or next(attached, None)
+    source = ["--no-index", "--find-links", wheels] if wheels else []
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *source, *requirements]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode == 0:
+        return
+    platforms = " ".join(f"--platform {name}_x86_64" for name in ("manylinux2014", "manylinux_2_24", "manylinux_2_28"))
+    download = f"pip download -d wheels --only-binary=:all: --python-version 3.12 {platforms}"
+    raise RuntimeError(
+        f"pip could not take {', '.join(requirements)} from {wheels or 'the internet'}. Switch Internet on, or run "
+        "this where there is internet and attach the folder `wheels` that it makes (or name it in VQA_WHEELS):\n"
+        f"{download} {' '.join(map(json.dumps, requirements))}\n" + "\n".join(done.stderr.splitlines()[-5:])
+    )
 
 
 def seed_everything(seed: int, deterministic: bool = True, strict: bool = False) -> None:
@@ -770,6 +851,7 @@ TABLE_COLUMNS = {"train.csv": COLUMNS, "test.csv": COLUMNS[:-1], "sample_submiss
 GREY_IMAGE = "<grey image>"  # image_path of a test row without a usable image; `load_image` knows it
 MAX_IMAGE_SIDE = 4096  # pixels; more than any pixel budget asks for, and it bounds the memory of one image
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not EPS, for example: it starts Ghostscript
+ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
 MAX_MEMBERS, MAX_UNPACKED_BYTES, MAX_RATIO = 2_000_000, 64 * 2**30, 200  # of an archive; the ratio from 100 MiB on
 
 
@@ -837,6 +919,27 @@ def unpack_archive(archive: str | Path, folder: str | Path) -> Path:
         raise DataError(f"{archive}: not unpacked ({reason}); download it again, or unpack it by hand") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def holds_competition(archive: Path) -> bool:
+    """Whether the competition's files, and not those of our demo, are in it; DataError where it cannot be read."""
+    try:
+        is_zip = zipfile.is_zipfile(archive)
+        with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as opened:
+            names = {Path(name).name for name in (opened.namelist() if is_zip else opened.getnames())}
+    except Exception as error:  # each format and each decoder raises its own
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(f"{archive}: not readable ({reason}); download it again, or remove it") from error
+    return {*COMPETITION_FILES} <= names and "make_demo.py" not in names
+
+
+def unpack_competition(archive: Path) -> Path:
+    """The competition's folder, unpacked once into the system's folder for temporary files and then found again."""
+    facts = archive.stat()
+    key = hashlib.sha256(f"{archive.name} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()).resolve() / f"vqa-data-{key}"
+    LOGGER.info("Competition data: %s, %s %s", folder, "from" if folder.is_dir() else "being unpacked from", archive)
+    return find_competition(folder if folder.is_dir() else unpack_archive(archive, folder))
 
 
 def _refuse_first(file: str, frame: pd.DataFrame, wrong: pd.Series, column: str, problem: str) -> None:
@@ -1220,7 +1323,10 @@ def load_processor(config: Config):
         for path in Path(config.model_path).glob("*.json"):  # none for a hub id, whose code transformers refuses itself
             if '"auto_map"' in path.read_text(encoding="utf-8"):
                 raise ValueError(f"{path} asks to run Python code from that folder (auto_map): trust_remote_code=True?")
-    processor = transformers.AutoProcessor.from_pretrained(config.model_path, trust_remote_code=trusted)
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(config.model_path, trust_remote_code=trusted)
+    except OSError as error:
+        raise explain_missing_model(config, error) from error
     processor.tokenizer.padding_side = "left"
     return processor
 
@@ -1310,10 +1416,7 @@ def load_model(config: Config, runtime: Runtime, attempts: int = 3):
         except OSError as error:
             LOGGER.warning("Loading %s failed (attempt %d of %d): %s", config.model_path, attempt + 1, attempts, error)
             cause = error
-    raise OSError(
-        f"{config.model_path} could not be loaded. Check the spelling of model_id, the internet switch of the session "
-        f"(or attach the model and give its folder), and the free disk space. Cause: {cause}"
-    ) from cause
+    raise explain_missing_model(config, cause) from cause
 
 
 def keep_gpu_fed(model) -> None:
@@ -4046,6 +4149,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "preflight":
         config = Config(**json.loads(options.config)) if options.config else load_config()
+        stay_offline(config)
         with tempfile.TemporaryDirectory() as folder:  # no features of few rows in the run's cache
             facts = preflight(dataclasses.replace(config, cache_dir=folder))
         sys.stdout.write(markdown_table(pd.DataFrame(facts["memory"])) + "\n")
@@ -4059,6 +4163,12 @@ def main() -> None:
     with own_directory(Path(options.run), folds) as directory:
         join_team()
         work(Run.open(directory), folds, stages, progress)
+
+
+def stay_offline(config: Config) -> None:
+    """Before transformers is imported: where the model is a local folder, this process asks the hub for nothing."""
+    if Path(config.model_path).is_dir():
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @contextlib.contextmanager
@@ -4089,6 +4199,7 @@ def own_directory(directory: Path, folds: Sequence[int]) -> Iterator[Path]:
 def work(run: Run, folds: Sequence[int], stages: Sequence[str], progress: ProgressFile) -> None:
     """What a worker process does; ends it with status 75 after a request to stop."""
     setup_logging(run.directory, run.config.log_level, run.config.log_to_file)
+    stay_offline(run.config)
     try:
         with run.owned(folds):
             run_stages(run, folds, stages, progress.update)

@@ -217,17 +217,18 @@ def test_a_failing_nvidia_smi_means_no_gpu(tmp_path, monkeypatch, caplog):
     assert "nvidia-smi failed with 'failed'" in caplog.text
 
 
-def test_find_competition_prefers_the_named_folder_then_the_mounts_then_the_demo(tmp_path):
-    assert vqa.find_competition(mounts=[str(tmp_path)]) == vqa.DEMO
+def test_find_competition_prefers_the_named_folder_then_the_mounts_then_the_demo(tmp_path, monkeypatch):
+    monkeypatch.setattr(vqa, "MOUNTS", {str(tmp_path): 4})
+    assert vqa.find_competition() == vqa.DEMO
     for place in ("competitions/vqa", "datasets/me/copy"):
         folder = tmp_path / place
         folder.mkdir(parents=True)
         for name in vqa.COMPETITION_FILES:
             (folder / name).touch()
         if place.startswith("competitions"):
-            assert vqa.find_competition(mounts=[str(tmp_path)]) == folder
+            assert vqa.find_competition() == folder
     with pytest.raises(ValueError, match="Several folders hold a competition: .*set data_dir"):
-        vqa.find_competition(mounts=[str(tmp_path)])
+        vqa.find_competition()
     (folder / "test.csv").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no test\.csv"):
         vqa.find_competition(folder)
