@@ -22,6 +22,7 @@ CELLS = json.loads((vqa.HERE / "Kaggle_AllInOne.ipynb").read_text(encoding="utf-
 CODE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
 DRIVE, FIND, IMPORT, INSTALL, HARDWARE, PARAMETERS, CONFIG = CODE[:7]
 MODULE = Path(vqa.__file__).read_text(encoding="utf-8")
+TINY = vqa.DEMO / "tiny_qwen3_vl"
 COMPETITION = "kaggle/input/competitions/vqa"
 KAGGLE, COLAB = {"KAGGLE_KERNEL_RUN_TYPE": "Interactive", "COLAB_RELEASE_TAG": "release"}, {"COLAB_RELEASE_TAG": "r"}
 T4, L4, A100 = "Tesla T4, 15360, 7.5", "NVIDIA L4, 23034, 8.9", "NVIDIA A100-SXM4-40GB, 40960, 8.0"
@@ -408,8 +409,8 @@ def test_with_everything_there_nothing_is_installed_and_no_socket_opened(machine
     machine.helper()
     machine.gpus(T4, T4)
     machine.competition()
-    machine.environment(VQA_MODEL=str(vqa.DEMO / "tiny_qwen3_vl"))
-    assert machine.run().config.model_path == str(vqa.DEMO / "tiny_qwen3_vl")
+    machine.environment(VQA_MODEL=str(TINY))
+    assert machine.run().config.model_path == str(TINY)
     assert machine.pip_calls == [] and "installed: nothing, all there" in capsys.readouterr().out
 
 
@@ -442,6 +443,15 @@ def test_without_internet_and_wheels_the_error_has_the_command_that_makes_them(m
     assert command.endswith(' "bitsandbytes>=0.46.1"') and last == machine.pip_answer[1]
 
 
+def test_the_readme_has_the_same_command_for_all_packages(machine):
+    machine.versions |= dict.fromkeys(vqa.MINIMUM_VERSIONS)
+    machine.pip_answer = (1, "")
+    machine.helper()
+    with pytest.raises(RuntimeError) as caught:
+        machine.run(FIND, IMPORT, INSTALL)
+    assert str(caught.value).splitlines()[1] in (vqa.HERE / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("given", ["attached", "VQA_WHEELS"])
 def test_wheels_are_taken_instead_of_the_internet(machine, given):
     folder = machine.root / ("kaggle/input/datasets/me/offline/wheels" if given == "attached" else "my files")
@@ -471,26 +481,39 @@ def test_an_old_package_that_is_loaded_asks_for_a_restart(machine, installed):
 
 
 # --- model and earlier sessions --------------------------------------------------------------------------------------
+def start_run(names):
+    competition = names.vqa.load_competition(names.config.data_dir, 0.5)
+    return names.vqa.start_run(names.config, competition, names.vqa.make_folds(competition.train, 2, 42))
+
+
 def test_a_local_model_is_loaded_without_asking_the_hub(machine, mini_data):
-    """Preflight in a process of its own, as from the notebook; any look at the network is written down."""
-    site, calls = machine.root / "site", machine.root / "calls"
+    """Preflight, in a process that writes down what it did; and a worker, without stages to save time."""
+    site, calls, offline = (machine.root / name for name in ("site", "calls", "offline"))
     site.mkdir()
     (site / "sitecustomize.py").write_text(
-        "import socket\n"
+        "import atexit, socket, sys\n"
         "def refuse(*arguments, **options):\n"
         f"    open({str(calls)!r}, 'a').write(f'{{arguments}}')\n"
         "    raise OSError('there is no network')\n"
+        "def note():\n"
+        "    if hub := sys.modules.get('huggingface_hub.constants'):\n"
+        f"        open({str(offline)!r}, 'a').write(str(hub.HF_HUB_OFFLINE))\n"
         "socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse\n"
+        "atexit.register(note)\n"
     )
-    settings = json.dumps({"use_sample": True, "sample_size": 4, "max_fallback_share": 0.5})
-    machine.environment(PYTHONPATH=str(site), VQA_PRESET="demo", VQA_OVERRIDES=settings)
-    machine.environment(VQA_MODEL=str(vqa.DEMO / "tiny_qwen3_vl"))
-    machine.monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    settings = {"n_folds": 2, "max_fallback_share": 0.5, "model_id": str(TINY)}
+    machine.environment(PYTHONPATH=str(site), VQA_PRESET="demo", VQA_OVERRIDES=json.dumps(settings))
+    machine.environment(HF_HUB_OFFLINE="0")  # so that it is put back
+    machine.monkeypatch.delenv("HF_HUB_OFFLINE")
     machine.helper()
     shutil.copytree(mini_data, machine.root / COMPETITION)
     names = machine.run()
-    assert names.vqa.run_preflight(names.config)["zero-shot accuracy"].endswith("on 4 rows")
-    assert not calls.exists()
+    assert names.vqa.run_preflight(names.config)["zero-shot accuracy"].endswith("on 36 rows")
+    assert offline.read_text() == "True" and not calls.exists()
+    assert "HF_HUB_OFFLINE" not in os.environ  # the notebook's own process may turn to the hub for another model
+    run = start_run(names)
+    names.vqa.work(run, [0], [], names.vqa.ProgressFile(run.directory / "progress_0.json"))
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
 @pytest.mark.parametrize(("model", "offline"), [("data/tiny_qwen3_vl", "1"), ("Qwen/Qwen3-VL-8B-Instruct", None)])
@@ -511,8 +534,9 @@ def test_a_model_out_of_reach_names_the_attached_ones(machine, monkeypatch):
         (machine.root / folder).mkdir(parents=True)
         for name in ("config.json", "model-00001-of-00002.safetensors"):
             (machine.root / folder / name).touch()
-    (machine.root / "kaggle/input/adapter").mkdir()
-    (machine.root / "kaggle/input/adapter/adapter_model.safetensors").touch()
+    for name in ("adapter/adapter_model.safetensors", "my-notebook/config.json"):  # no models: of an earlier session
+        (machine.root / "kaggle/input" / name).parent.mkdir()
+        (machine.root / "kaggle/input" / name).touch()
     machine.helper()
     names = machine.run(FIND, IMPORT)
     config = names.vqa.Config(model_id="nobody/no-such-model", quantization="none")
@@ -533,8 +557,7 @@ def test_an_attached_earlier_session_is_continued(machine, mini_data, capsys):
     for _ in range(2):
         names = machine.run(FIND, IMPORT, INSTALL, HARDWARE, 'PRESET, OVERRIDES = "auto", {"n_folds": 2}', CONFIG)
         assert names.config.data_dir == str(place)
-        competition = names.vqa.load_competition(names.config.data_dir, 0.5)
-        run = names.vqa.start_run(names.config, competition, names.vqa.make_folds(competition.train, 2, 42))
+        run = start_run(names)
         said = capsys.readouterr().out
         earlier = machine.root / "kaggle/input/my-notebook/outputs" / run.directory.name
         if not earlier.exists():
