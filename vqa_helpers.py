@@ -66,7 +66,7 @@ from tqdm import tqdm
 __version__ = "0.1.0"
 CHOICES = ("a", "b", "c", "d")
 HERE = Path(__file__).resolve().parent
-DEMO = HERE / "data"
+DEMO = (HERE / "data").resolve()
 COMPETITION_FILES = ("train.csv", "test.csv", "sample_submission.csv")
 # What a plain Kaggle or Colab machine lacks, as in requirements.txt; transformers 5.18 takes mm_encoder_outputs.
 MINIMUM_VERSIONS = {"transformers": "5.18", "peft": "0.20", "bitsandbytes": "0.46.1", "accelerate": "1.6"}
@@ -382,6 +382,27 @@ def find_competition(data_dir: str | Path | None = None) -> Path:
         raise FileNotFoundError(f"{nothing}: attach the competition (Kaggle: Add Input), or {choose} where it is")
     LOGGER.info("%s: the built-in demo runs", nothing)
     return DEMO
+
+
+def holds_competition(archive: Path) -> bool:
+    """Whether the competition's files, and not those of our demo, are in it; DataError where it cannot be read."""
+    try:
+        is_zip = zipfile.is_zipfile(archive)
+        with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as opened:
+            names = {Path(name).name for name in (opened.namelist() if is_zip else opened.getnames())}
+    except Exception as error:  # each format and each decoder raises its own
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(f"{archive}: not readable ({reason}); download it again, or remove it") from error
+    return {*COMPETITION_FILES} <= names and "make_demo.py" not in names
+
+
+def unpack_competition(archive: Path) -> Path:
+    """The competition's folder, unpacked once into the system's folder for temporary files and then found again."""
+    facts = archive.stat()
+    key = hashlib.sha256(f"{archive.name} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()).resolve() / f"vqa-data-{key}"
+    LOGGER.info("Competition data: %s, %s %s", folder, "from" if folder.is_dir() else "being unpacked from", archive)
+    return find_competition(folder if folder.is_dir() else unpack_archive(archive, folder))
 
 
 def explain_missing_model(config: Config, cause: Exception) -> OSError:
@@ -919,27 +940,6 @@ def unpack_archive(archive: str | Path, folder: str | Path) -> Path:
         raise DataError(f"{archive}: not unpacked ({reason}); download it again, or unpack it by hand") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def holds_competition(archive: Path) -> bool:
-    """Whether the competition's files, and not those of our demo, are in it; DataError where it cannot be read."""
-    try:
-        is_zip = zipfile.is_zipfile(archive)
-        with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as opened:
-            names = {Path(name).name for name in (opened.namelist() if is_zip else opened.getnames())}
-    except Exception as error:  # each format and each decoder raises its own
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise DataError(f"{archive}: not readable ({reason}); download it again, or remove it") from error
-    return {*COMPETITION_FILES} <= names and "make_demo.py" not in names
-
-
-def unpack_competition(archive: Path) -> Path:
-    """The competition's folder, unpacked once into the system's folder for temporary files and then found again."""
-    facts = archive.stat()
-    key = hashlib.sha256(f"{archive.name} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:12]
-    folder = Path(tempfile.gettempdir()).resolve() / f"vqa-data-{key}"
-    LOGGER.info("Competition data: %s, %s %s", folder, "from" if folder.is_dir() else "being unpacked from", archive)
-    return find_competition(folder if folder.is_dir() else unpack_archive(archive, folder))
 
 
 def _refuse_first(file: str, frame: pd.DataFrame, wrong: pd.Series, column: str, problem: str) -> None:

@@ -318,6 +318,12 @@ def test_nothing_attached_runs_the_demo_and_says_so(machine, capsys):
     assert "train.csv, test.csv, sample_submission.csv: the built-in demo runs" in capsys.readouterr().out
 
 
+def test_the_demo_may_be_a_link(machine):
+    machine.helper()
+    (machine.root / "kaggle/working/data").symlink_to(vqa.DEMO)
+    assert machine.run().config.preset_name == "demo"
+
+
 def test_nothing_attached_and_no_demo_is_an_error(machine):
     machine.helper()
     machine.gpus(T4, T4)
