@@ -338,6 +338,7 @@ def step_down(config: Config) -> Config:
     return dataclasses.replace(config, model_id=Config.model_id, spread_model=False, preset_reason=reason)
 
 
+# === Finding data and models =========================================================================================
 def walk_mounts(mounts: Mapping[str, int] | None = None) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Folder, subfolders and files as os.walk has them, as deep as MOUNTS allows; copies of our demo are left out."""
     for mount, depth in (MOUNTS if mounts is None else mounts).items():
