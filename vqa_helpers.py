@@ -63,7 +63,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 CHOICES = ("a", "b", "c", "d")
 HERE = Path(__file__).resolve().parent
 DEMO = (HERE / "data").resolve()
@@ -368,7 +368,7 @@ def find_competition(data_dir: str | Path | None = None) -> Path:
     ValueError where there are several, FileNotFoundError where there is none, not even the demo."""
     if data_dir is not None and Path(data_dir).is_file():
         return unpack_competition(Path(data_dir))
-    found = list_competitions(None if data_dir is None else {str(data_dir): 2})
+    found = list_competitions(None if data_dir is None else {str(data_dir): 4})
     choose = "set data_dir in OVERRIDES (or VQA_DATA_DIR) to"
     if len(found) > 1:
         kind = "folders" if found[0].is_dir() else "archives"
@@ -390,6 +390,7 @@ def holds_competition(archive: Path) -> bool:
     try:
         is_zip = zipfile.is_zipfile(archive)
         with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as opened:
+            LOGGER.info("Looking for the competition in %s", archive)
             names = {Path(name).name for name in (opened.namelist() if is_zip else opened.getnames())}
     except Exception as error:  # each format and each decoder raises its own
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -1405,9 +1406,12 @@ def load_model(config: Config, runtime: Runtime, attempts: int = 3):
             if settings.model_type not in FAMILIES:
                 known = ", ".join(FAMILIES)
                 raise ValueError(f"{config.model_path} is of the family {settings.model_type!r}; known are {known}")
-            if (stored := getattr(settings, "quantization_config", None)) and config.quantization != "none":
-                kind = stored["quant_method"]  # transformers dequantises FP8 itself where the card has none
-                raise ValueError(f"{config.model_path} is stored in {kind} already: set quantization='none'")
+            if stored := getattr(settings, "quantization_config", None):
+                if config.quantization != "none" or stored["quant_method"] != "fp8":
+                    kind = f"{config.model_path} is stored in {stored['quant_method']} already"
+                    raise ValueError(f"{kind}: only fp8 is read, with quantization='none'")
+                # Also on cards with FP8: its kernels come from the hub, and LoRA would train through none of them.
+                options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
             experts = FAMILIES[settings.model_type].experts if config.quantization == "4bit" else None
             with quantising_experts(experts) if experts else contextlib.nullcontext():
                 load = transformers.AutoModelForImageTextToText.from_pretrained
@@ -1428,7 +1432,7 @@ def keep_gpu_fed(model) -> None:
         return tuple((input_ids == token)[..., None] for token in tokens)
 
     def add_deepstack(hidden_states, visual_pos_masks, visual_embeds):
-        embeds, mask = visual_embeds.to(hidden_states), visual_pos_masks[..., None]
+        embeds, mask = visual_embeds.to(hidden_states), visual_pos_masks.to(hidden_states.device)[..., None]
         return hidden_states + torch.zeros_like(hidden_states).masked_scatter(mask, embeds)
 
     inner.get_placeholder_mask = get_placeholder_mask
@@ -3321,7 +3325,8 @@ def label_suspects(probabilities, labels) -> pd.DataFrame:
     labels, rows = _as_labels(labels, probabilities.shape), np.arange(len(probabilities))
     own = probabilities[rows, labels]
     usual = pd.Series(own).groupby(labels).mean().reindex(range(probabilities.shape[1]), fill_value=1.0).to_numpy()
-    likely = np.where(probabilities >= usual, probabilities, -1.0).argmax(axis=1)
+    sure = probabilities >= usual
+    likely = np.where(sure.any(axis=1), np.where(sure, probabilities, -1.0).argmax(axis=1), labels)
     table = pd.DataFrame({"row": rows, "label": labels, "likely": likely, "margin": probabilities[rows, likely] - own})
     return table[(likely != labels) & (table["margin"] > 0)].sort_values("margin", ascending=False, kind="stable")
 
@@ -3336,11 +3341,10 @@ def accuracy_by_group(frame: pd.DataFrame, correct: np.ndarray) -> pd.DataFrame:
         edges = np.unique(values.quantile([0.25, 0.5, 0.75], interpolation="lower"))
         quarters = values.groupby(np.searchsorted(edges, values))
         groups[name] = quarters.transform("min").map(str) + " to " + quarters.transform("max").map(str)
-    spread = choices.max(axis=1) - choices.min(axis=1)
-    ranks = choices.rank(axis=1, method="min").to_numpy()[np.arange(len(frame)), frame["label"]]
-    groups["answer's length"] = np.select(
-        [spread == 0, ranks == 1, ranks == 4], ["all equal", "shortest", "longest"], "between"
-    )
+    own = choices.to_numpy()[np.arange(len(frame)), frame["label"]]
+    least, most = choices.min(axis=1), choices.max(axis=1)
+    cases = [least == most, own == most, own == least]
+    groups["answer's length"] = np.select(cases, ["all equal", "longest", "shortest"], "between")
     copies = frame.groupby("pixel_hash")["id"].transform("size")
     groups["image"] = np.where(copies > 1, "in several questions", "in one question")
     tables = {name: accuracy_by_type(list(values), correct) for name, values in groups.items()}
@@ -3348,7 +3352,7 @@ def accuracy_by_group(frame: pd.DataFrame, correct: np.ndarray) -> pd.DataFrame:
 
 
 def uncertain_rows(run: Run, evaluation: Evaluation) -> pd.DataFrame:
-    """Test rows by what a human look is worth: folds that disagree, then small margins of the mean probabilities."""
+    """Test rows by what a human look is worth: folds that do not share the answer of the mean, then small margins."""
     members = np.stack(list(predict_test(run, evaluation).values()))
     mean, ranked = members.mean(axis=0), np.sort(members.mean(axis=0), axis=1)
     table = run.test[["id", "type", "question", *CHOICES]].assign(predicted=np.array(CHOICES)[mean.argmax(axis=1)])
@@ -3519,7 +3523,7 @@ def experiment_table(output_dir: str | Path) -> pd.DataFrame:
         table.loc[line, "seconds"] = sum(stage.get("seconds", 0) for stage in stages)
         known = (folder / "config.json").exists()  # an old run's folder may be gone
         now = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"] if known else {}
-        changed = [f"{key}={value}" for key, value in now.items() if before and value != before.get(key)]
+        changed = [f"{key}={value}" for key, value in now.items() if value != before.get(key, value)]
         table.loc[line, "changed"] = ", ".join(text for text in changed if text.split("=")[0] not in _BOOKKEEPING)
         before = now
     return table.astype({"accuracy": float, "nll": float, "ece": float}).set_index("run")
@@ -3728,7 +3732,7 @@ def _check_same_run(before: Mapping, now: Mapping, directory: Path, tables: Mapp
     for name, version in now["libraries"].items():
         if before["libraries"][name] != version:
             LOGGER.warning("This run was started with %s %s; now %s", name, before["libraries"][name], version)
-    changed = [name for name, value in now["parts"].items() if before["parts"].get(name) != value]
+    changed = [name for name, value in now["parts"].items() if before["parts"].get(name, "") != value]
     if not changed:
         return
     new, old = json.loads(json.dumps(now["config"])), before["config"]

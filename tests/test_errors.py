@@ -36,6 +36,11 @@ def test_a_row_is_no_suspect_where_the_other_choice_is_less_sure_than_usual():
     assert suspects["row"].tolist() == [3]  # 0.6 is less than what rows labelled b usually get, 0.95 is not
 
 
+def test_a_row_is_no_suspect_where_no_choice_is_as_probable_as_usual():
+    probabilities = np.array([[0.9, 0.05, 0.05, 0], [0.05, 0.9, 0.05, 0], [0.05, 0.05, 0.9, 0], [0.35, 0.45, 0.2, 0]])
+    assert vqa.label_suspects(probabilities, [0, 1, 2, 2]).empty
+
+
 def test_a_choice_that_is_never_the_label_is_never_likely():
     suspects = vqa.label_suspects(np.array([[0.2, 0.1, 0.7, 0], [0.3, 0.6, 0.1, 0]]), [0, 1])
     assert suspects.empty
@@ -57,6 +62,8 @@ def test_accuracy_by_group_counts_every_row_once_in_each_grouping(rows):
     assert table.loc[("question type", "ocr"), "accuracy"] == 1
     assert table.loc[("answer's length", "longest"), "accuracy"] == 1
     assert table.loc[("answer's length", "shortest"), "accuracy"] == 0
+    tied = vqa.accuracy_by_group(rows.assign(c="12345"), correct)  # the longest choice, but not alone
+    assert tied.loc[("answer's length", "longest"), "rows"] == 4
     assert table.loc[("image", "in several questions"), "rows"] == 2
     assert table.loc[("question, characters", "3 to 4"), "rows"] == 2
 
@@ -91,6 +98,9 @@ def make_finished(folder, name, finished, **overrides):
 
 def test_finished_runs_are_compared_with_the_run_before(tmp_path):
     late = make_finished(tmp_path, "late", "2026-01-02", learning_rate=2e-4, num_epochs=3, log_level="DEBUG")
+    path = tmp_path / "late" / "config.json"
+    later = {"config": json.loads(path.read_text())["config"] | {"a_new_field": 1}}  # unknown to the run before
+    path.write_text(json.dumps(later))
     early = make_finished(tmp_path, "early", "2026-01-01")
     gone = early.assign(run="gone", finished="2026-01-03")
     vqa.write_table(pd.concat([late, early, gone]), tmp_path / "experiments.csv")
