@@ -187,7 +187,8 @@ class Config:
     infer_batch_size: int = 16  # questions per forward pass, each with all its choice orders
     zeroshot_rows: int = 256  # training rows scored with the base model before training; 0: all of them
     use_temperature_scaling: bool = True
-    ensemble_method: Literal["mean", "vote", "weighted"] = "mean"  # over folds; weighted: views by OOF, folds averaged
+    # over folds; weighted: of views; auto: the mean, or weighted or stacked views where OOF clearly prefers them
+    ensemble_method: Literal["auto", "mean", "vote", "weighted"] = "auto"
     # Running
     seed: int = 42
     deterministic: bool = True  # deterministic cuDNN
@@ -2979,6 +2980,7 @@ def prediction_diversity(predictions, validation_labels) -> dict:
 # === Ensemble ========================================================================================================
 # Judge what is fitted here by cross_fit: on its own 200 rows a stack of ten models looks good, elsewhere it loses.
 STACK_FLOOR = 1e-3  # log(1e-12) for a masked choice would drown every other feature
+GREEDY_ROUNDS = 20
 
 
 def majority_vote(probabilities) -> np.ndarray:
@@ -3014,6 +3016,20 @@ def optimize_ensemble_weights(probabilities, labels, logger=None) -> np.ndarray:
     return weights / weights.sum()
 
 
+def greedy_weights(probabilities, labels) -> np.ndarray:
+    """(members,) weights by forward selection with replacement on the NLL of the mean (Caruana et al. 2004, ICML)."""
+    probabilities = _as_probabilities(probabilities, ndim=3)
+    labels = _as_labels(labels, probabilities.shape)
+    likelihood = probabilities[:, np.arange(len(labels)), labels]
+    counts, total = np.zeros(len(likelihood)), np.zeros(len(labels))
+    for size in range(1, GREEDY_ROUNDS + 1):
+        losses = -np.log(np.maximum((total + likelihood) / size, PROBABILITY_FLOOR)).mean(axis=1)
+        best = losses.argmin()
+        counts[best] += 1
+        total += likelihood[best]
+    return counts / GREEDY_ROUNDS
+
+
 def stack(probabilities, labels, strength=0.03) -> SimpleNamespace:
     """Stack (Wolpert 1992) on (members, n, choices) probabilities: `.predict_proba`; ValueError for unseen choices."""
     from sklearn.linear_model import LogisticRegression  # importing sklearn draws from the global generator
@@ -3047,6 +3063,81 @@ def cross_fit(fit_and_predict, probabilities, labels, folds) -> np.ndarray:
     for held_out in (folds == fold for fold in np.unique(folds)):
         predictions[held_out] = fit_and_predict(inputs[..., ~held_out, :], labels[~held_out], inputs[..., held_out, :])
     return predictions
+
+
+BLENDS = {  # (members and labels to fit on, members) -> (n, choices)
+    "mean": lambda old, known, new: average_probabilities(new),
+    "geometric mean": lambda old, known, new: softmax(np.log(np.maximum(new, PROBABILITY_FLOOR)).mean(axis=0)),
+    "vote": lambda old, known, new: np.eye(new.shape[2])[majority_vote(new)],
+    "weighted": lambda old, known, new: average_probabilities(new, optimize_ensemble_weights(old, known)),
+    "greedy": lambda old, known, new: average_probabilities(new, greedy_weights(old, known)),
+    "stacked": lambda old, known, new: stack(old, known).predict_proba(new),
+}
+
+
+def blend(name: str, old, known, new) -> np.ndarray:
+    """(n, choices) predictions for `new` members by a blend and its temperature, both fitted on `old` ones."""
+    mixed = BLENDS[name](old, known, np.concatenate([old, new], axis=1))
+    if name == "vote":  # has no probabilities to scale
+        return mixed[len(known) :]
+    # A mean of honest probabilities is too timid: unscaled, a blend could win by its confidence, not its answers.
+    scores = np.log(np.maximum(mixed, PROBABILITY_FLOOR))
+    return TemperatureScaler().fit(scores[: len(known)], known).transform(scores[len(known) :])
+
+
+def cross_fitted_blends(members, labels, groups, names: Sequence[str] = tuple(BLENDS)) -> dict[str, np.ndarray]:
+    """Name -> (n, choices) predictions by that blend of (members, n, choices), fitted on other groups in five parts."""
+    part = groups % 5
+    complete = all(len(np.unique(labels[part != number])) == members.shape[2] for number in np.unique(part))
+    names = [name for name in names if complete or name != "stacked"]  # a stack has to see every letter
+    return {name: cross_fit(functools.partial(blend, name), members, labels, part) for name in names}
+
+
+def choose_blend(candidates: Mapping[str, np.ndarray], labels, groups) -> str:
+    """The first of the cross-fitted candidates, or the best that beats its NLL by more than one standard error.
+
+    It must not lose accuracy either. The rule is Breiman's (1984) for trees. One wrong row spoils the NLL of a vote.
+    """
+    names, scores = list(candidates), [row_scores(probabilities, labels) for probabilities in candidates.values()]
+    chosen, best = names[0], 0.0
+    for name, score in zip(names, scores, strict=True):
+        gain = scores[0] - score  # of NLL: lower is better
+        error = math.sqrt((np.bincount(groups, gain[:, 1] - gain[:, 1].mean()) ** 2).sum()) / len(gain)
+        if gain[:, 1].mean() > max(best, error) and gain[:, 0].mean() <= 0:
+            chosen, best = name, gain[:, 1].mean()
+    return chosen
+
+
+def choose_cross_fitted(candidates: Mapping[str, np.ndarray], labels, groups) -> np.ndarray:
+    """(n, choices) predictions of the automatic choice, made for each fifth of the groups without its own rows."""
+    part, result = groups % 5, np.full_like(next(iter(candidates.values())), np.nan)
+    for inside in (part == number for number in np.unique(part)):
+        rest = {name: probabilities[~inside] for name, probabilities in candidates.items()}
+        result[inside] = candidates[choose_blend(rest, labels[~inside], groups[~inside])][inside]
+    return result
+
+
+def row_scores(probabilities, labels) -> np.ndarray:
+    """(n, 2): whether the most probable choice is the label, and -log p(label); NaN where nothing was predicted."""
+    chosen = probabilities[np.arange(len(labels)), labels]
+    loss = -np.log(np.maximum(chosen, PROBABILITY_FLOOR))
+    return np.column_stack([np.where(np.isnan(loss), np.nan, probabilities.argmax(axis=1) == labels), loss])
+
+
+def bootstrap_interval(changes, groups, n_resamples=2000, seed=0) -> np.ndarray:
+    """(2, columns) 90 % percentile interval (Efron 1979) of the means of (n, columns) changes; NaN: not compared.
+
+    Whole groups are drawn, because the rows of one image are not independent (Field and Welsh 2007). The interval is
+    for what a step gains on average when it is fitted on so many rows (Bates, Hastie and Tibshirani 2023).
+    """
+    # Two imaginary questions, one gains 1 and one loses 1 (Agresti and Min 2005): without them an interval is a single
+    # point where few answers differ, and does not know that a fit to n rows is uncertain by about 1 / n of NLL.
+    changes = np.vstack([changes, np.ones_like(changes[:1]), -np.ones_like(changes[:1])])
+    groups, known = np.concatenate([groups, groups.max() + [1, 2]]), np.isfinite(changes)
+    sums, sizes = (pd.DataFrame(part).groupby(groups).sum().to_numpy() for part in (np.where(known, changes, 0), known))
+    draws = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n_resamples)
+    means = draws @ sums / np.maximum(1, draws @ sizes)
+    return np.quantile(means, [0.05, 0.95], axis=0)
 
 
 def compare_paired(correct_a, correct_b) -> dict:
@@ -3107,6 +3198,9 @@ def _check_rows(frame, sample, path):
 
 
 # === Evaluation ======================================================================================================
+VIEW_BLENDS = {"vote": "vote of views", "weighted": "weighted views", "stacked": "stacked views"}  # blend -> step
+
+
 @dataclass(frozen=True)
 class OofLogits:
     """Out-of-fold logits of every trained fold, in the row order of the training frame."""
@@ -3116,6 +3210,11 @@ class OofLogits:
     labels: np.ndarray  # (n,)
     folds: np.ndarray  # (n,)
     view_names: tuple[str, ...]
+
+    @property
+    def groups(self) -> np.ndarray:
+        """(n,) the number of each row's image: rows of one image are not independent."""
+        return pd.factorize(self.frame["pixel_hash"])[0]
 
 
 def read_oof(run: Run) -> OofLogits:
@@ -3172,6 +3271,11 @@ def view_sets(view_names: Sequence[str]) -> dict[str, list[int]]:
     return sets
 
 
+def _cost(names: Sequence[str]) -> float:
+    """Time of scoring a question in these views, in questions with one view."""
+    return scoring_cost(1 + sum(name.startswith("scale") for name in names), len(names))
+
+
 def admit_views(oof: OofLogits, use_temperature_scaling: bool = True) -> tuple[list[int], pd.DataFrame]:
     """The widest set of views that does not lose on OOF against the set admitted before it, and the comparison."""
     admitted, best, rows = [], math.inf, {}
@@ -3181,8 +3285,8 @@ def admit_views(oof: OofLogits, use_temperature_scaling: bool = True) -> tuple[l
         scores = combine_views(oof.logits[:, views])
         # Averaging views also softens probabilities, which is not a gain: hence after temperature scaling.
         probabilities = calibrate(scores, oof.labels, oof.folds, use_temperature_scaling).probabilities
-        prompts = 1 + sum(oof.view_names[view].startswith("scale") for view in views)
-        rows[name] = {"cost": scoring_cost(prompts, len(views)), **score_row(probabilities, oof.labels)}
+        rows[name] = {"cost": _cost([oof.view_names[view] for view in views])}
+        rows[name] |= score_row(probabilities, oof.labels)
         rows[name]["used"] = rows[name]["nll"] <= best
         if rows[name]["used"]:
             admitted, best = views, rows[name]["nll"]
@@ -3197,7 +3301,8 @@ class Evaluation:
     views: list[int]  # admitted views
     view_table: pd.DataFrame
     calibration: Calibration
-    view_weights: np.ndarray  # (len(views),) fitted on all OOF rows, for ensemble_method "weighted"
+    method: str  # how the submission combines views, a key of VIEW_BLENDS or "mean"
+    probabilities: np.ndarray  # (n, 4) cross-fitted, of that method
     ladder: pd.DataFrame
     fold_table: pd.DataFrame
 
@@ -3209,51 +3314,66 @@ def _view_members(logits: np.ndarray, views: Sequence[int]) -> np.ndarray:
 
 
 def evaluate_run(run: Run) -> Evaluation:
-    """Admit views, fit temperatures and view weights, and build the ladder, all from saved OOF logits."""
-    oof, scaling = read_oof(run), run.config.use_temperature_scaling
+    """Admit views, temperature and the way to combine views, and build the ladder, all from saved OOF logits."""
+    oof, scaling, method = read_oof(run), run.config.use_temperature_scaling, run.config.ensemble_method
     views, view_table = admit_views(oof, scaling)
-    scores, members = combine_views(oof.logits[:, views]), _view_members(oof.logits, views)
-    calibration = calibrate(scores, oof.labels, oof.folds, scaling)
-    weights = optimize_ensemble_weights(members, oof.labels)
-    ladder = build_ladder(run, oof, views, calibration, members)
+    scores, ways = combine_views(oof.logits[:, views]), {}
+    scaled, plain = (calibrate(scores, oof.labels, oof.folds, enabled) for enabled in (scaling, False))
+    calibration = min(scaled, plain, key=lambda each: negative_log_likelihood(each.probabilities, oof.labels))
+    if len(views) > 1:
+        ways = cross_fitted_blends(_view_members(oof.logits, views), oof.labels, oof.groups, VIEW_BLENDS)
+    ways = {"mean": calibration.probabilities, **ways}
+    if method == "auto":
+        method = choose_blend(ways, oof.labels, oof.groups)
+    method = "mean" if method == "vote" or method not in ways else method  # a vote is taken over folds, not over views
+    ladder = build_ladder(run, oof, views, scaled.probabilities, ways, method)
     rows = {}
     for fold, temperature in calibration.temperatures.items():
         inside = oof.folds == fold
         scored = score_row(softmax(scores[inside]), oof.labels[inside])
         rows[fold] = {"rows": int(inside.sum()), **scored, "temperature": temperature}
     fold_scores = pd.DataFrame.from_dict(rows, orient="index").rename_axis("fold")
-    return Evaluation(oof, views, view_table, calibration, weights, ladder, fold_scores)
+    return Evaluation(oof, views, view_table, calibration, method, ways[method], ladder, fold_scores)
 
 
-def build_ladder(run: Run, oof: OofLogits, views: list, calibration: Calibration, members: np.ndarray) -> pd.DataFrame:
-    """What each step is worth on OOF: accuracy, NLL, ECE, and the paired change against the step named in `against`."""
-    labels, average, parts = oof.labels, f"mean of {len(views)} views", np.arange(len(oof.labels)) % 5
-    steps = {  # probabilities, and the step to compare with
+def ladder_table(steps: Mapping[str, tuple[np.ndarray, str]], labels, groups, used: Iterable[str]) -> pd.DataFrame:
+    """Scores of each step (probabilities, the step to compare with), and the paired changes with 90 % intervals.
+
+    A row of NaN was not predicted and is not compared. The intervals respect `groups`; McNemar's p_value does not.
+    """
+    scores = {name: row_scores(probabilities, labels) for name, (probabilities, _) in steps.items()}
+    changes = {name: scores[name] - scores[against] for name, (_, against) in steps.items() if against}
+    ends = bootstrap_interval(np.hstack(list(changes.values())), groups).reshape(2, -1, 2)
+    rows = {name: {"against": against, "used": name in used} for name, (_, against) in steps.items()}
+    for name, (probabilities, _) in steps.items():
+        rows[name] |= {} if np.isnan(probabilities).any() else score_row(probabilities, labels)
+    for (name, change), low, high in zip(changes.items(), *ends, strict=True):
+        shared = np.isfinite(change[:, 0])
+        rows[name] |= compare_paired(*(scores[each][shared, 0] for each in (steps[name][1], name)))
+        rows[name] |= {"gain_low": low[0], "gain_high": high[0], "nll_low": low[1], "nll_high": high[1]}
+        rows[name]["nll_change"] = change[shared, 1].sum() / max(1, shared.sum())
+    columns = ["accuracy", "nll", "ece", "against", "gain", "gain_low", "gain_high", "p_value", "nll_change"]
+    table = pd.DataFrame.from_dict(rows, orient="index")[[*columns, "nll_low", "nll_high", "used"]].rename_axis("step")
+    table.loc[table.index.str.startswith("vote"), ["nll", "ece", "nll_change", "nll_low", "nll_high"]] = math.nan
+    return table
+
+
+def build_ladder(run: Run, oof: OofLogits, views: list, scaled: np.ndarray, ways: Mapping, method: str) -> pd.DataFrame:
+    """What each step is worth on OOF rows against the step named in `against`; cost in questions with one view."""
+    average, base = f"mean of {len(views)} views", read_arrays(run.directory / "zeroshot.npz", run.fingerprint)
+    zeroshot = pd.DataFrame(softmax(base["logits"][:, 0]), index=base["ids"])
+    steps = {
+        "zero-shot": (zeroshot.reindex(oof.frame["id"]).to_numpy(), ""),  # NaN where it scored no row
         "fine-tuned, one view": (softmax(combine_views(oof.logits[:, :1])), "zero-shot"),
         average: (softmax(combine_views(oof.logits[:, views])), "fine-tuned, one view"),
-        "temperature": (calibration.probabilities, average),
+        "temperature": (scaled, average),
     }
-    if len(views) > 1:
-        steps["vote of views"] = (np.eye(4)[majority_vote(members)], average)
-        mixers = {
-            "weighted views": lambda old, known, new: average_probabilities(new, optimize_ensemble_weights(old, known)),
-            "stacked views": lambda old, known, new: stack(old, known).predict_proba(new),
-        }
-        if any(len(np.unique(labels[parts != part])) < 4 for part in parts[:5]):
-            mixers.pop("stacked views")  # a fit would not see every letter
-        steps |= {name: (cross_fit(mix, members, labels, parts), average) for name, mix in mixers.items()}
-    base = read_arrays(run.directory / "zeroshot.npz", run.fingerprint)
-    base_probabilities = softmax(base["logits"][:, 0])
-    base_correct = pd.Series(base_probabilities.argmax(1) == base["labels"], index=base["ids"])
-    correct = {name: probabilities.argmax(1) == labels for name, (probabilities, _) in steps.items()}
-    correct["zero-shot"] = base_correct.reindex(oof.frame["id"]).to_numpy()  # missing where it scored no row
-    rows = {"zero-shot": score_row(base_probabilities, base["labels"]) | {"against": ""}}
-    for name, (probabilities, against) in steps.items():
-        shared = pd.notna(correct[against])
-        change = compare_paired(correct[against][shared], correct[name][shared])
-        rows[name] = score_row(probabilities, labels) | {"against": against} | change
-    ladder = pd.DataFrame.from_dict(rows, orient="index").rename_axis("step").drop(columns=["wins", "losses"])
-    ladder.loc[ladder.index == "vote of views", ["nll", "ece"]] = math.nan  # a vote has no probabilities
+    end = "temperature" if scaled is ways["mean"] else average
+    steps |= {VIEW_BLENDS[name]: (ways[name], end) for name in ways if name != "mean"}
+    used = {"fine-tuned, one view"} | ({VIEW_BLENDS[method]} if method in VIEW_BLENDS else {average, end})
+    ladder = ladder_table(steps, oof.labels, oof.groups, used)
+    ladder.loc["zero-shot", ["accuracy", "nll", "ece"]] = score_row(zeroshot.to_numpy(), base["labels"])
+    ladder.insert(3, "cost", [1.0, 1.0] + [_cost([oof.view_names[view] for view in views])] * (len(steps) - 2))
     return ladder
 
 
@@ -3287,8 +3407,9 @@ def predict_test(run: Run, evaluation: Evaluation) -> dict[int, np.ndarray]:
     result = {}
     for fold in run.finished_folds:
         logits = read_arrays(run.fold_dir(fold) / "test.npz", run.fingerprint)["logits"]
-        if run.config.ensemble_method == "weighted":
-            result[fold] = average_probabilities(_view_members(logits, evaluation.views), evaluation.view_weights)
+        if evaluation.method in VIEW_BLENDS:
+            old, new = (_view_members(each, evaluation.views) for each in (evaluation.oof.logits, logits))
+            result[fold] = blend(evaluation.method, old, evaluation.oof.labels, new)
         else:
             scores = combine_views(logits[:, evaluation.views])
             result[fold] = softmax(scores / evaluation.calibration.temperatures[fold])
@@ -3501,7 +3622,7 @@ def question_cards(frame: pd.DataFrame, notes: Sequence[str] | None = None) -> s
 
 def confident_mistakes(evaluation: Evaluation, top: int = 6) -> tuple[pd.DataFrame, list[str]]:
     """The OOF rows that are wrong with the highest probability, and a note for each."""
-    probabilities = evaluation.calibration.probabilities
+    probabilities = evaluation.probabilities
     predicted, surest = probabilities.argmax(1), np.argsort(-probabilities.max(1), kind="stable")
     lines = [line for line in surest if predicted[line] != evaluation.oof.labels[line]][:top]
     notes = [f"predicted {CHOICES[predicted[line]]} with probability {probabilities[line].max():.2f}" for line in lines]
@@ -3561,7 +3682,7 @@ def save_figure(ax, run: Run, name: str):
 def write_report(run: Run, evaluation: Evaluation) -> Path:
     """Write report.md from the run's files and append the run to experiments.csv; returns the report's path."""
     config, oof = run.config, evaluation.oof
-    correct = evaluation.calibration.probabilities.argmax(1) == oof.labels
+    correct = evaluation.probabilities.argmax(1) == oof.labels
     weights = json.loads((run.directory / "selection.json").read_text(encoding="utf-8"))["weights"]
     parts = [
         f"# {run.directory.name}",
@@ -3569,6 +3690,8 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
         f"folds {run.finished_folds} of {config.n_folds}, {weights} weights.",
         "Temperature, weights and stacking are scored on rows they were not fitted on. The gain of averaging folds "
         "cannot be seen on OOF rows, because each row has one model that did not train on it.",
+        f"Views are combined by: {evaluation.method}. `used` marks the steps behind the submission, and what loses is "
+        "left out. `_low` and `_high` are the ends of 90 % intervals of the change against the step in `against`.",
     ]
     tables = {
         "Steps on out-of-fold rows": evaluation.ladder,
@@ -3587,7 +3710,7 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
     atomic_write(run.directory / "report.md", "\n\n".join(parts) + "\n")
     row = {"run": run.directory.name, "finished": time.strftime("%Y-%m-%d %H:%M:%S"), "model": config.model_id}
     row |= {"folds": len(run.finished_folds), "rows": len(run.train)}
-    row |= score_row(evaluation.calibration.probabilities, oof.labels)
+    row |= score_row(evaluation.probabilities, oof.labels)
     log = run.directory.parent / "experiments.csv"  # a repeated run replaces its row
     before = _read_rows(log) if log.exists() else pd.DataFrame(columns=["run"])
     write_table(pd.concat([before[before["run"] != row["run"]], pd.DataFrame([row])], ignore_index=True), log)
@@ -3727,6 +3850,12 @@ def _adopt_earlier_run(directory: Path, config: Config, fingerprint: str) -> Non
     LOGGER.info("Continuing the run of an earlier session, copied from %s", source)
 
 
+def _differing_ids(rows: pd.DataFrame, others: pd.DataFrame) -> list[str]:
+    """Ids of the rows that only one of two tables has."""
+    both = pd.concat([rows.astype(str), others.astype(str)])
+    return sorted(set(both.drop_duplicates(keep=False)["id"]))
+
+
 def _check_same_run(before: Mapping, now: Mapping, directory: Path, tables: Mapping[str, pd.DataFrame]) -> None:
     """CheckpointError with what differs between two config.json; a warning for another version of a library."""
     for name, version in now["libraries"].items():
@@ -3740,14 +3869,58 @@ def _check_same_run(before: Mapping, now: Mapping, directory: Path, tables: Mapp
     for name in ("folds", "test_rows"):
         earlier = _read_rows(directory / f"{name}.csv")
         columns = [column for column in earlier if column in tables[name] and column not in ("image_path", "line")]
-        both = (rows[columns].astype(str) for rows in (tables[name], earlier))
-        ids = sorted(set(pd.concat(both).drop_duplicates(keep=False)["id"]))  # of rows that one side has only
+        ids = _differing_ids(tables[name][columns], earlier[columns])
         images = tables[name].set_index("id")["image_path"]
         shown = [f"{key} ({Path(images.get(key, '')).name})" for key in ids[:3]]
         differences += [f"rows {shown} and {max(0, len(ids) - 3)} more of {name}.csv"] if ids else []
     differences += [f"files in {now['config']['model_id']}"] if "model" in changed else []
     what, remedy = "; ".join(differences) or "same settings", "choose a new run_name, or delete that folder"
     raise CheckpointError(f"{directory} was made with other {' and '.join(changed)} ({what}); {remedy}")
+
+
+# === Several runs ====================================================================================================
+def _require_same_rows(first: Run, other: Run) -> None:
+    """ValueError that names the run and the rows that differ."""
+    for name, columns in {"test": ["id", "question", *CHOICES], "train": ["id", "question", *CHOICES, "label"]}.items():
+        if ids := _differing_ids(*(getattr(run, name)[columns] for run in (first, other))):
+            problem = f"{len(ids)} {name} rows differ from those of {first.directory}, such as {ids[:3]}"
+            raise ValueError(f"{other.directory}: {problem}; combine runs on the same data and the same sample of it")
+
+
+def ensemble_runs(directories: Iterable[str | Path], folder: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Compare ways to combine finished runs on the rows that all have scored out of fold; use the best on the test.
+
+    Writes submission.csv and ladder.csv into `folder` and returns the table and the answers. `seconds` is the workers'
+    time of the runs behind a row. "automatic choice" is what to expect: each fifth of the images is answered by what
+    would be chosen without it.
+    """
+    runs = {str(directory): Run.open(directory) for directory in directories}
+    first, oof, test, seconds = next(iter(runs.values())), [], [], {}
+    for name, run in runs.items():
+        _require_same_rows(first, run)
+        evaluation = evaluate_run(run)
+        oof.append(pd.DataFrame(evaluation.probabilities, index=evaluation.oof.frame["id"]))
+        folds = np.mean(list(predict_test(run, evaluation).values()), axis=0)
+        test.append(pd.DataFrame(folds, index=run.test["id"]).loc[first.test["id"]])
+        seconds[name] = sum(record["seconds"] for record in read_json_lines(run.directory / "stages.jsonl"))
+    rows = first.train[first.train["id"].isin(set.intersection(*(set(part.index) for part in oof)))]
+    if rows.empty:
+        raise ValueError(f"{', '.join(runs)}: no training row is out of fold in all of them; train the same folds")
+    members, labels = np.stack([part.loc[rows["id"]] for part in oof]), rows["label"].to_numpy()
+    groups, alone = pd.factorize(rows["pixel_hash"])[0], dict(zip(runs, members, strict=True))
+    candidates = cross_fitted_blends(members, labels, groups) | alone
+    chosen = choose_blend(candidates, labels, groups)
+    candidates["automatic choice"] = choose_cross_fitted(candidates, labels, groups)
+    best = min(alone, key=lambda name: negative_log_likelihood(alone[name], labels))
+    steps = {name: (candidates[name], best if name == "mean" else "mean") for name in [*alone, *candidates]}
+    table = ladder_table(steps, labels, groups, {chosen, "automatic choice"})
+    table.insert(3, "seconds", [seconds.get(name, sum(seconds.values())) for name in table.index])
+    alone = dict(zip(runs, np.stack(test), strict=True))
+    answers = alone[chosen] if chosen in alone else blend(chosen, members, labels, np.stack(test))
+    letters, folder = np.array(CHOICES)[answers.argmax(axis=1)], Path(folder)
+    make_submission(first.sample, dict(zip(first.test["id"], letters, strict=True)), folder / "submission.csv")
+    write_table(table.reset_index(), folder / "ladder.csv")
+    return table, pd.read_csv(folder / "submission.csv", dtype=str, keep_default_na=False)
 
 
 # === Stages ==========================================================================================================

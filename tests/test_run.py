@@ -112,12 +112,14 @@ def test_evaluation_submissions_and_report(finished):
     assert log["run"].tolist() == [finished.directory.name]
 
 
-def test_the_ladder_compares_ways_to_combine_views(finished):
+def test_the_ladder_compares_ways_to_combine_views(finished, monkeypatch):
     oof, views = vqa.read_oof(finished), [0, 1, 2, 3]
-    calibration = vqa.calibrate(vqa.combine_views(oof.logits[:, views]), oof.labels, oof.folds)
-    ladder = vqa.build_ladder(finished, oof, views, calibration, vqa._view_members(oof.logits, views))
+    monkeypatch.setattr(vqa, "admit_views", lambda *given: (views, None))
+    ladder = vqa.evaluate_run(finished).ladder
     combined = ["mean of 4 views", "temperature", "vote of views", "weighted views", "stacked views"]
     assert ladder.index.tolist() == ["zero-shot", "fine-tuned, one view", *combined]
+    assert ladder["cost"].tolist() == [1.0] * 2 + [vqa.scoring_cost(1, 4)] * 5
+    monkeypatch.undo()
     table = vqa.admit_views(oof)[1]
     assert table["cost"].iloc[0] == 1 and table["cost"].is_monotonic_increasing
 

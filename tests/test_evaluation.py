@@ -1,0 +1,282 @@
+"""Decisions on out-of-fold rows: intervals that know of images, losers left out, several runs combined or refused."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import vqa_helpers as vqa
+
+VIEWS = ["rotation 0", "rotation 1"]
+
+
+def hidden_labels(ids):
+    """What the planted runs take for the answers of the test rows."""
+    return ids.str.extract(r"(\d+)", expand=False).astype(int) % 4
+
+
+def planted_run(run, signals=(2.0, 2.0), seed=0):
+    """The run with made-up scores of two views: `signals` times the answer, plus noise."""
+    random = np.random.default_rng(seed)
+    for fold in run.config.folds_to_train:
+        for name, frame in (("oof", run.train[run.train["fold"] == fold]), ("test", run.test)):
+            labels = frame.get("label", hidden_labels(frame["id"])).to_numpy()
+            signal = np.eye(4)[labels][:, None] * np.array(signals)[:, None]
+            logits = signal + random.normal(size=(len(frame), 2, 4))
+            vqa.write_logits(run.fold_dir(fold) / f"{name}.npz", frame, logits, VIEWS, run.fingerprint)
+        vqa.atomic_write(run.fold_dir(fold) / "result.json", "{}")
+    vqa.MetricLogger(run.directory / "stages.jsonl").log(label="train fold 0", seconds=60 + seed)
+    logits = random.normal(size=(len(run.train), 1, 4))
+    vqa.write_logits(run.directory / "zeroshot.npz", run.train, logits, VIEWS[:1], run.fingerprint)
+    return run
+
+
+def longer(run, replace, times=10):
+    """The run with each training row `times` over under other ids, so that a difference can show."""
+    frames = [run.train.assign(id=run.train["id"] + f"_{number}") for number in range(times)]
+    train = pd.concat(frames, ignore_index=True).assign(pixel_hash=lambda frame: frame["id"])
+    vqa.write_table(train, run.directory / "folds.csv")
+    return replace(run, train=train)
+
+
+@pytest.fixture
+def two_runs(mini_run, replace):
+    """A good run and a poor one on the same rows, with folds of their own."""
+    poor = planted_run(longer(mini_run(run_name="poor"), replace), signals=(0.3, 0.3), seed=1)
+    good = planted_run(longer(mini_run(run_name="good", seed=7), replace), signals=(1.5, 1.5), seed=2)
+    return poor, good
+
+
+# Intervals -------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_that_of_the_mean_when_rows_are_independent():
+    changes = np.random.default_rng(0).normal(loc=0.3, size=(400, 1))
+    low, high = vqa.bootstrap_interval(changes, np.arange(400))[:, 0]
+    error = changes.std() / 20
+    assert (low, high) == pytest.approx((changes.mean() - 1.645 * error, changes.mean() + 1.645 * error), abs=0.012)
+
+
+def test_rows_of_one_image_count_as_one_observation():
+    """The same 100 values four times over hold no more evidence than once."""
+    values = np.random.default_rng(0).normal(size=(100, 1))
+    once = np.diff(vqa.bootstrap_interval(values, np.arange(100)), axis=0)
+    repeated = np.repeat(values, 4, axis=0)
+    copies = np.diff(vqa.bootstrap_interval(repeated, np.repeat(np.arange(100), 4)), axis=0)
+    independent = np.diff(vqa.bootstrap_interval(repeated, np.arange(400)), axis=0)
+    assert copies == pytest.approx(once, rel=0.05) and independent < 0.6 * once
+
+
+def test_rows_that_one_step_has_not_scored_are_left_out_of_the_interval():
+    changes = np.array([[1.0], [np.nan]] * 500)
+    np.testing.assert_allclose(vqa.bootstrap_interval(changes, np.arange(1000)), [[1.0], [1.0]], atol=0.02)
+    nothing = vqa.bootstrap_interval(np.full((9, 1), np.nan), np.arange(9))
+    np.testing.assert_array_equal(nothing, [[-1.0], [1.0]])
+
+
+def test_no_difference_on_few_rows_is_no_certainty():
+    low, high = vqa.bootstrap_interval(np.zeros((100, 1)), np.arange(100))[:, 0]
+    assert -0.04 < low < -0.01 and 0.01 < high < 0.04
+
+
+def test_the_table_shows_gain_interval_and_exact_test_of_the_same_rows():
+    labels = np.arange(200) % 4
+    right, wrong = np.eye(4)[labels] * 0.6 + 0.1, np.eye(4)[(labels + 1) % 4] * 0.6 + 0.1
+    old = np.where(np.arange(200)[:, None] < 150, right, wrong)
+    new = np.where(np.arange(200)[:, None] < 170, right, wrong)
+    row = vqa.ladder_table({"old": (old, ""), "new": (new, "old")}, labels, np.arange(200), {"new"}).loc["new"]
+    assert row["gain"] == pytest.approx(0.1) and row["p_value"] == pytest.approx(2 * 0.5**20)
+    assert 0.05 < row["gain_low"] < 0.1 < row["gain_high"] < 0.15
+    assert row["nll_change"] == pytest.approx(0.1 * np.log(0.1 / 0.7)) and row["nll_high"] < 0
+    assert row["against"] == "old" and row["used"]
+
+
+# Choices ---------------------------------------------------------------------------------------------------------
+
+
+def ways(gains, n=400):
+    """Labels, and one way for each gain: log-odds of the answer with that much added, under the same noise."""
+    random = np.random.default_rng(0)
+    labels, noise = random.integers(0, 4, n), random.normal(size=(n, 4))
+    return labels, {
+        name: vqa.softmax((1 + gain) * np.eye(4)[labels] + noise + 0.05 * random.normal(size=(n, 4)))
+        for name, gain in gains.items()
+    }
+
+
+def test_a_way_that_is_clearly_better_is_chosen_and_noise_is_not():
+    labels, candidates = ways({"mean": 0.0, "noise": 0.0, "better": 0.5, "best": 1.0, "worse": -0.5})
+    groups = np.arange(len(labels))
+    assert vqa.choose_blend(candidates, labels, groups) == "best"
+    assert vqa.choose_blend({name: candidates[name] for name in ("mean", "noise", "worse")}, labels, groups) == "mean"
+
+
+def test_evidence_from_few_images_does_not_replace_the_mean():
+    """Twenty questions on one image gain, twenty on another lose less: much for forty rows, little for two images."""
+    labels, image = np.arange(400) % 4, np.r_[np.repeat([0, 1], 20), np.arange(2, 362)]
+    chance = {"mean": np.repeat([0.4, 0.8, 0.7], (20, 20, 360)), "other": np.repeat([0.8, 0.5, 0.7], (20, 20, 360))}
+    wrong = 1 - np.eye(4)[labels]
+    candidates = {name: np.where(wrong, (1 - p[:, None]) / 3, p[:, None]) for name, p in chance.items()}
+    assert vqa.choose_blend(candidates, labels, np.arange(400)) == "other"
+    assert vqa.choose_blend(candidates, labels, image) == "mean"
+
+
+def test_a_lower_loss_does_not_buy_wrong_answers():
+    labels, candidates = ways({"mean": 0.0})
+    correct = candidates["mean"].argmax(1) == labels
+    other = np.where(correct[:, None], np.eye(4)[labels] * 0.98 + 0.005, 0.2 + 0.2 * candidates["mean"])
+    first = np.flatnonzero(correct)[0]
+    other[first] = np.roll(other[first], 1)
+    candidates["other"] = other
+    assert vqa.negative_log_likelihood(other, labels) < vqa.negative_log_likelihood(candidates["mean"], labels) - 0.1
+    assert vqa.choose_blend(candidates, labels, np.arange(400)) == "mean"
+
+
+def test_the_automatic_choice_is_scored_on_rows_that_did_not_make_it():
+    """A candidate that is right on one fifth only is not credited with it: the other fifths do not ask for it."""
+    labels, candidates = ways({"mean": 0.0})
+    part = np.arange(400) % 5
+    lucky = np.where((part == 0)[:, None], np.eye(4)[labels] * 0.96 + 0.01, candidates["mean"])
+    result = vqa.choose_cross_fitted({"mean": candidates["mean"], "lucky": lucky}, labels, np.arange(400))
+    np.testing.assert_array_equal(result[part == 0], candidates["mean"][part == 0])
+
+
+def test_views_are_weighted_where_the_evidence_asks_for_it(mini_run, replace):
+    """The second view knows half as much: its weight falls, and the ladder's row is about what is submitted."""
+    run = planted_run(longer(mini_run(ensemble_method="auto"), replace, times=30), signals=(2.0, 1.0))
+    oof = vqa.read_oof(run)
+    evaluation = vqa.evaluate_run(run)
+    assert evaluation.method in ("weighted", "stacked")
+    step = vqa.VIEW_BLENDS[evaluation.method]
+    assert evaluation.ladder.loc[step, "used"] and evaluation.ladder["used"].sum() == 2
+    assert evaluation.ladder.loc[step, "accuracy"] == vqa.accuracy(evaluation.probabilities, oof.labels)
+    test = vqa.read_arrays(run.fold_dir(1) / "test.npz", run.fingerprint)["logits"]
+    views, test_views = (vqa.softmax(logits).swapaxes(0, 1) for logits in (oof.logits, test))
+    expected = vqa.blend(evaluation.method, views, oof.labels, test_views)
+    np.testing.assert_allclose(vqa.predict_test(run, evaluation)[1], expected)
+    mean = vqa.evaluate_run(replace(run, config=replace(run.config, ensemble_method="mean")))
+    assert mean.method == "mean" and not mean.ladder.loc[step, "used"]
+
+
+def test_a_temperature_that_loses_is_left_out(mini_run, replace, monkeypatch):
+    run = planted_run(longer(mini_run(), replace), signals=(3.0, 3.0))
+    evaluation = vqa.evaluate_run(run)
+    assert evaluation.ladder.loc["temperature", "used"] and evaluation.calibration.temperatures[0] < 0.7
+    monkeypatch.setattr(vqa, "fold_temperatures", lambda *rows: {0: 20.0, 1: 20.0})
+    evaluation = vqa.evaluate_run(run)
+    assert not evaluation.ladder.loc["temperature", "used"] and evaluation.calibration.temperatures == {0: 1, 1: 1}
+
+
+def test_greedy_selection_finds_the_planted_mixture():
+    """Labels drawn from 0.7 of one member and 0.3 of another."""
+    random = np.random.default_rng(0)
+    members = random.dirichlet(np.ones(4), size=(3, 20_000))
+    mixture = 0.7 * members[0] + 0.3 * members[2]
+    labels = (random.random((20_000, 1)) > mixture.cumsum(axis=1)[:, :-1]).sum(axis=1)
+    weights = vqa.greedy_weights(members, labels)
+    np.testing.assert_allclose(weights, [0.7, 0, 0.3], atol=0.051)
+    assert (weights * vqa.GREEDY_ROUNDS % 1 == 0).all()
+
+
+def test_the_geometric_mean_is_that_of_probabilities():
+    members = np.array([[[0.8, 0.1, 0.1, 0.0]], [[0.1, 0.4, 0.5, 0.0]]])
+    mixed = vqa.BLENDS["geometric mean"](None, None, members)
+    expected = np.sqrt([0.08, 0.04, 0.05, 0.0])
+    np.testing.assert_allclose(mixed, [expected / expected.sum()], atol=1e-9)
+
+
+def test_a_blend_gets_its_temperature_from_the_rows_it_was_fitted_on():
+    """A mean of honest, independent members is too timid; scaled, its probabilities are honest again."""
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 4, 8000)
+    members = np.stack(
+        [vqa.softmax(2 * np.eye(4)[labels] + random.normal(scale=2**0.5, size=(8000, 4))) for _ in "123"]
+    )
+    old, new = members[:, :4000], members[:, 4000:]
+    scaled = vqa.blend("mean", old, labels[:4000], new)
+    plain = new.mean(axis=0)
+    assert (scaled.argmax(1) == plain.argmax(1)).all()
+    loss, scaled_loss = (vqa.negative_log_likelihood(each, labels[4000:]) for each in (plain, scaled))
+    assert scaled_loss < loss - 0.02
+    temperature = vqa.TemperatureScaler().fit(np.log(old.mean(axis=0)), labels[:4000])
+    np.testing.assert_allclose(scaled, temperature.transform(np.log(plain)))
+
+
+# Several runs ----------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_compared_side_by_side_and_the_better_answers_are_submitted(two_runs, tmp_path):
+    poor, good = two_runs
+    table, answers = vqa.ensemble_runs([poor.directory, good.directory], tmp_path / "both")
+    alone = [str(poor.directory), str(good.directory)]
+    assert table.index.tolist() == [*alone, *vqa.BLENDS, "automatic choice"]
+    assert table.loc["mean", "against"] == alone[1] and set(table["against"].drop("mean")) == {"mean"}
+    assert table["seconds"].tolist() == [61, 62] + [123] * 7
+    chosen = table.index[table["used"]]
+    assert len(chosen) == 2 and chosen[-1] == "automatic choice" and chosen[0] != "mean"
+    assert (table["gain_low"] <= table["gain"]).all() and (table["gain"] <= table["gain_high"]).all()
+    assert table.loc["automatic choice", "accuracy"] > table.loc["mean", "accuracy"]
+    assert answers["id"].tolist() == good.sample["id"].tolist() and answers["answer"].isin([*vqa.CHOICES]).all()
+    assert vqa.validate_submission(tmp_path / "both" / "submission.csv", good.sample)["rows"] == 12
+
+
+def test_rows_are_matched_by_id_although_the_runs_have_other_folds(two_runs, tmp_path):
+    """A run's own row of the table is its own score, whatever the order in which its folds were scored."""
+    poor, good = two_runs
+    assert not np.array_equal(poor.train["fold"], good.train["fold"])
+    table, _ = vqa.ensemble_runs([poor.directory, good.directory], tmp_path)
+    for run in two_runs:
+        evaluation = vqa.evaluate_run(run)
+        own = vqa.accuracy(evaluation.probabilities, evaluation.oof.labels)
+        assert table.loc[str(run.directory), "accuracy"] == pytest.approx(own)
+
+
+def test_test_rows_are_matched_by_id_too(two_runs, replace, tmp_path):
+    poor, good = two_runs
+    backwards = replace(good, test=good.test[::-1].reset_index(drop=True))
+    vqa.write_table(backwards.test, good.directory / "test_rows.csv")
+    planted_run(backwards, signals=(9.0, 9.0))
+    _, answers = vqa.ensemble_runs([poor.directory, good.directory], tmp_path)
+    assert answers["answer"].map(vqa.CHOICES.index).tolist() == hidden_labels(answers["id"]).tolist()
+
+
+def test_combining_runs_again_writes_the_same_bytes(two_runs, tmp_path):
+    for folder in ("once", "again"):
+        vqa.ensemble_runs([run.directory for run in two_runs], tmp_path / folder)
+    for name in ("submission.csv", "ladder.csv"):
+        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "message"),
+    [
+        ("test_rows", "id", r"other: 2 test rows differ from those of .*good, such as \['test_"),
+        ("test_rows", "question", r"other: 1 test rows differ"),
+        ("folds", "a", r"other: 1 train rows differ"),
+        ("folds", "id", r"other: 2 train rows differ"),
+    ],
+)
+def test_runs_on_other_rows_are_refused_by_name(mini_run, tmp_path, table, column, message):
+    good, other = (planted_run(mini_run(run_name=name)) for name in ("good", "other"))
+    path = other.directory / f"{table}.csv"
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    frame.loc[0, column] += "_changed"
+    vqa.write_table(frame, path)
+    with pytest.raises(ValueError, match=message):
+        vqa.ensemble_runs([good.directory, other.directory], tmp_path / "ensemble")
+    assert not (tmp_path / "ensemble").exists()
+
+
+def test_runs_of_which_each_trained_another_fold_share_no_row(mini_run, tmp_path):
+    runs = [planted_run(mini_run(run_name=name, train_folds=folds)) for name, folds in (("x", (0,)), ("y", (1,)))]
+    with pytest.raises(ValueError, match="no training row is out of fold in all of them"):
+        vqa.ensemble_runs([run.directory for run in runs], tmp_path)
+
+
+def test_combining_runs_loads_no_torch(two_runs, tmp_path):
+    folders = [str(run.directory) for run in two_runs]
+    code = f"import sys, vqa_helpers as vqa; vqa.ensemble_runs({folders}, {str(tmp_path / 'e')!r}); "
+    code += "assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=vqa.HERE)
