@@ -1,7 +1,8 @@
-"""Score the demo against its hidden answers: base model, single folds, ensemble, and two controls that must not learn.
+"""Print the demo's ladder with its intervals, and score it against its hidden answers beside two controls.
 
     python tests/benchmarks/leaderboard.py              # a finished run in outputs/ is reused, else made first
     python tests/benchmarks/leaderboard.py --controls   # grey images, shuffled answers: two more runs
+    python tests/benchmarks/leaderboard.py --seeds 7    # a second run with that seed, and both combined
 
 The answers in data/test_answers.csv are read here only; no line of the pipeline opens them.
 """
@@ -50,9 +51,25 @@ def score_table(run: vqa.Run) -> tuple[pd.DataFrame, pd.DataFrame]:
     ensemble = vqa.average_probabilities(np.stack(list(folds.values())))
     members = {"base model": base_probabilities(run), **{f"fold {fold}": p for fold, p in folds.items()}}
     rows = {name: vqa.score_row(p, labels) for name, p in (members | {"ensemble": ensemble}).items()}
-    rows["OOF"] = vqa.score_row(evaluation.calibration.probabilities, evaluation.oof.labels)
+    rows["OOF"] = vqa.score_row(evaluation.probabilities, evaluation.oof.labels)
     by_type = vqa.accuracy_by_type(run.test["type"], ensemble.argmax(1) == labels)
     return pd.DataFrame(rows).T.rename_axis("hidden answers"), by_type
+
+
+def combined(runs: list[vqa.Run]) -> None:
+    """Print the table of all ways to combine the runs, and what each run and the chosen way score on hidden answers."""
+    labels = hidden_labels(runs[0])
+    with tempfile.TemporaryDirectory() as folder:
+        table, answers = vqa.ensemble_runs([run.directory for run in runs], folder)
+    print(vqa.markdown_table(table), end="\n\n")
+    for run in runs:
+        single = vqa.write_submissions(run, vqa.evaluate_run(run))["ensemble"]
+        print(f"{run.directory.name}: {np.mean(letters(single, run) == labels):.3f} of the hidden answers")
+    print(f"combined: {np.mean(letters(answers, runs[0]) == labels):.3f}")
+
+
+def letters(answers: pd.DataFrame, run: vqa.Run) -> np.ndarray:
+    return answers.set_index("id")["answer"][run.test["id"]].map(vqa.CHOICES.index).to_numpy()
 
 
 def grey_copy(folder: Path) -> Path:
@@ -90,10 +107,14 @@ def control_score(data_dir: Path, output_dir: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--controls", action="store_true", help="also train on grey images and on shuffled answers")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[], help="seeds of further runs to combine with it")
     parser.add_argument("--output-dir", default="outputs")
     options = parser.parse_args()
-    table, by_type = score_table(finished_run(output_dir=options.output_dir))
-    print(vqa.markdown_table(table), vqa.markdown_table(by_type), sep="\n\n")
+    run = finished_run(output_dir=options.output_dir)
+    tables = vqa.evaluate_run(run).ladder, *score_table(run)
+    print(*map(vqa.markdown_table, tables), sep="\n\n", end="\n\n")
+    if options.seeds:
+        combined([run, *(finished_run(output_dir=options.output_dir, seed=seed) for seed in options.seeds)])
     if options.controls:
         with tempfile.TemporaryDirectory() as folder:
             for name, spoil in (("grey images", grey_copy), ("shuffled answers", shuffled_copy)):
