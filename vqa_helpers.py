@@ -3484,7 +3484,7 @@ def uncertain_rows(run: Run, evaluation: Evaluation) -> pd.DataFrame:
 
 def write_error_tables(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFrame]:
     """accuracy_by_group, label_suspects and uncertain_rows; each is also tables/<name>.csv in the run directory."""
-    oof, probabilities = evaluation.oof, evaluation.calibration.probabilities
+    oof, probabilities = evaluation.oof, evaluation.probabilities
     suspects = label_suspects(probabilities, oof.labels)
     shown = oof.frame.iloc[suspects["row"]][["id", "question", *CHOICES, "answer"]].reset_index(drop=True)
     shown["likely"] = np.array(CHOICES)[suspects["likely"]]
