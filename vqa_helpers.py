@@ -3085,9 +3085,15 @@ def blend(name: str, old, known, new) -> np.ndarray:
     return TemperatureScaler().fit(scores[: len(known)], known).transform(scores[len(known) :])
 
 
+def _fifths(groups: np.ndarray) -> np.ndarray:
+    """(n,) part of each row, whole groups in one; of the rows themselves where all are in one group."""
+    part = groups % 5
+    return part if len(np.unique(part)) > 1 else np.arange(len(groups)) % 5
+
+
 def cross_fitted_blends(members, labels, groups, names: Sequence[str] = tuple(BLENDS)) -> dict[str, np.ndarray]:
     """Name -> (n, choices) predictions by that blend of (members, n, choices), fitted on other groups in five parts."""
-    part = groups % 5
+    part = _fifths(groups)
     complete = all(len(np.unique(labels[part != number])) == members.shape[2] for number in np.unique(part))
     names = [name for name in names if complete or name != "stacked"]  # a stack has to see every letter
     return {name: cross_fit(functools.partial(blend, name), members, labels, part) for name in names}
@@ -3110,7 +3116,7 @@ def choose_blend(candidates: Mapping[str, np.ndarray], labels, groups) -> str:
 
 def choose_cross_fitted(candidates: Mapping[str, np.ndarray], labels, groups) -> np.ndarray:
     """(n, choices) predictions of the automatic choice, made for each fifth of the groups without its own rows."""
-    part, result = groups % 5, np.full_like(next(iter(candidates.values())), np.nan)
+    part, result = _fifths(groups), np.full_like(next(iter(candidates.values())), np.nan)
     for inside in (part == number for number in np.unique(part)):
         rest = {name: probabilities[~inside] for name, probabilities in candidates.items()}
         result[inside] = candidates[choose_blend(rest, labels[~inside], groups[~inside])][inside]

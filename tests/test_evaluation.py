@@ -280,3 +280,13 @@ def test_combining_runs_loads_no_torch(two_runs, tmp_path):
     code = f"import sys, vqa_helpers as vqa; vqa.ensemble_runs({folders}, {str(tmp_path / 'e')!r}); "
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=vqa.HERE)
+
+
+def test_blends_of_rows_that_all_show_one_image_are_cross_fitted_by_row():
+    """As in the control with grey images, which are all copies of one another."""
+    random = np.random.default_rng(0)
+    labels, groups = np.arange(40) % 4, np.zeros(40, int)
+    members = vqa.softmax(2 * np.eye(4)[labels] + random.normal(size=(2, 40, 4)))
+    candidates = vqa.cross_fitted_blends(members, labels, groups)
+    assert all(np.isfinite(probabilities).all() for probabilities in candidates.values())
+    assert np.isfinite(vqa.choose_cross_fitted(candidates, labels, groups)).all()
