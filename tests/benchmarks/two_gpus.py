@@ -1,6 +1,7 @@
 """Two GPUs of one machine against one: two folds side by side, and one fold by both, on an 8B of random weights.
 
     python tests/benchmarks/two_gpus.py              # both told to be T4s: 13 GiB, fp16, no flash attention
+    python tests/benchmarks/two_gpus.py --large      # a 30B mixture of experts, spread over both
     python tests/benchmarks/two_gpus.py --tiny       # the demo's model and two processes on this CPU: does it run?
 
 Each line is a real run of the workers, from their start to their end, on the demo's questions with enlarged images.
@@ -87,30 +88,36 @@ def measure(name: str, config: vqa.Config, jobs: list) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--large", action="store_true")
     parser.add_argument("--rows", type=int, default=512, help="training rows; a fold trains on half of them")
     parser.add_argument("--overrides", default="{}", help="JSON object of config fields")
     options = parser.parse_args()
     place = Path(tempfile.mkdtemp())
     vqa.setup_logging(place, to_file=False)
     devices: list = [None, None] if options.tiny else [0, 1]
-    model = vqa.DEMO / "tiny_qwen3_vl" if options.tiny else bench_gpu.build(bench_gpu.SIZES["8b"], place)
+    size = bench_gpu.SIZES["30b" if options.large else "8b"]
+    model = vqa.DEMO / "tiny_qwen3_vl" if options.tiny else bench_gpu.build(size, place)
     data = enlarge_demo(place / "data", 48 if options.tiny else options.rows, 96 if options.tiny else 512)
     settings = {"n_folds": 2, "num_epochs": 1, "max_fallback_share": 0.5, "output_dir": str(place / "outputs")}
     settings |= {"model_id": str(model), "data_dir": str(data), "save_every_epoch": False}
     settings |= {"batch_size": 16, "grad_accum_steps": 2} | json.loads(options.overrides)
-    preset = "demo" if options.tiny else "kaggle_t4x2"
+    preset = "demo" if options.tiny else "large" if options.large else "kaggle_t4x2"
     pretend_t4(place / "t4") if not options.tiny else None
     names = {
         "one fold on one": [((devices[0],), (0,))],
         "two folds on two": [((device,), (fold,)) for fold, device in enumerate(devices)],
         "one fold on both": [(tuple(devices), (0,))],
     }
+    if options.large:
+        names = {"one fold, the model on both": [((",".join(map(str, devices)),), (0,))]}
     rows = []
     for name, jobs in names.items():
         config = vqa.Config.preset(preset, **settings, run_name=name.replace(" ", "_"))
         rows.append(measure(name, config, jobs))
     table = pd.DataFrame(rows).set_index("run").T.rename_axis("")
     sys.stdout.write(f"{vqa.markdown_table(table)}\n")
+    if options.large:
+        return
     one, two, both = (table[name] for name in names)
     sys.stdout.write(f"two folds on two / one on one: {two.iloc[0] / one.iloc[0]:.3f} of the time to train\n")
     sys.stdout.write(f"and to score: {two.iloc[1] / one.iloc[1]:.3f}\n")
