@@ -3467,7 +3467,8 @@ def accuracy_by_group(frame: pd.DataFrame, correct: np.ndarray) -> pd.DataFrame:
     for name, values in lengths.items():
         edges = np.unique(values.quantile([0.25, 0.5, 0.75], interpolation="lower"))
         quarters = values.groupby(np.searchsorted(edges, values))
-        groups[name] = quarters.transform("min").map(str) + " to " + quarters.transform("max").map(str)
+        ends = zip(quarters.transform("min"), quarters.transform("max"), strict=True)
+        groups[name] = [f"{low} to {high}" if low < high else f"{low}" for low, high in ends]
     own = choices.to_numpy()[np.arange(len(frame)), frame["label"]]
     least, most = choices.min(axis=1), choices.max(axis=1)
     cases = [least == most, own == most, own == least]

@@ -66,6 +66,7 @@ def test_accuracy_by_group_counts_every_row_once_in_each_grouping(rows):
     assert tied.loc[("answer's length", "longest"), "rows"] == 4
     assert table.loc[("image", "in several questions"), "rows"] == 2
     assert table.loc[("question, characters", "3 to 4"), "rows"] == 2
+    assert table.loc[("image, pixels", "100"), "rows"] == 8
 
 
 def test_choices_of_one_length_are_a_group_of_their_own(rows):
