@@ -1871,9 +1871,10 @@ def quicken(session: Session, adapted, questions: int):
         torch.set_num_threads(torch.get_num_threads())  # in autograd's thread, too: else it would compile once more
         compute = torch.compile(compute, dynamic=True)
     for layer in session.decoder_layers:
-        # A model on several GPUs has accelerate's forward, which fetches the inputs and calls the one it found.
-        name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
-        setattr(layer, name, functools.partial(layer_forward, layer, compute))
+        # On several GPUs accelerate's forward fetches the inputs, then calls the one it found. On one GPU a 4-bit model
+        # has it too, and there is nothing to fetch.
+        fetches = session.config.spread_model and hasattr(layer, "_hf_hook")
+        setattr(layer, "_old_forward" if fetches else "forward", functools.partial(layer_forward, layer, compute))
         layer.recompute = False
     return adapted
 

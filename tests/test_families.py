@@ -143,8 +143,9 @@ def test_only_a_mixture_is_loaded_by_our_own_quantizer(expert_model):
     assert known.__name__ == "Bnb4BitHfQuantizer" and expert_model.hf_quantizer.__class__.__name__ == "ExpertQuantizer"
 
 
-def test_a_model_spread_over_devices_keeps_our_layers_and_accelerates_hooks(family_session, demo_rows):
+def test_a_model_spread_over_devices_keeps_our_layers_and_accelerates_hooks(family_session, demo_rows, replace):
     session = family_session
+    session.config = replace(session.config, spread_model=True)
     batch = vqa.collate(session, [vqa.make_prompt(session, demo_rows.train, row, [(0, 1, 2, 3)]) for row in range(3)])
     plain = vqa.answer_states(session, batch).detach()
     places = dict.fromkeys(["model.visual", "model.language_model", "lm_head"], "cpu")
@@ -161,6 +162,17 @@ def test_a_model_spread_over_devices_keeps_our_layers_and_accelerates_hooks(fami
     vqa.training_loss(session, states, batch).backward()
     assert len(calls) == 1  # recomputed inside the hook, where the inputs lie where they are needed
     assert layer._old_forward.func is vqa.layer_forward
+    session.config = replace(session.config, spread_model=False)  # as a 4-bit model on one GPU, which has hooks, too
+    vqa.quicken(session, session.model, questions=3)
+    vqa.answer_states(session, batch)
+    assert layer.forward.func is vqa.layer_forward and len(calls) == 1
+
+
+def test_a_checkpoint_quantised_while_loading_passes_the_check_of_what_was_loaded(family, model_folders, demo_config):
+    options = {"quantization_config": vqa.quantization_config("4bit", "fp32"), "device_map": {"": "cpu"}}
+    load = transformers.AutoModelForImageTextToText.from_pretrained
+    with vqa.quantising_experts(vqa.FAMILIES[family].experts or "no experts"):
+        vqa._check_loading(demo_config, *load(model_folders[family], **options, output_loading_info=True))
 
 
 def test_one_worker_sees_all_gpus_of_a_spread_model(monkeypatch):
