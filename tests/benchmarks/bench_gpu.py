@@ -49,13 +49,26 @@ class Size:
     make_config: object
 
 
-def qwen3_8b(token):
-    text = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
-    text |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False}
+def qwen3(token, kind, tied: bool, text: dict, vision: dict):
+    """What the Qwen3-VL models share, with the sizes that differ."""
+    text = {"num_attention_heads": 32, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": tied} | text
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}}
-    vision = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 4096}
-    vision |= {"deepstack_visual_indexes": [8, 16, 24], "num_position_embeddings": 2304}
-    return transformers.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **token)
+    vision = {"num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": text["hidden_size"]} | vision
+    return kind(text_config=text, vision_config=vision, tie_word_embeddings=tied, **token)
+
+
+LARGE_TOWER = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
+
+
+def qwen3_8b(token):
+    text = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_key_value_heads": 8}
+    return qwen3(token, transformers.Qwen3VLConfig, False, text, LARGE_TOWER)
+
+
+def qwen3_4b(token):
+    text = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_key_value_heads": 8}
+    tower = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
+    return qwen3(token, transformers.Qwen3VLConfig, True, text, tower)
 
 
 def qwen25_3b(token):
@@ -68,13 +81,9 @@ def qwen25_3b(token):
 
 
 def qwen3_30b(token):
-    text = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
-    text |= {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "head_dim": 128}
-    text |= {"vocab_size": 151936, "intermediate_size": 6144, "tie_word_embeddings": False}
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}}
-    vision = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 2048}
-    vision |= {"deepstack_visual_indexes": [8, 16, 24], "num_position_embeddings": 2304}
-    return transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **token)
+    text = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_key_value_heads": 4}
+    text |= {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+    return qwen3(token, transformers.Qwen3VLMoeConfig, False, text, LARGE_TOWER)
 
 
 SIZES = {

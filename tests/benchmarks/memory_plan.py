@@ -9,20 +9,9 @@ card's memory, as nvidia-smi reports it, 0.5 GiB is taken for CUDA itself and 8 
 import sys
 
 import pandas as pd
-from bench_gpu import TEXT, qwen3_8b, qwen25_3b, transformers, vqa
+from bench_gpu import TEXT, qwen3_4b, qwen3_8b, qwen25_3b, vqa
 
 CONTEXT_GIB, MARGIN = 0.5, 0.92
-
-
-def qwen3_4b(token):
-    text = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
-    text |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}}
-    vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560}
-    vision |= {"deepstack_visual_indexes": [5, 11, 17], "num_position_embeddings": 2304}
-    return transformers.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **token)
-
-
 SHAPES = {
     "Qwen/Qwen3-VL-8B-Instruct": qwen3_8b,
     "Qwen/Qwen3-VL-4B-Instruct": qwen3_4b,
