@@ -48,9 +48,9 @@ def pretend_t4(folder: Path) -> None:
     os.environ["PYTHONPATH"] = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
 
 
-def enlarge_demo(folder: Path, rows: int, pixels: int) -> Path:
+def enlarge_demo(folder: Path, rows: int, pixels: int, test_rows: int) -> Path:
     """The demo's first rows with images of `pixels` pixels square."""
-    for name, count in (("train", rows), ("test", rows // 4), ("sample_submission", rows // 4)):
+    for name, count in (("train", rows), ("test", test_rows), ("sample_submission", test_rows)):
         frame = pd.read_csv(vqa.DEMO / f"{name}.csv", dtype=str, keep_default_na=False).head(count)
         folder.mkdir(exist_ok=True)
         frame.to_csv(folder / f"{name}.csv", index=False)
@@ -97,7 +97,8 @@ def main() -> None:
     devices: list = [None, None] if options.tiny else [0, 1]
     size = bench_gpu.SIZES["30b" if options.large else "8b"]
     model = vqa.DEMO / "tiny_qwen3_vl" if options.tiny else bench_gpu.build(size, place)
-    data = enlarge_demo(place / "data", 48 if options.tiny else options.rows, 96 if options.tiny else 512)
+    rows = 48 if options.tiny else options.rows
+    data = enlarge_demo(place / "data", rows, 96 if options.tiny else 512, test_rows=rows // 4)
     settings = {"n_folds": 2, "num_epochs": 1, "max_fallback_share": 0.5, "output_dir": str(place / "outputs")}
     settings |= {"model_id": str(model), "data_dir": str(data), "save_every_epoch": False}
     settings |= {"batch_size": 16, "grad_accum_steps": 2} | json.loads(options.overrides)
@@ -110,11 +111,11 @@ def main() -> None:
     }
     if options.large:
         names = {"one fold, the model on both": [((",".join(map(str, devices)),), (0,))]}
-    rows = []
+    measured = []
     for name, jobs in names.items():
         config = vqa.Config.preset(preset, **settings, run_name=name.replace(" ", "_"))
-        rows.append(measure(name, config, jobs))
-    table = pd.DataFrame(rows).set_index("run").T.rename_axis("")
+        measured.append(measure(name, config, jobs))
+    table = pd.DataFrame(measured).set_index("run").T.rename_axis("")
     sys.stdout.write(f"{vqa.markdown_table(table)}\n")
     if options.large:
         return
