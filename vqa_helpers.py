@@ -1746,13 +1746,23 @@ def ahead(batches: Iterator) -> Iterator:
 
 
 # === Fast layers =====================================================================================================
+# Bytes that the scales of all 4-bit blocks may take on a GPU in fp32. Those of a 3B take 0.16 GiB: its products are so
+# short that the GPU would wait for the launches that unpack the scales every time. An 8B has other use for 0.4 GiB.
+UNPACKED_SCALES = 2**28
+
+
 def dense_weight(weight, scales: Sequence, shape: Sequence[int], dtype):
     """The frozen weight in `dtype`, out of NF4 where it has `scales`: `shape` then ends with the two block sizes."""
     if not scales:
         return weight.to(dtype)
-    ops, (absmax, code, group_scale, offset) = torch.ops.bitsandbytes, scales
-    scale = ops.dequantize_blockwise(absmax, group_scale, code, shape[3], torch.float32) + offset
-    return ops.dequantize_4bit(weight, scale, shape[2], "nf4", shape[:2], dtype)
+    scale = scales[0] if len(scales) == 1 else block_scales(scales, shape)
+    return torch.ops.bitsandbytes.dequantize_4bit(weight, scale, shape[2], "nf4", shape[:2], dtype)
+
+
+def block_scales(scales: Sequence, shape: Sequence[int]):
+    """The scale of each block of 4-bit numbers in fp32, out of its own 8 bits (Dettmers et al. 2023, double)."""
+    absmax, code, group_scale, offset = scales
+    return torch.ops.bitsandbytes.dequantize_blockwise(absmax, group_scale, code, shape[3], torch.float32) + offset
 
 
 def lora_linear(x, dropped, lora_a, lora_b, scaling, weight, bias, scales, shape) -> tuple:
@@ -1767,13 +1777,14 @@ def lora_linear(x, dropped, lora_a, lora_b, scaling, weight, bias, scales, shape
 def lora_backward(gradient, used, inner, lora_a, lora_b, scaling, weight, scales, shape, dropout) -> tuple:
     """Gradients of x, of its dropped copy (empty without dropout), and in fp32 of A and B; `used` went through A."""
     rows = gradient.flatten(0, -2)
-    inner_gradient = (rows @ lora_b.to(rows.dtype)) * scaling
+    scaled = functools.partial(torch.addmm, rows.new_empty(1), beta=0, alpha=scaling)  # one kernel, not two
+    inner_gradient = scaled(rows, lora_b.to(rows.dtype))
     to_x, to_dropped = rows @ dense_weight(weight, scales, shape, rows.dtype), rows.new_empty(0)
     if dropout:
         to_dropped = (inner_gradient @ lora_a.to(rows.dtype)).view_as(used)
     else:
         to_x.addmm_(inner_gradient, lora_a.to(rows.dtype))
-    to_a, to_b = inner_gradient.T @ used.flatten(0, -2), (rows.T @ inner) * scaling
+    to_a, to_b = inner_gradient.T @ used.flatten(0, -2), scaled(rows.T, inner)
     return to_x.view_as(used), to_dropped, to_a.float(), to_b.float()
 
 
@@ -1825,7 +1836,7 @@ def lora_forward(layer, x):
     lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     weight, scales = base.weight, []
     if layer.packed_shape:
-        weight, scales = layer.packed, [layer.absmax, layer.code, layer.group_scale, layer.offset]
+        weight, scales = layer.packed, [getattr(layer, name) for name in layer.scale_names]
     shape = layer.packed_shape or [*weight.shape]
     return torch.ops.vqa.lora_linear(
         x, dropped, lora_a, lora_b, layer.scaling["default"], weight, base.bias, scales, shape
@@ -1842,13 +1853,17 @@ def use_lora_forward(adapted) -> None:
     """Let all LoRA layers of a PEFT model compute `lora_forward`; their weights and files stay PEFT's."""
     register_lora_operators()
     layers = [layer for layer in adapted.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
-    for layer in layers:
+    states = [getattr(layer.base_layer.weight, "quant_state", None) for layer in layers]
+    unpack = 4 * sum(state.absmax.numel() for state in states if state is not None) <= UNPACKED_SCALES
+    for layer, state in zip(layers, states, strict=True):
         weight, kind = layer.base_layer.weight, type(layer.base_layer)
-        if (state := getattr(weight, "quant_state", None)) is not None and state.quant_type == "nf4" and state.nested:
+        if state is not None and state.quant_type == "nf4" and state.nested:
             layer.packed_shape = [*state.shape, state.blocksize, state.state2.blocksize]
-            packed = {"packed": weight.detach().as_subclass(torch.Tensor), "absmax": state.absmax}
-            packed |= {"code": state.state2.code, "group_scale": state.state2.absmax, "offset": state.offset}
-            for name, tensor in packed.items():
+            scales = {"absmax": state.absmax, "code": state.state2.code}
+            scales |= {"group_scale": state.state2.absmax, "offset": state.offset}
+            scales = {"scale": block_scales([*scales.values()], layer.packed_shape)} if unpack else scales
+            layer.scale_names = tuple(scales)
+            for name, tensor in {"packed": weight.detach().as_subclass(torch.Tensor), **scales}.items():
                 layer.register_buffer(name, tensor, persistent=False)
         elif kind is torch.nn.Linear and weight.dtype in (torch.float32, torch.float16, torch.bfloat16):
             layer.packed_shape = []
@@ -4225,7 +4240,9 @@ def memory_costs(config: Config, shapes, tokens: int, precision: str, compiled: 
     packed = {"4bit": 1 / 2 + 1 / 64 + 4 / 64 / 256, "8bit": 1, "none": number}[config.quantization]
     loaded = language * packed + (model.num_parameters() - language) * number
     lora = 4 * config.lora_r * sum(linear.in_features + linear.out_features for linear in linears)
-    rows = {"weights": loaded - number * (tower + head.numel() * head_rests), "LoRA and gradients": 2 * lora}
+    scales = 4 * language / 64 if config.quantization == "4bit" else 0
+    weights = loaded - number * (tower + head.numel() * head_rests) + scales * (scales <= UNPACKED_SCALES)
+    rows = {"weights": weights, "LoRA and gradients": 2 * lora}
     rows |= {"optimizer": 2 * lora, "averages": (config.use_ema + config.use_swa) * lora}
     entry, kept, gradients = activation_bytes(config, layers[0], number, compiled)
     vision = shapes.vision_config

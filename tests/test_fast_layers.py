@@ -51,9 +51,12 @@ def quantised_layer():
     return layer.to("cpu").requires_grad_(False)
 
 
-def test_lora_forward_on_4_bit_weights_equals_pefts_within_half_precision():
+@pytest.mark.parametrize("unpacked", [True, False])
+def test_lora_forward_on_4_bit_weights_equals_pefts_within_half_precision(unpacked, monkeypatch):
+    monkeypatch.setattr(vqa, "UNPACKED_SCALES", 2**28 if unpacked else 0)
     plain, fast = lora_pair(quantised_layer)
     assert plain.base_layer.weight.quant_state.nested
+    assert (fast.scale_names == ("scale",)) is unpacked
     x = torch.randn(6, 7, 128, dtype=torch.bfloat16)
     for ours, theirs in zip(outputs_and_gradients(fast, x), outputs_and_gradients(plain, x), strict=True):
         assert (ours.float() - theirs.float()).norm() <= 0.02 * theirs.float().norm()
