@@ -1987,10 +1987,12 @@ def plan_memory(session: Session, prompts: Sequence[Prompt], state_bytes: int) -
     measure_pass(session, [longest] * 2, 0)  # compiles, and fills the workspaces of the libraries
     two, four, more = (measure_pass(session, [longest] * n, stored)[1] for n, stored in ((2, 0), (4, 0), (2, some)))
     candidates, tried = [], {MemoryPlan(1, 0 if config.gradient_checkpointing else layers): 0.0}
-    if math.isfinite(two + four + more):
-        layer = max(1.0, (more - two) / 2 / (some - 1))
-        costs = (2 * two - four + state_bytes, (four - two) / 2 - layer, layer)
-        candidates = candidate_plans(costs, memory_budget(), layers, step, config.gradient_checkpointing)
+    question, layer, most = (four - two) / 2, max(1.0, (more - two) / 2 / (some - 1)), layers
+    if math.isinf(more) and config.gradient_checkpointing:
+        layer, most = question, 1  # no layer can keep what it computes, as with experts that are out of their 4 bits
+    if math.isfinite(two + four + layer):
+        costs = (2 * two - four + state_bytes, question - layer, layer)
+        candidates = candidate_plans(costs, memory_budget(), most, step, config.gradient_checkpointing)
     for micro_batch, stored in candidates:
         measure_pass(session, [longest] * micro_batch, stored)  # the allocator grows
         seconds, peak = measure_pass(session, [longest] * micro_batch, stored)

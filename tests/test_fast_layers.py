@@ -181,16 +181,16 @@ def test_items_are_prepared_ahead_in_order():
 def planned(session, demo_rows, monkeypatch):
     """planned(room, layers) -> the plan of a GPU of `room` bytes on which a pass costs what the formula says."""
 
-    def plan(room, layers=36, state=0):
+    def plan(room, layers=36, state=0, expert=0.0, recompute=True):
         def measure_pass(_, prompts, stored):
-            peak = 1000 * (10 + len(prompts) * (1 + 0.5 * max(1, stored)))
+            peak = 1000 * (10 + len(prompts) * (1 + 0.5 * max(1, stored)) + expert * max(1, stored))
             fits = peak + state <= room
             return (len(prompts) * (3 - stored / layers) + 1, peak) if fits else (np.inf, np.inf)
 
         class Layers:
             device, config, decoder_layers = torch.device("cuda"), session.config, [None] * layers
 
-        settings = {"batch_size": 16, "grad_accum_steps": 2, "gradient_checkpointing": True}
+        settings = {"batch_size": 16, "grad_accum_steps": 2, "gradient_checkpointing": recompute}
         Layers.config = vqa.dataclasses.replace(session.config, **settings)
         monkeypatch.setattr(vqa, "measure_pass", measure_pass)
         monkeypatch.setattr(vqa, "memory_budget", lambda: 0.92 * room)
@@ -211,6 +211,12 @@ def test_the_fastest_plan_that_fits_is_chosen(planned):
 def test_a_small_model_and_a_small_card_get_a_plan_too(planned):
     assert planned(10**6, layers=4).stored_layers == 4
     assert planned(12_000) == planned(5_000) == vqa.MemoryPlan(1, 0)
+
+
+def test_layers_that_cannot_keep_their_weights_out_of_4_bits_still_share_a_pass(planned):
+    """Each layer of a mixture of experts takes as much as several questions, for one question already."""
+    assert planned(40_000, expert=15.0) == vqa.MemoryPlan(4, 0, (10 + 4 * 1.5 + 15) * 1000 / 2**30)
+    assert planned(40_000, expert=15.0, recompute=False) == vqa.MemoryPlan(1, 36)  # nothing fits: the last resort
 
 
 def test_a_pass_without_memory_leaves_no_gradient_behind(session, demo_rows, monkeypatch):
