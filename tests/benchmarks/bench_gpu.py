@@ -280,9 +280,8 @@ def matmul_rate() -> float:
     return 20 * 2 * 8192**3 / (time.perf_counter() - begin)
 
 
-def question_flops(session, length: int, training: bool) -> float:
+def question_flops(text, length: int, training: bool) -> float:
     """Model FLOPs of one question: frozen weights take a forward pass and one product for the input's gradient."""
-    text = session.model.config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     width = head_dim * text.num_attention_heads
     weights = text.hidden_size * (2 * width + 2 * head_dim * text.num_key_value_heads + 3 * text.intermediate_size)
@@ -425,7 +424,7 @@ def bench(size: Size, folder: str, options) -> None:
         scoring = table.measure("score: ours, one order, batch 64, no cap", lambda: score_ours(session, one, 64))
         for name, speed, training in (("training", ours and ours[0], True), ("scoring", scoring, False)):
             if speed:
-                share = speed * question_flops(session, length, training) / rate
+                share = speed * question_flops(session.model.config.text_config, length, training) / rate
                 sys.stdout.write(f"share of that rate in {name}: {100 * share:.1f} %\n")
         if ours:
             ours[1].prompts = lambda epoch: one[:256]

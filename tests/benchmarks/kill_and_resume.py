@@ -20,19 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/benchmarks")]
 
 import bench_gpu  # noqa: E402
-from two_gpus import enlarge_demo  # noqa: E402
+from rehearsal import RUN_ALL, enlarge_demo  # noqa: E402
 
 import vqa_helpers as vqa  # noqa: E402
-
-RUN_ALL = """
-import vqa_helpers as vqa
-config = vqa.load_config()
-competition = vqa.load_competition(config.data_dir, config.max_fallback_share)
-run = vqa.start_run(config, competition, vqa.make_folds(competition.train, config.n_folds, config.seed))
-vqa.run_zeroshot(run)
-vqa.run_folds(run.config)
-vqa.write_submissions(run, vqa.evaluate_run(run))
-"""
 
 
 def steps_of(run: Path) -> list[dict]:

@@ -9,68 +9,33 @@ Each line is a real run of the workers, from their start to their end, on the de
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pandas as pd
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/benchmarks")]
 
 import bench_gpu  # noqa: E402
+from rehearsal import T4, enlarge_demo, pretend  # noqa: E402
 
 import vqa_helpers as vqa  # noqa: E402
 
-# What the workers import before anything else: a T4's memory and kernels.
-T4_LIMITS = """
-import torch
-def limit():
-    for gpu in range(torch.cuda.device_count()):
-        total = torch.cuda.get_device_properties(gpu).total_memory
-        torch.cuda.set_per_process_memory_fraction({gib} * 2**30 / total, gpu)
-torch.cuda._lazy_call(limit)
-torch.backends.cuda.enable_flash_sdp(False)
-"""
-T4_TABLE = "#!/bin/sh\nprintf '0, Tesla T4, 15360, 7.5\\n1, Tesla T4, 15360, 7.5\\n'\n"  # for nvidia-smi
 
-
-def pretend_t4(folder: Path) -> None:
-    """Let this process and the workers find two T4s."""
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(T4_LIMITS.format(gib=bench_gpu.CAP_GIB))
-    (folder / "nvidia-smi").write_text(T4_TABLE)
-    (folder / "nvidia-smi").chmod(0o755)
-    os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"
-    os.environ["PYTHONPATH"] = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
-
-
-def enlarge_demo(folder: Path, rows: int, pixels: int, test_rows: int) -> Path:
-    """The demo's first rows with images of `pixels` pixels square."""
-    for name, count in (("train", rows), ("test", test_rows), ("sample_submission", test_rows)):
-        frame = pd.read_csv(vqa.DEMO / f"{name}.csv", dtype=str, keep_default_na=False).head(count)
-        folder.mkdir(exist_ok=True)
-        frame.to_csv(folder / f"{name}.csv", index=False)
-        for path in frame.get("path", ()):
-            (folder / path).parent.mkdir(exist_ok=True)
-            Image.open(vqa.DEMO / "images" / path).convert("RGB").resize((pixels, pixels)).save(folder / path)
-    return folder
-
-
-def measure(name: str, config: vqa.Config, jobs: list) -> dict:
-    """Train, then score, the folds of `jobs` with workers as run_folds starts them; seconds, speed and memory."""
+def measure(name: str, config: vqa.Config, jobs: list, stages: list[str]) -> dict:
+    """Do the stages for the folds of `jobs` with workers as run_folds starts them; seconds, speed and memory."""
     competition = vqa.load_competition(config.data_dir, config.max_fallback_share)
     run = vqa.start_run(config, competition, vqa.make_folds(competition.train, config.n_folds, config.seed))
     row = {"run": name}
-    for stage in ("train", "predict"):
+    for stage in stages:
         start = time.perf_counter()
         vqa.launch_workers(run, jobs, [stage])
         row[f"{stage}, s in all"] = time.perf_counter() - start
     logged = vqa.read_json_lines(run.directory / "stages.jsonl")
-    for stage in ("train", "predict"):
+    for stage in stages:
         row[f"{stage}, s of the stage"] = max(line["seconds"] for line in logged if line["label"].startswith(stage))
     folds = [fold for _, part in jobs for fold in part]
     histories = [pd.read_csv(run.fold_dir(fold) / "history.csv") for fold in folds]
@@ -79,7 +44,8 @@ def measure(name: str, config: vqa.Config, jobs: list) -> dict:
     events = [line["event"] for line in vqa.read_json_lines(run.directory / "events.jsonl")]
     sys.stdout.write(f"\n{json.dumps(row)}\nevents: {events}\n")
     for log in sorted(run.directory.glob("worker_*.log")):
-        decisions = [line for line in log.read_text().splitlines() if "Decision" in line or "MemoryPlan" in line]
+        words = ("Decision", "MemoryPlan", "epoch", "do not fit")  # with their times: where the seconds go
+        decisions = [line for line in log.read_text().splitlines() if any(word in line for word in words)]
         sys.stdout.write("\n".join([log.name, *decisions, ""]))
     sys.stdout.flush()
     return row
@@ -90,6 +56,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--rows", type=int, default=512, help="training rows; a fold trains on half of them")
+    parser.add_argument("--stages", default="train,predict")
     parser.add_argument("--overrides", default="{}", help="JSON object of config fields")
     options = parser.parse_args()
     place = Path(tempfile.mkdtemp())
@@ -103,7 +70,7 @@ def main() -> None:
     settings |= {"model_id": str(model), "data_dir": str(data), "save_every_epoch": False}
     settings |= {"batch_size": 16, "grad_accum_steps": 2} | json.loads(options.overrides)
     preset = "demo" if options.tiny else "large" if options.large else "kaggle_t4x2"
-    pretend_t4(place / "t4") if not options.tiny else None
+    pretend(T4, place / "t4") if not options.tiny else None
     names = {
         "one fold on one": [((devices[0],), (0,))],
         "two folds on two": [((device,), (fold,)) for fold, device in enumerate(devices)],
@@ -114,15 +81,16 @@ def main() -> None:
     measured = []
     for name, jobs in names.items():
         config = vqa.Config.preset(preset, **settings, run_name=name.replace(" ", "_"))
-        measured.append(measure(name, config, jobs))
+        measured.append(measure(name, config, jobs, options.stages.split(",")))
     table = pd.DataFrame(measured).set_index("run").T.rename_axis("")
     sys.stdout.write(f"{vqa.markdown_table(table)}\n")
     if options.large:
         return
     one, two, both = (table[name] for name in names)
-    sys.stdout.write(f"two folds on two / one on one: {two.iloc[0] / one.iloc[0]:.3f} of the time to train\n")
-    sys.stdout.write(f"and to score: {two.iloc[1] / one.iloc[1]:.3f}\n")
-    sys.stdout.write(f"one fold on both: {both.iloc[4] / one.iloc[4]:.2f} times as fast in training\n")
+    for what in table.index[table.index.str.endswith("in all")]:
+        sys.stdout.write(f"{what}: two folds on two / one on one = {two[what] / one[what]:.3f}\n")
+    speed = "training, questions/s of a fold"
+    sys.stdout.write(f"one fold on both: {both[speed] / one[speed]:.2f} times as fast in training\n")
 
 
 if __name__ == "__main__":
