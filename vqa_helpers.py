@@ -263,10 +263,11 @@ class Config:
         return (self.train_folds or tuple(range(self.n_folds))) if self.use_kfold else (0,)
 
     def table(self) -> pd.DataFrame:
-        """Every field with its value and the default it differs from, for the notebook."""
+        """Every field with its value and the default it differs from, those that differ first, for the notebook."""
         both = (dataclasses.asdict(config).items() for config in (self, Config()))
         values, defaults = (pd.Series({name: str(value) for name, value in items}) for items in both)
-        return pd.DataFrame({"value": values, "default, where it differs": defaults.where(values != defaults, "")})
+        table = pd.DataFrame({"value": values, "default, where it differs": defaults.where(values != defaults, "")})
+        return table.loc[(values == defaults).sort_values(kind="stable").index]
 
 
 _BOOKKEEPING = {  # fields that cannot change a result
@@ -683,13 +684,20 @@ def _cuda_is_in_use() -> bool:
 
 
 def memory_summary() -> dict[str, float]:
-    """Memory in GiB: this process's resident set and, where CUDA is in use, allocated, reserved and peak."""
+    """Memory in GiB: this process's resident set and, with CUDA, allocated, reserved and peak of the fullest GPU."""
     summary = {"rss_gib": psutil.Process().memory_info().rss / 2**30}
     if _cuda_is_in_use():
-        summary["gpu_gib"] = torch.cuda.memory_allocated() / 2**30
-        summary["gpu_reserved_gib"] = torch.cuda.memory_reserved() / 2**30
-        summary["gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        gpus = range(torch.cuda.device_count())
+        summary["gpu_gib"] = max(map(torch.cuda.memory_allocated, gpus)) / 2**30
+        summary["gpu_reserved_gib"] = max(map(torch.cuda.memory_reserved, gpus)) / 2**30
+        summary["gpu_peak_gib"] = max(map(torch.cuda.max_memory_allocated, gpus)) / 2**30
     return {name: round(value, 2) for name, value in summary.items()}
+
+
+def reset_peak_memory() -> None:
+    """Start to measure the peak of every GPU anew."""
+    for gpu in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(gpu)
 
 
 def clear_memory(logger: logging.Logger | None = None) -> dict[str, float]:
@@ -707,7 +715,7 @@ def clear_memory(logger: logging.Logger | None = None) -> dict[str, float]:
 def track_peak_memory(label: str, logger: logging.Logger = LOGGER) -> Iterator[dict]:
     """Yield a dict that holds, after the block, its wall time in seconds and its peak memory in GiB."""
     if _cuda_is_in_use():
-        torch.cuda.reset_peak_memory_stats()
+        reset_peak_memory()
     start, report = time.perf_counter(), {"label": label}
     yield report
     report |= {"seconds": round(time.perf_counter() - start, 1), **memory_summary()}
@@ -1950,15 +1958,14 @@ def candidate_plans(
 def measure_pass(session: Session, prompts: Sequence[Prompt], stored: int) -> tuple[float, float]:
     """Seconds, and peak bytes on the fullest GPU, of one forward and backward pass; infinite where memory runs out."""
     recompute_layers(session, stored)
-    gpus = range(torch.cuda.device_count())
-    for gpu in gpus:
-        torch.cuda.reset_peak_memory_stats(gpu)
+    reset_peak_memory()
     batch = collate(session, prompts)
     batch["padded"] = True  # attention then takes a mask, as it does in training
     try:
         start = time.perf_counter()
         training_loss(session, answer_states(session, batch), batch).backward()
         torch.cuda.synchronize()
+        gpus = range(torch.cuda.device_count())
         return time.perf_counter() - start, max(map(torch.cuda.max_memory_allocated, gpus))
     except torch.OutOfMemoryError as error:
         LOGGER.info("%d questions with %d stored layers do not fit: %s", len(prompts), stored, error)

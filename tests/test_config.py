@@ -82,6 +82,9 @@ def test_config_table_shows_what_differs_from_the_default():
     table = vqa.Config.preset("demo").table()
     assert table.loc["num_epochs"].tolist() == ["12", "2"]
     assert table.loc["seed"].tolist() == ["42", ""]
+    differs = (table["default, where it differs"] != "").tolist()
+    assert differs == sorted(differs, reverse=True)  # they come first
+    assert sorted(table.index) == sorted(field.name for field in vqa.dataclasses.fields(vqa.Config))
 
 
 @pytest.mark.parametrize(

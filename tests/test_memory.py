@@ -150,3 +150,17 @@ def test_before_loading_memory_is_that_of_the_longest_prompt_with_the_runs_own_t
     longest = max(len(vqa.make_prompt(session, frame, row, [(0, 1, 2, 3)]).input_ids) for row in range(12))
     known = vqa.memory_costs(session.config, session.model.config, longest, "fp32", compiled=False)
     assert vqa.expected_memory(session.config, frame) == known
+
+
+def test_the_fullest_gpu_is_the_one_reported(monkeypatch):
+    """A spread model fills its GPUs unevenly, and the first one less than the last."""
+    reset = []
+    monkeypatch.setattr(vqa, "_cuda_is_in_use", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    for name, gib in {"memory_allocated": (1, 2), "memory_reserved": (3, 4), "max_memory_allocated": (5, 6)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda gpu, gib=gib: gib[gpu] * 2**30)
+    with vqa.track_peak_memory("block") as report:
+        pass
+    assert reset == [0, 1]
+    assert [report[name] for name in ("gpu_gib", "gpu_reserved_gib", "gpu_peak_gib")] == [2, 4, 6]
