@@ -202,6 +202,7 @@ class Config:
     trust_remote_code: bool = False  # run Python code that comes with a model
     cache_dir: str | None = None  # vision features on disk; None: the system's folder for temporary files
     resume_from: tuple[str, ...] = ("/kaggle/input", "/content/drive/MyDrive/vqa")  # where earlier runs may lie
+    backup_dir: str | None = None  # a slow, lasting disk such as Drive: gets verified checkpoints and whatever is done
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_to_file: bool = True
     output_dir: str = "outputs"
@@ -273,7 +274,7 @@ class Config:
 _BOOKKEEPING = {  # fields that cannot change a result
     *("data_dir", "output_dir", "run_name", "log_level", "log_to_file"),
     *("num_workers", "save_every_epoch", "save_every_minutes", "save_every_steps", "time_budget_hours"),
-    *("cache_dir", "resume_from", "max_skipped_steps", "trust_remote_code", "preset_reason"),
+    *("cache_dir", "resume_from", "backup_dir", "max_skipped_steps", "trust_remote_code", "preset_reason"),
 }
 _KINDS = {"int": int, "float": (int, float), "bool": bool, "tuple": tuple, "Mapping": Mapping}  # others: str
 _RANGES = (  # what the fields need, its check, their names
@@ -2391,6 +2392,7 @@ class FoldTrainer:
         metadata |= {"losses": self.losses, "skipped": self.skipped}
         metadata["plan"] = dataclasses.asdict(self.plan)
         self.checkpoints.save(epoch * self.steps_per_epoch + step, self.parameters, state, metadata)
+        back_up(self.run, self.fold)
         self.last_save = time.monotonic()
 
     def resume(self) -> tuple[int, int]:
@@ -3746,6 +3748,7 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
     log = run.directory.parent / "experiments.csv"  # a repeated run replaces its row
     before = _read_rows(log) if log.exists() else pd.DataFrame(columns=["run"])
     write_table(pd.concat([before[before["run"] != row["run"]], pd.DataFrame([row])], ignore_index=True), log)
+    back_up(run)
     return run.directory / "report.md"
 
 
@@ -3834,6 +3837,8 @@ def start_run(config: Config, competition: Competition, folds: np.ndarray) -> Ru
     """Create the run directory or continue the one there, or in `resume_from`; CheckpointError if it differs."""
     directory = config.run_dir.resolve()
     config = dataclasses.replace(config, output_dir=str(directory.parent), run_name=directory.name)
+    if config.backup_dir and not Path(config.backup_dir).parent.is_dir():
+        raise FileNotFoundError(f"backup_dir {config.backup_dir}: no such disk; for Drive set MOUNT_DRIVE = True above")
     rows = competition.train.assign(fold=folds)
     assignment = hashlib.sha256(rows[["id", "fold"]].to_csv().encode()).hexdigest()
     parts = {"config": config.fingerprint, "data": competition.fingerprint, "folds": assignment}
@@ -3851,13 +3856,15 @@ def start_run(config: Config, competition: Competition, folds: np.ndarray) -> Ru
     for name, frame in tables.items():
         write_table(frame, directory / f"{name}.csv")
     atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False))
-    return Run.open(directory)
+    run = Run.open(directory)
+    back_up(run)
+    return run
 
 
 def _adopt_earlier_run(directory: Path, config: Config, fingerprint: str) -> None:
     """Copy the run of this fingerprint from where an earlier session left it, a read-only input or Drive, if it is."""
     found = {}  # folder -> how far its run has come
-    for place in config.resume_from:
+    for place in (*config.resume_from, *filter(None, [config.backup_dir])):
         for folder, folders, files in os.walk(place):
             path = Path(folder)
             if len(path.relative_to(place).parts) >= 5:
@@ -3908,6 +3915,52 @@ def _check_same_run(before: Mapping, now: Mapping, directory: Path, tables: Mapp
     differences += [f"files in {now['config']['model_id']}"] if "model" in changed else []
     what, remedy = "; ".join(differences) or "same settings", "choose a new run_name, or delete that folder"
     raise CheckpointError(f"{directory} was made with other {' and '.join(changed)} ({what}); {remedy}")
+
+
+# === Backup ==========================================================================================================
+def back_up(run: Run, fold: int | None = None) -> None:
+    """Copy what is new of the run, or of one fold, to `backup_dir`; what fails there is reported and costs no run.
+
+    Every file and every checkpoint appears there whole, in the order in which they were finished here."""
+    if run.config.backup_dir is None or team()[0] > 0:
+        return
+    place, folder = Path(run.config.backup_dir) / run.directory.name, run.fold_dir(fold) if fold is not None else None
+    files = (folder or run.directory).rglob("*")
+    try:
+        if folder:
+            _back_up_checkpoint(folder / "checkpoints", place / folder.name / "checkpoints")
+        chosen = [path for path in files if path.is_file() and _is_lasting(path.relative_to(run.directory), fold)]
+        for path in sorted(chosen, key=lambda path: path.stat().st_mtime_ns):
+            target = place / path.relative_to(run.directory)
+            size, changed = path.stat().st_size, path.stat().st_mtime
+            if not (target.exists() and target.stat().st_size == size and target.stat().st_mtime >= changed):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                new = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+                shutil.copyfile(path, new)
+                os.replace(new, target)
+    except OSError as error:  # the disk is full, or Drive was taken away
+        LOGGER.warning("Not backed up: %s", error)
+        MetricLogger(run.directory / "events.jsonl").log(event=f"not backed up to {place}: {error}")
+
+
+def _is_lasting(path: Path, fold: int | None) -> bool:
+    """Whether a file of the run directory belongs into the backup of `fold`, or of everything but the folds."""
+    foreign = (path.parts[0].startswith("fold_") and fold is None) or "checkpoints" in path.parts
+    return not (foreign or path.suffix in (".lock", ".tmp") or path.name.startswith(("progress_", "session.")))
+
+
+def _back_up_checkpoint(source: Path, place: Path) -> None:
+    """Copy the newest verified checkpoint under a name that counts only when it is whole; OSError if it is damaged."""
+    newest = CheckpointManager(source).latest_verified()
+    if newest is None or (place / newest.name).exists():
+        return
+    new = place / f".incomplete-{newest.name}"
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.copytree(newest, new)
+    if problem := CheckpointManager.problem(new):
+        raise OSError(f"the copy of {newest} is damaged: {problem}")
+    os.replace(new, place / newest.name)
+    CheckpointManager(place).prune()
 
 
 # === Several runs ====================================================================================================
@@ -4052,6 +4105,8 @@ def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: 
             report["seconds_per_question"] = session.seconds_per_question
             longest = max(longest, report["seconds"]) if stage == "train" else longest
             MetricLogger(run.directory / "stages.jsonl").log(**report)
+            back_up(run, fold)
+            back_up(run)
 
 
 # === Workers =========================================================================================================

@@ -284,6 +284,76 @@ def test_of_several_earlier_sessions_the_one_that_came_furthest_is_continued(min
     assert (new.directory / "mine.txt").exists()
 
 
+# ------------------------------------------------------------------------------------------------------------- backup
+
+
+@pytest.fixture
+def backed_up(mini_run, tmp_path):
+    """backed_up(...) -> a run that is copied to drive/vqa."""
+    (tmp_path / "drive").mkdir()
+    return lambda **settings: mini_run(run_name="one", backup_dir=str(tmp_path / "drive" / "vqa"), **settings)
+
+
+def test_a_run_whose_machine_is_gone_continues_from_its_backup_to_the_same_bytes(
+    mini_run, backed_up, tmp_path, monkeypatch
+):
+    settings = {"num_epochs": 2, "train_folds": (0,), "save_every_steps": 1, "tta_rotations": 1}
+    whole = mini_run(run_name="whole", **settings)
+    vqa.run_stages(whole, [0], ["train", "predict"], lambda *_, **__: None)
+    lost, copy = backed_up(**settings), tmp_path / "drive" / "vqa" / "one"
+
+    def stop(stage, done, *_, **__):
+        if "training" in stage and done == 3:
+            raise vqa.Interrupted
+
+    with pytest.raises(vqa.Interrupted):
+        vqa.run_stages(lost, [0], ["train"], stop)
+    newest = vqa.CheckpointManager(copy / "fold_0" / "checkpoints").latest_verified()
+    assert newest.name == vqa.CheckpointManager(lost.fold_dir(0) / "checkpoints").latest_verified().name
+    shutil.rmtree(lost.directory)
+    again = backed_up(**settings)
+    resumed = []
+    monkeypatch.setattr(
+        vqa.FoldTrainer, "resume", lambda self, f=vqa.FoldTrainer.resume: resumed.append(f(self)) or resumed[0]
+    )
+    vqa.run_stages(again, [0], ["train", "predict"], lambda *_, **__: None)
+    assert resumed[0] > (0, 0)
+    for name in ("oof.npz", "test.npz", "adapter_raw/adapter_model.safetensors"):
+        folders = (whole.fold_dir(0), again.fold_dir(0), copy / "fold_0")
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1
+    kept = {path.name for path in (copy / "fold_0" / "checkpoints").iterdir()}
+    assert kept == {path.name for path in (again.fold_dir(0) / "checkpoints").iterdir()}
+    assert not [path for path in copy.rglob("*") if path.suffix in (".lock", ".tmp")]
+
+
+def test_a_backup_that_fails_costs_no_training_and_is_reported(backed_up, tmp_path, monkeypatch):
+    run = backed_up(train_folds=(0,))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(vqa.shutil, "copytree", lambda *_, **__: (_ for _ in ()).throw(full))
+    vqa.train_fold(run.config, 0)
+    assert run.is_done("train", 0)
+    events = [line["event"] for line in vqa.read_json_lines(run.directory / "events.jsonl")]
+    assert events and "not backed up to" in events[0] and "No space left" in events[0]
+
+
+def test_a_damaged_copy_of_a_checkpoint_does_not_count(backed_up, tmp_path, monkeypatch):
+    run, copytree = backed_up(train_folds=(0,)), shutil.copytree
+
+    def damaging(source, target):
+        copytree(source, target)
+        (target / "state.pt").write_bytes(b"lost on the way")
+
+    monkeypatch.setattr(vqa.shutil, "copytree", damaging)
+    vqa.train_fold(run.config, 0)
+    assert not [*(tmp_path / "drive" / "vqa" / "one").glob("fold_0/checkpoints/step_*")]
+    assert "SHA-256 differs: state.pt" in (run.directory / "events.jsonl").read_text()
+
+
+def test_a_backup_to_a_disk_that_is_not_mounted_is_refused(mini_run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such disk; for Drive set MOUNT_DRIVE = True"):
+        mini_run(backup_dir=str(tmp_path / "drive" / "MyDrive" / "vqa"))
+
+
 # ---------------------------------------------------------------------------------------------------------- inference
 
 
