@@ -183,6 +183,7 @@ class Config:
     use_tta: bool = True
     tta_rotations: int = 4  # choice orders: 1, 2 or 4
     tta_scales: tuple[float, ...] = (1.0,)  # factors on the pixel budget
+    adaptive_tta: float | None = None  # share of the last step of views' cost, spent on rows in doubt; None: all rows
     use_batch_inference: bool = True  # False: one question at a time
     infer_batch_size: int = 16  # questions per forward pass, each with all its choice orders
     zeroshot_rows: int = 256  # training rows scored with the base model before training; 0: all of them
@@ -284,6 +285,7 @@ _RANGES = (  # what the fields need, its check, their names
     ("at least 0", lambda x: x >= 0, "zeroshot_rows num_workers weight_decay early_stopping_min_delta seed"),
     ("at least 0", lambda x: x >= 0, "max_skipped_steps"),
     ("0 <= value < 1", lambda x: 0 <= x < 1, "lora_dropout warmup_ratio label_smoothing ema_decay max_fallback_share"),
+    ("0 < value < 1", lambda x: 0 < x < 1, "adaptive_tta"),
     ("a positive number", lambda x: x > 0, "learning_rate max_grad_norm save_every_minutes time_budget_hours"),
     ("a positive number", lambda x: x > 0, "image_size min_pixels max_pixels infer_max_pixels"),
     ("1, 2 or 4", lambda x: x in (1, 2, 4), "tta_rotations"),
@@ -306,6 +308,8 @@ def _config_rules(config: Config) -> Iterator[tuple[bool, str, str]]:
         yield config.min_pixels <= config.max_pixels, "min_pixels", f"at most max_pixels, {config.max_pixels}"
     scales = config.tta_scales
     yield all(0.25 <= scale <= 4 for scale in scales) and 1.0 in scales, "tta_scales", "factors in [0.25, 4] with 1.0"
+    further = config.use_tta and (config.tta_rotations > 1 or len(set(scales)) > 1 or config.infer_max_pixels)
+    yield config.adaptive_tta is None or bool(further), "adaptive_tta", "use_tta with rotations or scales to save on"
     folds = range(config.n_folds) if config.train_folds is None else config.train_folds
     yield set(folds) <= set(range(config.n_folds)), "train_folds", f"folds below {config.n_folds}"
     yield 0 < len(folds) == len(set(folds)), "train_folds", "at least one fold, and none twice"
@@ -2729,18 +2733,24 @@ def score_batch(session: Session, batch: Mapping):
         session.note(f"out of memory: inference goes on with {session.largest_batch} questions per forward pass")
 
 
-def plan_prompts(session: Session, frame: pd.DataFrame, views: Sequence[View]) -> list[tuple[Prompt, list[int]]]:
-    """Prompts that show every row in all its distinct views, with the number of the view of each answer."""
+def group_views(session: Session, row: Mapping, views: Sequence[View]) -> list[list[View]]:
+    """The distinct views of a question, in one list those that one prompt shows."""
+    groups = defaultdict(dict)
+    for view in tta_views(row, views):  # of views with the same grid and order the first; one prefix a grid
+        budget = pixel_budget(session.config, session.processor, view.scale)
+        grid = image_grid(row["width"], row["height"], session.processor, budget)
+        groups[grid, None if session.shares_prefixes else view.order].setdefault(view.order, view)
+    return [list(group.values()) for group in groups.values()]
+
+
+def plan_prompts(session: Session, frame: pd.DataFrame, views: Sequence[View], known: Sequence[View] = ()) -> list:
+    """Pairs of a prompt and the numbers of its views: every row in all its distinct views but those `known`."""
     planned = []
     for row in range(len(frame)):
-        record, groups = frame.iloc[row], defaultdict(dict)
-        for view in tta_views(record, views):  # of views with the same grid and order the first; one prefix a grid
-            budget = pixel_budget(session.config, session.processor, view.scale)
-            grid = image_grid(record["width"], record["height"], session.processor, budget)
-            groups[grid, None if session.shares_prefixes else view.order].setdefault(view.order, view)
-        for group in groups.values():
-            scale = next(iter(group.values())).scale
-            planned.append((make_prompt(session, frame, row, [*group], scale), [*map(views.index, group.values())]))
+        for group in group_views(session, frame.iloc[row], views):
+            if shown := [view for view in group if view not in known]:
+                prompt = make_prompt(session, frame, row, [view.order for view in shown], shown[0].scale)
+                planned.append((prompt, [*map(views.index, shown)]))
     return planned
 
 
@@ -2749,14 +2759,23 @@ def views_cost(session: Session, views: Sequence[View]) -> float:
     return scoring_cost(len({view.scale if session.shares_prefixes else view for view in views}), len(views))
 
 
+def adaptive_cost(session: Session, views: Sequence[View]) -> float:
+    """As views_cost, for a test row: `adaptive_tta` spends a part of what the last step of views would cost."""
+    first, _ = split_views([view.name for view in views])
+    once, every = views_cost(session, [views[view] for view in first]), views_cost(session, views)
+    return every if session.config.adaptive_tta is None else once + session.config.adaptive_tta * (every - once)
+
+
 def scoring_cost(prompts: int, answers: int) -> float:
     """Time in prompts with one answer: a further choice order is a short text behind the common prefix."""
     return prompts + (answers - prompts) / 7
 
 
-def predict_logits(session: Session, frame: pd.DataFrame, views: Sequence, label="inference", partial=None):
-    """Scores (n, views, 4) of original a-d; -inf: blank choice, NaN: no such view; FloatingPointError names the row."""
-    planned = plan_prompts(session, frame, views)
+def predict_logits(session: Session, frame: pd.DataFrame, views: Sequence, label="inference", partial=None, known=()):
+    """Scores (n, views, 4) of original a-d; -inf: blank choice, NaN: no such view; FloatingPointError names the row.
+
+    Views that are `known` already stay NaN."""
+    planned = plan_prompts(session, frame, views, known)
     size = session.config.infer_batch_size if session.config.use_batch_inference else 1
     by_length = np.argsort([-len(prompt.input_ids) for prompt, _ in planned], kind="stable")
     rank, processes = team()
@@ -2791,6 +2810,8 @@ def predict_logits(session: Session, frame: pd.DataFrame, views: Sequence, label
                 if partial:
                     partial.save(done, result, now=True)
                 raise
+    if partial:  # another pass may follow, and this one need not be done again
+        partial.save(len(batches), result, now=True)
     session.model.train(was_training)
     return merge_scores(session, result) if processes > 1 else result
 
@@ -3243,11 +3264,23 @@ class OofLogits:
     labels: np.ndarray  # (n,)
     folds: np.ndarray  # (n,)
     view_names: tuple[str, ...]
+    later: tuple[int, ...] = ()  # views that were scored in a pass of their own, and only where the answer was in doubt
 
     @property
     def groups(self) -> np.ndarray:
         """(n,) the number of each row's image: rows of one image are not independent."""
         return pd.factorize(self.frame["pixel_hash"])[0]
+
+    def cost(self, views: Sequence[int]) -> float:
+        """Mean time of scoring a row in those of the views that it has, in questions with one view."""
+        exists, answers, prompts = ~np.isnan(self.logits).all(axis=2), 0.0, 0.0
+        for late in (False, True):
+            inside = [view for view in views if (view in self.later) == late]
+            scales = [view for view in inside if self.view_names[view].startswith("scale")]
+            rotations = [view for view in inside if view not in scales]  # they share a row's prefix
+            prompts += exists[:, rotations].any(axis=1).mean() + exists[:, scales].sum(axis=1).mean()
+            answers += exists[:, inside].sum(axis=1).mean()
+        return float(scoring_cost(prompts, answers))
 
 
 def read_oof(run: Run) -> OofLogits:
@@ -3304,11 +3337,6 @@ def view_sets(view_names: Sequence[str]) -> dict[str, list[int]]:
     return sets
 
 
-def _cost(names: Sequence[str]) -> float:
-    """Time of scoring a question in these views, in questions with one view."""
-    return scoring_cost(1 + sum(name.startswith("scale") for name in names), len(names))
-
-
 def admit_views(oof: OofLogits, use_temperature_scaling: bool = True) -> tuple[list[int], pd.DataFrame]:
     """The widest set of views that does not lose on OOF against the set admitted before it, and the comparison."""
     admitted, best, rows = [], math.inf, {}
@@ -3318,7 +3346,7 @@ def admit_views(oof: OofLogits, use_temperature_scaling: bool = True) -> tuple[l
         scores = combine_views(oof.logits[:, views])
         # Averaging views also softens probabilities, which is not a gain: hence after temperature scaling.
         probabilities = calibrate(scores, oof.labels, oof.folds, use_temperature_scaling).probabilities
-        rows[name] = {"cost": _cost([oof.view_names[view] for view in views])}
+        rows[name] = {"cost": oof.cost(views)}
         rows[name] |= score_row(probabilities, oof.labels)
         rows[name]["used"] = rows[name]["nll"] <= best
         if rows[name]["used"]:
@@ -3348,7 +3376,11 @@ def _view_members(logits: np.ndarray, views: Sequence[int]) -> np.ndarray:
 
 def evaluate_run(run: Run) -> Evaluation:
     """Admit views, temperature and the way to combine views, and build the ladder, all from saved OOF logits."""
-    oof, scaling, method = read_oof(run), run.config.use_temperature_scaling, run.config.ensemble_method
+    oof, scaling, method = (
+        as_on_test(run, read_oof(run)),
+        run.config.use_temperature_scaling,
+        run.config.ensemble_method,
+    )
     views, view_table = admit_views(oof, scaling)
     scores, ways = combine_views(oof.logits[:, views]), {}
     scaled, plain = (calibrate(scores, oof.labels, oof.folds, enabled) for enabled in (scaling, False))
@@ -3406,7 +3438,7 @@ def build_ladder(run: Run, oof: OofLogits, views: list, scaled: np.ndarray, ways
     used = {"fine-tuned, one view"} | ({VIEW_BLENDS[method]} if method in VIEW_BLENDS else {average, end})
     ladder = ladder_table(steps, oof.labels, oof.groups, used)
     ladder.loc["zero-shot", ["accuracy", "nll", "ece"]] = score_row(zeroshot.to_numpy(), base["labels"])
-    ladder.insert(3, "cost", [1.0, 1.0] + [_cost([oof.view_names[view] for view in views])] * (len(steps) - 2))
+    ladder.insert(3, "cost", [1.0, 1.0] + [oof.cost(views)] * (len(steps) - 2))
     return ladder
 
 
@@ -3468,6 +3500,124 @@ def write_submissions(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFram
     if detect_runtime(run.config.precision).platform == "kaggle":
         atomic_write("submission.csv", (run.directory / "submission_ensemble.csv").read_bytes())
     return frames
+
+
+# === Adaptive views ==================================================================================================
+# The last step of `view_sets` changes few answers. With `adaptive_tta` only the test rows whose answer is in doubt are
+# scored in its views, in a second pass, whose prompts repeat the prefix: the costs below count that.
+def split_views(view_names: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The views that every row is scored in, and what the last step of `view_sets` adds; none where it has one step."""
+    *before, widest = view_sets(view_names).values()
+    first = before[-1] if before else widest
+    return first, [view for view in widest if view not in first]
+
+
+def letter_preference(first: np.ndarray, every: np.ndarray) -> np.ndarray:
+    """(4,) how much more (n, 4) scores of the first views like each choice, on average, than those of all views."""
+    known = np.isfinite(first)
+    return np.subtract(first, every, out=np.zeros(first.shape), where=known).sum(axis=0) / np.maximum(1, known.sum(0))
+
+
+def answer_margins(scores: np.ndarray, preference: np.ndarray) -> np.ndarray:
+    """(n,) lead of each row's answer over its best rival, less the letters' preference; negative: the rival's."""
+    answers, corrected = (np.arange(len(scores)), scores.argmax(axis=1)), scores - preference
+    own = corrected[answers]
+    corrected[answers] = -np.inf
+    return own - corrected.max(axis=1)
+
+
+def rows_in_doubt(margins: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
+    """Sorted numbers of the rows of smallest margin that together cost at most `budget`, without those that cost 0."""
+    order = np.argsort(margins, kind="stable")
+    order = order[costs[order] > 0]
+    return np.sort(order[np.cumsum(costs[order]) <= budget + 1e-9])
+
+
+def pass_costs(session: Session, frame: pd.DataFrame, views: Sequence[View], first: Sequence[View]) -> np.ndarray:
+    """(n, 3) time of each row in the first views, in its others in a second pass, and in all of them in one pass."""
+    costs = np.zeros((len(frame), 3))
+    for row, groups in enumerate(group_views(session, record, views) for _, record in frame.iterrows()):
+        for size, known in ((len(group), sum(view in first for view in group)) for group in groups):
+            costs[row] += [scoring_cost(count > 0, count) for count in (known, size - known, size)]
+    return costs
+
+
+def predict_in_doubt(session: Session, frame: pd.DataFrame, views: Sequence[View], oof, label: str, partial):
+    """As predict_logits, but NaN in the last step's views except for the rows in doubt that `adaptive_tta` pays for.
+
+    `oof`: (n, views, 4) logits of the fold's held-out rows, which show the letters' preference."""
+    first, _ = split_views([view.name for view in views])
+    shown, result = [views[view] for view in first], np.full((len(frame), len(views), 4), np.nan, dtype=np.float32)
+    result[:, first] = predict_logits(session, frame, shown, label, partial)
+    preference = letter_preference(combine_views(oof[:, first]), combine_views(oof))
+    margins = answer_margins(combine_views(result[:, first]), preference)
+    once, again, together = pass_costs(session, frame, views, shown).T
+    rows = rows_in_doubt(margins, again, session.config.adaptive_tta * (together - once).sum())
+    LOGGER.info("%s: %d of %d rows are in doubt and get more views", label, len(rows), len(frame))
+    doubt = frame.iloc[rows].reset_index(drop=True)
+    if len(doubt):
+        if partial:  # a file of its own, which is good for these very rows only
+            path = partial.path.with_name(partial.path.name.replace(".partial", ".doubt.partial"))
+            fingerprint = f"{partial.fingerprint} {hashlib.sha256(rows.tobytes()).hexdigest()}"
+            partial = dataclasses.replace(partial, path=path, fingerprint=fingerprint)
+        more = predict_logits(session, doubt, views, f"{label}, in doubt", partial, known=shown)
+        result[rows] = np.where(np.isnan(more), result[rows], more)
+    return result
+
+
+def _share_with(logits: np.ndarray) -> float:
+    """Share of the rows that have any of the views in (n, views, 4)."""
+    return float((~np.isnan(logits).all(axis=(1, 2))).mean())
+
+
+def with_views_in_doubt(oof: OofLogits, shares: Mapping[int, float]) -> OofLogits:
+    """The OOF rows with the views they would have as test rows, if that share of each fold's rows were in doubt.
+
+    Nothing is fitted to labels, and the letters' preference is measured on other rows than it is used for."""
+    first, later = split_views(oof.view_names)
+    logits, scores, every = oof.logits.copy(), combine_views(oof.logits[:, first]), combine_views(oof.logits)
+    for fold, share in shares.items():
+        inside = np.flatnonzero(oof.folds == fold)
+        part, margins = np.arange(len(inside)) % 5, np.zeros(len(inside))
+        for number in range(5):
+            known, own = inside[part != number], part == number
+            preference = letter_preference(scores[known], every[known])
+            margins[own] = answer_margins(scores[inside[own]], preference)
+        exists = ~np.isnan(logits[np.ix_(inside, later)]).all(axis=(1, 2))
+        rows = rows_in_doubt(margins, exists.astype(float), share * len(inside))
+        logits[np.ix_(np.delete(inside, rows), later)] = np.nan
+    return dataclasses.replace(oof, logits=logits, later=tuple(later))
+
+
+def as_on_test(run: Run, oof: OofLogits) -> OofLogits:
+    """The OOF rows as `adaptive_tta` treats test rows, for all that is fitted on them; unchanged without it."""
+    if run.config.adaptive_tta is None:
+        return oof
+    shares, (_, later) = {}, split_views(oof.view_names)
+    for fold in run.finished_folds:
+        logits = read_arrays(run.fold_dir(fold) / "test.npz", run.fingerprint)["logits"]
+        shares[fold] = _share_with(logits[:, later])
+    return with_views_in_doubt(oof, shares)
+
+
+def adaptive_curve(run: Run) -> pd.DataFrame:
+    """Accuracy and NLL on OOF rows by `adaptive_tta`: the share of the last step's cost that rows in doubt get.
+
+    `rows`: share of the rows it pays for; `cost`: as in the ladder. Last line: all rows, in one pass. Temperatures are
+    cross-fitted at each point."""
+    oof, scaling, table = read_oof(run), run.config.use_temperature_scaling, {}
+    first, later = split_views(oof.view_names)
+    every, folds = [*first, *later], np.unique(oof.folds).tolist()
+    once, apart = (dataclasses.replace(oof, later=tuple(later)).cost(views) for views in (first, every))
+    for budget in np.arange(11) / 10 if apart > once else ():
+        share = budget * (oof.cost(every) - once) / (apart - once) * _share_with(oof.logits[:, later])
+        table[f"{budget:.1f}"] = with_views_in_doubt(oof, dict.fromkeys(folds, share))
+    rows = {}
+    for name, part in (table | {"all rows": oof}).items():
+        rows[name] = {"rows": _share_with(part.logits[:, later]), "cost": part.cost(every)}
+        calibration = calibrate(combine_views(part.logits), part.labels, part.folds, scaling)
+        rows[name] |= score_row(calibration.probabilities, part.labels)
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("adaptive_tta")
 
 
 # === Error analysis ==================================================================================================
@@ -3601,6 +3751,20 @@ def plot_ladder(ladder: pd.DataFrame, ax=None):
     return _accuracy_bars(ax, "OOF accuracy, step by step", ladder["accuracy"].iloc[::-1], figsize=(7, 3.2))
 
 
+def plot_adaptive_curve(curve: pd.DataFrame, axes=None):
+    """Accuracy and NLL of `adaptive_curve` by cost; rows drawn at random, and all of them, are scored in one pass."""
+    if axes is None:
+        axes = matplotlib_figure.Figure(figsize=(9, 3.2), layout="constrained").subplots(1, 2)
+    for ax, column in zip(axes, ("accuracy", "nll"), strict=True):
+        _axes(ax, f"OOF {column} by cost", "cost, in questions with one view", column)
+        ends = curve.iloc[[0, -1]]
+        ax.plot(ends["cost"], ends[column], linestyle="--", color=GREY, label="rows drawn at random")
+        ax.plot(curve["cost"].iloc[:-1], curve[column].iloc[:-1], marker=".", color=BLUE, label="rows in doubt first")
+        ax.plot(ends["cost"].iloc[1:], ends[column].iloc[1:], "s", color=ORANGE, label="all rows")
+    ax.legend(frameon=False)
+    return axes
+
+
 def confusion_table(labels: np.ndarray, predicted: np.ndarray) -> pd.DataFrame:
     """Counts (4, 4): rows the true letter, columns the predicted one."""
     counts = np.bincount(4 * labels + predicted, minlength=16).reshape(4, 4)
@@ -3716,7 +3880,8 @@ def save_figure(ax, run: Run, name: str):
 def write_report(run: Run, evaluation: Evaluation) -> Path:
     """Write report.md from the run's files and append the run to experiments.csv; returns the report's path."""
     config, oof = run.config, evaluation.oof
-    correct = evaluation.probabilities.argmax(1) == oof.labels
+    correct, curve = evaluation.probabilities.argmax(1) == oof.labels, adaptive_curve(run)
+    write_table(curve.reset_index(), run.directory / "tables" / "adaptive_curve.csv")
     weights = json.loads((run.directory / "selection.json").read_text(encoding="utf-8"))["weights"]
     parts = [
         f"# {run.directory.name}",
@@ -3731,6 +3896,7 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
         "Steps on out-of-fold rows": evaluation.ladder,
         "Folds": evaluation.fold_table,
         "Views": evaluation.view_table,
+        "Views for rows in doubt only, by their share of the last step's cost": curve,
         "Question types": accuracy_by_type(oof.frame["type"], correct),
         "Fallbacks taken while reading the data": pd.DataFrame({"rows": run.fallbacks}).rename_axis("fallback"),
         "Time and memory": wrap_up_table(run),
@@ -3807,11 +3973,9 @@ class Run:
     def inference_seconds(self, seconds_per_question: float, session: Session, training: int) -> float:
         """Estimated time to validate `training` folds and to score the worker's folds that wait for it, with margin."""
         waiting = [fold for fold in session.folds if fold in self.finished_folds and not self.is_done("predict", fold)]
-        held_out, cost = (
-            len(self.train) / self.config.n_folds,
-            views_cost(session, all_views(self.config, session.processor)),
-        )
-        questions = (len(waiting) + training) * (held_out + len(self.test)) * cost + 3 * training * held_out
+        held_out, views = len(self.train) / self.config.n_folds, all_views(self.config, session.processor)
+        scored = held_out * views_cost(session, views) + len(self.test) * adaptive_cost(session, views)
+        questions = (len(waiting) + training) * scored + 3 * training * held_out
         return 1.25 * seconds_per_question * questions / team()[1]
 
     @contextlib.contextmanager
@@ -4053,10 +4217,18 @@ def stage_predict(session: Session, run: Run, fold: int) -> None:
     try:
         for name, frame, images in (("oof", held_out, run.train), ("test", run.test, run.test)):
             fill_cache(session, images, uses=len(run.config.folds_to_train), passes=1)
-            partial = partial_scores(session, run, directory / f"{name}.{kind}.partial.npz")
-            logits = predict_logits(session, frame, views, f"fold {fold} {name}", partial)
+            partial, label = (
+                partial_scores(session, run, directory / f"{name}.{kind}.partial.npz"),
+                f"fold {fold} {name}",
+            )
+            if name == "test" and run.config.adaptive_tta is not None:
+                oof = read_arrays(directory / "oof.npz", run.fingerprint)["logits"]
+                logits = predict_in_doubt(session, frame, views, oof, label, partial)
+            else:
+                logits = predict_logits(session, frame, views, label, partial)
             write_logits(directory / f"{name}.npz", frame, logits, [view.name for view in views], run.fingerprint)
-            (directory / f"{name}.{kind}.partial.npz").unlink(missing_ok=True)
+            for path in directory.glob(f"{name}.{kind}.*partial.npz"):
+                path.unlink()
     finally:
         adapted.unload()
 
@@ -4364,9 +4536,10 @@ def preflight(config: Config, rows: int = 64) -> dict:
             raise FloatingPointError("A training step on these rows gives gradients that are not finite")
         step_seconds = (time.perf_counter() - start) / len(longest)
     model.unload()
-    folds, cost = len(config.folds_to_train), views_cost(session, all_views(config, session.processor))
+    folds, views = len(config.folds_to_train), all_views(config, session.processor)
     trained = count * (1 - 1 / config.n_folds) * config.num_epochs * folds
-    scored = (len(competition.test) * folds + count * folds / config.n_folds) * cost
+    scored = folds * len(competition.test) * adaptive_cost(session, views)
+    scored += folds * count / config.n_folds * views_cost(session, views)
     tokens, images = {}, {}
     for name, table in {"train": competition.train, "test": competition.test}.items():
         sizes = zip(table["width"], table["height"], strict=True)
