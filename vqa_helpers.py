@@ -91,6 +91,7 @@ bnb_parametrize = _Lazy("bitsandbytes.nn.parametrize")
 bnb_loading = _Lazy("transformers.integrations.bitsandbytes")
 quantizers = _Lazy("transformers.quantizers.auto")
 safetensors_torch = _Lazy("safetensors.torch")
+optuna = _Lazy("optuna")
 vision_process = _Lazy("qwen_vl_utils.vision_process")
 
 # === Config ==========================================================================================================
@@ -4311,10 +4312,11 @@ def team_environments(devices: Sequence[str | None]) -> list[dict[str, str]]:
     return environments
 
 
-def launch_workers(run: Run, jobs: Sequence[tuple[Sequence, Sequence[int]]], stages: Sequence[str]) -> None:
+def launch_workers(run: Run, jobs: Sequence[tuple], stages: Sequence[str], stop: Callable = lambda: False) -> None:
     """Start a worker for each device of the (devices, folds), show progress, wait; RuntimeError with failed logs' ends.
 
-    Several devices of one job share its folds (data parallel). A device is one or several GPUs ("0", "0,1") or None."""
+    Several devices of one job share its folds (data parallel). A device is one or several GPUs ("0", "0,1") or None.
+    Where `stop()` becomes true the workers save and end, and Interrupted is raised."""
     workers, teams = {}, []  # log -> process; the processes of each job
     for devices, folds in jobs:
         teams.append([])
@@ -4329,7 +4331,7 @@ def launch_workers(run: Run, jobs: Sequence[tuple[Sequence, Sequence[int]]], sta
                 workers[log] = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
             teams[-1].append(workers[log])
     try:
-        _watch(run, teams)
+        _watch(run, teams, stop)
     finally:  # reached by a KeyboardInterrupt too: the workers save and end
         for process in workers.values():
             process.terminate()
@@ -4342,13 +4344,13 @@ def launch_workers(run: Run, jobs: Sequence[tuple[Sequence, Sequence[int]]], sta
         raise Interrupted("A worker was asked to stop. Its work is saved: run the cell again to continue.")
 
 
-def _watch(run: Run, teams: Sequence[Sequence[subprocess.Popen]]) -> None:
+def _watch(run: Run, teams: Sequence[Sequence[subprocess.Popen]], stop: Callable) -> None:
     """Show what every worker is doing until all have ended: in one output of a notebook cell, or in the terminal."""
     ipython = sys.modules.get("IPython")
     in_notebook = ipython is not None and ipython.get_ipython() is not None
     handle = ipython.display.display({"text/plain": ""}, raw=True, display_id=True) if in_notebook else None
     started, running = time.monotonic(), True
-    while running:
+    while running and not stop():
         states = [[process.poll() for process in members] for members in teams]
         running = any(None in known for known in states)
         for members, known in zip(teams, states, strict=True):
@@ -4409,6 +4411,153 @@ def run_folds(config: Config) -> list[FoldResult]:
             if not all(run.is_done(stage, fold) for stage in stages for fold in inside):
                 launch_workers(run, jobs, stages)
     return [read_fold_result(run, fold) for fold in run.finished_folds]
+
+
+# === Hyper-parameter search ==========================================================================================
+SEARCH_STARTUP = 4  # trials that are drawn at random and not pruned, before the later ones are compared with them
+NOT_SEARCHED = _BOOKKEEPING | {  # what decides the rows and folds, and what comes after training
+    *("n_folds", "use_kfold", "train_folds", "use_sample", "sample_size", "seed", "preset_name", "max_fallback_share"),
+    *("use_tta", "tta_rotations", "tta_scales", "infer_max_pixels", "adaptive_tta", "use_batch_inference"),
+    *("infer_batch_size", "zeroshot_rows", "use_temperature_scaling", "ensemble_method"),
+}
+
+
+def search_distributions(config: Config, space: Mapping[str, list | tuple]) -> dict:
+    """Optuna's distributions for [choices], (low, high) or (low, high, "log") of fields; ValueError names the field."""
+    fields, found = {item.name for item in dataclasses.fields(Config)} - NOT_SEARCHED, {}
+    for name, values in space.items():
+        kinds, ends = optuna.distributions, values if isinstance(values, list) else values[:2]
+        if name not in fields:
+            raise ValueError(f"Search space: {name!r} cannot be searched; fields that can: {', '.join(sorted(fields))}")
+        if isinstance(values, list) and values:
+            found[name] = kinds.CategoricalDistribution(values)
+        elif isinstance(values, tuple) and values[2:] in ((), ("log",)) and len(ends) == 2 and ends[0] < ends[1]:
+            whole = all(isinstance(end, int) for end in ends)
+            kind = kinds.IntDistribution if whole else kinds.FloatDistribution
+            found[name] = kind(*ends, log=len(values) == 3)
+        else:
+            raise ValueError(
+                f'Search space: {name!r} is {values!r}; it needs [choices], (low, high) or (.., .., "log")'
+            )
+        for value in ends:  # a value that the field refuses is found now, not hours later
+            dataclasses.replace(config, **{name: value})
+    return found
+
+
+@dataclass
+class TrialWatch:
+    """Follows the epochs of a trial's fold 0, and says when its workers should stop."""
+
+    trial: object  # optuna.Trial
+    run: Run
+    deadline: float  # of time.monotonic()
+    losses: dict = field(default_factory=dict)  # epoch -> held-out NLL, as far as they count
+    pruned: bool = False
+
+    def look(self) -> bool:
+        """Whether an epoch before the last is worse than the median of earlier trials; later epochs do not count."""
+        path = self.run.fold_dir(0) / "history.csv"
+        history = _read_rows(path) if path.exists() else pd.DataFrame(columns=["epoch", "nll"])
+        for epoch, loss in zip(history["epoch"].map(int), history["nll"].map(float), strict=True):
+            if not self.pruned and epoch not in self.losses:
+                self.losses[epoch] = loss
+                self.trial.report(loss, epoch)
+                self.pruned = epoch < self.run.config.num_epochs and self.trial.should_prune()
+        return self.pruned
+
+    def stop(self) -> bool:
+        return self.look() or time.monotonic() > self.deadline
+
+
+def draw_trial(config: Config, distributions: Mapping, earlier: Sequence, path: Path):
+    """The next trial, of an Optuna study in memory: a function of (seed, its number, earlier trials), or of `path`.
+
+    `path`: config.json of a trial that was begun. Tree-structured Parzen estimator (Bergstra et al. 2011), pruning by
+    the median."""
+    seed = int(_generator(config.seed, "trial", len(earlier)).integers(2**31))
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=SEARCH_STARTUP)
+    study = optuna.create_study(sampler=sampler, pruner=optuna.pruners.MedianPruner(SEARCH_STARTUP))
+    study.add_trials(earlier)
+    if path.exists():
+        settings = json.loads(path.read_text(encoding="utf-8"))["config"]
+        study.enqueue_trial({name: settings[name] for name in distributions})
+    return study.ask(distributions)
+
+
+def run_trial(config: Config, competition: Competition, folds: np.ndarray, trial, folder: Path, deadline: float):
+    """Train fold 0 with the trial's settings, as a run in `folder`; Optuna's record of it, None if the time was up."""
+    place = {"output_dir": str(folder), "run_name": f"trial_{trial.number:03d}"}
+    settings = dataclasses.replace(config, **trial.params, train_folds=(0,), **place)
+    run = start_run(settings, competition, folds)
+    watch, states = TrialWatch(trial, run, deadline), optuna.trial.TrialState
+    record = functools.partial(
+        optuna.trial.create_trial, params=trial.params, distributions=trial.distributions, user_attrs=place
+    )
+    try:
+        if not watch.look() and not run.is_done("train", 0):
+            for jobs in schedule([0], _devices(settings)):
+                launch_workers(run, jobs, ["train"], watch.stop)
+    except Interrupted:
+        if not watch.look() and time.monotonic() <= deadline:
+            raise  # somebody else has stopped it
+    except RuntimeError as error:
+        if "FloatingPointError" not in str(error):
+            raise
+        LOGGER.warning("%s diverged: %s", place["run_name"], trial.params)
+        return record(state=states.FAIL)
+    if watch.look():
+        loss = watch.losses[max(watch.losses)]
+        return record(state=states.PRUNED, value=loss, intermediate_values=watch.losses)
+    if not run.is_done("train", 0):
+        return None
+    loss = min(scores["nll"] for scores in read_fold_result(run, 0).kinds.values())
+    return record(state=states.COMPLETE, value=loss, intermediate_values=watch.losses)
+
+
+def search_hyperparameters(config, competition, folds, space: Mapping, trials: int, minutes: float) -> pd.DataFrame:
+    """Search for the settings with the least NLL on fold 0's held-out rows; the table of all trials, the best first.
+
+    `space`: config field -> [choices], (low, high) or (low, high, "log"). Ends with that many trials, or after so many
+    minutes; called again, also after a kill, it goes on with the trial it was at. Everything lies in run_dir/search-*:
+    each trial, a run of its own; trials.db, Optuna's storage; trials.csv; best_overrides.json. Needs Optuna."""
+    if importlib.util.find_spec("optuna") is None:
+        raise ImportError("search_hyperparameters needs Optuna, which is not installed: pip install optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    distributions, deadline = search_distributions(config, space), time.monotonic() + 60 * minutes
+    key = hashlib.sha256(json.dumps([config.fingerprint, space]).encode()).hexdigest()[:8]
+    folder = config.run_dir.resolve() / f"search-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / "search.lock", LOCK_SECONDS):
+        study = optuna.create_study(storage=f"sqlite:///{folder / 'trials.db'}", study_name=key, load_if_exists=True)
+        while True:
+            for name in (trial.user_attrs["run_name"] for trial in study.trials):  # gigabytes that nobody needs now
+                for part in [*(folder / name).glob("fold_0/checkpoints"), *(folder / name).glob("fold_0/adapter_*")]:
+                    shutil.rmtree(part)
+            if len(study.trials) >= trials or time.monotonic() > deadline:
+                return write_search(study.trials, folder)
+            path = folder / f"trial_{len(study.trials):03d}" / "config.json"
+            trial = draw_trial(config, distributions, study.trials, path)
+            LOGGER.info("Search: trial %d of %d: %s", trial.number + 1, trials, trial.params)
+            if done := run_trial(config, competition, folds, trial, folder, deadline):
+                study.add_trial(done)  # written at once, whole or not at all
+                LOGGER.info("Search: trial %d: %s, NLL %s", trial.number + 1, done.state.name.lower(), done.value)
+
+
+def write_search(trials: Sequence, folder: Path) -> pd.DataFrame:
+    """Write trials.csv and best_overrides.json; the table, where a pruned trial has the NLL of its last epoch."""
+    rows = [
+        {"trial": trial.number, "state": trial.state.name.lower(), "nll": trial.value}
+        | {"epochs": len(trial.intermediate_values), **trial.params}
+        for trial in trials
+    ]
+    table = pd.DataFrame(rows, columns=None if rows else ["trial", "state", "nll", "epochs"])
+    table = table.sort_values(["state", "nll"], kind="stable", ignore_index=True)  # complete, fail, pruned
+    write_table(table, folder / "trials.csv")
+    if complete := [trial for trial in trials if trial.state.name == "COMPLETE"]:
+        best = min(complete, key=lambda trial: trial.value)
+        atomic_write(folder / "best_overrides.json", json.dumps(best.params))
+        LOGGER.info("Best of %d trials: NLL %.4f, OVERRIDES = %s", len(trials), best.value, best.params)
+    return table
 
 
 # === Memory by computation ===========================================================================================

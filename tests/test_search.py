@@ -1,0 +1,190 @@
+"""The search for settings: trials that survive kills, budgets and divergence, and figures that can be reproduced."""
+
+import json
+
+import pandas as pd
+import pytest
+
+import vqa_helpers as vqa
+
+pytest.importorskip("optuna")
+SPACE = {"learning_rate": (1e-4, 1e-2, "log"), "lora_r": [4, 8], "label_smoothing": (0.0, 0.2), "batch_size": (4, 8)}
+
+
+@pytest.fixture
+def search(mini_data, tmp_path):
+    """search(name, trials, minutes=10, **fields) on the mini competition -> the table and the search's folder."""
+    competition = vqa.load_competition(mini_data, 0.5)
+    folds = vqa.make_folds(competition.train, 2, 42)
+
+    def make(name, trials, minutes=10, space=SPACE, **fields):
+        settings = {"data_dir": str(mini_data), "output_dir": str(tmp_path / name), "num_epochs": 3, "n_folds": 2}
+        config = vqa.Config.preset("demo", **settings | {"max_fallback_share": 0.5, "run_name": "run"} | fields)
+        table = vqa.search_hyperparameters(config, competition, folds, space, trials, minutes)
+        (folder,) = (tmp_path / name / "run").glob("search-*")
+        return table, folder
+
+    return make
+
+
+def in_process(interrupt_at=None):
+    """launch_workers without processes; the launch of that number is stopped after four steps, like a killed one."""
+    launched = []
+
+    def launch(run, jobs, stages, stop):
+        launched.append(run.directory.name)
+        killed = len(launched) == interrupt_at
+
+        def progress(label, done, *_, **__):
+            if killed and label == "fold 0 training" and done == 4:
+                raise KeyboardInterrupt
+
+        vqa.run_stages(run, [0], stages, progress)
+
+    return launch, launched
+
+
+def pretended(losses, interrupt_after=None):
+    """launch_workers that writes the epochs' NLL that `losses` gives for a learning rate, all before it is watched."""
+    launched = []
+
+    def launch(run, jobs, stages, stop):
+        launched.append(run.config.learning_rate)
+        curve = losses(run.config.learning_rate)
+        if curve is None:
+            raise RuntimeError("A worker stopped.\nFloatingPointError: 11 steps were not finite")
+        history = [{"epoch": epoch, "nll": loss} for epoch, loss in enumerate(curve, 1)]
+        vqa.write_table(pd.DataFrame(history), run.fold_dir(0) / "history.csv")
+        if len(launched) == interrupt_after or stop():
+            raise vqa.Interrupted
+        kinds = {"raw": {"accuracy": 0.5, "nll": curve[-1]}, "ema": {"accuracy": 0.5, "nll": curve[-1] + 0.1}}
+        result = {"fold": 0, "best_epoch": 1, "kinds": kinds, "history": history, "adapters": {}}
+        vqa.atomic_write(run.fold_dir(0) / "result.json", json.dumps(result))
+
+    return launch, launched
+
+
+def test_a_killed_search_ends_like_an_undisturbed_one_and_its_best_figure_can_be_reproduced(
+    search, monkeypatch, mini_data
+):
+    files = []
+    for name, interrupt_at in (("undisturbed", None), ("killed", 2)):
+        launch, launched = in_process(interrupt_at)
+        monkeypatch.setattr(vqa, "launch_workers", launch)
+        if interrupt_at:
+            with pytest.raises(KeyboardInterrupt):
+                search(name, 3, save_every_steps=1, num_epochs=1)
+            assert launched == ["trial_000", "trial_001"]
+        table, folder = search(name, 3, save_every_steps=1, num_epochs=1)
+        assert launched == ["trial_000", *["trial_001"] * (2 if interrupt_at else 1), "trial_002"]
+        assert sorted(table["trial"]) == [0, 1, 2] and table["learning_rate"].is_unique
+        files.append([(folder / part).read_bytes() for part in ("trials.csv", "best_overrides.json")])
+        search(name, 3, save_every_steps=1, num_epochs=1)
+        assert len(launched) == (4 if interrupt_at else 3)  # nothing is left to do
+    assert files[0] == files[1]
+    assert not [*folder.glob("*/fold_0/checkpoints"), *folder.glob("*/fold_0/adapter_*")]
+    best = json.loads((folder / "best_overrides.json").read_text(encoding="utf-8"))
+    settings = {"data_dir": str(mini_data), "output_dir": str(folder), "num_epochs": 1, "n_folds": 2}
+    config = vqa.Config.preset("demo", **settings | {"max_fallback_share": 0.5, "run_name": "again"} | best)
+    competition = vqa.load_competition(mini_data, 0.5)
+    run = vqa.start_run(config, competition, vqa.make_folds(competition.train, 2, 42))
+    vqa.run_stages(run, [0], ["train"], lambda *_, **__: None)
+    trial = table["trial"].iloc[0]
+    places = (folder / f"trial_{trial:03d}", run.directory)
+    results = [json.loads((place / "fold_0" / "result.json").read_text(encoding="utf-8")) for place in places]
+    for epoch in (epoch for result in results for epoch in result["history"]):
+        epoch.pop("samples_per_second")
+    assert results[0] == results[1] and min(k["nll"] for k in results[0]["kinds"].values()) == table["nll"].iloc[0]
+
+
+def test_a_trial_that_is_clearly_worse_is_pruned_and_what_came_after_does_not_count(search, monkeypatch):
+    """Whether its workers were stopped in time or had gone on makes no difference."""
+    tables = []
+    for name, late in (("late", 99), ("stopped", None)):
+        curves = iter([[1.0, 0.9, 0.8]] * 4 + [[2.0, 0.7, 0.6]] * 2)
+        launch, _ = pretended(lambda rate, curves=curves: next(curves), late)
+        monkeypatch.setattr(vqa, "launch_workers", launch)
+        table, _ = search(name, 6)
+        tables.append(table)
+    assert tables[0].equals(tables[1])
+    assert table["state"].tolist() == ["complete"] * 4 + ["pruned"] * 2
+    assert table["nll"].tolist() == [0.8] * 4 + [2.0] * 2 and table["epochs"].tolist() == [3] * 4 + [1] * 2
+
+
+def test_a_bad_last_epoch_is_no_reason_to_prune(search, monkeypatch):
+    launch, launched = pretended(lambda rate: [0.5, 0.4, 0.3 + len(launched)])
+    monkeypatch.setattr(vqa, "launch_workers", launch)
+    assert search("last", 6)[0]["state"].tolist() == ["complete"] * 6
+
+
+def test_the_sampler_learns_from_earlier_trials_and_ranges_are_kept(search, monkeypatch):
+    launch, launched = pretended(lambda rate: [0.1 + 100 * abs(rate - 0.005)] * 3)
+    monkeypatch.setattr(vqa, "launch_workers", launch)
+    table, folder = search("learns", 24)
+    assert all(1e-4 <= rate <= 1e-2 for rate in launched) and table["nll"].iloc[0] < min(
+        table.query("trial < 4")["nll"]
+    )
+    assert set(table["lora_r"]) == {4, 8} and table["batch_size"].between(4, 8).all()
+    best = json.loads((folder / "best_overrides.json").read_text(encoding="utf-8"))
+    assert best == json.loads(table.iloc[0][list(SPACE)].to_json(double_precision=15)) | best
+    assert best["learning_rate"] in launched and set(best) == set(SPACE)
+
+
+def test_a_trial_that_diverges_is_a_failure_and_another_error_is_not_hidden(search, monkeypatch):
+    launch, launched = pretended(lambda rate: None if len(launched) == 2 else [0.5] * 3)
+    monkeypatch.setattr(vqa, "launch_workers", launch)
+    table, _ = search("diverges", 3)
+    assert table["state"].tolist() == ["complete", "complete", "fail"] and len(launched) == 3
+
+    def broken(*_):
+        raise RuntimeError("A worker stopped.\nOSError: no such model")
+
+    monkeypatch.setattr(vqa, "launch_workers", broken)
+    with pytest.raises(RuntimeError, match="no such model"):
+        search("diverges", 4)
+
+
+def test_when_the_minutes_are_over_the_trial_waits_for_the_next_call(search, monkeypatch):
+    launch, launched = pretended(lambda rate: [0.5] * 3)
+
+    def slow(*arguments):
+        clock[0] += 40
+        launch(*arguments)
+
+    clock = [0.0]
+    monkeypatch.setattr(vqa, "launch_workers", slow)
+    monkeypatch.setattr(vqa.time, "monotonic", lambda: clock[0])
+    assert len(search("minutes", 5, minutes=1)[0]) == 1 and len(launched) == 2
+    table, _ = search("minutes", 5, minutes=10)
+    assert len(table) == 5 and len(launched) == 6 and launched[1] == launched[2]
+
+
+def test_a_worker_that_is_told_to_stop_saves_first(mini_run):
+    run = mini_run(num_epochs=500)
+    with pytest.raises(vqa.Interrupted, match="Its work is saved"):
+        vqa.launch_workers(run, [((None,), [0])], ["train"], (run.fold_dir(0) / "history.csv").exists)
+    assert vqa.CheckpointManager(run.fold_dir(0) / "checkpoints").latest_verified()
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"learning_rat": [1]}, "'learning_rat' cannot be searched; fields that can: .*learning_rate"),
+        ({"n_folds": (2, 5)}, "'n_folds' cannot be searched"),
+        ({"tta_rotations": [1, 4]}, "'tta_rotations' cannot be searched"),
+        ({"learning_rate": (1e-2, 1e-4)}, "'learning_rate' is"),
+        ({"learning_rate": (1e-4, 1e-2, "linear")}, "'learning_rate' is"),
+        ({"lora_r": []}, "'lora_r' is"),
+        ({"label_smoothing": (0.0, 1.5)}, "'label_smoothing' is 1.5; it needs 0 <= value < 1"),
+        ({"loss": ["choices", "letters"]}, "'loss' is 'letters'"),
+    ],
+)
+def test_an_impossible_search_space_is_refused_by_name(search, space, message):
+    with pytest.raises(ValueError, match=message):
+        search("space", 1, space=space)
+
+
+def test_without_optuna_the_error_says_how_to_install_it(search, monkeypatch):
+    monkeypatch.setattr(vqa.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install optuna"):
+        search("absent", 1)
