@@ -3663,25 +3663,59 @@ def uncertain_rows(run: Run, evaluation: Evaluation) -> pd.DataFrame:
     mean, ranked = members.mean(axis=0), np.sort(members.mean(axis=0), axis=1)
     table = run.test[["id", "type", "question", *CHOICES]].assign(predicted=np.array(CHOICES)[mean.argmax(axis=1)])
     table["folds_for_it"] = (members.argmax(axis=2) == mean.argmax(axis=1)).mean(axis=0).round(3)
+    table["second"] = np.array(CHOICES)[mean.argsort(axis=1)[:, -2]]
     table["margin"] = (ranked[:, -1] - ranked[:, -2]).round(4)
+    table["chance_wrong"] = (1 - ranked[:, -1]).round(4)
     return table.sort_values(["folds_for_it", "margin"], kind="stable", ignore_index=True)
 
 
+def active_list(suspects: pd.DataFrame, uncertain: pd.DataFrame) -> pd.DataFrame:
+    """Training and test rows worth a human look, by the model's probability that the answer they have is wrong.
+
+    Of the test rows those above the average; `other` is the likeliest other choice."""
+    train = suspects.assign(rows="train", reason="label probably wrong").rename(columns={"likely": "other"})
+    test = uncertain[uncertain["chance_wrong"] > uncertain["chance_wrong"].mean()]
+    test = test.assign(rows="test", reason=np.where(test["folds_for_it"] < 1, "folds disagree", "small margin"))
+    test = test.rename(columns={"predicted": "answer", "second": "other"})
+    columns = ["rows", "id", "reason", "chance_wrong", "answer", "other", "question", *CHOICES]
+    table = pd.concat([train[columns], test[columns]])
+    return table.sort_values("chance_wrong", ascending=False, kind="stable", ignore_index=True)
+
+
+def reliability_by_type(types: Sequence[str], probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
+    """Accuracy, mean confidence, NLL and ECE of each question type; `ece_excess`: above calibrated probabilities' ECE.
+
+    The types whose confidence is furthest from their accuracy come first."""
+    types, rows = np.asarray(types), {}
+    for name in np.unique(types):
+        inside = types == name
+        own, answers = probabilities[inside], labels[inside]
+        rows[name] = {"rows": int(inside.sum()), "confidence": own.max(axis=1).mean(), **score_row(own, answers)}
+        rows[name]["ece_excess"] = rows[name]["ece"] - calibration_error_null(own, n_simulations=50)
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("type")
+    gap = (table["confidence"] - table["accuracy"]).abs()
+    return table.loc[gap.sort_values(ascending=False, kind="stable").index]
+
+
 def write_error_tables(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFrame]:
-    """accuracy_by_group, label_suspects and uncertain_rows; each is also tables/<name>.csv in the run directory."""
+    """Every table of the error analysis by name; each is also tables/<name>.csv in the run directory."""
     oof, probabilities = evaluation.oof, evaluation.probabilities
     suspects = label_suspects(probabilities, oof.labels)
     shown = oof.frame.iloc[suspects["row"]][["id", "question", *CHOICES, "answer"]].reset_index(drop=True)
     shown["likely"] = np.array(CHOICES)[suspects["likely"]]
+    shown["margin"] = suspects["margin"].round(4).to_numpy()
+    shown["chance_wrong"] = (1 - probabilities[suspects["row"], suspects["label"]]).round(4)
+    uncertain = uncertain_rows(run, evaluation)
     tables = {
         "accuracy_by_group": accuracy_by_group(oof.frame, probabilities.argmax(axis=1) == oof.labels),
-        "label_suspects": shown.assign(margin=suspects["margin"].round(4).to_numpy()),
-        "uncertain_rows": uncertain_rows(run, evaluation),
+        "reliability_by_type": reliability_by_type(oof.frame["type"], probabilities, oof.labels),
+        "label_suspects": shown,
+        "uncertain_rows": uncertain,
+        "active_list": active_list(shown, uncertain),
     }
     for name, table in tables.items():
-        write_table(
-            table.reset_index() if name == "accuracy_by_group" else table, run.directory / "tables" / f"{name}.csv"
-        )
+        shown = table.reset_index() if any(table.index.names) else table
+        write_table(shown, run.directory / "tables" / f"{name}.csv")
     return tables
 
 
@@ -3881,7 +3915,7 @@ def save_figure(ax, run: Run, name: str):
 def write_report(run: Run, evaluation: Evaluation) -> Path:
     """Write report.md from the run's files and append the run to experiments.csv; returns the report's path."""
     config, oof = run.config, evaluation.oof
-    correct, curve = evaluation.probabilities.argmax(1) == oof.labels, adaptive_curve(run)
+    curve = adaptive_curve(run)
     write_table(curve.reset_index(), run.directory / "tables" / "adaptive_curve.csv")
     weights = json.loads((run.directory / "selection.json").read_text(encoding="utf-8"))["weights"]
     parts = [
@@ -3898,7 +3932,7 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
         "Folds": evaluation.fold_table,
         "Views": evaluation.view_table,
         "Views for rows in doubt only, by their share of the last step's cost": curve,
-        "Question types": accuracy_by_type(oof.frame["type"], correct),
+        "Question types": reliability_by_type(oof.frame["type"], evaluation.probabilities, oof.labels),
         "Fallbacks taken while reading the data": pd.DataFrame({"rows": run.fallbacks}).rename_axis("fallback"),
         "Time and memory": wrap_up_table(run),
     }

@@ -109,3 +109,29 @@ def test_finished_runs_are_compared_with_the_run_before(tmp_path):
     assert table.index.tolist() == ["early", "late", "gone"] and table["seconds"].tolist() == [12.5, 12.5, 0]
     assert table["changed"].tolist() == ["", "num_epochs=3, learning_rate=0.0002", ""]
     assert [bar.get_width() for bar in vqa.plot_experiments(table).patches] == [0.5] * 3
+
+
+def test_the_active_list_ranks_both_kinds_of_rows_by_the_chance_that_their_answer_is_wrong():
+    text = {"question": "?", "a": "1", "b": "2", "c": "3", "d": "4"}
+    suspects = pd.DataFrame([{"id": "train", **text, "answer": "b", "likely": "c", "margin": 0.4, "chance_wrong": 0.7}])
+    rows = [("sure", 1.0, 0.02), ("torn", 0.67, 0.8), ("close", 1.0, 0.6)]
+    uncertain = pd.DataFrame(rows, columns=["id", "folds_for_it", "chance_wrong"])
+    uncertain = uncertain.assign(**text, predicted="a", second="d")
+    table = vqa.active_list(suspects, uncertain)
+    assert table["id"].tolist() == ["torn", "train", "close"] and table["other"].tolist() == ["d", "c", "d"]
+    assert table["reason"].tolist() == ["folds disagree", "label probably wrong", "small margin"]
+    assert table["rows"].tolist() == ["test", "train", "test"] and table["answer"].tolist() == ["a", "b", "a"]
+
+
+def test_the_type_whose_confidence_misleads_most_comes_first():
+    """A calibrated type has no excess over the ECE that its few rows have by chance; an overconfident one has."""
+    random = np.random.default_rng(0)
+    probabilities = vqa.softmax(random.normal(scale=2, size=(600, 4)))
+    honest = (random.random((600, 1)) > probabilities.cumsum(axis=1)[:, :-1]).sum(axis=1)
+    labels, types = honest.copy(), np.repeat(["ocr", "color"], 300)
+    labels[300:] = random.integers(0, 4, 300)
+    table = vqa.reliability_by_type(types, probabilities, labels)
+    assert table.index.tolist() == ["color", "ocr"] and table["rows"].tolist() == [300, 300]
+    assert table.loc["color", "ece_excess"] > 0.2 and abs(table.loc["ocr", "ece_excess"]) < 0.03
+    assert table.loc["color", "confidence"] > table.loc["color", "accuracy"] + 0.2
+    assert table.loc["ocr", "nll"] == vqa.negative_log_likelihood(probabilities[:300], labels[:300])
