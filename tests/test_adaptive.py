@@ -152,3 +152,12 @@ def test_a_budget_needs_views_to_save_on():
         with pytest.raises(ValueError, match="'adaptive_tta'"):
             vqa.Config(**{"adaptive_tta": 0.5} | fields)
     assert vqa.Config(adaptive_tta=0.5, tta_rotations=1, tta_scales=(0.9, 1.0)).adaptive_tta == 0.5
+
+
+def test_a_team_agrees_on_the_rows_in_doubt_even_where_one_process_gets_none(mini_run, monkeypatch):
+    run = mini_run(n_folds=2, train_folds=(0,), adaptive_tta=0.5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(vqa, "_devices", lambda config: [None, None])
+    vqa.run_folds(run.config)
+    logits = vqa.read_arrays(run.fold_dir(0) / "test.npz", run.fingerprint)["logits"]
+    assert np.isfinite(logits[:, 0]).all() and np.isfinite(logits[:, 1:]).all(axis=(1, 2)).sum() == 2  # one batch

@@ -28,7 +28,7 @@ def search(mini_data, tmp_path):
 
 
 def in_process(interrupt_at=None):
-    """launch_workers without processes; the launch of that number is stopped after four steps, like a killed one."""
+    """launch_workers without processes; the launch of that number is stopped after two steps, like a killed one."""
     launched = []
 
     def launch(run, jobs, stages, stop):
@@ -36,7 +36,7 @@ def in_process(interrupt_at=None):
         killed = len(launched) == interrupt_at
 
         def progress(label, done, *_, **__):
-            if killed and label == "fold 0 training" and done == 4:
+            if killed and label == "fold 0 training" and done == 2:
                 raise KeyboardInterrupt
 
         vqa.run_stages(run, [0], stages, progress)
@@ -73,14 +73,14 @@ def test_a_killed_search_ends_like_an_undisturbed_one_and_its_best_figure_can_be
         monkeypatch.setattr(vqa, "launch_workers", launch)
         if interrupt_at:
             with pytest.raises(KeyboardInterrupt):
-                search(name, 3, save_every_steps=1, num_epochs=1)
+                search(name, 2, save_every_steps=1, num_epochs=1)
             assert launched == ["trial_000", "trial_001"]
-        table, folder = search(name, 3, save_every_steps=1, num_epochs=1)
-        assert launched == ["trial_000", *["trial_001"] * (2 if interrupt_at else 1), "trial_002"]
-        assert sorted(table["trial"]) == [0, 1, 2] and table["learning_rate"].is_unique
+        table, folder = search(name, 2, save_every_steps=1, num_epochs=1)
+        assert launched == ["trial_000", *["trial_001"] * (2 if interrupt_at else 1)]
+        assert sorted(table["trial"]) == [0, 1] and table["learning_rate"].is_unique
         files.append([(folder / part).read_bytes() for part in ("trials.csv", "best_overrides.json")])
-        search(name, 3, save_every_steps=1, num_epochs=1)
-        assert len(launched) == (4 if interrupt_at else 3)  # nothing is left to do
+        search(name, 2, save_every_steps=1, num_epochs=1)
+        assert len(launched) == (3 if interrupt_at else 2)  # nothing is left to do
     assert files[0] == files[1]
     assert not [*folder.glob("*/fold_0/checkpoints"), *folder.glob("*/fold_0/adapter_*")]
     best = json.loads((folder / "best_overrides.json").read_text(encoding="utf-8"))
