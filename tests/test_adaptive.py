@@ -17,6 +17,7 @@ def test_rows_in_doubt_are_scored_as_if_all_views_had_been_asked_for(session, de
     views = [*ROTATIONS, vqa.View("scale 1.01", 0, 1.01), vqa.View("scale 2", 0, 2.0)]
     full = vqa.predict_logits(session, frame, views)
     found = vqa.predict_in_doubt(session, frame, views, full, "test", None)
+    assert [numbers for _, numbers in vqa.plan_prompts(session, frame.head(2), views, ROTATIONS)] == [[5], [5]]
     scored = ~np.isnan(found[:, 5]).all(axis=1)
     assert scored.sum() == 6 and np.isnan(found[:, 4]).all()  # half of the cost of one prompt a row
     assert np.abs(found[:, :4] - full[:, :4]).max() < 1e-4 and np.abs(found - full)[scored, 5].max() < 1e-4
@@ -99,7 +100,7 @@ def test_rows_without_further_views_have_a_part_in_what_is_fitted_and_its_cost()
 
 @pytest.fixture
 def adaptive_run(mini_run):
-    run = mini_run(adaptive_tta=0.9, infer_batch_size=2, save_every_steps=1, run_name="adaptive")
+    run = mini_run(adaptive_tta=0.9, infer_batch_size=2, run_name="adaptive")
     vqa.run_stages(run, [0, 1], ["zeroshot", "train"], lambda *_, **__: None)
     return run
 
