@@ -3426,7 +3426,8 @@ def ladder_table(steps: Mapping[str, tuple[np.ndarray, str]], labels, groups, us
 
 def build_ladder(run: Run, oof: OofLogits, views: list, scaled: np.ndarray, ways: Mapping, method: str) -> pd.DataFrame:
     """What each step is worth on OOF rows against the step named in `against`; cost in questions with one view."""
-    average, base = f"mean of {len(views)} views", read_arrays(run.directory / "zeroshot.npz", run.fingerprint)
+    count = f"up to {len(views)}" if set(views) & set(oof.later) else len(views)
+    average, base = f"mean of {count} views", read_arrays(run.directory / "zeroshot.npz", run.fingerprint)
     zeroshot = pd.DataFrame(softmax(base["logits"][:, 0]), index=base["ids"])
     steps = {
         "zero-shot": (zeroshot.reindex(oof.frame["id"]).to_numpy(), ""),  # NaN where it scored no row
