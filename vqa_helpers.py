@@ -173,6 +173,12 @@ class Config:
     )
     label_smoothing: float = 0.05  # spread over the choices that exist; loss "choices" only
     shuffle_choices: bool = True  # a new choice order for each question and epoch
+    # Soft targets over the four choices; loss "choices" only
+    use_dev_votes: bool = False  # also train on dev.csv, with the shares of its votes as targets
+    distill_from: str | None = None  # folder of a finished run whose OOF probabilities are mixed into the labels
+    distill_weight: float = 0.5  # share of those probabilities in the target
+    pseudo_label_from: str | None = None  # folder of a finished run with the same folds; also train on its test answers
+    pseudo_label_confidence: float = 0.9  # probability that such an answer has at least
     use_ema: bool = True  # also keep an exponential average of the adapter; used only where OOF says so
     ema_decay: float = 0.999  # upper bound; step t uses min(ema_decay, (1 + t) / (10 + t))
     use_swa: bool = False  # also keep the plain average from swa_start_epoch on; used only where OOF says so
@@ -238,6 +244,8 @@ class Config:
     def fingerprint(self) -> str:
         """SHA-256 over every field that can change a result; where files lie and how loudly we log cannot."""
         relevant = {name: value for name, value in dataclasses.asdict(self).items() if name not in _BOOKKEEPING}
+        teachers = {name: relevant[name] for name in ("distill_from", "pseudo_label_from") if relevant[name]}
+        relevant |= {name: Path(folder).name for name, folder in teachers.items()}  # wherever they lie
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -290,6 +298,7 @@ _RANGES = (  # what the fields need, its check, their names
     ("a positive number", lambda x: x > 0, "learning_rate max_grad_norm save_every_minutes time_budget_hours"),
     ("a positive number", lambda x: x > 0, "image_size min_pixels max_pixels infer_max_pixels"),
     ("1, 2 or 4", lambda x: x in (1, 2, 4), "tta_rotations"),
+    ("0 < value <= 1", lambda x: 0 < x <= 1, "distill_weight pseudo_label_confidence"),
 )
 
 
@@ -314,6 +323,8 @@ def _config_rules(config: Config) -> Iterator[tuple[bool, str, str]]:
     folds = range(config.n_folds) if config.train_folds is None else config.train_folds
     yield set(folds) <= set(range(config.n_folds)), "train_folds", f"folds below {config.n_folds}"
     yield 0 < len(folds) == len(set(folds)), "train_folds", "at least one fold, and none twice"
+    soft = config.use_dev_votes or config.distill_from or config.pseudo_label_from
+    yield config.loss == "choices" or not soft, "loss", "'choices' where targets are soft (votes or another run's)"
     late = config.use_swa and config.swa_start_epoch >= config.num_epochs
     yield not late, "swa_start_epoch", f"an epoch below num_epochs, {config.num_epochs}"
     yield set(config.prompt_templates) <= set(QUESTION_TYPES), "prompt_templates", f"keys among {QUESTION_TYPES}"
@@ -885,7 +896,9 @@ def load_checkpoint(model, optimizer, scheduler, path, logger=None) -> tuple:
 
 # === Data ============================================================================================================
 COLUMNS = ("id", "path", "question", *CHOICES, "answer")
+VOTES = ("answer1", "answer2", "answer3", "answer4", "answer5")
 TABLE_COLUMNS = {"train.csv": COLUMNS, "test.csv": COLUMNS[:-1], "sample_submission.csv": ("id", "answer")}
+TABLE_COLUMNS |= {"dev.csv": (*COLUMNS[:-1], *VOTES)}  # some competitions have it
 GREY_IMAGE = "<grey image>"  # image_path of a test row without a usable image; `load_image` knows it
 MAX_IMAGE_SIDE = 4096  # pixels; more than any pixel budget asks for, and it bounds the memory of one image
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not EPS, for example: it starts Ghostscript
@@ -968,7 +981,7 @@ def _refuse_first(file: str, frame: pd.DataFrame, wrong: pd.Series, column: str,
 def _read_records(path: Path, fallbacks: Counter) -> list[tuple[int, list[str]]]:
     """Line (1-based) and fields of the header and of every record that is not blank; UTF-8, else Korean cp949."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file; set data_dir to the folder with {', '.join(TABLE_COLUMNS)}")
+        raise DataError(f"{path}: no such file; set data_dir to the folder with {', '.join(COMPETITION_FILES)}")
     content, records, line = path.read_bytes(), [], 1
     try:
         text = content.decode("utf-8-sig")
@@ -995,7 +1008,9 @@ def _read_table(path: Path, fallbacks: Counter) -> tuple[pd.DataFrame, list[str]
     """The columns used, verbatim, plus `line`, and the header. (pandas would shift short rows and lose "None".)"""
     (first, header), *records = _read_records(path, fallbacks)
     columns = ["path" if name.strip().casefold() == "image" else name.strip().casefold() for name in header]
-    wrong = [name for name in COLUMNS if columns.count(name) != 1 and name in {*TABLE_COLUMNS[path.name], *columns}]
+    needed = TABLE_COLUMNS[path.name]
+    used = [name for name in dict.fromkeys((*COLUMNS, *needed)) if name in {*needed, *columns}]
+    wrong = [name for name in used if columns.count(name) != 1]
     if wrong:
         problem = f"columns {wrong} are missing or double ('image' means 'path'); correct the header {str(header)[:99]}"
         raise DataError(f"{path.name}, line {first}: {problem}")
@@ -1006,7 +1021,7 @@ def _read_table(path: Path, fallbacks: Counter) -> tuple[pd.DataFrame, list[str]
             problem = f"{len(fields)} fields but {len(columns)} columns; correct it, with quotes around commas"
             raise DataError(f"{path.name}, line {line}, row {fields[0][:80]!r}: {problem}")
     frame = pd.DataFrame([fields for _, fields in records], columns=columns, dtype=object)
-    frame = frame[[name for name in COLUMNS if name in columns]].assign(line=[line for line, _ in records])
+    frame = frame[used].assign(line=[line for line, _ in records])
     wrong = frame["id"].duplicated() | (frame["id"].str.strip() == "")
     _refuse_first(path.name, frame, wrong, "id", "is blank or repeats an earlier row's; give each row its own")
     return frame, [name.strip() for name in header]
@@ -1026,10 +1041,10 @@ def _check_questions(split: str, frame: pd.DataFrame, fallbacks: Counter) -> Non
     fallbacks.update({f"{split}_{name}": int(rows.sum()) for name, rows in taken.items()})
 
 
-def answer_labels(frame: pd.DataFrame, name: str = "train.csv") -> np.ndarray:
-    """Labels 0-3 from `answer`: a-d or 1-4 as a, A, (a), a. or full width, else texts too; DataError where in doubt."""
-    texts = frame[[*CHOICES, "answer"]].map(lambda text: unicodedata.normalize("NFC", text.strip()))
-    choices, answer = texts[[*CHOICES]], texts["answer"]
+def answer_labels(frame: pd.DataFrame, name: str = "train.csv", column: str = "answer") -> np.ndarray:
+    """Labels 0-3 from `column`: a-d or 1-4 as a, A, (a), a. or full width, else texts too; DataError where in doubt."""
+    texts = frame[[*CHOICES, column]].map(lambda text: unicodedata.normalize("NFC", text.strip()))
+    choices, answer = texts[[*CHOICES]], texts[column]
     plain = answer.map(lambda text: unicodedata.normalize("NFKC", text)).str.casefold()
     mark = plain.str.extract(r"^\(?([a-d1-4])[.)]?$", expand=False)
     marks = "1234" if mark.isin([*"1234"]).all() else "abcd"
@@ -1038,7 +1053,7 @@ def answer_labels(frame: pd.DataFrame, name: str = "train.csv") -> np.ndarray:
         meant |= choices.eq(answer, axis=0)
     unclear = (meant.sum(axis=1) != 1) | (meant & (choices == "")).any(axis=1)
     for wrong in (unclear & mark.isna(), unclear):  # a 5 among numbers is to blame, not the numbers before it
-        _refuse_first(name, frame, wrong, "answer", "does not mean exactly one filled choice; write its letter a-d")
+        _refuse_first(name, frame, wrong, column, "does not mean exactly one filled choice; write its letter a-d")
     return meant.to_numpy().argmax(axis=1)
 
 
@@ -1169,7 +1184,7 @@ def load_competition(data_dir, max_fallback_share=0.01, sample_size: int | None 
         _refuse_first(file, frame, ~frame["id"].isin(other["id"]), "id", problem)
     LOGGER.info("Loaded %d training and %d test rows; fallbacks: %s", len(train), len(test), dict(+fallbacks))
     pixels = "".join(digest for frame in (train, test) for digest in frame["pixel_hash"])
-    tables = b"".join((root / name).read_bytes() for name in TABLE_COLUMNS)
+    tables = b"".join((root / name).read_bytes() for name in COMPETITION_FILES)
     fingerprint = hashlib.sha256(tables + pixels.encode()).hexdigest()
     return Competition(train, test, sample[["id", "answer"]].set_axis(header, axis=1), fallbacks, fingerprint, root)
 
@@ -1181,6 +1196,7 @@ class LeakageReport:
 
     copies: pd.DataFrame  # a pair per row: kind (exact, near), split/id/image_path _a and _b, difference (of 255)
     image_group: pd.Series  # one group number per training row
+    test_group: pd.Series  # of each test row with a usable image, numbered alike
     groups_in_train: int  # groups with at least two training rows
     test_rows_in_train: int  # test rows whose image has a copy in train
     alarm: str  # why near copies were not used for grouping; "" where they were
@@ -1223,9 +1239,10 @@ def leakage_report(train: pd.DataFrame, test: pd.DataFrame, max_bits=4, max_diff
     copies["difference"] = np.concatenate([np.zeros(len(exact)), gaps])
     in_train = (rows["split"] == "train").to_numpy()
     image_group = pd.Series(group[in_train], index=train.index, name="image_group")
+    test_group = pd.Series(group[~in_train], index=test.index[test["image_ok"]], name="image_group")
     groups_in_train = int((image_group.value_counts() > 1).sum())
-    test_rows_in_train = int(np.isin(group[~in_train], image_group).sum())
-    return LeakageReport(copies, image_group, groups_in_train, test_rows_in_train, alarm)
+    test_rows_in_train = int(test_group.isin(image_group).sum())
+    return LeakageReport(copies, image_group, test_group, groups_in_train, test_rows_in_train, alarm)
 
 
 def make_folds(train: pd.DataFrame, n_folds: int = 3, seed: int = 42, groups=None) -> np.ndarray:
@@ -1601,7 +1618,7 @@ class Prompt:
     positions: np.ndarray  # (3, length): time, height and width
     ends: np.ndarray  # (orders,): where the letter of each order is predicted
     present: tuple[bool, ...]  # original choices that hold text
-    label: int  # the correct original choice; -1: unknown
+    target: tuple[float, ...]  # probability of each original choice to be trained on, see `row_target`
 
 
 def make_prompt(
@@ -1634,7 +1651,7 @@ def make_prompt(
         np.concatenate([prefix, *rest], axis=1),
         shared + np.cumsum(lengths) - 1,
         tuple(present_choices(record)),
-        int(record.get("label", -1)),
+        row_target(record),
     )
 
 
@@ -1668,8 +1685,8 @@ def collate(session: Session, prompts: Sequence[Prompt]) -> dict:
     ends = [length - len(prompt.input_ids) + end for prompt in prompts for end in prompt.ends]
     rows = np.repeat(np.arange(len(prompts)), [len(prompt.orders) for prompt in prompts])
     inputs |= {"answers": torch.from_numpy(np.stack([rows, ends]))}  # (2, answers): row and position
-    targets = [order.index(prompt.label) if prompt.label >= 0 else -1 for prompt, order in answers]
-    inputs |= {"targets": torch.tensor(targets)}  # in prompt positions
+    targets = [permute_choices(prompt.target, order) for prompt, order in answers]
+    inputs |= {"targets": torch.tensor(targets)}  # (answers, 4), in prompt positions
     inputs |= {"present": torch.tensor([permute_choices(prompt.present, order) for prompt, order in answers])}
     inputs |= {"prompts": list(prompts), "padded": len(lengths) > 1}
     if session.cache.covers(prompt.image_key for prompt in prompts):
@@ -2289,10 +2306,13 @@ def swapped_weights(parameters: Mapping, values: Mapping) -> Iterator[None]:
 
 
 def choice_loss(scores, targets, present, label_smoothing: float = 0.0):
-    """Mean cross-entropy, smoothed too, over the `present` ones of (batch, 4) scores in prompt positions."""
-    log_probabilities = scores.masked_fill(~present, -math.inf).log_softmax(dim=-1)
-    hit = log_probabilities.gather(1, targets[:, None]).squeeze(1)
-    mean = log_probabilities.masked_fill(~present, 0.0).sum(-1) / present.sum(-1)
+    """Mean cross-entropy with (batch, 4) target probabilities, smoothed over the `present` ones of (batch, 4) scores.
+
+    A hard label is a target of ones and zeros; everything is in prompt positions.
+    """
+    log_probabilities = scores.masked_fill(~present, -math.inf).log_softmax(dim=-1).masked_fill(~present, 0.0)
+    hit = (targets * log_probabilities).sum(-1)
+    mean = log_probabilities.sum(-1) / present.sum(-1)
     return -((1 - label_smoothing) * hit + label_smoothing * mean).mean()
 
 
@@ -2302,7 +2322,7 @@ def training_loss(session: Session, states, batch: Mapping):
     if session.config.loss == "vocabulary":
         plain = torch.tensor([variants[0] for variants in session.letters], device=session.device)
         logits = session.model.get_output_embeddings()(states).float()
-        return torch.nn.functional.cross_entropy(logits, plain[targets])
+        return torch.nn.functional.cross_entropy(logits, plain[targets.argmax(-1)])
     return choice_loss(answer_scores(session, states), targets, present, session.config.label_smoothing)
 
 
@@ -2360,7 +2380,7 @@ class FoldTrainer:
     def __init__(self, session: Session, run: Run, fold: int):
         config = self.config = session.config
         self.session, self.run, self.fold = session, run, fold
-        self.train = run.train[run.train["fold"] != fold].reset_index(drop=True)
+        self.train = training_rows(run, fold)
         self.validation = run.train[run.train["fold"] == fold].reset_index(drop=True)
         self.model = attach_lora(session.model, config, config.seed + fold)
         quicken(session, self.model, len(self.train) * config.num_epochs)
@@ -2622,6 +2642,8 @@ def train_fold(config: Config, fold: int, session: Session | None = None) -> Fol
         return read_fold_result(run, fold)
     session = session or open_session(run.config, run.train.iloc[0])
     fill_cache(session, run.train, uses=run.training_uses, passes=3)
+    for source, rows in run.extra.groupby("source"):  # test images in the batches in which they are scored later
+        fill_cache(session, run.test if source == "test" else rows, uses=run.training_uses, passes=3)
     trainer = FoldTrainer(session, run, fold)
     try:
         return trainer.fit()
@@ -3934,6 +3956,7 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
         "Views": evaluation.view_table,
         "Views for rows in doubt only, by their share of the last step's cost": curve,
         "Question types": reliability_by_type(oof.frame["type"], evaluation.probabilities, oof.labels),
+        "Rows trained on, by fold and file": source_table(run),
         "Fallbacks taken while reading the data": pd.DataFrame({"rows": run.fallbacks}).rename_axis("fallback"),
         "Time and memory": wrap_up_table(run),
     }
@@ -3969,7 +3992,8 @@ class Run:
     test: pd.DataFrame
     sample: pd.DataFrame
     fallbacks: dict[str, int]
-    fingerprint: str  # of configuration, data and folds together
+    fingerprint: str  # of configuration, data, folds and targets together
+    extra: pd.DataFrame  # further training rows: source (dev, test), and fold, the one that trains on them
 
     def fold_dir(self, fold: int) -> Path:
         return self.directory / f"fold_{fold}"
@@ -3979,7 +4003,9 @@ class Run:
         directory = Path(directory)
         content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         tables = [_read_rows(directory / name) for name in ("folds.csv", "test_rows.csv", "sample_rows.csv")]
-        return cls(Config(**content["config"]), directory, *tables, content["fallbacks"], content["fingerprint"])
+        path = directory / "extra_rows.csv"
+        extra = _read_rows(path) if path.exists() else _no_rows(tables[0])
+        return cls(Config(**content["config"]), directory, *tables, content["fallbacks"], content["fingerprint"], extra)
 
     def is_done(self, stage: str, fold: int) -> bool:
         return (self.directory / STAGES[stage][1].format(fold=fold)).exists()
@@ -4030,7 +4056,13 @@ class Run:
 def _read_rows(path: Path) -> pd.DataFrame:
     """What `write_table` wrote, as text but for the columns that hold numbers."""
     frame = pd.read_csv(path, dtype=str, keep_default_na=False).map(lambda text: text.removeprefix("'"))
-    return frame.astype({column: int for column in ("label", "fold", "width", "height") if column in frame})
+    kinds = dict.fromkeys(("label", "fold", "width", "height", "teacher_fold"), int) | dict.fromkeys(TARGETS, float)
+    return frame.astype({column: kind for column, kind in kinds.items() if column in frame})
+
+
+def _no_rows(train: pd.DataFrame) -> pd.DataFrame:
+    """`extra` of a run that trains on nothing but its training rows."""
+    return train.head(0).assign(source="")
 
 
 def start_run(config: Config, competition: Competition, folds: np.ndarray) -> Run:
@@ -4039,15 +4071,18 @@ def start_run(config: Config, competition: Competition, folds: np.ndarray) -> Ru
     config = dataclasses.replace(config, output_dir=str(directory.parent), run_name=directory.name)
     if config.backup_dir and not Path(config.backup_dir).parent.is_dir():
         raise FileNotFoundError(f"backup_dir {config.backup_dir}: no such disk; for Drive set MOUNT_DRIVE = True above")
-    rows = competition.train.assign(fold=folds)
+    rows, test, sample = competition.train.assign(fold=folds), competition.test, competition.sample
+    run = Run(config, directory, rows, test, sample, competition.fallbacks, competition.fingerprint, _no_rows(rows))
+    run = add_soft_targets(run, competition.data_dir)
     assignment = hashlib.sha256(rows[["id", "fold"]].to_csv().encode()).hexdigest()
     parts = {"config": config.fingerprint, "data": competition.fingerprint, "folds": assignment}
-    parts["model"] = config.model_files
+    parts |= {"model": config.model_files, "targets": targets_sha256(run)}
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     libraries = {name: importlib.metadata.version(name) for name in WATCHED_LIBRARIES}
     content = {"version": __version__, "libraries": libraries, "config": dataclasses.asdict(config), "parts": parts}
-    content |= {"fallbacks": competition.fallbacks, "fingerprint": fingerprint}
-    tables = {"folds": rows, "test_rows": competition.test, "sample_rows": competition.sample}
+    content |= {"fallbacks": run.fallbacks, "fingerprint": fingerprint}
+    tables = {"folds": run.train, "test_rows": test, "sample_rows": sample}
+    tables |= {} if run.extra.empty else {"extra_rows": run.extra}
     path = directory / "config.json"
     if not path.exists():
         _adopt_earlier_run(directory, config, fingerprint)
@@ -4105,11 +4140,12 @@ def _check_same_run(before: Mapping, now: Mapping, directory: Path, tables: Mapp
         return
     new, old = json.loads(json.dumps(now["config"])), before["config"]
     differences = [f"{name}: {old.get(name)!r} -> {value!r}" for name, value in new.items() if old.get(name) != value]
-    for name in ("folds", "test_rows"):
+    for name in (name for name in ("folds", "test_rows", "extra_rows") if (directory / f"{name}.csv").exists()):
         earlier = _read_rows(directory / f"{name}.csv")
-        columns = [column for column in earlier if column in tables[name] and column not in ("image_path", "line")]
-        ids = _differing_ids(tables[name][columns], earlier[columns])
-        images = tables[name].set_index("id")["image_path"]
+        table = tables.get(name, earlier.head(0))
+        columns = [column for column in earlier if column in table and column not in ("image_path", "line")]
+        ids = _differing_ids(table[columns], earlier[columns])
+        images = table.drop_duplicates("id").set_index("id")["image_path"]
         shown = [f"{key} ({Path(images.get(key, '')).name})" for key in ids[:3]]
         differences += [f"rows {shown} and {max(0, len(ids) - 3)} more of {name}.csv"] if ids else []
     differences += [f"files in {now['config']['model_id']}"] if "model" in changed else []
@@ -4206,6 +4242,172 @@ def ensemble_runs(directories: Iterable[str | Path], folder: str | Path) -> tupl
     make_submission(first.sample, dict(zip(first.test["id"], letters, strict=True)), folder / "submission.csv")
     write_table(table.reset_index(), folder / "ladder.csv")
     return table, pd.read_csv(folder / "submission.csv", dtype=str, keep_default_na=False)
+
+
+# === Soft targets ====================================================================================================
+# A row's target over a, b, c, d is its label, or what people (dev.csv) or another run, the teacher, make of it: columns
+# target_a .. target_d. No target comes from a model that was trained on its row, and no fold trains on a row or image
+# that validates it. Something second-hand remains in distillation: the teacher's model for a row of fold 1 was trained
+# on fold 0, so the row's target tells a student of fold 0 a little about the rows that validate it, and OOF figures are
+# slightly optimistic; to be rid of it takes a teacher model for each pair of folds. Test answers for fold 0 come from a
+# model that never saw fold 0: they know it only through decisions on OOF rows (epoch, weights, views, temperature).
+TARGETS = tuple(f"target_{choice}" for choice in CHOICES)
+
+
+def row_target(row: Mapping) -> tuple[float, ...]:
+    """Target over a, b, c, d: the row's soft one, else its label; zeros for a row that has neither."""
+    hard = (float(choice == row.get("label", -1)) for choice in range(4))
+    return tuple(float(row.get(name, value)) for name, value in zip(TARGETS, hard, strict=True))
+
+
+def training_rows(run: Run, fold: int) -> pd.DataFrame:
+    """What a fold trains on: the training rows of all other folds, and the extra rows that were given to it."""
+    rows = run.train[run.train["fold"] != fold].assign(source="train")
+    return pd.concat([rows, run.extra[run.extra["fold"] == fold]], ignore_index=True)
+
+
+def _with_targets(frame: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
+    """`frame` with probabilities (n, 4) as targets; a blank choice gets none."""
+    present = (frame[[*CHOICES]].map(str.strip) != "").to_numpy()
+    shares = np.where(present, probabilities, 0)
+    return frame.assign(**dict(zip(TARGETS, (shares / shares.sum(axis=1, keepdims=True)).T, strict=True)))
+
+
+def _load_dev(root: Path, limit: float, fallbacks: Counter) -> pd.DataFrame:
+    """Rows of dev.csv with the shares of their votes as targets; without a vote or usable image dropped and counted."""
+    if not (root / "dev.csv").is_file():
+        raise DataError(f"{root / 'dev.csv'}: no such file; add it, or set use_dev_votes=False")
+    frame, _ = _read_table(root / "dev.csv", fallbacks)
+    blank = frame[[*VOTES]].map(str.strip) == ""
+    fallbacks["dev_blank_votes"] += int(blank.to_numpy().sum())
+    frame = frame.assign(problem=blank.all(axis=1).map({True: "no vote", False: ""}))
+    _count_lost(frame, "dev", "no_vote", "answer1", limit, fallbacks)
+    frame = frame[~blank.all(axis=1)].drop(columns=["problem", "answer"], errors="ignore").reset_index(drop=True)
+    _check_questions("dev", frame, fallbacks)
+    votes = np.zeros((len(frame), 4))
+    for vote in VOTES:
+        given = frame[frame[vote].str.strip() != ""]
+        votes[given.index] += np.eye(4)[answer_labels(given, "dev.csv", vote)]
+    frame = _with_targets(frame, votes).drop(columns=[*VOTES])
+    frame = _attach_images(frame, root, "dev", limit, fallbacks)
+    return frame[frame["image_ok"]]
+
+
+def _open_teacher(run: Run, name: str) -> Run:
+    """The finished run that config field `name` points to; ValueError unless its rows, labels and images are these."""
+    directory = Path(getattr(run.config, name))
+    where = f"Config field {name!r} is {str(directory)!r}"
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{where}: no run lies in {directory.resolve()}; give the folder of a finished run, attached")
+    teacher, content = Run.open(directory), json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if ids := _differing_ids(run.train[["id", "label"]], teacher.train[["id", "label"]]):
+        raise ValueError(f"{where}: {len(ids)} of its training rows or labels are others, such as {ids[:3]}")
+    if content["parts"]["data"] != run.fingerprint:
+        raise ValueError(f"{where}: it was made from other texts, test rows or pixels; train it on these files")
+    unfinished = [fold for fold in teacher.config.folds_to_train if not teacher.is_done("predict", fold)]
+    if unfinished:
+        raise ValueError(f"{where}: its folds {unfinished} are not finished; run it to its end first")
+    return teacher
+
+
+def _distilled(run: Run, teacher: Run) -> pd.DataFrame:
+    """The training rows with the teacher's calibrated OOF probabilities in their targets; ValueError without one."""
+    evaluation, ids, weight = evaluate_run(teacher), run.train["id"], run.config.distill_weight
+    taught = pd.DataFrame(evaluation.probabilities, evaluation.oof.frame["id"]).reindex(ids).to_numpy()
+    trained_on = np.any([run.train["fold"] != fold for fold in run.config.folds_to_train], axis=0)
+    lacking = ids[trained_on & np.isnan(taught[:, 0])].tolist()
+    if lacking:
+        problem = f"{teacher.directory} has no out-of-fold probabilities for {len(lacking)} rows, such as {lacking[:3]}"
+        raise ValueError(f"Config field 'distill_from': {problem}; train all its folds")
+    hard = np.eye(4)[run.train["label"]]
+    soft = _with_targets(run.train, np.where(np.isnan(taught), hard, taught))
+    soft[[*TARGETS]] = (1 - weight) * hard + weight * soft[[*TARGETS]]
+    folds = teacher.train.set_index("id")["fold"]
+    return soft.assign(teacher_fold=folds[ids].to_numpy())
+
+
+def _pseudo_labelled(run: Run, teacher: Run) -> Iterator[pd.DataFrame]:
+    """For each fold the test rows that the teacher's same fold is sure of, with its calibrated probabilities."""
+    where = f"Config field 'pseudo_label_from': {teacher.directory}"
+    if ids := _differing_ids(run.train[["id", "fold"]], teacher.train[["id", "fold"]]):
+        raise ValueError(f"{where} has {len(ids)} rows in other folds, such as {ids[:3]}; take its n_folds and seed")
+    if absent := sorted(set(run.config.folds_to_train) - set(teacher.finished_folds)):
+        raise ValueError(f"{where} has not trained the folds {absent}; train them there, or leave them out here")
+    probabilities = predict_test(teacher, evaluate_run(teacher))
+    for fold in run.config.folds_to_train:
+        rows = _with_targets(run.test, probabilities[fold])
+        sure = rows["image_ok"] & (rows[[*TARGETS]].max(axis=1) >= run.config.pseudo_label_confidence)
+        yield rows[sure].assign(source="test", fold=fold, teacher_fold=fold)
+
+
+def _without_copies(run: Run, extra: pd.DataFrame, fallbacks: Counter) -> pd.DataFrame:
+    """`extra` without the rows whose image is a copy of one that validates their fold, exact or near; counted."""
+    leakage = leakage_report(run.train, extra)
+    held_out = set(zip(run.train["fold"], leakage.image_group, strict=True))
+    copies = np.array([key in held_out for key in zip(extra["fold"], leakage.test_group, strict=True)], dtype=bool)
+    for (source, fold), rows in extra[copies].groupby(["source", "fold"]):
+        fallbacks[f"{source}_copies_left_out_of_fold_{fold}"] += len(rows)
+    return extra[~copies]
+
+
+def add_soft_targets(run: Run, data_dir: Path) -> Run:
+    """The run with the targets and extra rows that its config asks for; DataError or ValueError for unusable ones."""
+    config, fallbacks, teachers, parts, train = run.config, Counter(run.fallbacks), {}, [], run.train
+    if config.use_dev_votes:
+        dev = _load_dev(data_dir, config.max_fallback_share, fallbacks)
+        parts += [dev.assign(source="dev", fold=fold, teacher_fold=-1) for fold in config.folds_to_train]
+    if config.pseudo_label_from:
+        teachers["test"] = _open_teacher(run, "pseudo_label_from")
+        parts += _pseudo_labelled(run, teachers["test"])
+    if config.distill_from:
+        teachers["train"] = _open_teacher(run, "distill_from")
+        train = _distilled(run, teachers["train"])
+    elif parts:
+        train = _with_targets(train, np.eye(4)[train["label"]]).assign(teacher_fold=-1)
+    extra = _without_copies(run, pd.concat(parts, ignore_index=True), fallbacks) if parts else run.extra
+    run = dataclasses.replace(run, train=train, extra=extra.assign(label=-1), fallbacks=dict(fallbacks))
+    check_no_leak(run, teachers)
+    if parts:
+        left_out = {name: count for name, count in fallbacks.items() if "copies_left_out" in name}
+        LOGGER.info("Training rows by fold and file: %s; %s", source_table(run).to_dict("index"), left_out)
+    return run
+
+
+def source_table(run: Run) -> pd.DataFrame:
+    """How many rows of each file (train, dev, test) every fold trains on."""
+    counts = {fold: training_rows(run, fold)["source"].value_counts() for fold in run.config.folds_to_train}
+    return pd.DataFrame(counts).T.fillna(0).astype(int).rename_axis("fold")
+
+
+def _keys(frame: pd.DataFrame) -> set[tuple[str, str]]:
+    return set(zip(frame["source"], frame["id"], strict=True))
+
+
+def check_no_leak(run: Run, teachers: Mapping[str, Run]) -> None:
+    """DataError where a fold trains on what it is validated on, or on a target from a model that saw the target's row.
+
+    `teachers`: source of rows (train, test) -> the run whose fold `teacher_fold` gave a row of that source its target.
+    """
+    for fold in run.config.folds_to_train:
+        rows = training_rows(run, fold)
+        held_out = run.train[run.train["fold"] == fold].assign(source="train")
+        added = rows[rows["source"] != "train"]
+        copies = added[added["pixel_hash"].isin(held_out["pixel_hash"])]
+        leaks = [(_keys(rows) & _keys(held_out), "a training row also validates it")]
+        leaks += [(_keys(copies), "a training row shows an image that validates it")]
+        for source, teacher in teachers.items():
+            for number, taught in rows[rows["source"] == source].groupby("teacher_fold"):
+                seen = _keys(training_rows(teacher, number)) & _keys(taught)
+                leaks += [(seen, f"a target comes from fold {number} of {teacher.directory}, trained on its row")]
+        for keys, problem in leaks:
+            if keys:
+                raise DataError(f"Fold {fold}: {problem}: {len(keys)} rows, such as {sorted(keys)[:3]}")
+
+
+def targets_sha256(run: Run) -> str:
+    """A hash of all soft targets and of the rows that are not in train.csv, wherever their images lie."""
+    extra = run.extra.drop(columns=["image_path", "line"])
+    return hashlib.sha256((run.train.filter(like="target_").to_csv() + extra.to_csv()).encode()).hexdigest()
 
 
 # === Stages ==========================================================================================================

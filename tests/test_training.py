@@ -39,17 +39,17 @@ def test_choice_order_is_a_function_of_seed_epoch_and_row():
 
 
 def test_choice_loss_equals_cross_entropy_where_all_choices_exist():
-    scores, targets = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 3])
+    scores, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 3])
     present = torch.ones(5, 4, dtype=torch.bool)
     for smoothing in (0.0, 0.1):
-        expected = cross_entropy(scores, targets, label_smoothing=smoothing)
-        assert torch.allclose(vqa.choice_loss(scores, targets, present, smoothing), expected)
+        expected = cross_entropy(scores, labels, label_smoothing=smoothing)
+        assert torch.allclose(vqa.choice_loss(scores, torch.eye(4)[labels], present, smoothing), expected)
 
 
 def test_choice_loss_ignores_a_blank_choice_and_smooths_over_the_others():
     scores = torch.tensor([[1.0, 2.0, 3.0, 99.0]], requires_grad=True)
     present = torch.tensor([[True, True, True, False]])
-    loss = vqa.choice_loss(scores, torch.tensor([1]), present, 0.3)
+    loss = vqa.choice_loss(scores, torch.eye(4)[[1]], present, 0.3)
     log_probabilities = torch.tensor([1.0, 2.0, 3.0]).log_softmax(0)
     assert loss.item() == pytest.approx(-(0.7 * log_probabilities[1] + 0.3 * log_probabilities.mean()).item())
     loss.backward()
