@@ -298,8 +298,10 @@ class Stop(Exception):
 
 def test_a_resumed_student_ends_bitwise_like_an_uninterrupted_one(student, monkeypatch, tmp_path):
     whole, broken = (student(name, save_every_minutes=1e-9, cache_dir=str(tmp_path / name)) for name in ("one", "two"))
-    expected, step = vqa.train_fold(whole.config, 0), vqa.FoldTrainer.optimizer_step
-    assert len(expected.history) == 1
+    session = vqa.open_session(whole.config, whole.train.iloc[0])
+    expected, step = vqa.train_fold(whole.config, 0, session), vqa.FoldTrainer.optimizer_step
+    budget = vqa.pixel_budget(whole.config, session.processor)
+    assert session.cache.covers((digest, *budget) for digest in whole.extra["pixel_hash"])
 
     def stopping(self, epoch, number, *rest):
         if number == 2:
