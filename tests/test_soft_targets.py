@@ -195,6 +195,13 @@ def test_pseudo_labels_of_a_fold_come_from_the_teachers_same_fold(mini_run, teac
     assert sure[0] != sure[1]
 
 
+def test_where_the_teacher_is_sure_of_nothing_only_the_training_rows_are_trained_on(mini_run, teacher):
+    run = mini_run(pseudo_label_from=str(teacher.directory), pseudo_label_confidence=1.0)
+    again = mini_run(pseudo_label_from=str(teacher.directory), pseudo_label_confidence=1.0)
+    assert again.extra.empty and vqa.source_table(run).to_dict("index") == {0: {"train": 18}, 1: {"train": 18}}
+    assert vqa.training_rows(run, 0)["id"].tolist() == run.train["id"][run.train["fold"] != 0].tolist()
+
+
 def test_a_test_row_without_an_image_or_with_a_copy_of_a_validation_image_is_left_out(
     mini_run, mini_data, tmp_path, monkeypatch
 ):
