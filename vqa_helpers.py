@@ -135,6 +135,8 @@ class Config:
     # Model
     model_id: str = "Qwen/Qwen3-VL-8B-Instruct"  # hub id or local folder
     quantization: Literal["4bit", "8bit", "none"] = "4bit"  # 4bit: NF4, double; language model only
+    # 16bit: score OOF and test rows by the unquantised base model, too; used only where OOF does not lose
+    score_precision: Literal["trained", "16bit"] = "trained"
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"  # number format; auto follows the card
     attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"  # auto: sdpa
     gradient_checkpointing: bool = True  # compute activations again in the backward pass; see memory_plan
@@ -148,12 +150,14 @@ class Config:
     min_pixels: int | None = None  # pixels; None: 4 merged patches of the model
     max_pixels: int | None = None  # pixels; None: 768 merged patches of the model
     infer_max_pixels: int | None = None  # pixels; adds views at this budget, used only where OOF gains
+    augment_images: int = 0  # mildly changed copies of each training image, features cached like its own
     # Data
     data_dir: str | None = None  # folder with train.csv, test.csv, sample_submission.csv; None: search, else the demo
     use_sample: bool = False  # train on a random subset of the rows
     sample_size: int = 200  # rows of that subset
     max_fallback_share: float = 0.01  # share of unreadable images above which the run stops
     prompt_templates: Mapping[str, str] = field(default_factory=dict)  # question type -> template, replaces the default
+    paraphrases: int = 1  # wordings of the default instruction that training draws from; inference takes the first
     # Folds
     n_folds: int = 3
     use_kfold: bool = True  # False: one holdout of 1 / n_folds of the rows
@@ -186,6 +190,7 @@ class Config:
     use_early_stopping: bool = False
     early_stopping_patience: int = 2  # epochs
     early_stopping_min_delta: float = 0.001  # accuracy
+    final_retrain: bool = False  # one more model, on all rows; it joins the submission, and no OOF row can judge it
     # Inference
     use_tta: bool = True
     tta_rotations: int = 4  # choice orders: 1, 2 or 4
@@ -292,13 +297,14 @@ _RANGES = (  # what the fields need, its check, their names
     ("at least 1", lambda x: x >= 1, "lora_r lora_alpha num_epochs batch_size grad_accum_steps infer_batch_size"),
     ("at least 1", lambda x: x >= 1, "early_stopping_patience swa_start_epoch save_every_steps"),
     ("at least 0", lambda x: x >= 0, "zeroshot_rows num_workers weight_decay early_stopping_min_delta seed"),
-    ("at least 0", lambda x: x >= 0, "max_skipped_steps"),
+    ("at least 0", lambda x: x >= 0, "max_skipped_steps augment_images"),
     ("0 <= value < 1", lambda x: 0 <= x < 1, "lora_dropout warmup_ratio label_smoothing ema_decay max_fallback_share"),
     ("0 < value < 1", lambda x: 0 < x < 1, "adaptive_tta"),
     ("a positive number", lambda x: x > 0, "learning_rate max_grad_norm save_every_minutes time_budget_hours"),
     ("a positive number", lambda x: x > 0, "image_size min_pixels max_pixels infer_max_pixels"),
     ("1, 2 or 4", lambda x: x in (1, 2, 4), "tta_rotations"),
     ("0 < value <= 1", lambda x: 0 < x <= 1, "distill_weight pseudo_label_confidence"),
+    ("1 to 4", lambda x: 1 <= x <= 4, "paraphrases"),
 )
 
 
@@ -316,10 +322,14 @@ def _config_rules(config: Config) -> Iterator[tuple[bool, str, str]]:
             yield value is None or holds(value), name, needs
     if config.min_pixels and config.max_pixels:
         yield config.min_pixels <= config.max_pixels, "min_pixels", f"at most max_pixels, {config.max_pixels}"
+    same = config.score_precision == "16bit" and config.quantization == "none"
+    yield not same, "score_precision", "'trained' where quantization is 'none': there is nothing else to score with"
     scales = config.tta_scales
     yield all(0.25 <= scale <= 4 for scale in scales) and 1.0 in scales, "tta_scales", "factors in [0.25, 4] with 1.0"
     further = config.use_tta and (config.tta_rotations > 1 or len(set(scales)) > 1 or config.infer_max_pixels)
     yield config.adaptive_tta is None or bool(further), "adaptive_tta", "use_tta with rotations or scales to save on"
+    both = config.adaptive_tta and config.score_precision == "16bit"
+    yield not both, "adaptive_tta", "score_precision 'trained': 16 bits are judged on rows that have every view"
     folds = range(config.n_folds) if config.train_folds is None else config.train_folds
     yield set(folds) <= set(range(config.n_folds)), "train_folds", f"folds below {config.n_folds}"
     yield 0 < len(folds) == len(set(folds)), "train_folds", "at least one fold, and none twice"
@@ -1099,6 +1109,9 @@ def load_image(path: str | Path, max_side: int = MAX_IMAGE_SIDE) -> Image.Image:
     """Upright RGB, longer side at most `max_side`, transparency on white; ImageError for what cannot be used."""
     if str(path) == GREY_IMAGE:
         return grey_image()
+    if VARIANT in str(path):
+        original, recipe = str(path).split(VARIANT)
+        return change_image(load_image(original, max_side), json.loads(recipe))
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:  # reads the header; PIL refuses a decompression bomb
             image.draft("RGB", [math.ceil(n * max_side / max(image.size)) for n in image.size])  # JPEG at 1/2 to 1/8
@@ -1262,6 +1275,51 @@ def make_folds(train: pd.DataFrame, n_folds: int = 3, seed: int = 42, groups=Non
     return folds
 
 
+# === Augmentation ====================================================================================================
+VARIANT = "<variant>"  # in an image_path, between the file and how it is changed; `load_image` knows it
+
+
+def image_variants(frame: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
+    """`frame`, then `count` copies of it that show mildly changed images; `variant` is 0, then the copy's number.
+
+    A change is a function of (seed, number, image). It never turns or flips an image or changes a hue, and it crops
+    none that any of the questions reads text from."""
+    is_read = (frame["type"] == "ocr").groupby(frame["pixel_hash"]).transform("any")
+    images = [*zip(frame["pixel_hash"], frame["image_path"], frame["width"], frame["height"], ~is_read, strict=True)]
+    parts = [frame.assign(variant=0)]
+    for number in range(1, count + 1):
+        changes = [draw_change(_generator(seed, number, image[0]), *image[2:]) for image in images]
+        recipes = [json.dumps(change) for change in changes]
+        boxes = np.array([change["box"] for change in changes])
+        columns = {"width": boxes[:, 2] - boxes[:, 0], "height": boxes[:, 3] - boxes[:, 1], "variant": number}
+        columns["image_path"] = [f"{image[1]}{VARIANT}{recipe}" for image, recipe in zip(images, recipes, strict=True)]
+        columns["pixel_hash"] = [f"{image[0]} {recipe}" for image, recipe in zip(images, recipes, strict=True)]
+        parts.append(frame.assign(**columns))
+    return pd.concat(parts, ignore_index=True)
+
+
+def draw_change(generator: np.random.Generator, width: int, height: int, may_crop: bool) -> dict:
+    """How one image is changed: box in pixels, at least 95 % of each side; shares of mixing; JPEG quality."""
+    left, top, right, bottom = (generator.uniform(0, 0.025, 4) * [width, height, width, height]).astype(int).tolist()
+    light, contrast, colour = (round(generator.uniform(*ends), 3) for ends in ((-0.1, 0.1), (0, 0.15), (0, 0.2)))
+    box = [left, top, int(width) - right, int(height) - bottom] if may_crop else [0, 0, int(width), int(height)]
+    quality = int(generator.integers(70, 96))
+    return {"box": box, "light": light, "contrast": contrast, "colour": colour, "quality": quality}
+
+
+def change_image(image: Image.Image, change: Mapping) -> Image.Image:
+    """The changed image: cropped, then mixed with black or white, its mean grey and its own greys, then as a JPEG."""
+    image = image.crop(change["box"])
+    shade = Image.new("RGB", image.size, "white" if change["light"] > 0 else "black")
+    image = Image.blend(image, shade, abs(change["light"]))  # mixing with grey keeps every hue, unlike clipping
+    mean = round(np.asarray(image.convert("L")).mean())
+    image = Image.blend(image, Image.new("RGB", image.size, (mean, mean, mean)), change["contrast"])
+    image = Image.blend(image, image.convert("L").convert("RGB"), change["colour"])
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=change["quality"], subsampling=0)
+    return Image.open(buffer).convert("RGB")
+
+
 # === Prompt ==========================================================================================================
 QUESTION_TYPES = ("counting", "color", "ocr", "yesno", "location", "attribute", "general")
 # First match wins, so the narrow patterns stand before the wide ones: "what colour is the text" asks for a colour.
@@ -1286,9 +1344,15 @@ _HINTS = {
     "attribute": "대상의 모양, 크기와 상태를 살펴보세요.",
     "general": "이미지를 자세히 살펴보세요.",
 }
-# Choices come last: all orders of one question then share one long prefix.
-_TASK = " 알맞은 보기의 글자(a, b, c, d) 하나만 답하세요.\n질문: {question}\n보기:\n{choices}"
-PROMPT_TEMPLATES = {name: hint + _TASK for name, hint in _HINTS.items()}
+# Choices come last: all orders of one question then share one long prefix. The first wording is that of inference;
+# the others, for training, are no longer than it, so that what memory holds does not change.
+_TASKS = (
+    " 알맞은 보기의 글자(a, b, c, d) 하나만 답하세요.\n질문: {question}\n보기:\n{choices}",
+    " 맞는 보기를 글자(a, b, c, d) 하나로만 쓰세요.\n질문: {question}\n보기:\n{choices}",
+    " 정답인 보기의 글자(a, b, c, d)만 쓰세요.\n문제: {question}\n선택:\n{choices}",
+    " a, b, c, d 중 알맞은 글자를 고르세요.\n{question}\n{choices}",
+)
+PROMPT_TEMPLATES = {name: hint + _TASKS[0] for name, hint in _HINTS.items()}
 
 
 def question_type(text: str) -> str:
@@ -1300,6 +1364,11 @@ def question_type(text: str) -> str:
 def neutralise_special_tokens(text: str) -> str:
     """Break text that a tokenizer would read as a control token: `<|im_end|>` becomes `< |im_end| >`."""
     return re.sub(r"<(\|[^<>|\s]{1,40}\||/?(?:think|tool_call|tool_response))>", r"< \1 >", text)
+
+
+def prompt_templates(config: Config, wording: int = 0) -> dict[str, str]:
+    """Question type -> template; the config's own ones have a single wording."""
+    return {name: hint + _TASKS[wording] for name, hint in _HINTS.items()} | dict(config.prompt_templates)
 
 
 def permute_choices(values, order):
@@ -1580,10 +1649,6 @@ class Session:
         LOGGER.warning("%s", text)
         self.notes.append(text)
 
-    @property
-    def templates(self) -> Mapping[str, str]:
-        return {**PROMPT_TEMPLATES, **self.config.prompt_templates}
-
 
 def open_session(config: Config, example: Mapping) -> Session:
     """Load processor and model, check the template on `example` (a row) and log every decision with its reason."""
@@ -1592,7 +1657,8 @@ def open_session(config: Config, example: Mapping) -> Session:
         LOGGER.info("Decision: %s", reason)
     seed_everything(config.seed, config.deterministic, config.strict_determinism)
     processor = load_processor(config)
-    letters = check_template(processor, build_messages(example))
+    wordings = [prompt_templates(config, number) for number in range(config.paraphrases)]
+    letters = [check_template(processor, build_messages(example, templates=wording)) for wording in wordings][0]
     with track_peak_memory("model loaded"):
         model = load_model(config, runtime)
     keep_gpu_fed(model)
@@ -1629,7 +1695,8 @@ def make_prompt(
     try:
         budget = pixel_budget(session.config, session.processor, scale)
         grid = image_grid(record["width"], record["height"], session.processor, budget)
-        messages = [build_messages(record, order, session.templates) for order in orders]
+        templates = prompt_templates(session.config, record.get("wording", 0))
+        messages = [build_messages(record, order, templates) for order in orders]
         texts = [encode_prompt(session.processor, message, grid) for message in messages]
     except Exception as error:
         raise DataError(f"Row {record['id']} (image {record['image_path']}) cannot be prepared: {error}") from error
@@ -2099,9 +2166,10 @@ class VisionCache:
     def fill(self, frame: pd.DataFrame, budget: tuple[int, int], progress: Callable, batch_size: int = 16) -> bool:
         """Store the features of all images of `frame`; False, with the reason logged, where nothing can hold them."""
         rows = frame.drop_duplicates("pixel_hash").sort_values(["height", "width", "pixel_hash"])  # like beside like
-        distinct = [((row.pixel_hash, *budget), row.image_path) for row in rows.itertuples()]
-        # The batches are fixed, so that no feature depends on where an earlier process stopped.
-        batches = [distinct[start : start + batch_size] for start in range(0, len(distinct), batch_size)]
+        batches = []  # fixed, so that no feature depends on where an earlier process stopped, nor on other variants
+        for _, part in rows.groupby(rows.get("variant", pd.Series(0, rows.index)), sort=True):
+            distinct = [((row.pixel_hash, *budget), row.image_path) for row in part.itertuples()]
+            batches += [distinct[start : start + batch_size] for start in range(0, len(distinct), batch_size)]
         self.folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(self.folder / "lock"):  # one worker computes, the others wait and read
             for path in set(self.folder.glob("*.safetensors")) - {path for path, _ in self.shards.values()}:
@@ -2344,6 +2412,12 @@ def training_order(config: Config, epoch: int, sample_id: str) -> tuple[int, ...
     return tuple(shuffled) if config.shuffle_choices else (0, 1, 2, 3)
 
 
+def training_look(config: Config, epoch: int, sample_id: str) -> tuple[int, int]:
+    """Variant of the image and wording of the instruction of a question in one epoch: of (seed, epoch, sample id)."""
+    generator = _generator(config.seed, epoch, sample_id, "look")
+    return int(generator.integers(config.augment_images + 1)), int(generator.integers(config.paraphrases))
+
+
 def plan_epoch(lengths: Sequence[int], step_size: int, seed_keys: Sequence, window: int = 8) -> list[np.ndarray]:
     """Optimizer steps of row numbers: a seeded shuffle, every row once, the short tail kept.
 
@@ -2380,7 +2454,9 @@ class FoldTrainer:
     def __init__(self, session: Session, run: Run, fold: int):
         config = self.config = session.config
         self.session, self.run, self.fold = session, run, fold
-        self.train = training_rows(run, fold)
+        variants = image_variants(all_rows(run), config.augment_images, config.seed)
+        self.variants = training_rows(run, fold, variants)  # all of one variant, then the next
+        self.train = self.variants.query("variant == 0")
         self.validation = run.train[run.train["fold"] == fold].reset_index(drop=True)
         self.model = attach_lora(session.model, config, config.seed + fold)
         quicken(session, self.model, len(self.train) * config.num_epochs)
@@ -2389,7 +2465,7 @@ class FoldTrainer:
         options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         self.optimizer = torch.optim.AdamW(weights, **options, fused=session.device.type == "cuda")
         self.step_size = config.batch_size * config.grad_accum_steps
-        self.steps_per_epoch = math.ceil(len(self.train) / self.step_size)
+        self.steps_per_epoch, self.epochs = math.ceil(len(self.train) / self.step_size), config.num_epochs
         self.total_steps = self.steps_per_epoch * config.num_epochs
         warmup = round(self.total_steps * config.warmup_ratio)
         self.scheduler = transformers.get_cosine_schedule_with_warmup(self.optimizer, warmup, self.total_steps)
@@ -2440,7 +2516,7 @@ class FoldTrainer:
         """Train from the newest checkpoint to the end and write adapters, validation logits and result.json."""
         epoch, step = self.resume()
         recompute_layers(self.session, self.plan.stored_layers)
-        while epoch < self.config.num_epochs and self.early_stopping.waited < self.early_stopping.patience:
+        while epoch < self.epochs and self.early_stopping.waited < self.early_stopping.patience:
             try:
                 speed = self.train_epoch(epoch, step)
                 self.end_epoch(epoch, speed)
@@ -2448,9 +2524,9 @@ class FoldTrainer:
                 self.save(epoch, self.next_step)
                 raise
             epoch, step = epoch + 1, 0
-            if self.config.save_every_epoch or epoch == self.config.num_epochs:
+            if self.config.save_every_epoch or epoch == self.epochs:
                 self.save(epoch, step)
-            if epoch < self.config.num_epochs and agree(self.time_is_up(speed)):
+            if epoch < self.epochs and agree(self.time_is_up(speed)):
                 self.session.note(f"fold {self.fold}: training stopped after epoch {epoch}, {_NO_TIME}")
                 break
         return self.finish()
@@ -2466,9 +2542,12 @@ class FoldTrainer:
         return self.session.plan
 
     def prompts(self, epoch: int) -> list[Prompt]:
-        """Every training row in its choice order of that epoch."""
-        orders = [training_order(self.config, epoch, sample_id) for sample_id in self.train["id"]]
-        return [make_prompt(self.session, self.train, row, [order]) for row, order in enumerate(orders)]
+        """Every training row as that epoch shows it: image, wording and choice order."""
+        ids = self.train["id"]
+        variant, wording = np.array([training_look(self.config, epoch, sample_id) for sample_id in ids]).T
+        frame = self.variants.iloc[variant * len(ids) + np.arange(len(ids))].assign(wording=wording)
+        orders = [training_order(self.config, epoch, sample_id) for sample_id in ids]
+        return [make_prompt(self.session, frame, row, [order]) for row, order in enumerate(orders)]
 
     def time_is_up(self, speed: float) -> bool:
         """Whether the time left is needed for inference; training `speed` in questions per second."""
@@ -2599,7 +2678,7 @@ class FoldTrainer:
 
     def end_epoch(self, epoch: int, speed: float) -> None:
         _, metrics = self.validate()
-        score = [metrics["accuracy"], -metrics["nll"]]
+        score = [metrics["accuracy"], -metrics["nll"]] if metrics else None  # without held-out rows the last is best
         if self.best["score"] is None or score > self.best["score"]:
             tensors = {name: value.detach().cpu().clone() for name, value in self.parameters.items()}
             self.best = {"score": score, "epoch": epoch, "tensors": tensors}
@@ -2609,7 +2688,7 @@ class FoldTrainer:
         write_table(pd.DataFrame(self.history), self.run.fold_dir(self.fold) / "history.csv")
         rounded = {name: round(value, 4) for name, value in self.history[-1].items()}
         LOGGER.info("Fold %d epoch %d: %s", self.fold, epoch + 1, rounded)
-        if self.config.use_early_stopping:
+        if self.config.use_early_stopping and metrics:
             self.early_stopping(metrics["accuracy"])
 
     def finish(self) -> FoldResult:
@@ -2641,15 +2720,52 @@ def train_fold(config: Config, fold: int, session: Session | None = None) -> Fol
     if run.is_done("train", fold):
         return read_fold_result(run, fold)
     session = session or open_session(run.config, run.train.iloc[0])
-    fill_cache(session, run.train, uses=run.training_uses, passes=3)
-    for source, rows in run.extra.groupby("source"):  # test images in the batches in which they are scored later
-        fill_cache(session, run.test if source == "test" else rows, uses=run.training_uses, passes=3)
-    trainer = FoldTrainer(session, run, fold)
+    # Test images in the batches in which they are scored later.
+    frames = [run.train, *(run.test if source == "test" else rows for source, rows in run.extra.groupby("source"))]
+    if run.config.augment_images:
+        frames.append(image_variants(all_rows(run), run.config.augment_images, run.config.seed))
+    for frame in frames:
+        fill_cache(session, frame, uses=run.training_uses, passes=3)
+    trainer = FinalTrainer(session, run) if fold == run.final_fold else FoldTrainer(session, run, fold)
     try:
         return trainer.fit()
     finally:
         trainer.model.unload()  # the base model is shared: the next fold starts from it, untouched
         clear_memory()
+
+
+# === Final model =====================================================================================================
+class OutOfTime(Interrupted):
+    """The time budget ends in the training of the model on all rows; a later session continues it."""
+
+
+def final_epochs(run: Run) -> int:
+    """How long the model on all rows is trained: the median over folds of what gave the weights that are used."""
+    kind, results = select_weights(run), [read_fold_result(run, fold) for fold in run.finished_folds]
+    return int(np.median([result.best_epoch if kind == "raw" else len(result.history) for result in results]))
+
+
+class FinalTrainer(FoldTrainer):
+    """One more model, on all rows: nothing is held out, so that nothing about it is measured or chosen."""
+
+    def __init__(self, session: Session, run: Run):
+        super().__init__(session, run, run.final_fold)
+        self.epochs = final_epochs(run)  # of the folds' schedule: no more than they had
+
+    def train_epoch(self, epoch: int, first_step: int) -> float:
+        speed = super().train_epoch(epoch, first_step)
+        if self.next_step < self.steps_per_epoch:
+            raise OutOfTime
+        return speed
+
+    def validate(self) -> tuple[np.ndarray, dict]:
+        return np.empty((0, 1, 4)), {}
+
+    def finish(self) -> FoldResult:
+        if len(self.history) < self.epochs:
+            self.save(len(self.history), 0)
+            raise OutOfTime  # half a schedule, and no row to see what that costs
+        return super().finish()
 
 
 # === Inference =======================================================================================================
@@ -3275,6 +3391,8 @@ def _check_rows(frame, sample, path):
 
 
 # === Evaluation ======================================================================================================
+IN_16_BITS = " in 16 bits"  # end of the name of a view, or a set of them, that an unquantised base model scored
+FINAL_STEP = "and a model on all rows, which no OOF row can judge"
 VIEW_BLENDS = {"vote": "vote of views", "weighted": "weighted views", "stacked": "stacked views"}  # blend -> step
 
 
@@ -3308,12 +3426,22 @@ class OofLogits:
 
 def read_oof(run: Run) -> OofLogits:
     """The trained folds' oof.npz put together. Raises FileNotFoundError for a fold that has not been predicted."""
-    parts = [read_arrays(run.fold_dir(fold) / "oof.npz", run.fingerprint) for fold in run.finished_folds]
+    parts = [read_scores(run, fold, "oof") for fold in run.finished_folds]
     ids, logits = (np.concatenate([part[name] for part in parts]) for name in ("ids", "logits"))
     frame = run.train[run.train["id"].isin(ids)].reset_index(drop=True)
     logits = logits[pd.Index(ids).get_indexer(frame["id"])]
     names = tuple(parts[0]["view_names"].tolist())
     return OofLogits(frame, logits, frame["label"].to_numpy(), frame["fold"].to_numpy(), names)
+
+
+def read_scores(run: Run, fold: int, name: str) -> dict[str, np.ndarray]:
+    """What `write_logits` wrote as `name` (oof or test); 16-bit views stand behind the others, where all have them."""
+    content = read_arrays(run.fold_dir(fold) / f"{name}.npz", run.fingerprint)
+    if run.is_rescored:
+        more = read_arrays(run.fold_dir(fold) / f"{name}_16bit.npz", run.fingerprint)
+        content["logits"] = np.concatenate([content["logits"], more["logits"]], axis=1)
+        content["view_names"] = np.concatenate([content["view_names"], more["view_names"]])
+    return content
 
 
 @dataclass(frozen=True)
@@ -3336,7 +3464,8 @@ def fold_temperatures(scores: np.ndarray, labels: np.ndarray, folds: np.ndarray)
 def calibrate(scores: np.ndarray, labels: np.ndarray, folds: np.ndarray, enabled: bool = True) -> Calibration:
     """Temperature scaling of combined scores (n, 4); `enabled=False` keeps every temperature at 1."""
     if not enabled:
-        return Calibration(dict.fromkeys(np.unique(folds).tolist(), 1.0), softmax(scores))
+        ones = dict.fromkeys(np.unique(folds).tolist(), 1.0)
+        return Calibration(defaultdict(lambda: 1.0, ones), softmax(scores))
     part, scale = np.arange(len(labels)) % 5, np.ones(len(labels))
     for inside in (part == number for number in np.unique(part)):
         fitted = fold_temperatures(scores[~inside], labels[~inside], folds[~inside])
@@ -3351,12 +3480,14 @@ def score_row(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]
 
 
 def view_sets(view_names: Sequence[str]) -> dict[str, list[int]]:
-    """The candidate sets of views, each wider than the one before: one view, all rotations, rotations and scales."""
-    rotations = [index for index, name in enumerate(view_names) if name.startswith("rotation")]
-    sets = {"single view": [0]}
-    for name, wider in {"rotations": rotations, "rotations and scales": list(range(len(view_names)))}.items():
-        if wider not in sets.values():
-            sets[name] = wider
+    """The candidate sets, each wider than the one before: one view, all rotations, and scales; then in 16 bits."""
+    sets = {}
+    for ending in ("", IN_16_BITS):
+        own = [index for index, name in enumerate(view_names) if name.endswith(IN_16_BITS) == bool(ending)]
+        rotations = [index for index in own if view_names[index].startswith("rotation")]
+        for name, wider in {"single view": own[:1], "rotations": rotations, "rotations and scales": own}.items():
+            if wider and wider not in sets.values():
+                sets[name + ending] = wider
     return sets
 
 
@@ -3450,16 +3581,24 @@ def build_ladder(run: Run, oof: OofLogits, views: list, scaled: np.ndarray, ways
     """What each step is worth on OOF rows against the step named in `against`; cost in questions with one view."""
     count = f"up to {len(views)}" if set(views) & set(oof.later) else len(views)
     average, base = f"mean of {count} views", read_arrays(run.directory / "zeroshot.npz", run.fingerprint)
+    trained = [oof.view_names.index(oof.view_names[view].removesuffix(IN_16_BITS)) for view in views]
     zeroshot = pd.DataFrame(softmax(base["logits"][:, 0]), index=base["ids"])
     steps = {
         "zero-shot": (zeroshot.reindex(oof.frame["id"]).to_numpy(), ""),  # NaN where it scored no row
         "fine-tuned, one view": (softmax(combine_views(oof.logits[:, :1])), "zero-shot"),
-        average: (softmax(combine_views(oof.logits[:, views])), "fine-tuned, one view"),
-        "temperature": (scaled, average),
+        average: (softmax(combine_views(oof.logits[:, trained])), "fine-tuned, one view"),
     }
+    used = {"fine-tuned, one view", average}
+    if run.is_rescored:  # a rung also where it loses
+        unquantised = [oof.view_names.index(oof.view_names[view] + IN_16_BITS) for view in trained]
+        steps[average + IN_16_BITS] = (softmax(combine_views(oof.logits[:, unquantised])), average)
+        average += IN_16_BITS * (views == unquantised)
+    steps["temperature"] = (scaled, average)
     end = "temperature" if scaled is ways["mean"] else average
     steps |= {VIEW_BLENDS[name]: (ways[name], end) for name in ways if name != "mean"}
-    used = {"fine-tuned, one view"} | ({VIEW_BLENDS[method]} if method in VIEW_BLENDS else {average, end})
+    used = {VIEW_BLENDS[method], "fine-tuned, one view"} if method in VIEW_BLENDS else used | {average, end}
+    if run.final_fold in run.members:
+        steps[FINAL_STEP], used = (np.full((len(oof.labels), 4), math.nan), ""), used | {FINAL_STEP}
     ladder = ladder_table(steps, oof.labels, oof.groups, used)
     ladder.loc["zero-shot", ["accuracy", "nll", "ece"]] = score_row(zeroshot.to_numpy(), base["labels"])
     ladder.insert(3, "cost", [1.0, 1.0] + [oof.cost(views)] * (len(steps) - 2))
@@ -3485,17 +3624,19 @@ def select_weights(run: Run) -> str:
     LOGGER.info("Decision: %s weights for all folds, held-out NLL %s", chosen, pooled)
     path = run.directory / "selection.json"
     if path.exists() and json.loads(path.read_text(encoding="utf-8"))["weights"] != chosen:  # a fold came later
-        for fold, name in itertools.product(run.finished_folds, ("oof", "test")):
+        for fold, name in itertools.product(
+            [*run.finished_folds, run.final_fold], ("oof", "test", "oof_16bit", "test_16bit")
+        ):
             (run.fold_dir(fold) / f"{name}.npz").unlink(missing_ok=True)
     atomic_write(path, json.dumps({"weights": chosen, "nll": pooled}))
     return chosen
 
 
 def predict_test(run: Run, evaluation: Evaluation) -> dict[int, np.ndarray]:
-    """Fold -> test probabilities (n, 4) with the admitted views and the fold's temperature."""
+    """Model -> test probabilities (n, 4) with the admitted views and the fold's temperature (final model: pooled)."""
     result = {}
-    for fold in run.finished_folds:
-        logits = read_arrays(run.fold_dir(fold) / "test.npz", run.fingerprint)["logits"]
+    for fold in run.members:
+        logits = read_scores(run, fold, "test")["logits"]
         if evaluation.method in VIEW_BLENDS:
             old, new = (_view_members(each, evaluation.views) for each in (evaluation.oof.logits, logits))
             result[fold] = blend(evaluation.method, old, evaluation.oof.labels, new)
@@ -3950,6 +4091,9 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
         f"Views are combined by: {evaluation.method}. `used` marks the steps behind the submission, and what loses is "
         "left out. `_low` and `_high` are the ends of 90 % intervals of the change against the step in `against`.",
     ]
+    if run.final_fold in run.members:
+        text = "One more model was trained on all rows and is a member of the mean, with the folds' pooled temperature."
+        parts.append(f"{text} No row is out of fold for it: whether it helps cannot be seen here.")
     tables = {
         "Steps on out-of-fold rows": evaluation.ladder,
         "Folds": evaluation.fold_table,
@@ -3960,7 +4104,9 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
         "Fallbacks taken while reading the data": pd.DataFrame({"rows": run.fallbacks}).rename_axis("fallback"),
         "Time and memory": wrap_up_table(run),
     }
-    later = tuple(f"train fold {fold} was left out" for fold in run.finished_folds)  # made up for by a later session
+    done = itertools.product(("train", "rescore"), run.members)  # made up for by a later session
+    later = tuple(f"{stage} fold {fold} was left out" for stage, fold in done if run.is_done(stage, fold))
+    later += ("scoring in 16 bits was left out",) * run.is_rescored
     logged = read_json_lines(run.directory / "events.jsonl")
     if events := [record for record in logged if not record["event"].startswith(later)]:
         tables["What did not go to plan"] = pd.DataFrame(events).drop_duplicates("event").set_index("event")
@@ -4015,10 +4161,31 @@ class Run:
         """The folds that are trained; fewer than the configuration asks for when the time was up."""
         return [fold for fold in self.config.folds_to_train if self.is_done("train", fold)]
 
+    def missing(self, stage: str, folds: Sequence[int]) -> list[int]:
+        """The folds that wait for `stage`: not done, and trained where it scores."""
+        trained = [fold for fold in folds if stage in ("zeroshot", "train") or self.is_done("train", fold)]
+        return [fold for fold in trained if not self.is_done(stage, fold)]
+
+    @property
+    def is_rescored(self) -> bool:
+        """Whether all members have 16-bit scores, too."""
+        return bool(self.members) and all(self.is_done("rescore", fold) for fold in self.members)
+
+    @property
+    def final_fold(self) -> int:
+        """The number of the model on all rows, the first that is no fold's."""
+        return self.config.n_folds
+
+    @property
+    def members(self) -> list[int]:
+        """The models behind the submission: the finished folds and, once it has scored the test, the final model."""
+        return self.finished_folds + [self.final_fold] * self.is_done("predict", self.final_fold)
+
     @property
     def training_uses(self) -> int:
         """How often a training image is needed, about: in each fold's epochs, validations and final scores."""
-        return len(self.config.folds_to_train) * (self.config.num_epochs + 2)
+        epochs = self.config.num_epochs // (1 + self.config.augment_images)  # the others show a variant of it
+        return len(self.config.folds_to_train) * (epochs + 2)
 
     def seconds_left(self) -> float:
         """Seconds of the time budget that remain; infinite without one."""
@@ -4260,10 +4427,15 @@ def row_target(row: Mapping) -> tuple[float, ...]:
     return tuple(float(row.get(name, value)) for name, value in zip(TARGETS, hard, strict=True))
 
 
-def training_rows(run: Run, fold: int) -> pd.DataFrame:
-    """What a fold trains on: the training rows of all other folds, and the extra rows that were given to it."""
-    rows = run.train[run.train["fold"] != fold].assign(source="train")
-    return pd.concat([rows, run.extra[run.extra["fold"] == fold]], ignore_index=True)
+def all_rows(run: Run) -> pd.DataFrame:
+    """What any fold trains on; `fold` is the one that a training row validates, or that an extra row is for."""
+    return pd.concat([run.train.assign(source="train"), run.extra], ignore_index=True)
+
+
+def training_rows(run: Run, fold: int, rows: pd.DataFrame | None = None) -> pd.DataFrame:
+    """What a fold trains on, of all rows or of `rows`: the training rows of other folds, and the extra rows for it."""
+    rows = all_rows(run) if rows is None else rows
+    return rows[(rows["source"] == "train") != (rows["fold"] == fold)].reset_index(drop=True)
 
 
 def _with_targets(frame: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
@@ -4440,31 +4612,34 @@ def partial_scores(session: Session, run: Run, path: Path) -> Partial | None:
     return Partial(path, plan, run.config) if team()[1] == 1 else None
 
 
-def stage_predict(session: Session, run: Run, fold: int) -> None:
-    """Score the fold's held-out rows and all test rows in every view with the selected weights."""
+def stage_predict(session: Session, run: Run, fold: int, ending: str = "") -> None:
+    """Score the fold's held-out rows and all test rows in every view with the selected weights.
+
+    `ending` is of the files' names and, where it is not empty, says that the session's base model is unquantised."""
     kind = json.loads((run.directory / "selection.json").read_text(encoding="utf-8"))["weights"]
     views, directory = all_views(run.config, session.processor), run.fold_dir(fold)
+    names = [view.name + IN_16_BITS * bool(ending) for view in views]
     held_out = run.train[run.train["fold"] == fold].reset_index(drop=True)
     weights = directory / f"adapter_{kind}" / "adapter_model.safetensors"
     if not weights.exists() or file_sha256(weights) != read_fold_result(run, fold).adapters[kind]:
-        LOGGER.warning("%s is damaged: made anew from the last checkpoint", weights)
         (directory / "result.json").unlink()
+        if ending:  # another base model than the adapter was trained on
+            raise CheckpointError(f"{weights} is damaged; run again to make it anew from the last checkpoint")
+        LOGGER.warning("%s is damaged: made anew from the last checkpoint", weights)
         train_fold(run.config, fold, session)
     adapted = load_adapter(session.model, directory / f"adapter_{kind}")
     quicken(session, adapted, len(held_out) + len(run.test))
     try:
-        for name, frame, images in (("oof", held_out, run.train), ("test", run.test, run.test)):
+        for name, frame, images in ((f"oof{ending}", held_out, run.train), (f"test{ending}", run.test, run.test)):
             fill_cache(session, images, uses=len(run.config.folds_to_train), passes=1)
-            partial, label = (
-                partial_scores(session, run, directory / f"{name}.{kind}.partial.npz"),
-                f"fold {fold} {name}",
-            )
+            partial = partial_scores(session, run, directory / f"{name}.{kind}.partial.npz")
+            label = f"fold {fold} {name}"
             if name == "test" and run.config.adaptive_tta is not None:
                 oof = read_arrays(directory / "oof.npz", run.fingerprint)["logits"]
                 logits = predict_in_doubt(session, frame, views, oof, label, partial)
             else:
                 logits = predict_logits(session, frame, views, label, partial)
-            write_logits(directory / f"{name}.npz", frame, logits, [view.name for view in views], run.fingerprint)
+            write_logits(directory / f"{name}.npz", frame, logits, names, run.fingerprint)
             for path in directory.glob(f"{name}.{kind}.*partial.npz"):
                 path.unlink()
     finally:
@@ -4475,48 +4650,83 @@ STAGES = {  # what does it for one fold, and the file that it writes last: where
     "zeroshot": (stage_zeroshot, "zeroshot.npz"),
     "train": (lambda session, run, fold: train_fold(run.config, fold, session), "fold_{fold}/result.json"),
     "predict": (stage_predict, "fold_{fold}/test.npz"),
+    "rescore": (functools.partial(stage_predict, ending="_16bit"), "fold_{fold}/test_16bit.npz"),
 }
 
 
 def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: Callable) -> None:
-    """Do what is missing of `stages` for `folds`, loading the model at most once."""
-    session, logged = None, read_json_lines(run.directory / "stages.jsonl")
-    longest = max((record["seconds"] for record in logged if record["label"].startswith("train")), default=0.0)
+    """Do what is missing of `stages` for `folds`, loading the model at most once, for "rescore" once more."""
+    session, longest = None, defaultdict(float)  # seconds of a stage for one fold
+    for record in read_json_lines(run.directory / "stages.jsonl"):
+        longest[record["label"].split()[0]] = max(longest[record["label"].split()[0]], record["seconds"])
     for stage in stages:
         if stage == "predict":
             select_weights(run)
-        for fold in folds:
-            if run.is_done(stage, fold) or (stage == "predict" and fold not in run.finished_folds):
+        if not (waiting := run.missing(stage, folds)):
+            continue
+        if stage == "rescore":
+            session = None  # one model at a time
+            clear_memory(LOGGER)
+            fits, verdict = verdict_in_16_bits(run.config, free_gib())
+            LOGGER.info("Decision: scoring in 16 bits: %s", verdict)
+            if not agree(fits):
+                MetricLogger(run.directory / "events.jsonl").log(event=f"scoring in 16 bits was left out: {verdict}")
                 continue
+        for fold in waiting:
             if session is None:
-                session = open_session(run.config, run.train.iloc[0])
-                session.progress = progress
-                # A team comes last: it leaves time for what the single devices have still to score.
-                session.folds = folds if team()[1] == 1 else run.config.folds_to_train
-                session.seconds_per_question = run.seconds_per_question()
+                session = open_stage(run, stage, folds, progress)
             label = stage if stage == "zeroshot" else f"{stage} fold {fold}"
             try:
-                if stage == "train" and run.finished_folds:
-                    needed = run.inference_seconds(session.seconds_per_question, session, training=1) + longest
-                    if agree(run.seconds_left() < needed):
-                        minutes = f"{needed / 60:.0f} minutes"
-                        session.note(f"{label} was left out: the time budget has no {minutes} left for it")
-                        continue
+                needed = seconds_needed(run, session, stage, fold, longest)
+                if agree(run.seconds_left() < needed):
+                    minutes = f"{needed / 60:.0f} minutes"
+                    session.note(f"{label} was left out: the time budget has no {minutes} left for it")
+                    continue
                 with track_peak_memory(label) as report:
                     STAGES[stage][0](session, run, fold)
+            except OutOfTime:
+                session.note(f"{label} was left out: the time budget ended before its training, on all rows, did")
+                continue
             finally:
-                if count := session.cache.recomputed_in_fp32:
-                    session.note(f"vision features of {count} images were not finite and recomputed in fp32")
-                    session.cache.recomputed_in_fp32 = 0
-                with contextlib.suppress(OSError):  # the disk may be full: the error to see is another one
-                    for text in session.notes:
-                        MetricLogger(run.directory / "events.jsonl").log(event=text)
-                session.notes.clear()
+                write_notes(run, session)
             report["seconds_per_question"] = session.seconds_per_question
-            longest = max(longest, report["seconds"]) if stage == "train" else longest
+            longest[stage] = max(longest[stage], report["seconds"])
             MetricLogger(run.directory / "stages.jsonl").log(**report)
             back_up(run, fold)
             back_up(run)
+
+
+def open_stage(run: Run, stage: str, folds: Sequence[int], progress: Callable) -> Session:
+    """The worker's session: the run's model, for "rescore" without quantisation."""
+    unquantised = {"quantization": "none", "score_precision": "trained"} if stage == "rescore" else {}
+    session = open_session(dataclasses.replace(run.config, **unquantised), run.train.iloc[0])
+    session.progress = progress
+    # A team comes last: it leaves time for what the single devices have still to score.
+    session.folds = folds if team()[1] == 1 else run.config.folds_to_train
+    session.seconds_per_question = run.seconds_per_question()
+    return session
+
+
+def seconds_needed(run: Run, session: Session, stage: str, fold: int, longest: Mapping[str, float]) -> float:
+    """Time that must be left for a stage that can be left out; minus infinity for what a submission needs."""
+    if stage == "rescore":
+        return 1.25 * longest["predict"]
+    if stage != "train" or not run.finished_folds:
+        return -math.inf
+    more_rows = run.config.n_folds / (run.config.n_folds - 1) if fold == run.final_fold else 1
+    scoring = run.inference_seconds(session.seconds_per_question, session, training=1)
+    return scoring + longest["train"] * more_rows
+
+
+def write_notes(run: Run, session: Session) -> None:
+    """Move what did not go to plan from the session to events.jsonl."""
+    if count := session.cache.recomputed_in_fp32:
+        session.note(f"vision features of {count} images were not finite and recomputed in fp32")
+        session.cache.recomputed_in_fp32 = 0
+    with contextlib.suppress(OSError):  # the disk may be full: the error to see is another one
+        for text in session.notes:
+            MetricLogger(run.directory / "events.jsonl").log(event=text)
+    session.notes.clear()
 
 
 # === Workers =========================================================================================================
@@ -4642,12 +4852,19 @@ def run_folds(config: Config) -> list[FoldResult]:
     devices, folds = _devices(config), config.folds_to_train
     # The weights are selected once all folds are trained: with several devices, by further rounds of workers.
     rounds = schedule(folds, devices)
-    for stages in [["train", "predict"]] if len(rounds) == len(rounds[0]) == 1 else [["train"], ["predict"]]:
-        for jobs in rounds:
-            inside = [fold for _, part in jobs for fold in part if stages != ["predict"] or fold in run.finished_folds]
-            if not all(run.is_done(stage, fold) for stage in stages for fold in inside):
-                launch_workers(run, jobs, stages)
+    scoring = ["predict"] + ["rescore"] * (config.score_precision == "16bit")
+    for stages in [["train", *scoring]] if len(rounds) == len(rounds[0]) == 1 else [["train"], scoring]:
+        launch_missing(run, rounds, stages)
+    if config.final_retrain:
+        launch_missing(run, schedule([run.final_fold], devices), ["train", *scoring])
     return [read_fold_result(run, fold) for fold in run.finished_folds]
+
+
+def launch_missing(run: Run, rounds: Sequence, stages: Sequence[str]) -> None:
+    """Start the workers of each round in which a stage is missing."""
+    for jobs in rounds:
+        if any(run.missing(stage, [fold for _, part in jobs for fold in part]) for stage in stages):
+            launch_workers(run, jobs, stages)
 
 
 # === Hyper-parameter search ==========================================================================================
@@ -4655,7 +4872,8 @@ SEARCH_STARTUP = 4  # trials that are drawn at random and not pruned, before the
 NOT_SEARCHED = _BOOKKEEPING | {  # what decides the rows and folds, and what comes after training
     *("n_folds", "use_kfold", "train_folds", "use_sample", "sample_size", "seed", "preset_name", "max_fallback_share"),
     *("use_tta", "tta_rotations", "tta_scales", "infer_max_pixels", "adaptive_tta", "use_batch_inference"),
-    *("infer_batch_size", "zeroshot_rows", "use_temperature_scaling", "ensemble_method"),
+    *("infer_batch_size", "zeroshot_rows", "use_temperature_scaling", "ensemble_method", "score_precision"),
+    "final_retrain",
 }
 
 
@@ -4724,7 +4942,7 @@ def draw_trial(config: Config, distributions: Mapping, earlier: Sequence, path: 
 def run_trial(config: Config, competition: Competition, folds: np.ndarray, trial, folder: Path, deadline: float):
     """Train fold 0 with the trial's settings, as a run in `folder`; Optuna's record of it, None if the time was up."""
     place = {"output_dir": str(folder), "run_name": f"trial_{trial.number:03d}"}
-    settings = dataclasses.replace(config, **trial.params, train_folds=(0,), **place)
+    settings = dataclasses.replace(config, **trial.params, train_folds=(0,), backup_dir=None, **place)
     run = start_run(settings, competition, folds)
     watch, states = TrialWatch(trial, run, deadline), optuna.trial.TrialState
     record = functools.partial(
@@ -4799,6 +5017,7 @@ def write_search(trials: Sequence, folder: Path) -> pd.DataFrame:
 
 # === Memory by computation ===========================================================================================
 NOT_COMPUTED = "not computed for this family of models"
+SCORING_GIB = 0.5  # beside the weights: the activations of a question in all choice orders, and the adapter
 
 
 @dataclass(frozen=True)
@@ -4880,13 +5099,31 @@ def expected_memory(config: Config, frame: pd.DataFrame) -> MemoryCosts | None:
     shapes = transformers.AutoConfig.from_pretrained(config.model_path, trust_remote_code=config.trust_remote_code)
     if FAMILIES.get(shapes.model_type) != Family():
         return None  # what recurrent layers and experts keep has not been measured
-    budget, templates = pixel_budget(config, processor), {**PROMPT_TEMPLATES, **config.prompt_templates}
+    budget, templates = pixel_budget(config, processor), prompt_templates(config)
     tokens = max(
         len(encode_prompt(processor, build_messages(row, templates=templates), image_grid(*size, processor, budget)))
         for row, size in zip(frame.to_dict("records"), frame[["width", "height"]].to_numpy(), strict=True)
     )
     compiled, _ = decide_compile(config.compile_layers, "cuda" if runtime.gpus else "cpu", len(frame))
     return memory_costs(config, shapes, tokens, runtime.precision, compiled)
+
+
+def free_gib() -> float:
+    """GiB that this process may take of its fullest GPU, or of RAM without one."""
+    return (memory_budget() if torch.cuda.is_available() else psutil.virtual_memory().available) / 2**30
+
+
+def verdict_in_16_bits(config: Config, free: float) -> tuple[bool, str]:
+    """Whether the unquantised base model fits into `free` GiB to score rows (of any family), and the figures."""
+    runtime = detect_runtime(config.precision, config.attn_implementation)
+    shapes = transformers.AutoConfig.from_pretrained(config.model_path, trust_remote_code=config.trust_remote_code)
+    with torch.device("meta"):
+        parameters = transformers.AutoModelForImageTextToText.from_config(shapes).num_parameters()
+    needed = parameters * getattr(torch, DTYPES[runtime.precision]).itemsize / 2**30 + SCORING_GIB
+    if config.spread_model:
+        free = SPREAD_SHARE * sum(gpu["memory_gib"] for gpu in runtime.gpus)
+    figures = f"{needed:.2f} GiB for the unquantised model, {free:.2f} GiB free"
+    return needed <= free, figures if needed <= free else f"does not fit by computation: {figures}"
 
 
 # === Preflight and command line ======================================================================================
@@ -4896,7 +5133,10 @@ def preflight(config: Config, rows: int = 64) -> dict:
     count = len(competition.train)
     frame = competition.train.sample(min(rows, count), random_state=config.seed, ignore_index=True)
     costs = expected_memory(config, frame)
-    free = (memory_budget() if torch.cuda.is_available() else psutil.virtual_memory().available) / 2**30
+    free, more = free_gib(), {}
+    if config.score_precision == "16bit":
+        more["scoring in 16 bits"] = verdict_in_16_bits(config, free)[1]
+        LOGGER.info("Scoring in 16 bits: %s", more["scoring in 16 bits"])
     try:
         session = open_session(config, frame.iloc[0])
     except torch.OutOfMemoryError as error:
@@ -4923,18 +5163,21 @@ def preflight(config: Config, rows: int = 64) -> dict:
         step_seconds = (time.perf_counter() - start) / len(longest)
     model.unload()
     folds, views = len(config.folds_to_train), all_views(config, session.processor)
-    trained = count * (1 - 1 / config.n_folds) * config.num_epochs * folds
-    scored = folds * len(competition.test) * adaptive_cost(session, views)
+    trained = count * ((1 - 1 / config.n_folds) * folds + config.final_retrain) * config.num_epochs
+    scored = (folds + config.final_retrain) * len(competition.test) * adaptive_cost(session, views)
     scored += folds * count / config.n_folds * views_cost(session, views)
+    scored *= 2 if more and not more["scoring in 16 bits"].startswith("does not fit") else 1
     tokens, images = {}, {}
     for name, table in {"train": competition.train, "test": competition.test}.items():
         sizes = zip(table["width"], table["height"], strict=True)
         tokens[name] = [math.prod(image_grid(*size, session.processor, budget)) // merged for size in sizes]
         images |= dict(zip(table["pixel_hash"], tokens[name], strict=True))
+    changed = dict(zip(competition.train["pixel_hash"], tokens["train"], strict=True)).values()
+    features = sum(images.values()) + config.augment_images * sum(changed)
     is_cached = session.cache.covers(prompt.image_key for prompt in prompts)
     return {
         "letter tokens": " ".join(f"{c}={list(ids)}" for c, ids in zip(CHOICES, session.letters, strict=True)),
-        "prompt": render_prompt(session.processor, build_messages(frame.iloc[0], templates=session.templates)),
+        "prompt": render_prompt(session.processor, build_messages(frame.iloc[0], templates=prompt_templates(config))),
         "tokens per prompt": f"at most {max(len(prompt.input_ids) for prompt in prompts)}",
         "token_budget": budget[1] // merged_patch_area(session.processor),
         "token_counts": tokens,
@@ -4945,9 +5188,10 @@ def preflight(config: Config, rows: int = 64) -> dict:
         "memory plan": f"{plan.micro_batch} of {config.batch_size * config.grad_accum_steps} questions in a pass, "
         f"{plan.stored_layers} of {len(session.decoder_layers)} layers keep activations, {plan.peak_gib:.1f} GiB",
         "memory needed": costs.verdict(free) if costs else NOT_COMPUTED,
-        "memory": costs.table(plan, is_cached, sum(images.values())) if costs else {},
+        "memory": costs.table(plan, is_cached, features) if costs else {},
         "peak memory": str(memory_summary()),
         "estimated minutes on one device": round((trained * step_seconds + scored * score_seconds) / 60, 1),
+        **more,
     }
 
 
