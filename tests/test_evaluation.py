@@ -2,12 +2,16 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
 import vqa_helpers as vqa
+
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
+import reensemble
 
 VIEWS = ["rotation 0", "rotation 1"]
 
@@ -242,11 +246,12 @@ def test_test_rows_are_matched_by_id_too(two_runs, replace, tmp_path):
     assert answers["answer"].map(vqa.CHOICES.index).tolist() == hidden_labels(answers["id"]).tolist()
 
 
-def test_combining_runs_again_writes_the_same_bytes(two_runs, tmp_path):
-    for folder in ("once", "again"):
-        vqa.ensemble_runs([run.directory for run in two_runs], tmp_path / folder)
-    for name in ("submission.csv", "ladder.csv"):
-        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+def test_combining_three_runs_again_writes_the_same_bytes(two_runs, mini_run, replace, tmp_path):
+    third = planted_run(longer(mini_run(run_name="third", seed=8), replace), seed=3)
+    table = reensemble.repeated([run.directory for run in (*two_runs, third)], tmp_path)
+    assert len(table) == 2 and (table[["submission.csv", "ladder.csv"]].nunique() == 1).all()
+    ladder = pd.read_csv(tmp_path / "repetition_1" / "ladder.csv")
+    assert ladder["step"].str.startswith(str(third.directory)).sum() == 1 and len(ladder) == 3 + len(vqa.BLENDS) + 1
 
 
 @pytest.mark.parametrize(
