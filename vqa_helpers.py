@@ -5142,7 +5142,6 @@ def preflight(config: Config, rows: int = 64) -> dict:
     except torch.OutOfMemoryError as error:
         error.add_note(f"Memory: {costs.verdict(free) if costs else NOT_COMPUTED}")
         raise
-    budget, merged = pixel_budget(config, session.processor), session.processor.image_processor.merge_size**2
     prompts = [make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(len(frame))]
     fill_cache(session, frame, len(config.folds_to_train) * (config.num_epochs + 2), passes=3)
     start = time.perf_counter()
@@ -5167,19 +5166,13 @@ def preflight(config: Config, rows: int = 64) -> dict:
     scored = (folds + config.final_retrain) * len(competition.test) * adaptive_cost(session, views)
     scored += folds * count / config.n_folds * views_cost(session, views)
     scored *= 2 if more and not more["scoring in 16 bits"].startswith("does not fit") else 1
-    tokens, images = {}, {}
-    for name, table in {"train": competition.train, "test": competition.test}.items():
-        sizes = zip(table["width"], table["height"], strict=True)
-        tokens[name] = [math.prod(image_grid(*size, session.processor, budget)) // merged for size in sizes]
-        images |= dict(zip(table["pixel_hash"], tokens[name], strict=True))
-    changed = dict(zip(competition.train["pixel_hash"], tokens["train"], strict=True)).values()
-    features = sum(images.values()) + config.augment_images * sum(changed)
+    tokens, features = image_tokens(config, competition, session.processor)
     is_cached = session.cache.covers(prompt.image_key for prompt in prompts)
     return {
         "letter tokens": " ".join(f"{c}={list(ids)}" for c, ids in zip(CHOICES, session.letters, strict=True)),
         "prompt": render_prompt(session.processor, build_messages(frame.iloc[0], templates=prompt_templates(config))),
         "tokens per prompt": f"at most {max(len(prompt.input_ids) for prompt in prompts)}",
-        "token_budget": budget[1] // merged_patch_area(session.processor),
+        "token_budget": pixel_budget(config, session.processor)[1] // merged_patch_area(session.processor),
         "token_counts": tokens,
         "trainable parameters": f"{sum(value.numel() for value in parameters):,}",
         "seconds per training question": round(step_seconds, 3),
@@ -5193,6 +5186,17 @@ def preflight(config: Config, rows: int = 64) -> dict:
         "estimated minutes on one device": round((trained * step_seconds + scored * score_seconds) / 60, 1),
         **more,
     }
+
+
+def image_tokens(config: Config, competition: Competition, processor) -> tuple[dict[str, list[int]], int]:
+    """Of each row's image by split; and of all features to keep: each image once, a training image's variants, too."""
+    budget, merged, tokens = pixel_budget(config, processor), processor.image_processor.merge_size**2, {}
+    for name, table in {"train": competition.train, "test": competition.test}.items():
+        sizes = zip(table["width"], table["height"], strict=True)
+        tokens[name] = [math.prod(image_grid(*size, processor, budget)) // merged for size in sizes]
+    trained = dict(zip(competition.train["pixel_hash"], tokens["train"], strict=True))
+    images = trained | dict(zip(competition.test["pixel_hash"], tokens["test"], strict=True))
+    return tokens, sum(images.values()) + config.augment_images * sum(trained.values())
 
 
 def run_preflight(config: Config) -> dict:

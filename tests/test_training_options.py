@@ -125,6 +125,19 @@ def test_scoring_in_16_bits_resumes_to_the_same_bytes_with_one_model_at_a_time(f
             assert (stopped.fold_dir(fold) / name).read_bytes() == (plain.fold_dir(fold) / name).read_bytes()
 
 
+def test_a_damaged_adapter_is_never_trained_anew_on_the_unquantised_model(four_bit_run):
+    run = run_all(four_bit_run())
+    kind = json.loads((run.directory / "selection.json").read_text())["weights"]
+    weights = run.fold_dir(1) / f"adapter_{kind}" / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-4] + b"\0\0\0\1")
+    with pytest.raises(vqa.CheckpointError, match="is damaged; run again to make it anew from the last checkpoint"):
+        vqa.run_stages(run, [0, 1], ["rescore"], quiet)
+    assert run.finished_folds == [0]
+    run_all(run, STAGES)
+    assert weights.read_bytes() == content and run.is_rescored
+
+
 def test_an_unquantised_model_that_does_not_fit_is_left_out_with_the_figures(four_bit_run, monkeypatch):
     monkeypatch.setattr(vqa, "free_gib", lambda: 0.01)
     run = run_all(four_bit_run(), STAGES)
