@@ -290,6 +290,8 @@ def test_a_changed_image_is_a_function_of_seed_number_and_image(demo_rows):
     assert once.equals(again) and len(once) == 90 and once["variant"].tolist() == [0] * 30 + [1] * 30 + [2] * 30
     assert once.head(30).drop(columns="variant").equals(frame)
     assert (once["pixel_hash"][30:] != other["pixel_hash"][30:]).all()
+    recipes = once["image_path"][30:].str.split("<variant>").str[1]
+    assert recipes.nunique() == 2 * frame["pixel_hash"].nunique()
     fewer = vqa.image_variants(frame.iloc[5:9], 1, 42)  # whatever other rows there are
     assert fewer["image_path"][4:].tolist() == once["image_path"][35:39].tolist()
     for _, row in once.iloc[[0, 40, 70]].iterrows():

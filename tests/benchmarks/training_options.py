@@ -53,6 +53,7 @@ def main() -> None:
             scores = vqa.score_row(probabilities, labels)
             before, now = (vqa.row_scores(each, labels) for each in (plain[split][0], probabilities))
             accuracy, loss = change(before, now, groups)
+            accuracy, loss = ("", "") if name == "none" else (accuracy, loss)
             cells = {"accuracy": scores["accuracy"], "change": accuracy, "nll": scores["nll"], "nll change": loss}
             rows[name] = rows.get(name, {}) | {f"{split} {title}": cell for title, cell in cells.items()}
         print(f"{name}: {run.directory}", flush=True)
