@@ -4,6 +4,7 @@ import colorsys
 import dataclasses
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -103,7 +104,18 @@ def test_what_was_trained_in_4_bit_is_also_scored_by_the_unquantised_model(famil
 
 
 def test_scoring_in_16_bits_resumes_to_the_same_bytes_with_one_model_at_a_time(four_bit_run, tmp_path, monkeypatch):
+    opened, models, open_session = [], [], vqa.open_session
+
+    def opening(config, example):
+        opened.append(config.quantization)
+        assert config.quantization == "4bit" or models[-1]() is None  # the worker's other model is freed
+        session = open_session(config, example)
+        models.append(weakref.ref(session.model))
+        return session
+
+    monkeypatch.setattr(vqa, "open_session", opening)
     plain = run_all(four_bit_run(output_dir=str(tmp_path / "plain")), STAGES)
+    assert opened == ["4bit", "4bit", "none"]
 
     def stop(stage, done, total, **_):
         if (stage, done) == ("fold 0 test_16bit", 2):
@@ -114,10 +126,7 @@ def test_scoring_in_16_bits_resumes_to_the_same_bytes_with_one_model_at_a_time(f
         run_all(stopped, STAGES, stop)
     assert [*stopped.fold_dir(0).glob("test_16bit.*.partial.npz")] and not stopped.is_rescored
     assert vqa.evaluate_run(stopped).oof.view_names == ("rotation 0", "rotation 2")  # until all members have them
-    opened, open_session = [], vqa.open_session
-    monkeypatch.setattr(
-        vqa, "open_session", lambda *given: opened.append(given[0].quantization) or open_session(*given)
-    )
+    opened.clear()
     run_all(stopped, STAGES)
     assert opened == ["none"]
     for fold in (0, 1):
@@ -350,11 +359,17 @@ def test_training_draws_images_and_wordings_and_everything_else_sees_the_origina
     assert vqa.expected_memory(with_final.config, with_final.train).image_token > 0
 
 
-def test_variants_leave_the_features_of_the_original_as_they_are(session, demo_rows, tmp_path):
-    frame, budget = demo_rows.train.head(20), vqa.pixel_budget(session.config, session.processor)
+def test_variants_leave_the_features_of_the_original_as_they_are(session, demo_rows, tmp_path, monkeypatch):
+    frame, budget, batches = demo_rows.train.head(20), vqa.pixel_budget(session.config, session.processor), []
+    prepare = vqa.VisionCache.prepare
+    monkeypatch.setattr(
+        vqa.VisionCache, "prepare", lambda self, *given: batches.append(given[0]) or prepare(self, *given)
+    )
     caches = [vqa.VisionCache(session.model, session.processor, str(tmp_path / name)) for name in ("plain", "more")]
     for cache, rows in zip(caches, (frame, vqa.image_variants(frame, 1, 42)), strict=True):
         assert cache.fill(rows, budget, quiet)
+    alone = len([batch for batch in batches if "<variant>" not in "".join(batch)]) // 2
+    assert batches[:alone] == batches[alone : 2 * alone]  # in the same company: its last bits may depend on that
     for digest in frame["pixel_hash"]:
         pairs = zip(*(cache.read((digest, *budget)) for cache in caches), strict=True)
         assert all(first.equal(second) for first, second in pairs)
