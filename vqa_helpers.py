@@ -2714,27 +2714,7 @@ def read_fold_result(run: Run, fold: int) -> FoldResult:
     return FoldResult(**content | {"history": pd.DataFrame(content["history"])})
 
 
-def train_fold(config: Config, fold: int, session: Session | None = None) -> FoldResult:
-    """Train one fold of the run at `config.run_dir`, continuing where it stopped; folds share `session` at most."""
-    run = Run.open(config.run_dir)
-    if run.is_done("train", fold):
-        return read_fold_result(run, fold)
-    session = session or open_session(run.config, run.train.iloc[0])
-    # Test images in the batches in which they are scored later.
-    frames = [run.train, *(run.test if source == "test" else rows for source, rows in run.extra.groupby("source"))]
-    if run.config.augment_images:
-        frames.append(image_variants(all_rows(run), run.config.augment_images, run.config.seed))
-    for frame in frames:
-        fill_cache(session, frame, uses=run.training_uses, passes=3)
-    trainer = FinalTrainer(session, run) if fold == run.final_fold else FoldTrainer(session, run, fold)
-    try:
-        return trainer.fit()
-    finally:
-        trainer.model.unload()  # the base model is shared: the next fold starts from it, untouched
-        clear_memory()
-
-
-# === Final model =====================================================================================================
+# === Final model, and whichever is wanted ============================================================================
 class OutOfTime(Interrupted):
     """The time budget ends in the training of the model on all rows; a later session continues it."""
 
@@ -2766,6 +2746,26 @@ class FinalTrainer(FoldTrainer):
             self.save(len(self.history), 0)
             raise OutOfTime  # half a schedule, and no row to see what that costs
         return super().finish()
+
+
+def train_fold(config: Config, fold: int, session: Session | None = None) -> FoldResult:
+    """Train one fold of the run at `config.run_dir`, continuing where it stopped; folds share `session` at most."""
+    run = Run.open(config.run_dir)
+    if run.is_done("train", fold):
+        return read_fold_result(run, fold)
+    session = session or open_session(run.config, run.train.iloc[0])
+    # Test images in the batches in which they are scored later.
+    frames = [run.train, *(run.test if source == "test" else rows for source, rows in run.extra.groupby("source"))]
+    if run.config.augment_images:
+        frames.append(image_variants(all_rows(run), run.config.augment_images, run.config.seed))
+    for frame in frames:
+        fill_cache(session, frame, uses=run.training_uses, passes=3)
+    trainer = FinalTrainer(session, run) if fold == run.final_fold else FoldTrainer(session, run, fold)
+    try:
+        return trainer.fit()
+    finally:
+        trainer.model.unload()  # the base model is shared: the next fold starts from it, untouched
+        clear_memory()
 
 
 # === Inference =======================================================================================================
@@ -4177,6 +4177,11 @@ class Run:
         return self.config.n_folds
 
     @property
+    def models_to_train(self) -> list[int]:
+        """The folds that the configuration asks for, and the final model where it does."""
+        return [*self.config.folds_to_train, *[self.final_fold] * self.config.final_retrain]
+
+    @property
     def members(self) -> list[int]:
         """The models behind the submission: the finished folds and, once it has scored the test, the final model."""
         return self.finished_folds + [self.final_fold] * self.is_done("predict", self.final_fold)
@@ -4527,7 +4532,7 @@ def add_soft_targets(run: Run, data_dir: Path) -> Run:
     config, fallbacks, teachers, parts, train = run.config, Counter(run.fallbacks), {}, [], run.train
     if config.use_dev_votes:
         dev = _load_dev(data_dir, config.max_fallback_share, fallbacks)
-        parts += [dev.assign(source="dev", fold=fold, teacher_fold=-1) for fold in config.folds_to_train]
+        parts += [dev.assign(source="dev", fold=fold, teacher_fold=-1) for fold in run.models_to_train]
     if config.pseudo_label_from:
         teachers["test"] = _open_teacher(run, "pseudo_label_from")
         parts += _pseudo_labelled(run, teachers["test"])
@@ -4547,7 +4552,7 @@ def add_soft_targets(run: Run, data_dir: Path) -> Run:
 
 def source_table(run: Run) -> pd.DataFrame:
     """How many rows of each file (train, dev, test) every fold trains on."""
-    counts = {fold: training_rows(run, fold)["source"].value_counts() for fold in run.config.folds_to_train}
+    counts = {fold: training_rows(run, fold)["source"].value_counts() for fold in run.models_to_train}
     return pd.DataFrame(counts).T.fillna(0).astype(int).rename_axis("fold")
 
 
@@ -4560,7 +4565,7 @@ def check_no_leak(run: Run, teachers: Mapping[str, Run]) -> None:
 
     `teachers`: source of rows (train, test) -> the run whose fold `teacher_fold` gave a row of that source its target.
     """
-    for fold in run.config.folds_to_train:
+    for fold in run.models_to_train:
         rows = training_rows(run, fold)
         held_out = run.train[run.train["fold"] == fold].assign(source="train")
         added = rows[rows["source"] != "train"]

@@ -150,7 +150,8 @@ def test_a_budget_makes_the_time_estimate_smaller(mini_run, session, replace):
 
 
 def test_a_budget_needs_views_to_save_on():
-    for fields in ({"use_tta": False}, {"tta_rotations": 1}, {"adaptive_tta": 1.0}, {"adaptive_tta": 0.0}):
+    wrong = ({"use_tta": False}, {"tta_rotations": 1}, {"adaptive_tta": 1.0}, {"adaptive_tta": 0.0})
+    for fields in (*wrong, {"score_precision": "16bit"}):
         with pytest.raises(ValueError, match="'adaptive_tta'"):
             vqa.Config(**{"adaptive_tta": 0.5} | fields)
     assert vqa.Config(adaptive_tta=0.5, tta_rotations=1, tta_scales=(0.9, 1.0)).adaptive_tta == 0.5

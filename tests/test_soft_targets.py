@@ -114,6 +114,18 @@ def test_votes_become_shares_and_rows_without_one_are_counted(mini_run, dev_data
     assert np.array_equal(targets_of(run.train), np.eye(4)[run.train["label"]])
 
 
+def test_a_model_on_all_rows_trains_on_all_votes_and_every_variant_stays_beside_its_row(mini_run, dev_data):
+    data = dev_data(voted("d1", "a,a,a,a,a", "train_0001.jpg"), voted("d2", "b,b,b,b,b"))
+    run = mini_run(data_dir=data, use_dev_votes=True, final_retrain=True, augment_images=2)
+    assert vqa.source_table(run).loc[run.final_fold].to_dict() == {"train": len(run.train), "dev": 2}
+    variants = vqa.image_variants(vqa.all_rows(run), 2, seed=1)
+    for fold in run.models_to_train:
+        rows, shown = vqa.training_rows(run, fold), vqa.training_rows(run, fold, variants)
+        assert shown["id"].tolist() == 3 * rows["id"].tolist()
+        assert shown["variant"].tolist() == np.repeat([0, 1, 2], len(rows)).tolist()
+        assert np.array_equal(targets_of(shown), np.tile(targets_of(rows), (3, 1)))
+
+
 def test_a_dev_row_with_a_copy_of_a_validation_image_is_left_out_of_that_fold(mini_run, dev_data):
     data = dev_data(voted("d1", "a,a,a,a,a", "train_0001.jpg"), voted("d2", "b,b,b,b,b"))
     run = mini_run(data_dir=data, use_dev_votes=True)
