@@ -230,9 +230,9 @@ def test_the_model_on_all_rows_takes_the_epochs_that_the_folds_chose(with_final,
     assert "accuracy" not in final.history
     monkeypatch.setattr(vqa, "select_weights", lambda run: "raw")
     monkeypatch.setattr(
-        vqa, "read_fold_result", lambda run, fold: dataclasses.replace(results[fold], best_epoch=[3, 1][fold])
+        vqa, "read_fold_result", lambda run, fold: dataclasses.replace(results[fold], best_epoch=[5, 1][fold])
     )
-    assert vqa.final_epochs(with_final) == 2
+    assert vqa.final_epochs(with_final) == 3
     monkeypatch.setattr(vqa, "select_weights", lambda run: "ema")  # an average ends with the last epoch, not the best
     assert vqa.final_epochs(with_final) == len(results[0].history)
     every_row = sum(len(step) for step in vqa.plan_epoch([1] * len(with_final.train), 8, (42, 2, 0)))
