@@ -308,6 +308,18 @@ def test_pseudo_labels_of_a_teacher_that_trained_on_pseudo_labels_are_refused(mi
         mini_run(run_name="third", **settings | {"pseudo_label_from": str(second.directory)})
 
 
+def test_a_distilled_run_is_not_judged_by_oof_rows_that_its_teacher_was_trained_on(mini_run, teacher, caplog):
+    run = planted_run(mini_run(run_name="student", distill_from=str(teacher.directory)))
+    assert "Do not compare student with other runs by OOF rows: it was distilled" in caplog.text
+    with pytest.raises(ValueError, match="student cannot be judged beside other runs: it was distilled"):
+        vqa.ensemble_runs([teacher.directory, run.directory], run.directory.parent / "ensemble")
+    with pytest.raises(ValueError, match="student: it was distilled, .*; take a run that was not distilled"):
+        mini_run(run_name="other", pseudo_label_from=str(run.directory))
+    vqa.atomic_write(run.directory / "selection.json", '{"weights": "raw"}')
+    report = vqa.write_report(run, vqa.evaluate_run(run)).read_text("utf-8")
+    assert "Do not compare runs by these figures**: it was distilled" in report
+
+
 # Continuing ------------------------------------------------------------------------------------------------------
 
 

@@ -32,26 +32,29 @@ def all_runs(output_dir: str, larger: bool) -> dict[str, vqa.Run]:
     return runs
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", default="outputs")
-    parser.add_argument("--larger", action="store_true", help="also distil from a run with LoRA of rank 32")
-    options = parser.parse_args()
-    runs = all_runs(options.output_dir, options.larger)
+def print_tables(runs: dict[str, vqa.Run]) -> None:
+    """What each run scores out of fold and on the hidden answers, and how far it is from the first one."""
     oof, hidden, plain = {}, {}, runs["plain"]
     for name, run in runs.items():
         evaluation, against = vqa.evaluate_run(run), "plain" if run is not plain else ""
         oof[name] = evaluation.probabilities, against
         hidden[name] = np.mean(list(vqa.predict_test(run, evaluation).values()), axis=0), against
         print(f"{name}: rows trained on by fold and file {vqa.source_table(run).to_dict('index')}")
-    for rows, steps, labels in (
-        (plain.train, oof, plain.train["label"].to_numpy()),
-        (plain.test, hidden, hidden_labels(plain)),
+    for name, rows, steps, labels in (
+        ("out of fold", plain.train, oof, plain.train["label"].to_numpy()),
+        ("hidden answers", plain.test, hidden, hidden_labels(plain)),
     ):
         table = vqa.ladder_table(steps, labels, rows["pixel_hash"].factorize()[0], used=())
         columns = ["accuracy", "nll", "gain", "gain_low", "gain_high", "p_value", "nll_change", "nll_low", "nll_high"]
-        name = "out of fold" if rows is plain.train else "hidden answers"
         print(f"\n{vqa.markdown_table(table[columns].rename_axis(name))}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output-dir", default="outputs")
+    parser.add_argument("--larger", action="store_true", help="also distil from a run with LoRA of rank 32")
+    options = parser.parse_args()
+    print_tables(all_runs(options.output_dir, options.larger))
 
 
 if __name__ == "__main__":
