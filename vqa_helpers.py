@@ -63,7 +63,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 CHOICES = ("a", "b", "c", "d")
 HERE = Path(__file__).resolve().parent
 DEMO = (HERE / "data").resolve()

@@ -160,7 +160,7 @@ def test_stale_helpers_are_all_named_with_their_versions(machine):
     first, second = machine.helper(version="0.0.7"), machine.helper("kaggle/input/old", version="0.0.8")
     with pytest.raises(ImportError) as caught:
         machine.run(FIND)
-    for part in ("0.2.0 is needed", f"{first} is 0.0.7, {second} is 0.0.8", "update it there"):
+    for part in ("0.3.0 is needed", f"{first} is 0.0.7, {second} is 0.0.8", "update it there"):
         assert part in str(caught.value)
 
 

@@ -291,11 +291,11 @@ def test_a_planted_leak_is_found(student, teacher, replace):
     run, teachers = student(), {"train": teacher, "test": teacher}
     vqa.check_no_leak(run, teachers)
     first = run.train[run.train["fold"] == 0].head(1)
-    again = first.assign(source="train", fold=0)
+    again = first.assign(source="train", fold=1)  # the same row once more, as if another fold held it out
     with pytest.raises(vqa.DataError, match=r"Fold 0: a training row also validates it: 1 rows, such as \[\('train'"):
         vqa.check_no_leak(replace(run, extra=pd.concat([run.extra, again])), teachers)
     with pytest.raises(vqa.DataError, match="Fold 0: a training row shows an image that validates it: 1 rows"):
-        vqa.check_no_leak(replace(run, extra=pd.concat([run.extra, again.assign(source="dev")])), teachers)
+        vqa.check_no_leak(replace(run, extra=pd.concat([run.extra, again.assign(source="dev", fold=0)])), teachers)
     swapped = run.train.assign(teacher_fold=1 - run.train["teacher_fold"])
     with pytest.raises(vqa.DataError, match="Fold 0: a target comes from fold 0 of .*, trained on its row: 18 rows"):
         vqa.check_no_leak(replace(run, train=swapped), teachers)
