@@ -328,8 +328,8 @@ def _config_rules(config: Config) -> Iterator[tuple[bool, str, str]]:
     yield all(0.25 <= scale <= 4 for scale in scales) and 1.0 in scales, "tta_scales", "factors in [0.25, 4] with 1.0"
     further = config.use_tta and (config.tta_rotations > 1 or len(set(scales)) > 1 or config.infer_max_pixels)
     yield config.adaptive_tta is None or bool(further), "adaptive_tta", "use_tta with rotations or scales to save on"
-    both = config.adaptive_tta and config.score_precision == "16bit"
-    yield not both, "adaptive_tta", "score_precision 'trained': 16 bits are judged on rows that have every view"
+    blind = config.adaptive_tta and (config.score_precision == "16bit" or config.final_retrain)
+    yield not blind, "adaptive_tta", "score_precision 'trained' and no final_retrain: it reads OOF rows in every view"
     folds = range(config.n_folds) if config.train_folds is None else config.train_folds
     yield set(folds) <= set(range(config.n_folds)), "train_folds", f"folds below {config.n_folds}"
     yield 0 < len(folds) == len(set(folds)), "train_folds", "at least one fold, and none twice"
@@ -1345,7 +1345,7 @@ _HINTS = {
     "general": "이미지를 자세히 살펴보세요.",
 }
 # Choices come last: all orders of one question then share one long prefix. The first wording is that of inference;
-# the others, for training, are no longer than it, so that what memory holds does not change.
+# the others, for training, are about as long.
 _TASKS = (
     " 알맞은 보기의 글자(a, b, c, d) 하나만 답하세요.\n질문: {question}\n보기:\n{choices}",
     " 맞는 보기를 글자(a, b, c, d) 하나로만 쓰세요.\n질문: {question}\n보기:\n{choices}",
@@ -2538,7 +2538,10 @@ class FoldTrainer:
             copies = 2 + len(self.averagers)  # AdamW's two moments
             state_bytes = copies * sum(value.nbytes for value in self.parameters.values())
             self.model.train()
-            self.session.plan = plan_memory(self.session, self.prompts(0), state_bytes)
+            differ = self.config.augment_images or self.config.paraphrases > 1  # between epochs, in length
+            epochs = range(self.config.num_epochs if differ else 1)
+            prompts = [*itertools.chain.from_iterable(map(self.prompts, epochs))]
+            self.session.plan = plan_memory(self.session, prompts, state_bytes)
         return self.session.plan
 
     def prompts(self, epoch: int) -> list[Prompt]:
@@ -3624,10 +3627,8 @@ def select_weights(run: Run) -> str:
     LOGGER.info("Decision: %s weights for all folds, held-out NLL %s", chosen, pooled)
     path = run.directory / "selection.json"
     if path.exists() and json.loads(path.read_text(encoding="utf-8"))["weights"] != chosen:  # a fold came later
-        for fold, name in itertools.product(
-            [*run.finished_folds, run.final_fold], ("oof", "test", "oof_16bit", "test_16bit")
-        ):
-            (run.fold_dir(fold) / f"{name}.npz").unlink(missing_ok=True)
+        scores = itertools.product([*run.finished_folds, run.final_fold], ("oof", "test", "oof_16bit", "test_16bit"))
+        forget(run, [Path(f"fold_{fold}") / f"{name}.npz" for fold, name in scores])
     atomic_write(path, json.dumps({"weights": chosen, "nll": pooled}))
     return chosen
 
@@ -3771,6 +3772,8 @@ def adaptive_curve(run: Run) -> pd.DataFrame:
     `rows`: share of the rows it pays for; `cost`: as in the ladder. Last line: all rows, in one pass. Temperatures are
     cross-fitted at each point."""
     oof, scaling, table = read_oof(run), run.config.use_temperature_scaling, {}
+    names = [name for name in oof.view_names if not name.endswith(IN_16_BITS)]
+    oof = dataclasses.replace(oof, logits=oof.logits[:, : len(names)], view_names=tuple(names))
     first, later = split_views(oof.view_names)
     every, folds = [*first, *later], np.unique(oof.folds).tolist()
     once, apart = (dataclasses.replace(oof, later=tuple(later)).cost(views) for views in (first, every))
@@ -4184,8 +4187,10 @@ class Run:
 
     @property
     def members(self) -> list[int]:
-        """The models behind the submission: the finished folds and, once it has scored the test, the final model."""
-        return self.finished_folds + [self.final_fold] * self.is_done("predict", self.final_fold)
+        """The models behind the submission: the finished folds and, once it has scored as they have, the final one."""
+        folds = self.finished_folds
+        rescored = bool(folds) and all(self.is_done("rescore", fold) for fold in folds)
+        return folds + [self.final_fold] * self.is_done("rescore" if rescored else "predict", self.final_fold)
 
     @property
     def training_uses(self) -> int:
@@ -4336,6 +4341,8 @@ def back_up(run: Run, fold: int | None = None) -> None:
     place, folder = Path(run.config.backup_dir) / run.directory.name, run.fold_dir(fold) if fold is not None else None
     files = (folder or run.directory).rglob("*")
     try:
+        if not place.parent.parent.is_dir():  # making it anew would fill this session's own disk
+            raise OSError(f"{place.parent.parent} is gone")
         if folder:
             _back_up_checkpoint(folder / "checkpoints", place / folder.name / "checkpoints")
         chosen = [path for path in files if path.is_file() and _is_lasting(path.relative_to(run.directory), fold)]
@@ -4350,6 +4357,14 @@ def back_up(run: Run, fold: int | None = None) -> None:
     except OSError as error:  # the disk is full, or Drive was taken away
         LOGGER.warning("Not backed up: %s", error)
         MetricLogger(run.directory / "events.jsonl").log(event=f"not backed up to {place}: {error}")
+
+
+def forget(run: Run, paths: Sequence[Path]) -> None:
+    """Delete files of the run, here and in its backup: a later session must not take them for finished ones."""
+    for path in paths:
+        (run.directory / path).unlink(missing_ok=True)
+        if run.config.backup_dir:
+            (Path(run.config.backup_dir) / run.directory.name / path).unlink(missing_ok=True)
 
 
 def _is_lasting(path: Path, fold: int | None) -> bool:
@@ -4429,6 +4444,7 @@ def ensemble_runs(directories: Iterable[str | Path], folder: str | Path) -> tupl
 # only through decisions on OOF rows (epoch, weights, views, temperature).
 SECOND_HAND = "it was distilled, and its teacher was trained on the rows that validate it: its OOF figures are too good"
 TARGETS = tuple(f"target_{choice}" for choice in CHOICES)
+TARGET_DECIMALS = 4  # of a teacher's probabilities: processors differ in the last digits, a run continues on any
 
 
 def row_target(row: Mapping) -> tuple[float, ...]:
@@ -4496,13 +4512,13 @@ def _distilled(run: Run, teacher: Run) -> pd.DataFrame:
     """The training rows with the teacher's calibrated OOF probabilities in their targets; ValueError without one."""
     evaluation, ids, weight = evaluate_run(teacher), run.train["id"], run.config.distill_weight
     taught = pd.DataFrame(evaluation.probabilities, evaluation.oof.frame["id"]).reindex(ids).to_numpy()
-    trained_on = np.any([run.train["fold"] != fold for fold in run.config.folds_to_train], axis=0)
+    trained_on = np.any([run.train["fold"] != fold for fold in run.models_to_train], axis=0)
     lacking = ids[trained_on & np.isnan(taught[:, 0])].tolist()
     if lacking:
         problem = f"{teacher.directory} has no out-of-fold probabilities for {len(lacking)} rows, such as {lacking[:3]}"
         raise ValueError(f"Config field 'distill_from': {problem}; train all its folds")
     hard = np.eye(4)[run.train["label"]]
-    soft = _with_targets(run.train, np.where(np.isnan(taught), hard, taught))
+    soft = _with_targets(run.train, np.where(np.isnan(taught), hard, taught.round(TARGET_DECIMALS)))
     soft[[*TARGETS]] = (1 - weight) * hard + weight * soft[[*TARGETS]]
     folds = teacher.train.set_index("id")["fold"]
     return soft.assign(teacher_fold=folds[ids].to_numpy())
@@ -4519,7 +4535,7 @@ def _pseudo_labelled(run: Run, teacher: Run) -> Iterator[pd.DataFrame]:
         raise ValueError(f"{where}: {SECOND_HAND}; take a run that was not distilled")
     probabilities = predict_test(teacher, evaluate_run(teacher))
     for fold in run.config.folds_to_train:
-        rows = _with_targets(run.test, probabilities[fold])
+        rows = _with_targets(run.test, probabilities[fold].round(TARGET_DECIMALS))
         sure = rows["image_ok"] & (rows[[*TARGETS]].max(axis=1) >= run.config.pseudo_label_confidence)
         yield rows[sure].assign(source="test", fold=fold, teacher_fold=fold)
 
@@ -4683,7 +4699,7 @@ def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: 
             clear_memory(LOGGER)
             fits, verdict = verdict_in_16_bits(run.config, free_gib())
             LOGGER.info("Decision: scoring in 16 bits: %s", verdict)
-            if not agree(fits):
+            if agree(not fits):
                 MetricLogger(run.directory / "events.jsonl").log(event=f"scoring in 16 bits was left out: {verdict}")
                 continue
         for fold in waiting:
@@ -4867,7 +4883,8 @@ def run_folds(config: Config) -> list[FoldResult]:
     # The weights are selected once all folds are trained: with several devices, by further rounds of workers.
     rounds = schedule(folds, devices)
     scoring = ["predict"] + ["rescore"] * (config.score_precision == "16bit")
-    for stages in [["train", *scoring]] if len(rounds) == len(rounds[0]) == 1 else [["train"], scoring]:
+    order = ["train", *scoring]  # what a submission needs comes before scoring in 16 bits, for all folds
+    for stages in [order] if len(rounds) == len(rounds[0]) == 1 else [[stage] for stage in order]:
         launch_missing(run, rounds, stages)
     if config.final_retrain:
         launch_missing(run, schedule([run.final_fold], devices), ["train", *scoring])
@@ -4887,7 +4904,7 @@ NOT_SEARCHED = _BOOKKEEPING | {  # what decides the rows and folds, and what com
     *("n_folds", "use_kfold", "train_folds", "use_sample", "sample_size", "seed", "preset_name", "max_fallback_share"),
     *("use_tta", "tta_rotations", "tta_scales", "infer_max_pixels", "adaptive_tta", "use_batch_inference"),
     *("infer_batch_size", "zeroshot_rows", "use_temperature_scaling", "ensemble_method", "score_precision"),
-    "final_retrain",
+    *("final_retrain", "distill_from", "distill_weight"),
 }
 
 
@@ -4991,9 +5008,11 @@ def search_hyperparameters(config, competition, folds, space: Mapping, trials: i
     each trial, a run of its own; trials.db, Optuna's storage; trials.csv; best_overrides.json. Needs Optuna."""
     if importlib.util.find_spec("optuna") is None:
         raise ImportError("search_hyperparameters needs Optuna, which is not installed: pip install optuna")
+    if config.distill_from:
+        raise ValueError(f"Config field 'distill_from': nothing to search by, {SECOND_HAND}; search without it")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions, deadline = search_distributions(config, space), time.monotonic() + 60 * minutes
-    key = hashlib.sha256(json.dumps([config.fingerprint, space]).encode()).hexdigest()[:8]
+    key = hashlib.sha256(f"{config.fingerprint} {sorted(space.items())}".encode()).hexdigest()[:8]
     folder = config.run_dir.resolve() / f"search-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "search.lock", LOCK_SECONDS):

@@ -157,6 +157,7 @@ def test_a_budget_needs_views_to_save_on():
     assert vqa.Config(adaptive_tta=0.5, tta_rotations=1, tta_scales=(0.9, 1.0)).adaptive_tta == 0.5
 
 
+@pytest.mark.slow
 def test_a_team_agrees_on_the_rows_in_doubt_even_where_one_process_gets_none(mini_run, monkeypatch):
     run = mini_run(n_folds=2, train_folds=(0,), adaptive_tta=0.5)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

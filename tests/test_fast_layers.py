@@ -194,6 +194,7 @@ def planned(session, demo_rows, monkeypatch):
         Layers.config = vqa.dataclasses.replace(session.config, **settings)
         monkeypatch.setattr(vqa, "measure_pass", measure_pass)
         monkeypatch.setattr(vqa, "memory_budget", lambda: 0.92 * room)
+        monkeypatch.setattr(vqa, "clear_memory", lambda: None)  # seconds, after other tests
         prompts = [vqa.make_prompt(session, demo_rows.train, 0, [(0, 1, 2, 3)])]
         return vqa.plan_memory(Layers(), prompts, state)
 

@@ -118,6 +118,20 @@ def test_a_bad_last_epoch_is_no_reason_to_prune(search, monkeypatch):
     assert search("last", 6)[0]["state"].tolist() == ["complete"] * 6
 
 
+def test_a_distilled_run_is_nothing_to_search_by(search):
+    for space, fields in (({"distill_weight": (0.1, 0.9)}, {}), (SPACE, {"distill_from": "outputs/teacher"})):
+        with pytest.raises(ValueError, match="cannot be searched|nothing to search by"):
+            search("distilled", 1, space=space, **fields)
+
+
+def test_a_range_and_a_list_of_the_same_ends_are_two_searches(search, monkeypatch):
+    monkeypatch.setattr(vqa, "run_trial", lambda *_: None)
+    folders = [
+        search(name, 1, minutes=0, space={"lora_r": values})[1] for name, values in (("a", (4, 8)), ("b", [4, 8]))
+    ]
+    assert folders[0].name != folders[1].name
+
+
 def test_the_sampler_learns_from_earlier_trials_and_ranges_are_kept(search, monkeypatch):
     launch, launched = pretended(lambda rate: [0.1 + 100 * abs(rate - 0.005)] * 3)
     monkeypatch.setattr(vqa, "launch_workers", launch)

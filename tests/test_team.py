@@ -86,6 +86,7 @@ def wait_for_step(run):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_team_stops_at_the_same_step_and_continues(mini_run, tmp_path):
     settings = SETTINGS | {"num_epochs": 6}
     run = mini_run(**settings)

@@ -103,6 +103,7 @@ def test_what_was_trained_in_4_bit_is_also_scored_by_the_unquantised_model(famil
     assert max(worse.views) < 2 and not worse.ladder["used"]["mean of 2 views in 16 bits"]
 
 
+@pytest.mark.slow
 def test_scoring_in_16_bits_resumes_to_the_same_bytes_with_one_model_at_a_time(four_bit_run, tmp_path, monkeypatch):
     opened, models, open_session = [], [], vqa.open_session
 
@@ -134,6 +135,7 @@ def test_scoring_in_16_bits_resumes_to_the_same_bytes_with_one_model_at_a_time(f
             assert (stopped.fold_dir(fold) / name).read_bytes() == (plain.fold_dir(fold) / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_damaged_adapter_is_never_trained_anew_on_the_unquantised_model(four_bit_run):
     run = run_all(four_bit_run())
     kind = json.loads((run.directory / "selection.json").read_text())["weights"]
@@ -166,6 +168,7 @@ def test_preflight_says_whether_the_unquantised_model_fits(four_bits_on_the_cpu,
     assert vqa.preflight(config, rows=4)["scoring in 16 bits"].startswith("does not fit by computation: 0.5")
 
 
+@pytest.mark.slow
 def test_scoring_in_16_bits_is_left_out_where_the_time_budget_ends(four_bit_run, monkeypatch):
     run = run_all(four_bit_run())
     monkeypatch.setattr(vqa.Run, "seconds_left", lambda self: 0.0)
@@ -184,7 +187,7 @@ def test_weights_that_are_not_quantised_have_no_other_precision_to_score_in(demo
 
 @pytest.fixture(scope="module")
 def with_final(tmp_path_factory, mini_data):
-    """A run of two folds and the model on all rows, by real workers; images and wordings change, too."""
+    """A run of two folds and the model on all rows, whose images and wordings change."""
     folder = tmp_path_factory.mktemp("final")
     fields = {
         "num_epochs": 2,
@@ -198,8 +201,8 @@ def with_final(tmp_path_factory, mini_data):
     config = vqa.Config.preset("demo", **fields)
     competition = vqa.load_competition(config.data_dir)
     run = vqa.start_run(config, competition, vqa.make_folds(competition.train, config.n_folds, config.seed))
-    vqa.run_zeroshot(run)
-    vqa.run_folds(run.config)
+    run_all(run)
+    vqa.run_stages(run, [run.final_fold], ["train", "predict"], quiet)
     return run
 
 
@@ -211,8 +214,8 @@ def test_the_model_on_all_rows_is_one_more_member_of_the_mean_and_nothing_is_cla
     folds = vqa.predict_test(run, evaluation)
     logits = vqa.read_arrays(run.fold_dir(2) / "test.npz", run.fingerprint)["logits"]
     pooled = evaluation.calibration.temperatures[run.final_fold]
-    if evaluation.method == "mean":
-        np.testing.assert_allclose(folds[2], vqa.softmax(vqa.combine_views(logits[:, evaluation.views]) / pooled))
+    assert evaluation.method == "mean"
+    np.testing.assert_allclose(folds[2], vqa.softmax(vqa.combine_views(logits[:, evaluation.views]) / pooled))
     written = vqa.write_submissions(run, evaluation)["ensemble"].set_index("id")["answer"][run.test["id"]]
     expected = np.mean(list(folds.values()), axis=0).argmax(axis=1)
     assert written.tolist() == np.array(vqa.CHOICES)[expected].tolist() and len(folds) == 3
