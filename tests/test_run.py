@@ -175,6 +175,7 @@ def test_a_worker_that_dies_is_shown_with_its_last_lines(mini_run, monkeypatch):
         vqa.run_zeroshot(run)
 
 
+@pytest.mark.slow
 def test_several_devices_share_folds_and_the_odd_one_and_predict_in_further_rounds(mini_run, monkeypatch):
     run = mini_run(n_folds=3, tta_rotations=1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

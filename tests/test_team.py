@@ -99,6 +99,7 @@ def test_a_team_stops_at_the_same_step_and_continues(mini_run, tmp_path):
     assert_alike(run, train_alone(mini_run(**settings, output_dir=str(tmp_path / "alone"))))
 
 
+@pytest.mark.slow
 def test_a_dead_process_takes_its_team_along_and_is_shown(mini_run, monkeypatch):
     run, popen, started = mini_run(**SETTINGS | {"num_epochs": 50}), subprocess.Popen, []
     monkeypatch.setattr(vqa.subprocess, "Popen", lambda *args, **kw: started.append(popen(*args, **kw)) or started[-1])

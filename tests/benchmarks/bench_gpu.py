@@ -141,7 +141,8 @@ def make_prompts(session, count: int, pixels: int, orders: int) -> list[vqa.Prom
         key = (f"image {row % 64}", *budget)
         chosen = tuple(ORDERS[:orders])
         positions = np.concatenate([before, after], axis=1)
-        prompts.append(vqa.Prompt(row, chosen, "", key, grid, ids, segments, positions, ends, (True,) * 4, row % 4))
+        target = tuple(float(choice == row % 4) for choice in range(4))
+        prompts.append(vqa.Prompt(row, chosen, "", key, grid, ids, segments, positions, ends, (True,) * 4, target))
     return prompts
 
 
@@ -170,8 +171,9 @@ def fill_cache(session, prompts) -> float:
 def make_run(session, rows: int) -> vqa.Run:
     """A run of one fold over `rows` rows; its files go to a temporary folder."""
     frame = pd.DataFrame({"id": [f"row {row}" for row in range(rows)], "fold": 1, "label": np.arange(rows) % 4})
-    frame = frame.assign(type="general", a="1", b="2", c="3", d="4")
-    return vqa.Run(session.config, Path(tempfile.mkdtemp()), frame, frame, frame, {}, "benchmark")
+    frame = frame.assign(type="general", a="1", b="2", c="3", d="4", pixel_hash="", image_path="", width=1, height=1)
+    nothing = frame.head(0).assign(source="")
+    return vqa.Run(session.config, Path(tempfile.mkdtemp()), frame, frame, frame, {}, "benchmark", nothing)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
