@@ -139,12 +139,53 @@ def test_a_lower_loss_does_not_buy_wrong_answers():
 
 
 def test_the_automatic_choice_is_scored_on_rows_that_did_not_make_it():
-    """A candidate that is right on one fifth only is not credited with it: the other fifths do not ask for it."""
+    """A candidate that is right on one part only is not credited with it: the other parts do not ask for it."""
     labels, candidates = ways({"mean": 0.0})
-    part = np.arange(400) % 5
+    part = np.arange(400) % vqa.CROSS_FIT_PARTS
     lucky = np.where((part == 0)[:, None], np.eye(4)[labels] * 0.96 + 0.01, candidates["mean"])
     result = vqa.choose_cross_fitted({"mean": candidates["mean"], "lucky": lucky}, labels, np.arange(400))
     np.testing.assert_array_equal(result[part == 0], candidates["mean"][part == 0])
+    np.testing.assert_array_equal(result[part != 0], lucky[part != 0])
+
+
+def test_the_choice_follows_the_rule_as_it_is_written_down():
+    """On 60 sets of candidates near the border, with images of one to three rows."""
+    chosen, random = [], np.random.default_rng(0)
+    image = np.repeat(np.arange(200), random.integers(1, 4, 200))
+    for _ in range(60):
+        labels, candidates = ways({"mean": 0.0, "other": random.normal(0.02, 0.05), "third": 0.03}, len(image))
+        expected, best = "mean", 0.0
+        for name, probabilities in candidates.items():
+            gain = vqa.row_scores(candidates["mean"], labels) - vqa.row_scores(probabilities, labels)
+            spread = pd.Series(gain[:, 1] - gain[:, 1].mean()).groupby(image).sum()
+            error = np.sqrt((spread**2).sum()) / len(gain)
+            if gain[:, 1].mean() > max(best, error) and gain[:, 0].mean() <= 0:
+                expected, best = name, gain[:, 1].mean()
+        assert vqa.choose_blend(candidates, labels, image) == expected
+        chosen.append(expected)
+    assert len(set(chosen)) > 1
+
+
+def test_a_choice_that_every_resample_makes_has_the_interval_of_what_it_chooses():
+    labels, candidates = ways({"mean": 0.0, "best": 1.0, "worse": -0.5})
+    image = np.repeat(np.arange(200), 2)
+    change = vqa.row_scores(candidates["best"], labels) - vqa.row_scores(candidates["mean"], labels)
+    interval = vqa.choice_interval(candidates, labels, image)
+    np.testing.assert_allclose(interval, vqa.bootstrap_interval(change, image))
+
+
+def test_a_choice_that_chance_decides_has_an_interval_from_none_of_the_gain_to_all_of_it():
+    """Thirty images gain, the others lose less: nearly one standard error together, so that resamples differ."""
+    labels, image = np.arange(400) % 4, np.arange(400)
+    chance = np.where(image < 30, 0.9, 0.688)
+    wrong = 1 - np.eye(4)[labels]
+    mean = np.where(wrong, 0.1, 0.7)
+    candidates = {"mean": mean, "other": np.where(wrong, (1 - chance[:, None]) / 3, chance[:, None])}
+    change = vqa.row_scores(candidates["other"], labels) - vqa.row_scores(mean, labels)
+    fixed = vqa.bootstrap_interval(np.zeros_like(change), image)[:, 1]
+    low, high = vqa.choice_interval(candidates, labels, image)[:, 1]
+    assert vqa.choose_blend(candidates, labels, image) == "mean"
+    assert low < 2 * fixed[0] and low < change[:, 1].mean() < 0 < high
 
 
 def test_views_are_weighted_where_the_evidence_asks_for_it(mini_run, replace):
@@ -295,3 +336,4 @@ def test_blends_of_rows_that_all_show_one_image_are_cross_fitted_by_row():
     candidates = vqa.cross_fitted_blends(members, labels, groups)
     assert all(np.isfinite(probabilities).all() for probabilities in candidates.values())
     assert np.isfinite(vqa.choose_cross_fitted(candidates, labels, groups)).all()
+    assert np.isfinite(vqa.choice_interval(candidates, labels, groups)).all()

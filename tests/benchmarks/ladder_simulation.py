@@ -13,10 +13,14 @@ Accuracy is in points.
 """
 
 import argparse
+import itertools
+import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is loaded: the processes share the cores
 import numpy as np
 import pandas as pd
 
@@ -68,15 +72,15 @@ def one_data_set(oof: tuple, fresh: tuple) -> list[dict]:
     blends = vqa.cross_fitted_blends(members, labels, groups)
     chosen = vqa.choose_blend(blends, labels, groups)
     scores = {name: vqa.row_scores(probabilities, labels) for name, probabilities in blends.items()}
-    scores["automatic"] = vqa.row_scores(vqa.choose_cross_fitted(blends, labels, groups), labels)
     names = [name for name in scores if name != "mean"]
     intervals = vqa.bootstrap_interval(np.hstack([scores[name] - scores["mean"] for name in names]), groups)
+    intervals = [*intervals.reshape(2, -1, 2).swapaxes(0, 1), vqa.choice_interval(blends, labels, groups)]
     true = {}
     for name in blends:
         true[name] = vqa.row_scores(vqa.blend(name, members, labels, fresh[0]), fresh[1]).mean(axis=0)
     true["automatic"] = true[chosen]
     rows = []
-    for name, ends in zip(names, intervals.reshape(2, -1, 2).swapaxes(0, 1), strict=True):
+    for name, ends in zip([*names, "automatic"], intervals, strict=True):
         gain, row = true[name] - true["mean"], {"blend": name, "chosen": name == chosen}
         for column, score in enumerate(("accuracy", "nll")):
             row |= {f"{score} change": gain[column], f"{score} low": ends[0, column], f"{score} high": ends[1, column]}
@@ -84,19 +88,24 @@ def one_data_set(oof: tuple, fresh: tuple) -> list[dict]:
     return rows
 
 
+def simulate_truth(number: int, n_data_sets: int) -> list[dict]:
+    """A row for each data set of this truth and each blend: interval, and true change when fitted on this data set."""
+    generator, name = np.random.default_rng(number), list(STRENGTHS)[number % len(STRENGTHS)]
+    truth = make_truth(name, generator)
+    fresh, rows = calibrated(truth, FRESH_IMAGES, generator), []
+    for n_rows in (200, 2000):
+        for _ in range(n_data_sets):
+            oof = first_rows(calibrated(truth, n_rows, generator), n_rows)
+            settings = {"rows": n_rows, "truth": number, "strengths": name}
+            rows += [settings | row for row in one_data_set(oof, fresh)]
+    return rows
+
+
 def simulate(n_truths: int, n_data_sets: int) -> pd.DataFrame:
-    """A row for each data set and blend: interval, and true change when fitted on this data set."""
-    rows, generator = [], np.random.default_rng(0)
-    for number in range(n_truths):
-        name = list(STRENGTHS)[number % len(STRENGTHS)]
-        truth = make_truth(name, generator)
-        fresh = calibrated(truth, FRESH_IMAGES, generator)
-        for n_rows in (200, 2000):
-            for _ in range(n_data_sets):
-                oof = first_rows(calibrated(truth, n_rows, generator), n_rows)
-                settings = {"rows": n_rows, "truth": number, "strengths": name}
-                rows += [settings | row for row in one_data_set(oof, fresh)]
-    return pd.DataFrame(rows)
+    """The rows of all truths, one process on each core."""
+    with ProcessPoolExecutor() as pool:
+        parts = pool.map(simulate_truth, range(n_truths), itertools.repeat(n_data_sets))
+        return pd.DataFrame(itertools.chain.from_iterable(parts))
 
 
 def coverage(results: pd.DataFrame) -> pd.DataFrame:
