@@ -143,17 +143,21 @@ def test_the_automatic_choice_is_scored_on_rows_that_did_not_make_it():
     labels, candidates = ways({"mean": 0.0})
     part = np.arange(400) % vqa.CROSS_FIT_PARTS
     lucky = np.where((part == 0)[:, None], np.eye(4)[labels] * 0.96 + 0.01, candidates["mean"])
-    result = vqa.choose_cross_fitted({"mean": candidates["mean"], "lucky": lucky}, labels, np.arange(400))
+    candidates["lucky"] = lucky
+    result = vqa.choose_cross_fitted(candidates, labels, np.arange(400))
     np.testing.assert_array_equal(result[part == 0], candidates["mean"][part == 0])
     np.testing.assert_array_equal(result[part != 0], lucky[part != 0])
+    nothing = vqa.bootstrap_interval(np.zeros((400, 2)), np.arange(400))
+    np.testing.assert_allclose(vqa.choice_interval(candidates, labels, np.arange(400)), nothing)
 
 
 def test_the_choice_follows_the_rule_as_it_is_written_down():
-    """On 60 sets of candidates near the border, with images of one to three rows."""
+    """On 500 sets of candidates near the border, with few images, of one to three rows."""
     chosen, random = [], np.random.default_rng(0)
-    image = np.repeat(np.arange(200), random.integers(1, 4, 200))
-    for _ in range(60):
-        labels, candidates = ways({"mean": 0.0, "other": random.normal(0.02, 0.05), "third": 0.03}, len(image))
+    image = np.repeat(np.arange(12), random.integers(1, 4, 12))
+    for _ in range(500):
+        gains = dict(zip(["other", "third"], random.normal(0.02, 0.05, 2), strict=True))
+        labels, candidates = ways({"mean": 0.0} | gains, len(image))
         expected, best = "mean", 0.0
         for name, probabilities in candidates.items():
             gain = vqa.row_scores(candidates["mean"], labels) - vqa.row_scores(probabilities, labels)
@@ -163,7 +167,7 @@ def test_the_choice_follows_the_rule_as_it_is_written_down():
                 expected, best = name, gain[:, 1].mean()
         assert vqa.choose_blend(candidates, labels, image) == expected
         chosen.append(expected)
-    assert len(set(chosen)) > 1
+    assert len(set(chosen)) == 3
 
 
 def test_a_choice_that_every_resample_makes_has_the_interval_of_what_it_chooses():
