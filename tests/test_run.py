@@ -300,7 +300,7 @@ def test_a_letter_that_a_fit_would_not_see_leaves_stacking_out(mini_run, replace
     run = mini_run()
     labels = np.arange(36) % 3
     complete = replace(run, train=run.train.assign(label=np.arange(36) % 4))
-    rare = replace(run, train=run.train.assign(label=np.where(np.arange(36) % 10 == 5, 3, labels)))
+    rare = replace(run, train=run.train.assign(label=np.where(np.arange(36) % vqa.CROSS_FIT_PARTS == 5, 3, labels)))
     for case, stacked in ((complete, True), (rare, False)):
         ladder = vqa.evaluate_run(scored(case, case.train)).ladder
         assert "weighted views" in ladder.index and ("stacked views" in ladder.index) == stacked
