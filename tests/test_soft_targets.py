@@ -327,6 +327,7 @@ class Stop(Exception):
     """Stands for the end of a session."""
 
 
+@pytest.mark.slow
 def test_a_resumed_student_ends_bitwise_like_an_uninterrupted_one(student, monkeypatch, tmp_path):
     whole, broken = (student(name, save_every_minutes=1e-9, cache_dir=str(tmp_path / name)) for name in ("one", "two"))
     session = vqa.open_session(whole.config, whole.train.iloc[0])

@@ -50,6 +50,7 @@ def test_two_processes_do_what_one_does(mini_run, tmp_path):
     assert_alike(run, train_alone(mini_run(**SETTINGS, output_dir=str(tmp_path / "alone"))))
 
 
+@pytest.mark.slow
 def test_accelerate_launch_starts_a_team(mini_run, tmp_path):
     """What is to be typed for several machines, here for two processes of one."""
     run = mini_run(**SETTINGS)
