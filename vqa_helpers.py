@@ -4951,22 +4951,24 @@ NOT_SEARCHED = _BOOKKEEPING | {  # what decides the rows and folds, and what com
 
 def search_distributions(config: Config, space: Mapping[str, list | tuple]) -> dict:
     """Optuna's distributions for [choices], (low, high) or (low, high, "log") of fields; ValueError names the field."""
-    fields, found = {item.name for item in dataclasses.fields(Config)} - NOT_SEARCHED, {}
+    kinds = optuna.distributions
+    fields = {item.name: item.type for item in dataclasses.fields(Config) if item.name not in NOT_SEARCHED}
+    found = {}
     for name, values in space.items():
-        kinds, ends = optuna.distributions, values if isinstance(values, list) else values[:2]
         if name not in fields:
             raise ValueError(f"Search space: {name!r} cannot be searched; fields that can: {', '.join(sorted(fields))}")
+        log = isinstance(values, tuple) and values[2:] == ("log",)
         if isinstance(values, list) and values:
             found[name] = kinds.CategoricalDistribution(values)
-        elif isinstance(values, tuple) and values[2:] in ((), ("log",)) and len(ends) == 2 and ends[0] < ends[1]:
-            whole = all(isinstance(end, int) for end in ends)
-            kind = kinds.IntDistribution if whole else kinds.FloatDistribution
-            found[name] = kind(*ends, log=len(values) == 3)
+        elif isinstance(values, tuple) and len(values) == 2 + log and (0 if log else -math.inf) < values[0] < values[1]:
+            kind = kinds.FloatDistribution if "float" in str(fields[name]) else kinds.IntDistribution
+            found[name] = kind(*values[:2], log=log)
         else:
-            raise ValueError(
-                f'Search space: {name!r} is {values!r}; it needs [choices], (low, high) or (.., .., "log")'
-            )
-        for value in ends:  # a value that the field refuses is found now, not hours later
+            needed = '[choices], (low, high), or (low, high, "log") above 0'
+            raise ValueError(f"Search space: {name!r} is {values!r}; it needs {needed}")
+        for value in (
+            values[:2] if isinstance(values, tuple) else values
+        ):  # a value that the field refuses is found now, not hours later
             dataclasses.replace(config, **{name: value})
     return found
 
@@ -5013,13 +5015,17 @@ def draw_trial(config: Config, distributions: Mapping, earlier: Sequence, path: 
 
 def run_trial(config: Config, competition: Competition, folds: np.ndarray, trial, folder: Path, deadline: float):
     """Train fold 0 with the trial's settings, as a run in `folder`; Optuna's record of it, None if the time was up."""
-    place = {"output_dir": str(folder), "run_name": f"trial_{trial.number:03d}"}
-    settings = dataclasses.replace(config, **trial.params, train_folds=(0,), backup_dir=None, **place)
-    run = start_run(settings, competition, folds)
-    watch, states = TrialWatch(trial, run, deadline), optuna.trial.TrialState
+    place, states = {"output_dir": str(folder), "run_name": f"trial_{trial.number:03d}"}, optuna.trial.TrialState
     record = functools.partial(
         optuna.trial.create_trial, params=trial.params, distributions=trial.distributions, user_attrs=place
     )
+    try:
+        settings = dataclasses.replace(config, **trial.params, train_folds=(0,), backup_dir=None, **place)
+    except ValueError as error:  # each value is legal, these together are not
+        LOGGER.warning("%s is left out: %s", place["run_name"], error)
+        return record(state=states.FAIL)
+    run = start_run(settings, competition, folds)
+    watch = TrialWatch(trial, run, deadline)
     try:
         if not watch.look() and not run.is_done("train", 0):
             for jobs in schedule([0], _devices(settings)):
@@ -5028,9 +5034,9 @@ def run_trial(config: Config, competition: Competition, folds: np.ndarray, trial
         if not watch.look() and time.monotonic() <= deadline:
             raise  # somebody else has stopped it
     except RuntimeError as error:
-        if "FloatingPointError" not in str(error):
+        if not re.search("FloatingPointError|Out of GPU memory", str(error)):
             raise
-        LOGGER.warning("%s diverged: %s", place["run_name"], trial.params)
+        LOGGER.warning("%s diverged or has no room: %s", place["run_name"], trial.params)
         return record(state=states.FAIL)
     if watch.look():
         loss = watch.losses[max(watch.losses)]

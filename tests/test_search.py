@@ -53,6 +53,8 @@ def pretended(losses, interrupt_after=None):
         curve = losses(run.config.learning_rate)
         if curve is None:
             raise RuntimeError("A worker stopped.\nFloatingPointError: 11 steps were not finite")
+        if curve == "too large":
+            raise RuntimeError("A worker stopped.\nRuntimeError: Out of GPU memory with one question per forward pass")
         history = [{"epoch": epoch, "nll": loss} for epoch, loss in enumerate(curve, 1)]
         vqa.write_table(pd.DataFrame(history), run.fold_dir(0) / "history.csv")
         if len(launched) == interrupt_after or stop():
@@ -145,17 +147,32 @@ def test_the_sampler_learns_from_earlier_trials_and_ranges_are_kept(search, monk
 
 
 def test_a_trial_that_diverges_is_a_failure_and_another_error_is_not_hidden(search, monkeypatch):
-    launch, launched = pretended(lambda rate: None if len(launched) == 2 else [0.5] * 3)
+    launch, launched = pretended(lambda rate: [[0.5] * 3, None, "too large", [0.5] * 3][len(launched) - 1])
     monkeypatch.setattr(vqa, "launch_workers", launch)
-    table, _ = search("diverges", 3)
-    assert table["state"].tolist() == ["complete", "complete", "fail"] and len(launched) == 3
+    table, _ = search("diverges", 4)
+    assert table["state"].tolist() == ["complete", "complete", "fail", "fail"] and len(launched) == 4
 
     def broken(*_):
         raise RuntimeError("A worker stopped.\nOSError: no such model")
 
     monkeypatch.setattr(vqa, "launch_workers", broken)
     with pytest.raises(RuntimeError, match="no such model"):
-        search("diverges", 4)
+        search("diverges", 5)
+
+
+def test_settings_that_are_legal_one_by_one_but_not_together_are_a_failed_trial(search, monkeypatch):
+    launch, launched = pretended(lambda rate: [0.5] * 3)
+    monkeypatch.setattr(vqa, "launch_workers", launch)
+    table, _ = search("together", 8, space={"use_swa": [True, False], "num_epochs": (1, 2)})
+    impossible = table["use_swa"] & (table["num_epochs"] == 1)  # averaging starts after the first epoch
+    assert impossible.any() and (table["state"] == "fail").equals(impossible) and len(launched) == 8 - impossible.sum()
+
+
+def test_a_range_of_whole_numbers_is_continuous_where_the_field_is(search, monkeypatch):
+    launch, launched = pretended(lambda rate: [0.5] * 3)
+    monkeypatch.setattr(vqa, "launch_workers", launch)
+    table, _ = search("whole", 3, space={"weight_decay": (0, 1), "batch_size": (2, 6)})
+    assert (table["weight_decay"] % 1 > 0).all() and (table["batch_size"] % 1 == 0).all()
 
 
 def test_when_the_minutes_are_over_the_trial_waits_for_the_next_call(search, monkeypatch):
@@ -189,6 +206,9 @@ def test_a_worker_that_is_told_to_stop_saves_first(mini_run):
         ({"learning_rate": (1e-2, 1e-4)}, "'learning_rate' is"),
         ({"learning_rate": (1e-4, 1e-2, "linear")}, "'learning_rate' is"),
         ({"lora_r": []}, "'lora_r' is"),
+        ({"lora_r": 8}, "'lora_r' is 8"),
+        ({"lora_r": (4.5, 8.5)}, "'lora_r'"),
+        ({"learning_rate": (0, 1e-3, "log")}, "'learning_rate' is .* above 0"),
         ({"label_smoothing": (0.0, 1.5)}, "'label_smoothing' is 1.5; it needs 0 <= value < 1"),
         ({"loss": ["choices", "letters"]}, "'loss' is 'letters'"),
     ],
