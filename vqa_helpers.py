@@ -3098,11 +3098,11 @@ class TemperatureScaler:
         return softmax(combine_views(logits) / self.temperature)
 
 
-def shrink_temperatures(fold_temperatures, fold_sizes, pooled, strength=50) -> np.ndarray:
-    """(folds,) temperatures with log T pulled towards the pooled one, each fold keeping weight n / (n + strength)."""
+def shrink_temperatures(fold_temperatures, fold_sizes, pooled) -> np.ndarray:
+    """(folds,) temperatures with log T pulled towards the pooled one, each fold keeping weight n / (n + 50)."""
     # One fold's T is noisy: standard deviation 0.36 at 50 rows, 0.20 at 200 in our simulation of a true T of 2.
     sizes = _as_array(fold_sizes)
-    weight = sizes / (sizes + strength)
+    weight = sizes / (sizes + 50)
     return np.exp(weight * np.log(_as_array(fold_temperatures)) + (1 - weight) * math.log(pooled))
 
 
@@ -3111,6 +3111,13 @@ def negative_log_likelihood(probabilities, labels) -> float:
     probabilities = _as_probabilities(probabilities)
     chosen = probabilities[np.arange(len(probabilities)), _as_labels(labels, probabilities.shape)]
     return float(-np.log(np.maximum(chosen, PROBABILITY_FLOOR)).mean())
+
+
+def brier_score(probabilities, labels) -> float:
+    """Mean squared distance of probabilities and truth, summed over choices (Brier 1950): 0 is best, 2 is worst."""
+    probabilities = _as_probabilities(probabilities)
+    truth = np.eye(probabilities.shape[1])[_as_labels(labels, probabilities.shape)]
+    return float(((probabilities - truth) ** 2).sum(axis=1).mean())
 
 
 def accuracy(probabilities, labels) -> float:
@@ -3136,12 +3143,23 @@ def expected_calibration_error(probabilities, labels, n_bins=15) -> float:
     return float(np.average((curve["confidence"] - curve["accuracy"]).abs(), weights=curve["count"]))
 
 
-def calibration_error_null(probabilities, n_bins=15, n_simulations=200, seed=0) -> float:
-    """Mean expected calibration error under labels drawn from these very probabilities."""
+def calibration_error_null(probabilities, n_simulations=200) -> np.ndarray:
+    """(3,) expected calibration error under labels drawn from these very probabilities: mean, 5 % and 95 % quantile."""
     probabilities = _as_probabilities(probabilities)
-    draws = np.random.default_rng(seed).random((n_simulations, len(probabilities), 1))
+    draws = np.random.default_rng(0).random((n_simulations, len(probabilities), 1))
     labels = (draws > probabilities.cumsum(axis=1)[:, :-1]).sum(axis=2)
-    return float(np.mean([expected_calibration_error(probabilities, drawn, n_bins) for drawn in labels]))
+    errors = [expected_calibration_error(probabilities, drawn) for drawn in labels]
+    return np.array([np.mean(errors), *np.quantile(errors, [0.05, 0.95])])
+
+
+def calibration_row(probabilities, labels) -> dict[str, float]:
+    """`score_row`, and the ECE in excess of what chance alone gives honest probabilities, with its 90 % interval.
+
+    An interval above zero says that the probabilities are not honest; one that holds it, that these rows cannot tell.
+    """
+    scores, null = score_row(probabilities, labels), calibration_error_null(probabilities)
+    excess = dict(zip(("ece_excess", "excess_high", "excess_low"), scores["ece"] - null, strict=True))
+    return scores | {name: float(excess[name]) for name in ("ece_excess", "excess_low", "excess_high")}
 
 
 def _letter_indices(values) -> np.ndarray:
@@ -3173,6 +3191,7 @@ def prediction_diversity(predictions, validation_labels) -> dict:
 CROSS_FIT_PARTS = 20
 STACK_FLOOR = 1e-3  # log(1e-12) for a masked choice would drown every other feature
 GREEDY_ROUNDS = 20
+RESAMPLES = 2000  # of the images, for an interval
 
 
 def majority_vote(probabilities) -> np.ndarray:
@@ -3267,27 +3286,31 @@ BLENDS = {  # (members and labels to fit on, members) -> (n, choices)
 }
 
 
-def blend(name: str, old, known, new) -> np.ndarray:
+def blend(name: str, old, known, new, scaling: bool = True) -> np.ndarray:
     """(n, choices) predictions for `new` members by a blend and its temperature, both fitted on `old` ones."""
     mixed = BLENDS[name](old, known, np.concatenate([old, new], axis=1))
-    if name == "vote":  # has no probabilities to scale
+    if name == "vote" or not scaling:  # a vote has no probabilities to scale
         return mixed[len(known) :]
     # A mean of honest probabilities is too timid: unscaled, a blend could win by its confidence, not its answers.
     scores = np.log(np.maximum(mixed, PROBABILITY_FLOOR))
-    return TemperatureScaler().fit(scores[: len(known)], known).transform(scores[len(known) :])
+    scaled = TemperatureScaler().fit(scores[: len(known)], known).transform(scores[len(known) :])
+    scaled *= (new > 0).any(axis=0)  # a masked choice: the floor would give it a share
+    return scaled / scaled.sum(axis=1, keepdims=True)
 
 
-def _separable(groups) -> np.ndarray:
-    """(n,) groups to cross-fit by; the rows themselves where all are in one group, as with grey images."""
-    return groups if len(np.unique(groups)) > 1 else np.arange(len(groups))
+def image_groups(frame: pd.DataFrame) -> np.ndarray:
+    """(n,) the number of each row's image: rows of one image are not independent. With one image, each row's own."""
+    groups = pd.factorize(frame["pixel_hash"])[0]
+    return groups if groups.any() else np.arange(len(groups))  # all grey, as a control, leaves nothing else to draw
 
 
-def cross_fitted_blends(members, labels, groups, names: Sequence[str] = tuple(BLENDS)) -> dict[str, np.ndarray]:
+def cross_fitted_blends(members, labels, groups, names: Iterable[str] = BLENDS, scaling=True) -> dict[str, np.ndarray]:
     """Name -> (n, choices) predictions by that blend of (members, n, choices), fitted on the groups of other parts."""
-    part = _separable(groups) % CROSS_FIT_PARTS
+    part = groups % CROSS_FIT_PARTS
     complete = all(len(np.unique(labels[part != number])) == members.shape[2] for number in np.unique(part))
     names = [name for name in names if complete or name != "stacked"]  # a stack has to see every letter
-    return {name: cross_fit(functools.partial(blend, name), members, labels, part) for name in names}
+    fits = {name: functools.partial(blend, name, scaling=scaling) for name in names}
+    return {name: cross_fit(fit, members, labels, part) for name, fit in fits.items()}
 
 
 def _group_evidence(candidates: Mapping[str, np.ndarray], labels, groups) -> np.ndarray:
@@ -3319,8 +3342,10 @@ def choose_blend(candidates: Mapping[str, np.ndarray], labels, groups) -> str:
 
 
 def choose_cross_fitted(candidates: Mapping[str, np.ndarray], labels, groups) -> np.ndarray:
-    """(n, choices) predictions of the automatic choice, made for each part of the groups without its own rows."""
-    groups, result = _separable(groups), np.full_like(next(iter(candidates.values())), np.nan)
+    """(n, choices) predictions of the automatic choice, which for each part of the groups is made by the other parts.
+
+    What is chosen from stays as it is: cross-fitted once, with all parts but the row's own."""
+    result = np.full_like(next(iter(candidates.values())), np.nan)
     part, evidence = groups % CROSS_FIT_PARTS, _group_evidence(candidates, labels, groups)
     part_of_evidence = np.unique(groups) % CROSS_FIT_PARTS
     for number in np.unique(part):
@@ -3329,20 +3354,19 @@ def choose_cross_fitted(candidates: Mapping[str, np.ndarray], labels, groups) ->
     return result
 
 
-def choice_interval(candidates: Mapping[str, np.ndarray], labels, groups, n_resamples=2000, seed=0) -> np.ndarray:
+def choice_interval(candidates: Mapping[str, np.ndarray], labels, groups) -> np.ndarray:
     """(2, 2) ends of the 90 % intervals of what `choose_cross_fitted` gains in accuracy and NLL on the first candidate.
 
     As `bootstrap_interval`, but each resample chooses anew: which candidate it would be is part of the uncertainty.
     """
-    groups = _separable(groups)
     evidence, part = _group_evidence(candidates, labels, groups), np.unique(groups) % CROSS_FIT_PARTS
-    draws = _group_draws(len(evidence) + 2, n_resamples, seed)
+    draws = _group_draws(len(evidence) + 2)
     drawn = draws[:, :-2]  # the last two are the imaginary questions
     sums = [np.tensordot(drawn[:, part == number], evidence[part == number], axes=1) for number in np.unique(part)]
-    gains, total = np.zeros((n_resamples, 2)), sum(sums)
+    gains, total = np.zeros((RESAMPLES, 2)), sum(sums)
     for inside in sums:
         chosen = _choice(total - inside)
-        gains += inside[np.arange(n_resamples), :2, chosen]
+        gains += inside[np.arange(RESAMPLES), :2, chosen]
     gains += (draws[:, -2] - draws[:, -1])[:, None]
     return np.quantile(gains / (total[:, 4, :1] + draws[:, -2:].sum(axis=1, keepdims=True)), [0.05, 0.95], axis=0)
 
@@ -3354,12 +3378,12 @@ def row_scores(probabilities, labels) -> np.ndarray:
     return np.column_stack([np.where(np.isnan(loss), np.nan, probabilities.argmax(axis=1) == labels), loss])
 
 
-def _group_draws(n_groups: int, n_resamples: int, seed: int) -> np.ndarray:
-    """(n_resamples, n_groups) how often each group is in each resample, drawn with replacement."""
-    return np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=n_resamples)
+def _group_draws(n_groups: int) -> np.ndarray:
+    """(RESAMPLES, n_groups) how often each group is in each resample, drawn with replacement; always the same."""
+    return np.random.default_rng(0).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=RESAMPLES)
 
 
-def bootstrap_interval(changes, groups, n_resamples=2000, seed=0) -> np.ndarray:
+def bootstrap_interval(changes, groups) -> np.ndarray:
     """(2, columns) 90 % percentile interval (Efron 1979) of the means of (n, columns) changes; NaN: not compared.
 
     Whole groups are drawn, because the rows of one image are not independent (Field and Welsh 2007). The interval is
@@ -3370,7 +3394,7 @@ def bootstrap_interval(changes, groups, n_resamples=2000, seed=0) -> np.ndarray:
     changes = np.vstack([changes, np.ones_like(changes[:1]), -np.ones_like(changes[:1])])
     groups, known = np.concatenate([groups, groups.max() + [1, 2]]), np.isfinite(changes)
     sums, sizes = (pd.DataFrame(part).groupby(groups).sum().to_numpy() for part in (np.where(known, changes, 0), known))
-    draws = _group_draws(len(sums), n_resamples, seed)
+    draws = _group_draws(len(sums))
     means = draws @ sums / np.maximum(1, draws @ sizes)
     return np.quantile(means, [0.05, 0.95], axis=0)
 
@@ -3436,6 +3460,7 @@ def _check_rows(frame, sample, path):
 IN_16_BITS = " in 16 bits"  # end of the name of a view, or a set of them, that an unquantised base model scored
 FINAL_STEP = "and a model on all rows, which no OOF row can judge"
 VIEW_BLENDS = {"vote": "vote of views", "weighted": "weighted views", "stacked": "stacked views"}  # blend -> step
+ONE_VIEW, AUTOMATIC = "fine-tuned, one view", "automatic choice"  # steps
 
 
 @dataclass(frozen=True)
@@ -3451,8 +3476,7 @@ class OofLogits:
 
     @property
     def groups(self) -> np.ndarray:
-        """(n,) the number of each row's image: rows of one image are not independent."""
-        return pd.factorize(self.frame["pixel_hash"])[0]
+        return image_groups(self.frame)
 
     def cost(self, views: Sequence[int]) -> float:
         """Mean time of scoring a row in those of the views that it has, in questions with one view."""
@@ -3467,13 +3491,24 @@ class OofLogits:
 
 
 def read_oof(run: Run) -> OofLogits:
-    """The trained folds' oof.npz put together. Raises FileNotFoundError for a fold that has not been predicted."""
+    """The trained folds' oof.npz put together. Raises FileNotFoundError where no fold is trained, or one not scored."""
+    waiting = [f"fold {fold} is trained, but not scored" for fold in run.missing("predict", run.finished_folds)]
+    if waiting or not run.finished_folds:
+        problem = ", ".join(waiting) or "no fold is trained"
+        raise FileNotFoundError(
+            f"{run.directory}: {problem}; run its notebook (or run_folds) again, which continues it"
+        )
     parts = [read_scores(run, fold, "oof") for fold in run.finished_folds]
-    ids, logits = (np.concatenate([part[name] for part in parts]) for name in ("ids", "logits"))
+    ids = np.concatenate([part["ids"] for part in parts])
     frame = run.train[run.train["id"].isin(ids)].reset_index(drop=True)
-    logits = logits[pd.Index(ids).get_indexer(frame["id"])]
     names = tuple(parts[0]["view_names"].tolist())
-    return OofLogits(frame, logits, frame["label"].to_numpy(), frame["fold"].to_numpy(), names)
+    return OofLogits(frame, _logits_of(frame["id"], parts), frame["label"].to_numpy(), frame["fold"].to_numpy(), names)
+
+
+def _logits_of(ids: pd.Series, parts: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+    """(n, views, 4) logits of these rows, from what was written for each fold."""
+    known, logits = (np.concatenate([part[name] for part in parts]) for name in ("ids", "logits"))
+    return logits[pd.Index(known).get_indexer(ids)]
 
 
 def read_scores(run: Run, fold: int, name: str) -> dict[str, np.ndarray]:
@@ -3516,8 +3551,9 @@ def calibrate(scores: np.ndarray, labels: np.ndarray, folds: np.ndarray, enabled
 
 
 def score_row(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, NLL and ECE of probabilities (n, 4)."""
-    metrics = {"accuracy": accuracy, "nll": negative_log_likelihood, "ece": expected_calibration_error}
+    """Accuracy, NLL, Brier score and ECE of probabilities (n, 4)."""
+    metrics = {"accuracy": accuracy, "nll": negative_log_likelihood, "brier": brier_score}
+    metrics["ece"] = expected_calibration_error
     return {name: metric(probabilities, labels) for name, metric in metrics.items()}
 
 
@@ -3533,21 +3569,40 @@ def view_sets(view_names: Sequence[str]) -> dict[str, list[int]]:
     return sets
 
 
+def views_by_set(oof: OofLogits) -> dict[str, list[int]]:
+    """`view_sets` of the views that any row has: questions that read text, for one, have no smaller scale."""
+    known = np.flatnonzero(~np.isnan(oof.logits).all(axis=(0, 2))).tolist()
+    sets = view_sets([oof.view_names[view] for view in known])
+    return {name: [known[place] for place in places] for name, places in sets.items()}
+
+
 def admit_views(oof: OofLogits, use_temperature_scaling: bool = True) -> tuple[list[int], pd.DataFrame]:
-    """The widest set of views that does not lose on OOF against the set admitted before it, and the comparison."""
-    admitted, best, rows = [], math.inf, {}
-    for name, views in view_sets(oof.view_names).items():
-        if np.isnan(oof.logits[:, views]).all(axis=(0, 2)).any():
-            continue  # a view that no row has
+    """The widest set of views that does not lose on OOF against the set admitted before it, and the comparison.
+
+    It loses by a higher NLL, or by an accuracy that is lower beyond chance: the 90 % interval ends below zero."""
+    admitted, best, rows = [], None, {}
+    for name, views in views_by_set(oof).items():
         scores = combine_views(oof.logits[:, views])
         # Averaging views also softens probabilities, which is not a gain: hence after temperature scaling.
         probabilities = calibrate(scores, oof.labels, oof.folds, use_temperature_scaling).probabilities
-        rows[name] = {"cost": oof.cost(views)}
-        rows[name] |= score_row(probabilities, oof.labels)
-        rows[name]["used"] = rows[name]["nll"] <= best
-        if rows[name]["used"]:
-            admitted, best = views, rows[name]["nll"]
+        own = row_scores(probabilities, oof.labels)
+        change = own - (own if best is None else best)
+        wins = change[:, 1].mean() <= 0 and bootstrap_interval(change, oof.groups)[1, 0] >= 0
+        rows[name] = {"cost": oof.cost(views), **score_row(probabilities, oof.labels), "admitted": bool(wins)}
+        if wins:
+            admitted, best = views, own
     return admitted, pd.DataFrame.from_dict(rows, orient="index").rename_axis("views")
+
+
+# === Ladder ==========================================================================================================
+@dataclass(frozen=True)
+class Step:
+    """A row of the ladder."""
+
+    probabilities: np.ndarray  # (n, 4), NaN where a row was not predicted
+    against: str = ""  # the step to compare with
+    views: Sequence[int] = (0,)  # that it takes
+    used: bool = False  # whether the submission is made of it
 
 
 @dataclass(frozen=True)
@@ -3559,7 +3614,7 @@ class Evaluation:
     view_table: pd.DataFrame
     calibration: Calibration
     method: str  # how the submission combines views, a key of VIEW_BLENDS or "mean"
-    probabilities: np.ndarray  # (n, 4) cross-fitted, of that method
+    probabilities: np.ndarray  # (n, 4) cross-fitted, of that method; with "auto" the choice is made without the row
     ladder: pd.DataFrame
     fold_table: pd.DataFrame
 
@@ -3570,6 +3625,19 @@ def _view_members(logits: np.ndarray, views: Sequence[int]) -> np.ndarray:
     return softmax(np.where(np.isnan(scores), combine_views(scores)[:, None], scores)).swapaxes(0, 1)
 
 
+def view_steps(oof: OofLogits, admitted: pd.Series, views: list[int], averaged: bool) -> dict[str, Step]:
+    """A step for every set of views, the losers too; `averaged`: the submission has the mean over `views`."""
+    steps, against = {}, "zero-shot"
+    for name, own in views_by_set(oof).items():
+        count = f"up to {len(own)}" if {*own} & {*oof.later} else len(own)
+        step = ("one view" if len(own) == 1 else f"mean of {count} views") + IN_16_BITS * name.endswith(IN_16_BITS)
+        step = step if steps else ONE_VIEW
+        used = {*own} <= {*views} and (averaged or len(own) == 1)
+        steps[step] = Step(softmax(combine_views(oof.logits[:, own])), against, own, used)
+        against = step if admitted[name] else against
+    return steps
+
+
 def evaluate_run(run: Run) -> Evaluation:
     """Admit views, temperature and the way to combine views, and build the ladder, all from saved OOF logits."""
     oof, scaling, method = (
@@ -3577,73 +3645,102 @@ def evaluate_run(run: Run) -> Evaluation:
         run.config.use_temperature_scaling,
         run.config.ensemble_method,
     )
+    labels, groups = oof.labels, oof.groups
     views, view_table = admit_views(oof, scaling)
-    scores, ways = combine_views(oof.logits[:, views]), {}
-    scaled, plain = (calibrate(scores, oof.labels, oof.folds, enabled) for enabled in (scaling, False))
-    calibration = min(scaled, plain, key=lambda each: negative_log_likelihood(each.probabilities, oof.labels))
+    scores = combine_views(oof.logits[:, views])
+    scaled, plain = (calibrate(scores, labels, oof.folds, enabled) for enabled in (scaling, False))
+    calibration = min(plain, scaled, key=lambda each: negative_log_likelihood(each.probabilities, labels))
+    ways = {"mean": calibration.probabilities}
     if len(views) > 1:
-        ways = cross_fitted_blends(_view_members(oof.logits, views), oof.labels, oof.groups, VIEW_BLENDS)
-    ways = {"mean": calibration.probabilities, **ways}
-    if method == "auto":
-        method = choose_blend(ways, oof.labels, oof.groups)
+        ways |= cross_fitted_blends(_view_members(oof.logits, views), labels, groups, VIEW_BLENDS, scaling)
+    auto = method == "auto"
+    method = choose_blend(ways, labels, groups) if auto else method
     method = "mean" if method == "vote" or method not in ways else method  # a vote is taken over folds, not over views
-    ladder = build_ladder(run, oof, views, scaled.probabilities, ways, method)
+    expected = choose_cross_fitted(ways, labels, groups) if auto else ways[method]
+    steps = view_steps(oof, view_table["admitted"], views, averaged=method == "mean")
+    end = next(name for name, step in steps.items() if step.views == views)
+    if scaling:
+        steps["temperature"] = Step(scaled.probabilities, end, views, method == "mean" and calibration is scaled)
+        end = "temperature" if calibration is scaled else end
+    steps |= {VIEW_BLENDS[name]: Step(ways[name], end, views, name == method) for name in ways if name != "mean"}
+    if auto and len(ways) > 1:
+        steps[AUTOMATIC] = Step(expected, end, views, used=True)
+    ladder = build_ladder(run, oof, steps)
+    if AUTOMATIC in steps:
+        set_choice_interval(ladder, ways, labels, groups)
+    folds = temperature_table(oof, scores, calibration.temperatures)
+    return Evaluation(oof, views, view_table, calibration, method, expected, ladder, folds)
+
+
+def temperature_table(oof: OofLogits, scores: np.ndarray, temperatures: Mapping[int, float]) -> pd.DataFrame:
+    """Each fold's scores before its temperature; `at_bound`: its rows alone asked for one beyond TEMPERATURE_BOUNDS."""
     rows = {}
-    for fold, temperature in calibration.temperatures.items():
+    for fold, temperature in temperatures.items():
         inside = oof.folds == fold
-        scored = score_row(softmax(scores[inside]), oof.labels[inside])
-        rows[fold] = {"rows": int(inside.sum()), **scored, "temperature": temperature}
-    fold_scores = pd.DataFrame.from_dict(rows, orient="index").rename_axis("fold")
-    return Evaluation(oof, views, view_table, calibration, method, ways[method], ladder, fold_scores)
+        rows[fold] = {"rows": int(inside.sum()), **score_row(softmax(scores[inside]), oof.labels[inside])}
+        at_bound = TemperatureScaler().fit(scores[inside], oof.labels[inside]).at_bound
+        rows[fold] |= {"temperature": temperature, "at_bound": at_bound}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("fold")
 
 
-def ladder_table(steps: Mapping[str, tuple[np.ndarray, str]], labels, groups, used: Iterable[str]) -> pd.DataFrame:
-    """Scores of each step (probabilities, the step to compare with), and the paired changes with 90 % intervals.
+def ladder_table(steps: Mapping[str, Step], labels, groups) -> pd.DataFrame:
+    """Scores of each step, and the paired changes against another with 90 % intervals.
 
     A row of NaN was not predicted and is not compared. The intervals respect `groups`; McNemar's p_value does not.
     """
-    scores = {name: row_scores(probabilities, labels) for name, (probabilities, _) in steps.items()}
-    changes = {name: scores[name] - scores[against] for name, (_, against) in steps.items() if against}
+    scores = {name: row_scores(step.probabilities, labels) for name, step in steps.items()}
+    changes = {name: scores[name] - scores[step.against] for name, step in steps.items() if step.against}
     ends = bootstrap_interval(np.hstack(list(changes.values())), groups).reshape(2, -1, 2)
-    rows = {name: {"against": against, "used": name in used} for name, (_, against) in steps.items()}
-    for name, (probabilities, _) in steps.items():
-        rows[name] |= {} if np.isnan(probabilities).any() else score_row(probabilities, labels)
+    rows = {name: {"against": step.against, "used": step.used} for name, step in steps.items()}
+    for name, step in steps.items():
+        rows[name] |= {} if np.isnan(step.probabilities).any() else score_row(step.probabilities, labels)
     for (name, change), low, high in zip(changes.items(), *ends, strict=True):
         shared = np.isfinite(change[:, 0])
-        rows[name] |= compare_paired(*(scores[each][shared, 0] for each in (steps[name][1], name)))
+        rows[name] |= compare_paired(*(scores[each][shared, 0] for each in (steps[name].against, name)))
         rows[name] |= {"gain_low": low[0], "gain_high": high[0], "nll_low": low[1], "nll_high": high[1]}
         rows[name]["nll_change"] = change[shared, 1].sum() / max(1, shared.sum())
-    columns = ["accuracy", "nll", "ece", "against", "gain", "gain_low", "gain_high", "p_value", "nll_change"]
+    columns = ["accuracy", "nll", "brier", "ece", "against", "gain", "gain_low", "gain_high", "p_value", "nll_change"]
     table = pd.DataFrame.from_dict(rows, orient="index")[[*columns, "nll_low", "nll_high", "used"]].rename_axis("step")
-    table.loc[table.index.str.startswith("vote"), ["nll", "ece", "nll_change", "nll_low", "nll_high"]] = math.nan
+    votes = table.index.isin(["vote", VIEW_BLENDS["vote"]])  # a vote has no probabilities
+    table.loc[votes, ["nll", "brier", "ece", "nll_change", "nll_low", "nll_high"]] = math.nan
     return table
 
 
-def build_ladder(run: Run, oof: OofLogits, views: list, scaled: np.ndarray, ways: Mapping, method: str) -> pd.DataFrame:
-    """What each step is worth on OOF rows against the step named in `against`; cost in questions with one view."""
-    count = f"up to {len(views)}" if set(views) & set(oof.later) else len(views)
-    average, base = f"mean of {count} views", read_arrays(run.directory / "zeroshot.npz", run.fingerprint)
-    trained = [oof.view_names.index(oof.view_names[view].removesuffix(IN_16_BITS)) for view in views]
+def set_choice_interval(table: pd.DataFrame, candidates: Mapping[str, np.ndarray], labels, groups) -> None:
+    """Put the interval that knows of the choosing into the ladder's row of the automatic choice."""
+    ends = choice_interval(candidates, labels, groups)
+    table.loc[AUTOMATIC, ["gain_low", "gain_high", "nll_low", "nll_high"]] = ends.T.ravel()
+
+
+def weight_steps(run: Run, oof: OofLogits) -> dict[str, Step]:
+    """The kinds of weights (raw, EMA, SWA) that were not selected, in one view, against those that were."""
+    files = ({path.stem for path in run.fold_dir(fold).glob("validation_*.npz")} for fold in run.finished_folds)
+    steps, selected = {}, run.directory / "selection.json"
+    for name in sorted(set.intersection(*files)):
+        kind = name.removeprefix("validation_")
+        if kind != json.loads(selected.read_text(encoding="utf-8"))["weights"]:
+            parts = [read_arrays(run.fold_dir(fold) / f"{name}.npz", run.fingerprint) for fold in run.finished_folds]
+            label = f"with {kind if kind == 'raw' else kind.upper()} weights"
+            steps[label] = Step(softmax(_logits_of(oof.frame["id"], parts)[:, 0]), ONE_VIEW)
+    return steps
+
+
+def build_ladder(run: Run, oof: OofLogits, steps: Mapping[str, Step]) -> pd.DataFrame:
+    """What each step is worth on OOF rows against the step named in `against`.
+
+    `cost`: of scoring a row, in questions with one view; `seconds`: of the test rows and all models, at the speed of
+    the last scoring."""
+    base = read_arrays(run.directory / "zeroshot.npz", run.fingerprint)
     zeroshot = pd.DataFrame(softmax(base["logits"][:, 0]), index=base["ids"])
-    steps = {
-        "zero-shot": (zeroshot.reindex(oof.frame["id"]).to_numpy(), ""),  # NaN where it scored no row
-        "fine-tuned, one view": (softmax(combine_views(oof.logits[:, :1])), "zero-shot"),
-        average: (softmax(combine_views(oof.logits[:, trained])), "fine-tuned, one view"),
-    }
-    used = {"fine-tuned, one view", average}
-    if run.is_rescored:  # a rung also where it loses
-        unquantised = [oof.view_names.index(oof.view_names[view] + IN_16_BITS) for view in trained]
-        steps[average + IN_16_BITS] = (softmax(combine_views(oof.logits[:, unquantised])), average)
-        average += IN_16_BITS * (views == unquantised)
-    steps["temperature"] = (scaled, average)
-    end = "temperature" if scaled is ways["mean"] else average
-    steps |= {VIEW_BLENDS[name]: (ways[name], end) for name in ways if name != "mean"}
-    used = {VIEW_BLENDS[method], "fine-tuned, one view"} if method in VIEW_BLENDS else used | {average, end}
+    first = {"zero-shot": Step(zeroshot.reindex(oof.frame["id"]).to_numpy())}  # NaN where it scored no row
+    steps = first | {ONE_VIEW: steps[ONE_VIEW]} | weight_steps(run, oof) | steps
     if run.final_fold in run.members:
-        steps[FINAL_STEP], used = (np.full((len(oof.labels), 4), math.nan), ""), used | {FINAL_STEP}
-    ladder = ladder_table(steps, oof.labels, oof.groups, used)
-    ladder.loc["zero-shot", ["accuracy", "nll", "ece"]] = score_row(zeroshot.to_numpy(), base["labels"])
-    ladder.insert(3, "cost", [1.0, 1.0] + [oof.cost(views)] * (len(steps) - 2))
+        steps[FINAL_STEP] = Step(np.full((len(oof.labels), 4), math.nan), views=steps[[*steps][-1]].views, used=True)
+    ladder = ladder_table(steps, oof.labels, oof.groups)
+    scores = score_row(zeroshot.to_numpy(), base["labels"])
+    ladder.loc["zero-shot", list(scores)] = scores
+    ladder.insert(4, "cost", [oof.cost(step.views) for step in steps.values()])
+    ladder.insert(5, "seconds", ladder["cost"].map(run.scoring_seconds))
     return ladder
 
 
@@ -3679,7 +3776,8 @@ def predict_test(run: Run, evaluation: Evaluation) -> dict[int, np.ndarray]:
         logits = read_scores(run, fold, "test")["logits"]
         if evaluation.method in VIEW_BLENDS:
             old, new = (_view_members(each, evaluation.views) for each in (evaluation.oof.logits, logits))
-            result[fold] = blend(evaluation.method, old, evaluation.oof.labels, new)
+            scaling = run.config.use_temperature_scaling
+            result[fold] = blend(evaluation.method, old, evaluation.oof.labels, new, scaling)
         else:
             scores = combine_views(logits[:, evaluation.views])
             result[fold] = softmax(scores / evaluation.calibration.temperatures[fold])
@@ -3691,19 +3789,28 @@ def best_fold(evaluation: Evaluation) -> int:
     return int(evaluation.fold_table.sort_values(["accuracy", "nll"], ascending=[False, True]).index[0])
 
 
+def combine_models(run: Run, members: np.ndarray) -> np.ndarray:
+    """(n,) answers of the ensemble from the models' (members, n, 4) test probabilities."""
+    return majority_vote(members) if run.config.ensemble_method == "vote" else members.mean(axis=0).argmax(axis=1)
+
+
+def offer_submission(path: Path, config: Config) -> None:
+    """On Kaggle, copy a finished submission into the working folder, from where it can be submitted."""
+    if detect_runtime(config.precision).platform == "kaggle":
+        atomic_write("submission.csv", path.read_bytes())
+
+
 def write_submissions(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFrame]:
     """Write and check submission_single.csv (best fold by OOF) and submission_ensemble.csv; returns name -> frame."""
     folds = predict_test(run, evaluation)
-    members = np.stack(list(folds.values()))
-    ensemble = majority_vote(members) if run.config.ensemble_method == "vote" else members.mean(axis=0).argmax(1)
+    ensemble = combine_models(run, np.stack(list(folds.values())))
     answers = {"single": folds[best_fold(evaluation)].argmax(1), "ensemble": ensemble}
     frames = {}
     for name, labels in answers.items():
         letters, path = np.array(CHOICES)[labels], run.directory / f"submission_{name}.csv"
         make_submission(run.sample, dict(zip(run.test["id"], letters, strict=True)), path)
         frames[name] = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if detect_runtime(run.config.precision).platform == "kaggle":
-        atomic_write("submission.csv", (run.directory / "submission_ensemble.csv").read_bytes())
+    offer_submission(run.directory / "submission_ensemble.csv", run.config)
     return frames
 
 
@@ -3824,7 +3931,9 @@ def adaptive_curve(run: Run) -> pd.DataFrame:
         rows[name] = {"rows": _share_with(part.logits[:, later]), "cost": part.cost(every)}
         calibration = calibrate(combine_views(part.logits), part.labels, part.folds, scaling)
         rows[name] |= score_row(calibration.probabilities, part.labels)
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("adaptive_tta")
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("adaptive_tta")
+    table.insert(2, "seconds", table["cost"].map(run.scoring_seconds))
+    return table
 
 
 # === Error analysis ==================================================================================================
@@ -3845,7 +3954,9 @@ def label_suspects(probabilities, labels) -> pd.DataFrame:
 def accuracy_by_group(frame: pd.DataFrame, correct: np.ndarray) -> pd.DataFrame:
     """Rows and accuracy by what a row looks like: type, answer's letter, lengths, image size, copies of its image."""
     choices = frame[list(CHOICES)].map(len)
-    lengths = {"question, characters": frame["question"].map(len), "longest choice, characters": choices.max(axis=1)}
+    choices = choices.where(choices > 0)  # a choice that is not there is not the shortest
+    least, most = choices.min(axis=1), choices.max(axis=1)
+    lengths = {"question, characters": frame["question"].map(len), "longest choice, characters": most.astype(int)}
     lengths |= {"image, pixels": frame["width"] * frame["height"]}
     groups = {"question type": frame["type"], "answer": frame["answer"]}
     for name, values in lengths.items():
@@ -3854,7 +3965,6 @@ def accuracy_by_group(frame: pd.DataFrame, correct: np.ndarray) -> pd.DataFrame:
         ends = zip(quarters.transform("min"), quarters.transform("max"), strict=True)
         groups[name] = [f"{low} to {high}" if low < high else f"{low}" for low, high in ends]
     own = choices.to_numpy()[np.arange(len(frame)), frame["label"]]
-    least, most = choices.min(axis=1), choices.max(axis=1)
     cases = [least == most, own == most, own == least]
     groups["answer's length"] = np.select(cases, ["all equal", "longest", "shortest"], "between")
     copies = frame.groupby("pixel_hash")["id"].transform("size")
@@ -3864,14 +3974,18 @@ def accuracy_by_group(frame: pd.DataFrame, correct: np.ndarray) -> pd.DataFrame:
 
 
 def uncertain_rows(run: Run, evaluation: Evaluation) -> pd.DataFrame:
-    """Test rows by what a human look is worth: folds that do not share the answer of the mean, then small margins."""
+    """Test rows by what a human look is worth: folds that do not share the ensemble's answer, then small margins.
+
+    `margin`: of the answer's mean probability over its likeliest rival's, which a majority vote may have put second."""
     members = np.stack(list(predict_test(run, evaluation).values()))
-    mean, ranked = members.mean(axis=0), np.sort(members.mean(axis=0), axis=1)
-    table = run.test[["id", "type", "question", *CHOICES]].assign(predicted=np.array(CHOICES)[mean.argmax(axis=1)])
-    table["folds_for_it"] = (members.argmax(axis=2) == mean.argmax(axis=1)).mean(axis=0).round(3)
-    table["second"] = np.array(CHOICES)[mean.argsort(axis=1)[:, -2]]
-    table["margin"] = (ranked[:, -1] - ranked[:, -2]).round(4)
-    table["chance_wrong"] = (1 - ranked[:, -1]).round(4)
+    answers, rows, rivals = combine_models(run, members), np.arange(len(run.test)), members.mean(axis=0)
+    own = rivals[rows, answers]
+    rivals[rows, answers] = -1
+    table = run.test[["id", "type", "question", *CHOICES]].assign(predicted=np.array(CHOICES)[answers])
+    table["folds_for_it"] = (members.argmax(axis=2) == answers).mean(axis=0).round(3)
+    table["second"] = np.array(CHOICES)[rivals.argmax(axis=1)]
+    table["margin"] = (own - rivals.max(axis=1)).round(4)
+    table["chance_wrong"] = (1 - own).round(4)
     return table.sort_values(["folds_for_it", "margin"], kind="stable", ignore_index=True)
 
 
@@ -3889,15 +4003,12 @@ def active_list(suspects: pd.DataFrame, uncertain: pd.DataFrame) -> pd.DataFrame
 
 
 def reliability_by_type(types: Sequence[str], probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-    """Accuracy, mean confidence, NLL and ECE of each question type; `ece_excess`: above calibrated probabilities' ECE.
-
-    The types whose confidence is furthest from their accuracy come first."""
+    """Mean confidence and `calibration_row` of each question type; confidence furthest from accuracy comes first."""
     types, rows = np.asarray(types), {}
     for name in np.unique(types):
         inside = types == name
         own, answers = probabilities[inside], labels[inside]
-        rows[name] = {"rows": int(inside.sum()), "confidence": own.max(axis=1).mean(), **score_row(own, answers)}
-        rows[name]["ece_excess"] = rows[name]["ece"] - calibration_error_null(own, n_simulations=50)
+        rows[name] = {"rows": int(inside.sum()), "confidence": own.max(axis=1).mean(), **calibration_row(own, answers)}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("type")
     gap = (table["confidence"] - table["accuracy"]).abs()
     return table.loc[gap.sort_values(ascending=False, kind="stable").index]
@@ -3918,6 +4029,8 @@ def write_error_tables(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFra
         "label_suspects": shown,
         "uncertain_rows": uncertain,
         "active_list": active_list(shown, uncertain),
+        "confusion": confusion_table(oof.labels, probabilities.argmax(axis=1)),
+        "mistakes": mistakes(evaluation)[["id", "type", "question", *CHOICES, "answer", "predicted", "confidence"]],
     }
     for name, table in tables.items():
         shown = table.reset_index() if any(table.index.names) else table
@@ -3988,8 +4101,13 @@ def plot_reliability(curves: Mapping[str, pd.DataFrame], ax=None):
 
 
 def plot_ladder(ladder: pd.DataFrame, ax=None):
-    """Bars of the OOF accuracy of every step, the first on top."""
-    return _accuracy_bars(ax, "OOF accuracy, step by step", ladder["accuracy"].iloc[::-1], figsize=(7, 3.2))
+    """Bars of the OOF accuracy of every step, the first on top; lines: 90 % interval of its change against another."""
+    rows = ladder.iloc[::-1]
+    ax = _accuracy_bars(ax, "OOF accuracy, step by step", rows["accuracy"], figsize=(7, 1.2 + 0.24 * len(rows)))
+    known = rows.dropna(subset=["accuracy", "gain"])
+    ends = (known["gain"] - known["gain_low"], known["gain_high"] - known["gain"])
+    ax.errorbar(known["accuracy"], known.index, xerr=np.maximum(0, ends), fmt="none", ecolor=ORANGE, capsize=2)
+    return ax
 
 
 def plot_adaptive_curve(curve: pd.DataFrame, axes=None):
@@ -4059,13 +4177,19 @@ def question_cards(frame: pd.DataFrame, notes: Sequence[str] | None = None) -> s
     return f"<table>{''.join(cards)}</table>"
 
 
-def confident_mistakes(evaluation: Evaluation, top: int = 6) -> tuple[pd.DataFrame, list[str]]:
-    """The OOF rows that are wrong with the highest probability, and a note for each."""
-    probabilities = evaluation.probabilities
-    predicted, surest = probabilities.argmax(1), np.argsort(-probabilities.max(1), kind="stable")
-    lines = [line for line in surest if predicted[line] != evaluation.oof.labels[line]][:top]
-    notes = [f"predicted {CHOICES[predicted[line]]} with probability {probabilities[line].max():.2f}" for line in lines]
-    return evaluation.oof.frame.iloc[lines], notes
+def mistakes(evaluation: Evaluation) -> pd.DataFrame:
+    """The OOF rows that are answered wrongly, the surest first; `confidence`: probability of `predicted`."""
+    predicted, confidence = evaluation.probabilities.argmax(axis=1), evaluation.probabilities.max(axis=1).round(4)
+    frame = evaluation.oof.frame.assign(predicted=np.array(CHOICES)[predicted], confidence=confidence)
+    wrong = frame[predicted != evaluation.oof.labels]
+    return wrong.sort_values("confidence", ascending=False, kind="stable", ignore_index=True)
+
+
+def confident_mistakes(evaluation: Evaluation) -> tuple[pd.DataFrame, list[str]]:
+    """The six of the mistakes that the model was surest of, and a note for each."""
+    frame = mistakes(evaluation).head(6)
+    pairs = zip(frame["predicted"], frame["confidence"], strict=True)
+    return frame, [f"predicted {letter} with probability {confidence:.2f}" for letter, confidence in pairs]
 
 
 def wrap_up_table(run: Run) -> pd.DataFrame:
@@ -4074,25 +4198,50 @@ def wrap_up_table(run: Run) -> pd.DataFrame:
     return frame.filter(["seconds", "rss_gib", "gpu_peak_gib"])
 
 
+def log_experiment(run: Run, evaluation: Evaluation) -> None:
+    """Put the run's row into experiments.csv beside it, in place of an earlier one.
+
+    A copy in the run directory travels with it, so that a new session knows the runs of the old ones."""
+    config, defaults = dataclasses.asdict(run.config), dataclasses.asdict(Config())
+    row = {"run": run.directory.name, "finished": time.strftime("%Y-%m-%d %H:%M:%S"), "model": run.config.model_id}
+    row |= {"folds": len(run.finished_folds), "rows": len(run.train)}
+    row |= score_row(evaluation.probabilities, evaluation.oof.labels)
+    stages = read_json_lines(run.directory / "stages.jsonl")
+    row["seconds"] = round(sum(stage["seconds"] for stage in stages), 1)
+    own = {key: value for key, value in config.items() if value != defaults[key] and key not in _BOOKKEEPING}
+    row["settings"] = json.dumps(own, ensure_ascii=False)
+    places = [run.directory.parent / "experiments.csv", run.directory / "tables" / "experiments.csv"]
+    rows = pd.concat([*(_read_rows(path) for path in places if path.exists()), pd.DataFrame([row])])
+    rows = rows.sort_values("finished", kind="stable").drop_duplicates("run", keep="last")
+    for path in places:
+        write_table(rows, path)
+
+
 def experiment_table(output_dir: str | Path) -> pd.DataFrame:
-    """Every finished run of experiments.csv, the oldest first: scores, seconds, settings unlike the run before it."""
-    table, before = _read_rows(Path(output_dir) / "experiments.csv").sort_values("finished", ignore_index=True), {}
-    for line, name in enumerate(table["run"]):
-        folder = Path(output_dir) / name
-        stages = read_json_lines(folder / "stages.jsonl")
-        table.loc[line, "seconds"] = sum(stage.get("seconds", 0) for stage in stages)
-        known = (folder / "config.json").exists()  # an old run's folder may be gone
-        now = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"] if known else {}
+    """Every finished run of experiments.csv, the oldest first: scores, workers' seconds, and the settings in which it
+    differs from the run before it; `note` says which scores are not to be compared."""
+    table, before = _read_rows(Path(output_dir) / "experiments.csv").set_index("run"), {}
+    for name, settings in table.pop("settings").items():
+        now = dataclasses.asdict(Config()) | json.loads(settings)
         changed = [f"{key}={value}" for key, value in now.items() if value != before.get(key, value)]
-        table.loc[line, "changed"] = ", ".join(text for text in changed if text.split("=")[0] not in _BOOKKEEPING)
+        table.loc[name, "changed"] = ", ".join(changed)
+        table.loc[name, "note"] = "distilled: scores are too good" if now["distill_from"] else ""
         before = now
-    return table.astype({"accuracy": float, "nll": float, "ece": float}).set_index("run")
+    return table.astype(dict.fromkeys(["accuracy", "nll", "brier", "ece", "seconds"], float))
 
 
-def plot_experiments(table: pd.DataFrame, ax=None):
-    """Bars of OOF accuracy of the runs in `experiment_table`, with what was changed."""
-    names = [f"{name}\n{changed[:60]}" for name, changed in table["changed"].items()]
-    return _accuracy_bars(ax, "OOF accuracy of finished runs", table["accuracy"].set_axis(names))
+def plot_experiments(table: pd.DataFrame, axes=None):
+    """Bars of OOF accuracy and of minutes for the runs in `experiment_table`; grey: not to be compared."""
+    if axes is None:
+        size = (9, 1.2 + 0.6 * len(table))
+        axes = matplotlib_figure.Figure(figsize=size, layout="constrained").subplots(1, 2, width_ratios=[2, 1])
+    names = [f"{name}\n{(note or changed)[:50]}" for name, changed, note in table[["changed", "note"]].itertuples()]
+    _accuracy_bars(axes[0], "OOF accuracy of finished runs", table["accuracy"].set_axis(names))
+    for bar, note in zip(axes[0].patches, table["note"], strict=True):
+        bar.set_color(GREY if note else BLUE)
+    _axes(axes[1], "Time of the workers", "minutes", "", yticks=[], xmargin=0.2)
+    axes[1].bar_label(axes[1].barh(names, table["seconds"] / 60, color=BLUE), fmt="%.1f", padding=3, fontsize=9)
+    return axes
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:
@@ -4122,7 +4271,9 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
     """Write report.md from the run's files and append the run to experiments.csv; returns the report's path."""
     config, oof = run.config, evaluation.oof
     curve = adaptive_curve(run)
-    write_table(curve.reset_index(), run.directory / "tables" / "adaptive_curve.csv")
+    files = {"ladder": evaluation.ladder, "folds": evaluation.fold_table, "views": evaluation.view_table}
+    for name, table in (files | {"adaptive_curve": curve}).items():
+        write_table(table.reset_index(), run.directory / "tables" / f"{name}.csv")
     weights = json.loads((run.directory / "selection.json").read_text(encoding="utf-8"))["weights"]
     parts = [
         f"# {run.directory.name}",
@@ -4156,12 +4307,7 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
     parts += [f"## {title}\n\n{markdown_table(table)}" for title, table in tables.items()]
     parts += [f"![{path.stem}](figures/{path.name})" for path in sorted((run.directory / "figures").glob("*.png"))]
     atomic_write(run.directory / "report.md", "\n\n".join(parts) + "\n")
-    row = {"run": run.directory.name, "finished": time.strftime("%Y-%m-%d %H:%M:%S"), "model": config.model_id}
-    row |= {"folds": len(run.finished_folds), "rows": len(run.train)}
-    row |= score_row(evaluation.probabilities, oof.labels)
-    log = run.directory.parent / "experiments.csv"  # a repeated run replaces its row
-    before = _read_rows(log) if log.exists() else pd.DataFrame(columns=["run"])
-    write_table(pd.concat([before[before["run"] != row["run"]], pd.DataFrame([row])], ignore_index=True), log)
+    log_experiment(run, evaluation)
     back_up(run)
     return run.directory / "report.md"
 
@@ -4248,6 +4394,12 @@ class Run:
         """Of the last inference that a worker has logged; 0 before the first one."""
         logged = (record.get("seconds_per_question") for record in read_json_lines(self.directory / "stages.jsonl"))
         return next(filter(None, reversed(list(logged))), 0.0)
+
+    def scoring_seconds(self, cost: float) -> float:
+        """What the test rows cost all models at the speed of the last inference; NaN before the first one.
+
+        `cost` of a row in questions with one view."""
+        return round(cost * self.seconds_per_question() * len(self.test) * len(self.members), 1) or math.nan
 
     def inference_seconds(self, seconds_per_question: float, session: Session, training: int) -> float:
         """Estimated time to validate `training` folds and to score the worker's folds that wait for it, with margin."""
@@ -4444,8 +4596,12 @@ def ensemble_runs(directories: Iterable[str | Path], folder: str | Path) -> tupl
     """
     runs = {str(directory): Run.open(directory) for directory in directories}
     first, oof, test, seconds = next(iter(runs.values())), [], [], {}
-    for name, run in runs.items():
+    for run in runs.values():
         _require_same_rows(first, run)
+    for name, run in runs.items():
+        twins = [other for other in runs if runs[other].fingerprint == run.fingerprint]
+        if len(twins) > 1:
+            raise ValueError(f"{' and '.join(twins)} are the same run, which would count twice: name it once")
         if run.config.distill_from:
             raise ValueError(f"{run.directory} cannot be judged beside other runs: {SECOND_HAND}; leave it out")
         evaluation = evaluate_run(run)
@@ -4457,21 +4613,23 @@ def ensemble_runs(directories: Iterable[str | Path], folder: str | Path) -> tupl
     if rows.empty:
         raise ValueError(f"{', '.join(runs)}: no training row is out of fold in all of them; train the same folds")
     members, labels = np.stack([part.loc[rows["id"]] for part in oof]), rows["label"].to_numpy()
-    groups, alone = pd.factorize(rows["pixel_hash"])[0], dict(zip(runs, members, strict=True))
+    LOGGER.info("Compared on the %d of %d training rows that all runs have scored", len(rows), len(first.train))
+    groups, alone = image_groups(rows), dict(zip(runs, members, strict=True))
     candidates = cross_fitted_blends(members, labels, groups) | alone
     chosen = choose_blend(candidates, labels, groups)
-    ends = choice_interval(candidates, labels, groups)
-    candidates["automatic choice"] = choose_cross_fitted(candidates, labels, groups)
     best = min(alone, key=lambda name: negative_log_likelihood(alone[name], labels))
-    steps = {name: (candidates[name], best if name == "mean" else "mean") for name in [*alone, *candidates]}
-    table = ladder_table(steps, labels, groups, {chosen, "automatic choice"})
-    table.loc["automatic choice", ["gain_low", "gain_high", "nll_low", "nll_high"]] = ends.T.ravel()
+    against = dict.fromkeys(candidates, "mean") | {"mean": best}
+    steps = {name: Step(candidates[name], against[name], used=name == chosen) for name in [*alone, *candidates]}
+    steps[AUTOMATIC] = Step(choose_cross_fitted(candidates, labels, groups), "mean", used=True)
+    table = ladder_table(steps, labels, groups)
+    set_choice_interval(table, candidates, labels, groups)
     table.insert(3, "seconds", [seconds.get(name, sum(seconds.values())) for name in table.index])
     alone = dict(zip(runs, np.stack(test), strict=True))
     answers = alone[chosen] if chosen in alone else blend(chosen, members, labels, np.stack(test))
     letters, folder = np.array(CHOICES)[answers.argmax(axis=1)], Path(folder)
     make_submission(first.sample, dict(zip(first.test["id"], letters, strict=True)), folder / "submission.csv")
     write_table(table.reset_index(), folder / "ladder.csv")
+    offer_submission(folder / "submission.csv", first.config)
     return table, pd.read_csv(folder / "submission.csv", dtype=str, keep_default_na=False)
 
 

@@ -129,7 +129,7 @@ def test_a_run_killed_in_its_second_pass_ends_with_the_same_bytes(adaptive_run):
     assert (~np.isnan(logits[:, 1:]).all(axis=(1, 2))).sum() == 3  # 0.9 * 3/7 of twelve questions, 9/7 each
     evaluation = vqa.evaluate_run(adaptive_run)
     assert np.isnan(evaluation.oof.logits[:, 1:]).all(axis=(1, 2)).sum() == 36 - 8
-    assert ("mean of up to 4 views" in evaluation.ladder.index) == (len(evaluation.views) == 4)
+    assert "mean of up to 4 views" in evaluation.ladder.index
     for frame in vqa.write_submissions(adaptive_run, evaluation).values():
         assert set(frame["answer"]) <= set(vqa.CHOICES)
     assert "Views for rows in doubt only" in vqa.write_report(adaptive_run, evaluation).read_text(encoding="utf-8")

@@ -233,11 +233,19 @@ def test_reliability_curve_and_error_equal_hand_computed_values():
 def test_the_null_is_the_error_that_a_calibrated_model_shows():
     logits, labels = calibrated(500)
     probabilities = vqa.softmax(logits)
-    null = vqa.calibration_error_null(probabilities)
+    null, low, high = vqa.calibration_error_null(probabilities)
     errors = [vqa.expected_calibration_error(probabilities, sample_labels(logits, seed)) for seed in range(100)]
     assert null == pytest.approx(np.mean(errors), rel=0.08)
-    assert null == vqa.calibration_error_null(probabilities)  # seeded
-    assert vqa.expected_calibration_error(vqa.softmax(logits * 3), labels) > 3 * null
+    assert 0.8 < np.mean([low < error < high for error in errors]) < 0.98
+    assert null == vqa.calibration_error_null(probabilities)[0]  # seeded
+    honest, sure = (vqa.calibration_row(vqa.softmax(logits * factor), labels) for factor in (1, 3))
+    assert honest["excess_low"] < 0 < honest["excess_high"] and sure["excess_low"] > 2 * null
+    assert honest["ece_excess"] == pytest.approx(honest["ece"] - null)
+
+
+def test_the_brier_score_is_the_squared_distance_from_the_truth():
+    assert vqa.brier_score([[1, 0, 0, 0], [0.5, 0.5, 0, 0]], [0, 0]) == pytest.approx((0 + 0.5) / 2)
+    assert vqa.brier_score([[1, 0, 0, 0]], [1]) == 2
 
 
 def test_mode_collapse_raises_the_alarm():

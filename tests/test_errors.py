@@ -1,7 +1,6 @@
 """Tables that people act on: suspected labels, weak groups, test rows to look at, and what changed between runs."""
 
 import dataclasses
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -69,6 +68,11 @@ def test_accuracy_by_group_counts_every_row_once_in_each_grouping(rows):
     assert table.loc[("image, pixels", "100"), "rows"] == 8
 
 
+def test_a_choice_that_is_not_there_is_not_the_shortest(rows):
+    table = vqa.accuracy_by_group(rows.assign(a="1", b="12", c="123", d=""), np.ones(8, bool))
+    assert table.loc["answer's length"].index.tolist() == ["shortest"]
+
+
 def test_choices_of_one_length_are_a_group_of_their_own(rows):
     table = vqa.accuracy_by_group(rows.assign(a="1", c="1", d="1"), np.ones(8, bool))
     assert table.loc["answer's length"].index.tolist() == ["all equal"]
@@ -79,36 +83,64 @@ def test_rows_on_which_folds_disagree_come_first(monkeypatch):
     folds = {0: np.array([sure, sure, close]), 1: np.array([sure, torn, close]), 2: np.array([sure, sure, close])}
     monkeypatch.setattr(vqa, "predict_test", lambda run, evaluation: folds)
     test = pd.DataFrame({"id": ["sure", "torn", "close"], "type": "ocr", "question": "?"})
-    run = SimpleNamespace(test=test.assign(a="1", b="2", c="3", d="4"))
+    config = SimpleNamespace(ensemble_method="mean")
+    run = SimpleNamespace(test=test.assign(a="1", b="2", c="3", d="4"), config=config)
     table = vqa.uncertain_rows(run, None)
     assert table["id"].tolist() == ["torn", "close", "sure"] and table["predicted"].tolist() == ["a", "a", "a"]
     assert table["folds_for_it"].tolist() == [0.667, 1, 1] and table["margin"].iloc[1] == pytest.approx(0.01)
 
 
-def make_finished(folder, name, finished, **overrides):
-    """What a finished run leaves in its folder, as far as the comparison reads it."""
-    config = vqa.Config.preset("demo", run_name=name, **overrides)
-    (folder / name).mkdir()
-    (folder / name / "config.json").write_text(json.dumps({"config": dataclasses.asdict(config)}))
-    (folder / name / "stages.jsonl").write_text(
-        '{"label": "train", "seconds": 10.5}\n{"label": "predict", "seconds": 2}\n'
-    )
-    row = {"run": name, "finished": finished, "model": "m", "folds": 3, "rows": 9, "accuracy": 0.5, "nll": 1, "ece": 0}
-    return pd.DataFrame([row])
+def test_the_rows_to_look_at_have_the_answers_of_the_submission_also_where_folds_vote(monkeypatch):
+    """Two folds are for a by a hair, one is sure of b: the mean says b, the vote a."""
+    torn = np.array([[[0.5, 0.4, 0.1, 0.0]], [[0.5, 0.4, 0.1, 0.0]], [[0.0, 1.0, 0.0, 0.0]]])
+    monkeypatch.setattr(vqa, "predict_test", lambda run, evaluation: dict(enumerate(torn)))
+    test = pd.DataFrame({"id": ["torn"], "type": "ocr", "question": "?", "a": "1", "b": "2", "c": "3", "d": "4"})
+    row = vqa.uncertain_rows(SimpleNamespace(test=test, config=SimpleNamespace(ensemble_method="vote")), None).iloc[0]
+    assert (row["predicted"], row["second"], row["folds_for_it"]) == ("a", "b", 0.667)
+    assert row["margin"] == pytest.approx(1 / 3 - 0.6, abs=1e-4) and row["chance_wrong"] == pytest.approx(0.6667)
 
 
-def test_finished_runs_are_compared_with_the_run_before(tmp_path):
-    late = make_finished(tmp_path, "late", "2026-01-02", learning_rate=2e-4, num_epochs=3, log_level="DEBUG")
-    path = tmp_path / "late" / "config.json"
-    later = {"config": json.loads(path.read_text())["config"] | {"a_new_field": 1}}  # unknown to the run before
-    path.write_text(json.dumps(later))
-    early = make_finished(tmp_path, "early", "2026-01-01")
-    gone = early.assign(run="gone", finished="2026-01-03")
-    vqa.write_table(pd.concat([late, early, gone]), tmp_path / "experiments.csv")
-    table = vqa.experiment_table(tmp_path)
-    assert table.index.tolist() == ["early", "late", "gone"] and table["seconds"].tolist() == [12.5, 12.5, 0]
-    assert table["changed"].tolist() == ["", "num_epochs=3, learning_rate=0.0002", ""]
-    assert [bar.get_width() for bar in vqa.plot_experiments(table).patches] == [0.5] * 3
+def finish(run, evaluation, monkeypatch, day):
+    """Log the run as finished on that day, in two stages."""
+    for label, seconds in (("train fold 0", 10.5), ("predict fold 0", 2)):
+        vqa.MetricLogger(run.directory / "stages.jsonl").log(label=label, seconds=seconds)
+    monkeypatch.setattr(vqa.time, "strftime", lambda _: f"2026-01-0{day} 00:00:00")
+    vqa.log_experiment(run, evaluation)
+
+
+@pytest.fixture
+def evaluation():
+    return SimpleNamespace(probabilities=np.full((4, 4), 0.25), oof=SimpleNamespace(labels=np.arange(4)))
+
+
+def test_finished_runs_are_compared_with_the_run_before(mini_run, evaluation, monkeypatch, replace):
+    early = mini_run(run_name="early")
+    late = mini_run(run_name="late", learning_rate=2e-4, num_epochs=3, log_level="DEBUG")
+    teacher = str(early.directory)
+    student = replace(early, config=dataclasses.replace(late.config, run_name="student", distill_from=teacher))
+    student = replace(student, directory=early.directory.with_name("student"))
+    for day, run in ((2, late), (1, early), (4, early), (3, student)):
+        finish(run, evaluation, monkeypatch, day)
+    table = vqa.experiment_table(early.directory.parent)
+    assert table.index.tolist() == ["late", "student", "early"]  # which was finished again, later
+    assert table["seconds"].tolist() == [12.5, 12.5, 25] and table["accuracy"].tolist() == [0.25] * 3
+    assert table["changed"].tolist()[0] == "" and table["changed"].iloc[1] == f"distill_from={teacher}"
+    assert {"num_epochs=1", "distill_from=None"} < set(table["changed"].iloc[2].split(", "))
+    assert table["note"].tolist() == ["", "distilled: scores are too good", ""]
+    accuracies, minutes = vqa.plot_experiments(table)
+    assert [bar.get_width() for bar in accuracies.patches] == [0.25] * 3
+    assert len({bar.get_facecolor() for bar in accuracies.patches}) == 2
+    assert minutes.patches[0].get_width() == pytest.approx(12.5 / 60)
+
+
+def test_a_run_that_a_new_session_continues_brings_the_runs_before_it_along(mini_run, evaluation, monkeypatch):
+    old, run = mini_run(run_name="old"), mini_run(run_name="new")
+    finish(old, evaluation, monkeypatch, 1)
+    finish(run, evaluation, monkeypatch, 2)
+    (run.directory.parent / "experiments.csv").unlink()  # the new session has the run's folder only
+    finish(run, evaluation, monkeypatch, 3)
+    table = vqa.experiment_table(run.directory.parent)
+    assert table.index.tolist() == ["old", "new"] and table["finished"].str[9].tolist() == ["1", "3"]
 
 
 def test_the_active_list_ranks_both_kinds_of_rows_by_the_chance_that_their_answer_is_wrong():

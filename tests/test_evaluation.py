@@ -1,5 +1,6 @@
 """Decisions on out-of-fold rows: intervals that know of images, losers left out, several runs combined or refused."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,7 +91,8 @@ def test_the_table_shows_gain_interval_and_exact_test_of_the_same_rows():
     right, wrong = np.eye(4)[labels] * 0.6 + 0.1, np.eye(4)[(labels + 1) % 4] * 0.6 + 0.1
     old = np.where(np.arange(200)[:, None] < 150, right, wrong)
     new = np.where(np.arange(200)[:, None] < 170, right, wrong)
-    row = vqa.ladder_table({"old": (old, ""), "new": (new, "old")}, labels, np.arange(200), {"new"}).loc["new"]
+    steps = {"old": vqa.Step(old), "new": vqa.Step(new, "old", used=True)}
+    row = vqa.ladder_table(steps, labels, np.arange(200)).loc["new"]
     assert row["gain"] == pytest.approx(0.1) and row["p_value"] == pytest.approx(2 * 0.5**20)
     assert 0.05 < row["gain_low"] < 0.1 < row["gain_high"] < 0.15
     assert row["nll_change"] == pytest.approx(0.1 * np.log(0.1 / 0.7)) and row["nll_high"] < 0
@@ -199,8 +201,10 @@ def test_views_are_weighted_where_the_evidence_asks_for_it(mini_run, replace):
     evaluation = vqa.evaluate_run(run)
     assert evaluation.method in ("weighted", "stacked")
     step = vqa.VIEW_BLENDS[evaluation.method]
-    assert evaluation.ladder.loc[step, "used"] and evaluation.ladder["used"].sum() == 2
-    assert evaluation.ladder.loc[step, "accuracy"] == vqa.accuracy(evaluation.probabilities, oof.labels)
+    assert evaluation.ladder.index[evaluation.ladder["used"]].tolist() == [vqa.ONE_VIEW, step, vqa.AUTOMATIC]
+    assert evaluation.ladder.loc[vqa.AUTOMATIC, "nll"] == pytest.approx(
+        vqa.negative_log_likelihood(evaluation.probabilities, oof.labels)
+    )
     test = vqa.read_arrays(run.fold_dir(1) / "test.npz", run.fingerprint)["logits"]
     views, test_views = (vqa.softmax(logits).swapaxes(0, 1) for logits in (oof.logits, test))
     expected = vqa.blend(evaluation.method, views, oof.labels, test_views)
@@ -216,6 +220,89 @@ def test_a_temperature_that_loses_is_left_out(mini_run, replace, monkeypatch):
     monkeypatch.setattr(vqa, "fold_temperatures", lambda *rows: {0: 20.0, 1: 20.0})
     evaluation = vqa.evaluate_run(run)
     assert not evaluation.ladder.loc["temperature", "used"] and evaluation.calibration.temperatures == {0: 1, 1: 1}
+
+
+def test_the_score_to_expect_of_the_automatic_choice_is_that_of_choices_made_without_the_row(mini_run, replace):
+    """The second view is a little worse, so that chance decides how to combine them, and parts of the rows differ."""
+    run = planted_run(longer(mini_run(ensemble_method="auto"), replace, times=6), signals=(2.0, 1.0), seed=8)
+    evaluation = vqa.evaluate_run(run)
+    oof, members = evaluation.oof, vqa._view_members(evaluation.oof.logits, evaluation.views)
+    ways = vqa.cross_fitted_blends(members, oof.labels, oof.groups, vqa.VIEW_BLENDS)
+    ways = {"mean": evaluation.calibration.probabilities} | ways
+    expected = vqa.choose_cross_fitted(ways, oof.labels, oof.groups)
+    np.testing.assert_array_equal(evaluation.probabilities, expected)
+    assert not np.array_equal(expected, ways[evaluation.method])
+    step, ends = evaluation.ladder.loc[vqa.AUTOMATIC], vqa.choice_interval(ways, oof.labels, oof.groups)
+    assert step[["gain_low", "gain_high", "nll_low", "nll_high"]].tolist() == ends.T.ravel().tolist()
+    assert step["nll"] == pytest.approx(vqa.negative_log_likelihood(expected, oof.labels)) and step["used"]
+
+
+def test_without_temperature_scaling_no_way_to_combine_views_is_scaled(mini_run, replace):
+    """Otherwise a blend would win over the plain mean by its confidence alone."""
+    settings = {"ensemble_method": "auto", "use_temperature_scaling": False}
+    run = planted_run(longer(mini_run(**settings), replace), signals=(0.5, 0.5))
+    evaluation = vqa.evaluate_run(run)
+    assert evaluation.method == "mean" and "temperature" not in evaluation.ladder.index
+    members = vqa._view_members(evaluation.oof.logits, evaluation.views)
+    assert evaluation.ladder.loc["weighted views", "nll"] < 1.02 * vqa.negative_log_likelihood(
+        members.mean(axis=0), evaluation.oof.labels
+    )
+    assert set(evaluation.calibration.temperatures.values()) == {1}
+
+
+def test_wider_views_that_lose_accuracy_are_not_admitted_although_they_lower_the_nll():
+    """A first view that is right but far too sure; the mean with the second is timid, and more often wrong."""
+    random = np.random.default_rng(0)
+    labels = np.arange(400) % 4
+    sure = 12 * np.eye(4)[np.where(random.random(400) < 0.8, labels, (labels + 1) % 4)]
+    other = 14 * np.eye(4)[np.where(random.random(400) < 0.65, labels, (labels + 2) % 4)]
+    frame = pd.DataFrame({"pixel_hash": np.arange(400).astype(str)})
+    oof = vqa.OofLogits(frame, np.stack([sure, other], axis=1), labels, labels * 0, ("rotation 0", "rotation 1"))
+    views, table = vqa.admit_views(oof, use_temperature_scaling=False)
+    assert table["nll"].is_monotonic_decreasing and table["accuracy"].iloc[1] < table["accuracy"].iloc[0] - 0.05
+    assert views == [0] and table["admitted"].tolist() == [True, False]
+
+
+def test_a_scale_that_no_row_has_does_not_cost_the_others():
+    random = np.random.default_rng(0)
+    labels = np.arange(200) % 4
+    logits = np.stack([np.eye(4)[labels] + random.normal(size=(200, 4)) for _ in range(3)], axis=1)
+    logits[:, 1] = np.nan
+    frame = pd.DataFrame({"pixel_hash": np.arange(200).astype(str)})
+    oof = vqa.OofLogits(frame, logits, labels, labels * 0, ("rotation 0", "scale 0.9", "scale 1.1"))
+    assert vqa.views_by_set(oof) == {"single view": [0], "rotations and scales": [0, 2]}
+    views, table = vqa.admit_views(oof)
+    assert views == [0, 2] and table["admitted"].all()
+
+
+def test_weights_that_were_not_selected_have_a_step_of_their_own(mini_run):
+    run = planted_run(mini_run(), signals=(0.5, 0.5))
+    vqa.atomic_write(run.directory / "selection.json", '{"weights": "raw"}')
+    for fold in (0, 1):
+        rows = run.train[run.train["fold"] == fold][::-1]
+        for kind, signal in (("raw", 0), ("ema", 9)):
+            logits = signal * np.eye(4)[rows["label"]][:, None]
+            path = run.fold_dir(fold) / f"validation_{kind}.npz"
+            vqa.write_logits(path, rows, logits, VIEWS[:1], run.fingerprint)
+    ladder = vqa.evaluate_run(run).ladder
+    assert ladder.index[:3].tolist() == ["zero-shot", vqa.ONE_VIEW, "with EMA weights"]
+    assert ladder.loc["with EMA weights", "accuracy"] == 1 and not ladder.loc["with EMA weights", "used"]
+    assert ladder.loc["with EMA weights", "against"] == vqa.ONE_VIEW
+
+
+def test_a_masked_choice_gets_no_share_from_the_temperature_of_a_blend():
+    members = np.array([[[0.5, 0.5, 0, 0]] * 40, [[0.4, 0.6, 0, 0]] * 40])
+    mixed = vqa.blend("mean", members, np.arange(40) % 2, members)
+    assert (mixed[:, 2:] == 0).all() and np.allclose(mixed.sum(axis=1), 1)
+
+
+def test_an_unfinished_run_says_what_is_missing_and_what_to_do(mini_run):
+    with pytest.raises(FileNotFoundError, match="no fold is trained; run its notebook"):
+        vqa.read_oof(mini_run())
+    run = planted_run(mini_run())
+    (run.fold_dir(1) / "test.npz").unlink()
+    with pytest.raises(FileNotFoundError, match=f"{run.directory.name}: fold 1 is trained, but not scored"):
+        vqa.read_oof(run)
 
 
 def test_greedy_selection_finds_the_planted_mixture():
@@ -319,6 +406,27 @@ def test_runs_on_other_rows_are_refused_by_name(mini_run, tmp_path, table, colum
     assert not (tmp_path / "ensemble").exists()
 
 
+def test_one_run_given_twice_is_refused(mini_run, tmp_path):
+    run = planted_run(mini_run())
+    shutil.copytree(run.directory, tmp_path / "copy")
+    with pytest.raises(ValueError, match="copy are the same run, which would count twice"):
+        vqa.ensemble_runs([run.directory, tmp_path / "copy"], tmp_path / "ensemble")
+
+
+def test_on_kaggle_the_combined_answers_are_offered_for_submission(two_runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    vqa.ensemble_runs([run.directory for run in two_runs], tmp_path / "both")
+    assert (tmp_path / "submission.csv").read_bytes() == (tmp_path / "both" / "submission.csv").read_bytes()
+
+
+def test_a_run_in_a_folder_called_vote_keeps_its_scores(two_runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(two_runs[0].directory.parent)
+    Path("good").rename("voter")
+    table, _ = vqa.ensemble_runs(["poor", "voter"], tmp_path / "both")
+    assert np.isfinite(table.loc["voter", ["nll", "brier"]].astype(float)).all() and np.isnan(table.loc["vote", "nll"])
+
+
 def test_runs_of_which_each_trained_another_fold_share_no_row(mini_run, tmp_path):
     runs = [planted_run(mini_run(run_name=name, train_folds=folds)) for name, folds in (("x", (0,)), ("y", (1,)))]
     with pytest.raises(ValueError, match="no training row is out of fold in all of them"):
@@ -335,7 +443,8 @@ def test_combining_runs_loads_no_torch(two_runs, tmp_path):
 def test_blends_of_rows_that_all_show_one_image_are_cross_fitted_by_row():
     """As in the control with grey images, which are all copies of one another."""
     random = np.random.default_rng(0)
-    labels, groups = np.arange(40) % 4, np.zeros(40, int)
+    labels, groups = np.arange(40) % 4, vqa.image_groups(pd.DataFrame({"pixel_hash": ["grey"] * 40}))
+    assert groups.tolist() == list(range(40))
     members = vqa.softmax(2 * np.eye(4)[labels] + random.normal(size=(2, 40, 4)))
     candidates = vqa.cross_fitted_blends(members, labels, groups)
     assert all(np.isfinite(probabilities).all() for probabilities in candidates.values())

@@ -59,6 +59,7 @@ def test_error_tables_are_written_as_csv_and_name_the_rows(finished):
     assert len(tables["uncertain_rows"]) == len(finished.test)
     assert set(tables["label_suspects"]["id"]) <= set(finished.train["id"])
     assert (tables["label_suspects"]["likely"] != tables["label_suspects"]["answer"]).all()
+    assert {"confusion", "mistakes"} < set(tables)
     for name, table in tables.items():
         assert len(pd.read_csv(finished.directory / "tables" / f"{name}.csv")) == len(table)
 
@@ -96,7 +97,7 @@ def test_running_again_does_nothing_and_says_the_same(finished, monkeypatch):
 def test_evaluation_submissions_and_report(finished):
     evaluation = vqa.evaluate_run(finished)
     assert {"zero-shot", "fine-tuned, one view", "temperature"} <= set(evaluation.ladder.index)
-    assert evaluation.view_table["used"].iloc[0]
+    assert evaluation.view_table["admitted"].iloc[0]
     frames = vqa.write_submissions(finished, evaluation)
     for name in ("single", "ensemble"):
         assert frames[name]["id"].tolist() == finished.sample["id"].tolist()
@@ -110,15 +111,28 @@ def test_evaluation_submissions_and_report(finished):
     vqa.write_report(finished, evaluation)
     log = pd.read_csv(finished.directory.parent / "experiments.csv")
     assert log["run"].tolist() == [finished.directory.name]
+    files = {"ladder": evaluation.ladder, "folds": evaluation.fold_table, "views": evaluation.view_table}
+    for name, table in files.items():
+        assert len(pd.read_csv(finished.directory / "tables" / f"{name}.csv")) == len(table)
 
 
 def test_the_ladder_compares_ways_to_combine_views(finished, monkeypatch):
     oof, views = vqa.read_oof(finished), [0, 1, 2, 3]
-    monkeypatch.setattr(vqa, "admit_views", lambda *given: (views, None))
+    table = vqa.admit_views(oof)[1].assign(admitted=True)
+    monkeypatch.setattr(vqa, "admit_views", lambda *given: (views, table))
     ladder = vqa.evaluate_run(finished).ladder
-    combined = ["mean of 4 views", "temperature", "vote of views", "weighted views", "stacked views"]
-    assert ladder.index.tolist() == ["zero-shot", "fine-tuned, one view", *combined]
-    assert ladder["cost"].tolist() == [1.0] * 2 + [vqa.scoring_cost(1, 4)] * 5
+    combined = ["temperature", "vote of views", "weighted views", "stacked views", vqa.AUTOMATIC]
+    selected = json.loads((finished.directory / "selection.json").read_text())["weights"]
+    (other,) = {"raw", "ema"} - {selected}
+    other = f"with {'raw' if other == 'raw' else 'EMA'} weights"
+    first = ["zero-shot", "fine-tuned, one view", other, "mean of 4 views", "mean of 5 views"]
+    assert ladder.index.tolist() == [*first, *combined]
+    four = vqa.scoring_cost(1, 4)
+    assert ladder["cost"].tolist() == [1.0] * 3 + [four, oof.cost(range(5))] + [four] * 5
+    assert (ladder["against"][["mean of 5 views", "temperature"]] == "mean of 4 views").all()
+    assert not ladder["used"]["mean of 5 views"]
+    one = finished.seconds_per_question() * len(finished.test) * 2  # folds
+    assert ladder["seconds"].tolist() == [round(cost * one, 1) for cost in ladder["cost"]] and one > 0
     monkeypatch.undo()
     table = vqa.admit_views(oof)[1]
     assert table["cost"].iloc[0] == 1 and table["cost"].is_monotonic_increasing
