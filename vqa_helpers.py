@@ -3126,12 +3126,17 @@ def accuracy(probabilities, labels) -> float:
     return float((probabilities.argmax(axis=1) == _as_labels(labels, probabilities.shape)).mean())
 
 
+def _confidence_bins(confidence: np.ndarray, n_bins: int) -> np.ndarray:
+    """(n,) the number of the bin; a value on an edge belongs to the bin that it ends."""
+    return np.ceil(np.round(confidence * n_bins, 9)).clip(1, n_bins).astype(int) - 1  # 0.6 * 15 is a hair above 9
+
+
 def reliability_curve(probabilities, labels, n_bins=15) -> pd.DataFrame:
     """Mean confidence, accuracy and count per confidence bin; an empty bin has count 0 and NaN elsewhere."""
     probabilities = _as_probabilities(probabilities)
     labels = _as_labels(labels, probabilities.shape)
     confidence = probabilities.max(axis=1)
-    bins = np.ceil(np.round(confidence * n_bins, 9)).clip(1, n_bins).astype(int) - 1  # 0.6 * 15 is a hair above 9
+    bins = _confidence_bins(confidence, n_bins)
     rows = pd.DataFrame({"confidence": confidence, "accuracy": probabilities.argmax(axis=1) == labels}).astype(float)
     curve = rows.groupby(bins).mean().reindex(range(n_bins))
     return curve.assign(count=np.bincount(bins, minlength=n_bins)).rename_axis("bin")
@@ -3143,12 +3148,13 @@ def expected_calibration_error(probabilities, labels, n_bins=15) -> float:
     return float(np.average((curve["confidence"] - curve["accuracy"]).abs(), weights=curve["count"]))
 
 
-def calibration_error_null(probabilities, n_simulations=200) -> np.ndarray:
+def calibration_error_null(probabilities, n_bins=15) -> np.ndarray:
     """(3,) expected calibration error under labels drawn from these very probabilities: mean, 5 % and 95 % quantile."""
     probabilities = _as_probabilities(probabilities)
-    draws = np.random.default_rng(0).random((n_simulations, len(probabilities), 1))
-    labels = (draws > probabilities.cumsum(axis=1)[:, :-1]).sum(axis=2)
-    errors = [expected_calibration_error(probabilities, drawn) for drawn in labels]
+    confidence, draws = probabilities.max(axis=1), np.random.default_rng(0).random((200, len(probabilities)))
+    gaps = confidence - (draws < confidence)  # the answer is right as often as it is probable
+    in_bin = np.eye(n_bins)[_confidence_bins(confidence, n_bins)]
+    errors = np.abs(gaps @ in_bin).sum(axis=1) / len(probabilities)
     return np.array([np.mean(errors), *np.quantile(errors, [0.05, 0.95])])
 
 
@@ -3586,8 +3592,10 @@ def admit_views(oof: OofLogits, use_temperature_scaling: bool = True) -> tuple[l
         # Averaging views also softens probabilities, which is not a gain: hence after temperature scaling.
         probabilities = calibrate(scores, oof.labels, oof.folds, use_temperature_scaling).probabilities
         own = row_scores(probabilities, oof.labels)
-        change = own - (own if best is None else best)
-        wins = change[:, 1].mean() <= 0 and bootstrap_interval(change, oof.groups)[1, 0] >= 0
+        wins = best is None
+        if not wins:
+            change = own - best
+            wins = change[:, 1].mean() <= 0 and bootstrap_interval(change, oof.groups)[1, 0] >= 0
         rows[name] = {"cost": oof.cost(views), **score_row(probabilities, oof.labels), "admitted": bool(wins)}
         if wins:
             admitted, best = views, own
@@ -3632,8 +3640,8 @@ def view_steps(oof: OofLogits, admitted: pd.Series, views: list[int], averaged: 
         count = f"up to {len(own)}" if {*own} & {*oof.later} else len(own)
         step = ("one view" if len(own) == 1 else f"mean of {count} views") + IN_16_BITS * name.endswith(IN_16_BITS)
         step = step if steps else ONE_VIEW
-        used = {*own} <= {*views} and (averaged or len(own) == 1)
-        steps[step] = Step(softmax(combine_views(oof.logits[:, own])), against, own, used)
+        used = admitted[name] and {*own} <= {*views} and (averaged or len(own) == 1)
+        steps[step] = Step(softmax(combine_views(oof.logits[:, own])), against, own, bool(used))
         against = step if admitted[name] else against
     return steps
 
@@ -3653,10 +3661,13 @@ def evaluate_run(run: Run) -> Evaluation:
     ways = {"mean": calibration.probabilities}
     if len(views) > 1:
         ways |= cross_fitted_blends(_view_members(oof.logits, views), labels, groups, VIEW_BLENDS, scaling)
-    auto = method == "auto"
-    method = choose_blend(ways, labels, groups) if auto else method
-    method = "mean" if method == "vote" or method not in ways else method  # a vote is taken over folds, not over views
-    expected = choose_cross_fitted(ways, labels, groups) if auto else ways[method]
+    auto, choices = (
+        method == "auto",
+        {name: own for name, own in ways.items() if name != "vote"},
+    )  # folds vote, not views
+    method = choose_blend(choices, labels, groups) if auto else method
+    method = method if method in choices else "mean"
+    expected = choose_cross_fitted(choices, labels, groups) if auto else ways[method]
     steps = view_steps(oof, view_table["admitted"], views, averaged=method == "mean")
     end = next(name for name, step in steps.items() if step.views == views)
     if scaling:
@@ -3665,9 +3676,11 @@ def evaluate_run(run: Run) -> Evaluation:
     steps |= {VIEW_BLENDS[name]: Step(ways[name], end, views, name == method) for name in ways if name != "mean"}
     if auto and len(ways) > 1:
         steps[AUTOMATIC] = Step(expected, end, views, used=True)
+    if run.final_fold in run.members:
+        steps[FINAL_STEP] = Step(np.full((len(labels), 4), math.nan), views=views, used=True)
     ladder = build_ladder(run, oof, steps)
     if AUTOMATIC in steps:
-        set_choice_interval(ladder, ways, labels, groups)
+        set_choice_interval(ladder, choices, labels, groups)
     folds = temperature_table(oof, scores, calibration.temperatures)
     return Evaluation(oof, views, view_table, calibration, method, expected, ladder, folds)
 
@@ -3696,11 +3709,14 @@ def ladder_table(steps: Mapping[str, Step], labels, groups) -> pd.DataFrame:
         rows[name] |= {} if np.isnan(step.probabilities).any() else score_row(step.probabilities, labels)
     for (name, change), low, high in zip(changes.items(), *ends, strict=True):
         shared = np.isfinite(change[:, 0])
+        if not shared.any():
+            continue  # a zero-shot sample without a row of the trained folds
         rows[name] |= compare_paired(*(scores[each][shared, 0] for each in (steps[name].against, name)))
         rows[name] |= {"gain_low": low[0], "gain_high": high[0], "nll_low": low[1], "nll_high": high[1]}
-        rows[name]["nll_change"] = change[shared, 1].sum() / max(1, shared.sum())
+        rows[name]["nll_change"] = change[shared, 1].mean()
     columns = ["accuracy", "nll", "brier", "ece", "against", "gain", "gain_low", "gain_high", "p_value", "nll_change"]
-    table = pd.DataFrame.from_dict(rows, orient="index")[[*columns, "nll_low", "nll_high", "used"]].rename_axis("step")
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("step")
+    table = table.reindex(columns=[*columns, "nll_low", "nll_high", "used"])
     votes = table.index.isin(["vote", VIEW_BLENDS["vote"]])  # a vote has no probabilities
     table.loc[votes, ["nll", "brier", "ece", "nll_change", "nll_low", "nll_high"]] = math.nan
     return table
@@ -3715,10 +3731,11 @@ def set_choice_interval(table: pd.DataFrame, candidates: Mapping[str, np.ndarray
 def weight_steps(run: Run, oof: OofLogits) -> dict[str, Step]:
     """The kinds of weights (raw, EMA, SWA) that were not selected, in one view, against those that were."""
     files = ({path.stem for path in run.fold_dir(fold).glob("validation_*.npz")} for fold in run.finished_folds)
-    steps, selected = {}, run.directory / "selection.json"
-    for name in sorted(set.intersection(*files)):
+    steps, path = {}, run.directory / "selection.json"
+    selected = json.loads(path.read_text(encoding="utf-8"))["weights"] if path.exists() else None
+    for name in sorted(set.intersection(*files)) if selected else ():
         kind = name.removeprefix("validation_")
-        if kind != json.loads(selected.read_text(encoding="utf-8"))["weights"]:
+        if kind != selected:
             parts = [read_arrays(run.fold_dir(fold) / f"{name}.npz", run.fingerprint) for fold in run.finished_folds]
             label = f"with {kind if kind == 'raw' else kind.upper()} weights"
             steps[label] = Step(softmax(_logits_of(oof.frame["id"], parts)[:, 0]), ONE_VIEW)
@@ -3728,19 +3745,18 @@ def weight_steps(run: Run, oof: OofLogits) -> dict[str, Step]:
 def build_ladder(run: Run, oof: OofLogits, steps: Mapping[str, Step]) -> pd.DataFrame:
     """What each step is worth on OOF rows against the step named in `against`.
 
-    `cost`: of scoring a row, in questions with one view; `seconds`: of the test rows and all models, at the speed of
-    the last scoring."""
+    `cost`: of scoring a row, in questions with one view; `seconds`: of a device with the test rows and all models, at
+    the speed of the last scoring."""
     base = read_arrays(run.directory / "zeroshot.npz", run.fingerprint)
     zeroshot = pd.DataFrame(softmax(base["logits"][:, 0]), index=base["ids"])
     first = {"zero-shot": Step(zeroshot.reindex(oof.frame["id"]).to_numpy())}  # NaN where it scored no row
     steps = first | {ONE_VIEW: steps[ONE_VIEW]} | weight_steps(run, oof) | steps
-    if run.final_fold in run.members:
-        steps[FINAL_STEP] = Step(np.full((len(oof.labels), 4), math.nan), views=steps[[*steps][-1]].views, used=True)
     ladder = ladder_table(steps, oof.labels, oof.groups)
     scores = score_row(zeroshot.to_numpy(), base["labels"])
     ladder.loc["zero-shot", list(scores)] = scores
     ladder.insert(4, "cost", [oof.cost(step.views) for step in steps.values()])
     ladder.insert(5, "seconds", ladder["cost"].map(run.scoring_seconds))
+    ladder.loc["zero-shot", "seconds"] /= len(run.members)  # it is one model
     return ladder
 
 
@@ -4221,13 +4237,16 @@ def experiment_table(output_dir: str | Path) -> pd.DataFrame:
     """Every finished run of experiments.csv, the oldest first: scores, workers' seconds, and the settings in which it
     differs from the run before it; `note` says which scores are not to be compared."""
     table, before = _read_rows(Path(output_dir) / "experiments.csv").set_index("run"), {}
+    numbers = ["accuracy", "nll", "brier", "ece", "seconds"]
+    table = table.reindex(columns=["finished", "model", "folds", "rows", *numbers, "settings"], fill_value="")
     for name, settings in table.pop("settings").items():
-        now = dataclasses.asdict(Config()) | json.loads(settings)
+        now = dataclasses.asdict(Config()) | json.loads(settings) if settings else before  # "": by an older version
         changed = [f"{key}={value}" for key, value in now.items() if value != before.get(key, value)]
         table.loc[name, "changed"] = ", ".join(changed)
-        table.loc[name, "note"] = "distilled: scores are too good" if now["distill_from"] else ""
+        table.loc[name, "note"] = "distilled: scores are too good" if now.get("distill_from") else ""
         before = now
-    return table.astype(dict.fromkeys(["accuracy", "nll", "brier", "ece", "seconds"], float))
+    table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce")
+    return table
 
 
 def plot_experiments(table: pd.DataFrame, axes=None):
@@ -4396,10 +4415,10 @@ class Run:
         return next(filter(None, reversed(list(logged))), 0.0)
 
     def scoring_seconds(self, cost: float) -> float:
-        """What the test rows cost all models at the speed of the last inference; NaN before the first one.
+        """What the test rows cost all models, one after the other, at the speed of the last inference; NaN before it.
 
         `cost` of a row in questions with one view."""
-        return round(cost * self.seconds_per_question() * len(self.test) * len(self.members), 1) or math.nan
+        return round(cost * (self.seconds_per_question() or math.nan) * len(self.test) * len(self.members), 1)
 
     def inference_seconds(self, seconds_per_question: float, session: Session, training: int) -> float:
         """Estimated time to validate `training` folds and to score the worker's folds that wait for it, with margin."""
@@ -4594,7 +4613,10 @@ def ensemble_runs(directories: Iterable[str | Path], folder: str | Path) -> tupl
     time of the runs behind a row. "automatic choice" is what to expect: each twentieth of the images is answered by
     what would be chosen without it.
     """
-    runs = {str(directory): Run.open(directory) for directory in directories}
+    directories = [str(directory) for directory in directories]
+    if twice := {name for name in directories if directories.count(name) > 1}:
+        raise ValueError(f"{', '.join(twice)} would count twice: name it once")
+    runs = {directory: Run.open(directory) for directory in directories}
     first, oof, test, seconds = next(iter(runs.values())), [], [], {}
     for run in runs.values():
         _require_same_rows(first, run)
@@ -5118,15 +5140,19 @@ def search_distributions(config: Config, space: Mapping[str, list | tuple]) -> d
         log = isinstance(values, tuple) and values[2:] == ("log",)
         if isinstance(values, list) and values:
             found[name] = kinds.CategoricalDistribution(values)
-        elif isinstance(values, tuple) and len(values) == 2 + log and (0 if log else -math.inf) < values[0] < values[1]:
+        elif (
+            isinstance(values, tuple)
+            and len(values) == 2 + log
+            and all(type(end) in (int, float) for end in values[:2])
+            and (0 if log else -math.inf) < values[0] < values[1]
+        ):
             kind = kinds.FloatDistribution if "float" in str(fields[name]) else kinds.IntDistribution
             found[name] = kind(*values[:2], log=log)
         else:
             needed = '[choices], (low, high), or (low, high, "log") above 0'
             raise ValueError(f"Search space: {name!r} is {values!r}; it needs {needed}")
-        for value in (
-            values[:2] if isinstance(values, tuple) else values
-        ):  # a value that the field refuses is found now, not hours later
+        # A value that the field refuses is found now, not hours later.
+        for value in values[:2] if isinstance(values, tuple) else values:
             dataclasses.replace(config, **{name: value})
     return found
 

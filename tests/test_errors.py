@@ -143,6 +143,17 @@ def test_a_run_that_a_new_session_continues_brings_the_runs_before_it_along(mini
     assert table.index.tolist() == ["old", "new"] and table["finished"].str[9].tolist() == ["1", "3"]
 
 
+def test_runs_that_an_older_version_logged_are_kept_without_what_it_did_not_log(mini_run, evaluation, monkeypatch):
+    run = mini_run(run_name="new")
+    old = {"run": "old", "finished": "2026-01-01 00:00:00", "model": "m", "folds": 3, "rows": 9, "accuracy": 0.5}
+    vqa.write_table(pd.DataFrame([old | {"nll": 1.0, "ece": 0.0}]), run.directory.parent / "experiments.csv")
+    assert vqa.experiment_table(run.directory.parent)["accuracy"].tolist() == [0.5]
+    finish(run, evaluation, monkeypatch, 2)
+    table = vqa.experiment_table(run.directory.parent)
+    assert table["accuracy"].tolist() == [0.5, 0.25] and table["changed"].tolist() == ["", ""]
+    assert np.isnan(table.loc["old", ["brier", "seconds"]].astype(float)).all()
+
+
 def test_the_active_list_ranks_both_kinds_of_rows_by_the_chance_that_their_answer_is_wrong():
     text = {"question": "?", "a": "1", "b": "2", "c": "3", "d": "4"}
     suspects = pd.DataFrame([{"id": "train", **text, "answer": "b", "likely": "c", "margin": 0.4, "chance_wrong": 0.7}])

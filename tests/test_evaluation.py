@@ -240,14 +240,44 @@ def test_the_score_to_expect_of_the_automatic_choice_is_that_of_choices_made_wit
 def test_without_temperature_scaling_no_way_to_combine_views_is_scaled(mini_run, replace):
     """Otherwise a blend would win over the plain mean by its confidence alone."""
     settings = {"ensemble_method": "auto", "use_temperature_scaling": False}
-    run = planted_run(longer(mini_run(**settings), replace), signals=(0.5, 0.5))
+    run = planted_run(longer(mini_run(**settings), replace), signals=(3.0, 3.0))
     evaluation = vqa.evaluate_run(run)
-    assert evaluation.method == "mean" and "temperature" not in evaluation.ladder.index
-    members = vqa._view_members(evaluation.oof.logits, evaluation.views)
-    assert evaluation.ladder.loc["weighted views", "nll"] < 1.02 * vqa.negative_log_likelihood(
-        members.mean(axis=0), evaluation.oof.labels
+    assert "temperature" not in evaluation.ladder.index
+    oof, members = evaluation.oof, vqa._view_members(evaluation.oof.logits, evaluation.views)
+    plain, scaled = (
+        vqa.cross_fitted_blends(members, oof.labels, oof.groups, ["weighted"], scaling)["weighted"]
+        for scaling in (False, True)
     )
+    losses = [vqa.negative_log_likelihood(probabilities, oof.labels) for probabilities in (plain, scaled)]
+    assert evaluation.ladder.loc["weighted views", "nll"] == pytest.approx(losses[0]) and losses[1] < losses[0] - 0.02
     assert set(evaluation.calibration.temperatures.values()) == {1}
+    weighted = vqa.evaluate_run(replace(run, config=replace(run.config, ensemble_method="weighted")))
+    test = vqa.softmax(vqa.read_scores(run, 0, "test")["logits"]).swapaxes(0, 1)
+    expected = vqa.average_probabilities(test, vqa.optimize_ensemble_weights(members, oof.labels))
+    np.testing.assert_allclose(vqa.predict_test(run, weighted)[0], expected)
+
+
+def test_a_vote_of_views_is_shown_but_never_chosen(mini_run):
+    """It has no probabilities: where all answers are right, its NLL of 0 would beat every honest way."""
+    settings = {"ensemble_method": "auto", "use_temperature_scaling": False}
+    evaluation = vqa.evaluate_run(planted_run(mini_run(**settings), signals=(6.0, 6.0)))
+    ladder = evaluation.ladder
+    assert ladder.loc["vote of views", "accuracy"] == 1 and evaluation.probabilities.max() < 1
+    assert ladder.loc[vqa.AUTOMATIC, "nll"] > 0
+
+
+def test_a_set_of_views_that_loses_is_not_marked_although_a_wider_one_wins(mini_run):
+    run, names = planted_run(mini_run(ensemble_method="mean")), ["rotation 0", "rotation 2", "scale 1.5"]
+    random = np.random.default_rng(0)
+    for fold in (0, 1):
+        rows = run.train[run.train["fold"] == fold]
+        logits = np.eye(4)[rows["label"]][:, None] * np.array([1.0, -0.5, 9.0])[:, None]
+        logits = logits + 0.1 * random.normal(size=logits.shape)
+        vqa.write_logits(run.fold_dir(fold) / "oof.npz", rows, logits, names, run.fingerprint)
+    evaluation = vqa.evaluate_run(run)
+    assert evaluation.views == [0, 1, 2] and evaluation.view_table["admitted"].tolist() == [True, False, True]
+    assert not evaluation.ladder["used"]["mean of 2 views"] and evaluation.ladder["used"]["mean of 3 views"]
+    assert evaluation.ladder.loc["mean of 3 views", "against"] == vqa.ONE_VIEW
 
 
 def test_wider_views_that_lose_accuracy_are_not_admitted_although_they_lower_the_nll():
@@ -411,6 +441,8 @@ def test_one_run_given_twice_is_refused(mini_run, tmp_path):
     shutil.copytree(run.directory, tmp_path / "copy")
     with pytest.raises(ValueError, match="copy are the same run, which would count twice"):
         vqa.ensemble_runs([run.directory, tmp_path / "copy"], tmp_path / "ensemble")
+    with pytest.raises(ValueError, match=f"{run.directory.name} would count twice"):
+        vqa.ensemble_runs([run.directory, str(run.directory)], tmp_path / "ensemble")
 
 
 def test_on_kaggle_the_combined_answers_are_offered_for_submission(two_runs, tmp_path, monkeypatch):

@@ -132,7 +132,8 @@ def test_the_ladder_compares_ways_to_combine_views(finished, monkeypatch):
     assert (ladder["against"][["mean of 5 views", "temperature"]] == "mean of 4 views").all()
     assert not ladder["used"]["mean of 5 views"]
     one = finished.seconds_per_question() * len(finished.test) * 2  # folds
-    assert ladder["seconds"].tolist() == [round(cost * one, 1) for cost in ladder["cost"]] and one > 0
+    seconds = [round(cost * one, 1) for cost in ladder["cost"]]
+    assert ladder["seconds"].tolist() == [seconds[0] / 2, *seconds[1:]] and one > 0  # zero-shot is one model
     monkeypatch.undo()
     table = vqa.admit_views(oof)[1]
     assert table["cost"].iloc[0] == 1 and table["cost"].is_monotonic_increasing
@@ -294,7 +295,7 @@ def test_a_zero_shot_sample_without_a_row_of_the_trained_folds_is_no_obstacle(mi
     run = mini_run(train_folds=(0,))
     evaluation = vqa.evaluate_run(scored(run, run.train[run.train["fold"] == 1]))
     step = evaluation.ladder.loc["fine-tuned, one view"]
-    assert step["against"] == "zero-shot" and step["gain"] == 0 and step["p_value"] == 1
+    assert step["against"] == "zero-shot" and np.isnan([step["gain"], step["gain_low"], step["p_value"]]).all()
 
 
 def test_a_fold_with_one_row_is_scaled_by_the_pooled_temperature(mini_run, replace):

@@ -207,6 +207,8 @@ def test_a_worker_that_is_told_to_stop_saves_first(mini_run):
         ({"learning_rate": (1e-4, 1e-2, "linear")}, "'learning_rate' is"),
         ({"lora_r": []}, "'lora_r' is"),
         ({"lora_r": 8}, "'lora_r' is 8"),
+        ({"loss": ("choices", "letters")}, "'loss' is"),
+        ({"use_ema": (False, True)}, "'use_ema' is"),
         ({"lora_r": (4.5, 8.5)}, "'lora_r'"),
         ({"learning_rate": (0, 1e-3, "log")}, "'learning_rate' is .* above 0"),
         ({"label_smoothing": (0.0, 1.5)}, "'label_smoothing' is 1.5; it needs 0 <= value < 1"),
