@@ -4067,9 +4067,9 @@ def _axes(ax, title: str, xlabel: str, ylabel: str, figsize=(6, 3.2), **settings
     return ax
 
 
-def _accuracy_bars(ax, title: str, accuracies: pd.Series, figsize=(6, 3.2)):
+def _accuracy_bars(ax, title: str, accuracies: pd.Series, figsize=(6, 3.2), **label):
     ax = _axes(ax, title, "accuracy", "", figsize, xlim=(0, 1.08))
-    ax.bar_label(ax.barh(accuracies.index, accuracies, color=BLUE), fmt="%.3f", padding=3, fontsize=9)
+    ax.bar_label(ax.barh(accuracies.index, accuracies, color=BLUE), fmt="%.3f", fontsize=9, **{"padding": 3} | label)
     return ax
 
 
@@ -4119,7 +4119,9 @@ def plot_reliability(curves: Mapping[str, pd.DataFrame], ax=None):
 def plot_ladder(ladder: pd.DataFrame, ax=None):
     """Bars of the OOF accuracy of every step, the first on top; lines: 90 % interval of its change against another."""
     rows = ladder.iloc[::-1]
-    ax = _accuracy_bars(ax, "OOF accuracy, step by step", rows["accuracy"], figsize=(7, 1.2 + 0.24 * len(rows)))
+    inside = {"label_type": "center", "color": "white"}  # the line would strike a number at the end of the bar through
+    size = (7, 1.2 + 0.24 * len(rows))
+    ax = _accuracy_bars(ax, "OOF accuracy, step by step", rows["accuracy"], size, **inside)
     known = rows.dropna(subset=["accuracy", "gain"])
     ends = (known["gain"] - known["gain_low"], known["gain_high"] - known["gain"])
     ax.errorbar(known["accuracy"], known.index, xerr=np.maximum(0, ends), fmt="none", ecolor=ORANGE, capsize=2)
