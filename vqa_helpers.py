@@ -4647,7 +4647,7 @@ def ensemble_runs(directories: Iterable[str | Path], folder: str | Path) -> tupl
     steps[AUTOMATIC] = Step(choose_cross_fitted(candidates, labels, groups), "mean", used=True)
     table = ladder_table(steps, labels, groups)
     set_choice_interval(table, candidates, labels, groups)
-    table.insert(3, "seconds", [seconds.get(name, sum(seconds.values())) for name in table.index])
+    table.insert(4, "seconds", [seconds.get(name, sum(seconds.values())) for name in table.index])
     alone = dict(zip(runs, np.stack(test), strict=True))
     answers = alone[chosen] if chosen in alone else blend(chosen, members, labels, np.stack(test))
     letters, folder = np.array(CHOICES)[answers.argmax(axis=1)], Path(folder)
