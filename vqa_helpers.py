@@ -3013,6 +3013,7 @@ def read_arrays(path: Path, fingerprint: str) -> dict[str, np.ndarray]:
 # Columns are always the original choices a, b, c, d. In logits -inf marks a choice that is absent from the row, and a
 # view of NaN only marks a view the row does not have. Labels are 0-3. Lists, arrays and torch tensors are all welcome.
 TEMPERATURE_BOUNDS = (0.05, 20.0)
+ECE_BINS = 15  # as in Guo et al. 2017
 PROBABILITY_FLOOR = 1e-12  # keeps a logarithm finite where a probability has underflowed
 
 
@@ -3142,18 +3143,18 @@ def reliability_curve(probabilities, labels, n_bins=15) -> pd.DataFrame:
     return curve.assign(count=np.bincount(bins, minlength=n_bins)).rename_axis("bin")
 
 
-def expected_calibration_error(probabilities, labels, n_bins=15) -> float:
+def expected_calibration_error(probabilities, labels, n_bins=ECE_BINS) -> float:
     """Mean gap of confidence and accuracy over equal bins (Guo et al. 2017); read beside `calibration_error_null`."""
     curve = reliability_curve(probabilities, labels, n_bins).dropna()
     return float(np.average((curve["confidence"] - curve["accuracy"]).abs(), weights=curve["count"]))
 
 
-def calibration_error_null(probabilities, n_bins=15) -> np.ndarray:
+def calibration_error_null(probabilities) -> np.ndarray:
     """(3,) expected calibration error under labels drawn from these very probabilities: mean, 5 % and 95 % quantile."""
     probabilities = _as_probabilities(probabilities)
     confidence, draws = probabilities.max(axis=1), np.random.default_rng(0).random((200, len(probabilities)))
     gaps = confidence - (draws < confidence)  # the answer is right as often as it is probable
-    in_bin = np.eye(n_bins)[_confidence_bins(confidence, n_bins)]
+    in_bin = np.eye(ECE_BINS)[_confidence_bins(confidence, ECE_BINS)]
     errors = np.abs(gaps @ in_bin).sum(axis=1) / len(probabilities)
     return np.array([np.mean(errors), *np.quantile(errors, [0.05, 0.95])])
 
@@ -3661,10 +3662,8 @@ def evaluate_run(run: Run) -> Evaluation:
     ways = {"mean": calibration.probabilities}
     if len(views) > 1:
         ways |= cross_fitted_blends(_view_members(oof.logits, views), labels, groups, VIEW_BLENDS, scaling)
-    auto, choices = (
-        method == "auto",
-        {name: own for name, own in ways.items() if name != "vote"},
-    )  # folds vote, not views
+    auto = method == "auto"
+    choices = {name: own for name, own in ways.items() if name != "vote"}  # folds vote, not views
     method = choose_blend(choices, labels, groups) if auto else method
     method = method if method in choices else "mean"
     expected = choose_cross_fitted(choices, labels, groups) if auto else ways[method]
@@ -3760,6 +3759,7 @@ def build_ladder(run: Run, oof: OofLogits, steps: Mapping[str, Step]) -> pd.Data
     return ladder
 
 
+# === Selected weights and test answers ===============================================================================
 def fold_table(results: Sequence[FoldResult]) -> pd.DataFrame:
     """Held-out accuracy and NLL of each fold and kind of weights, with mean and standard deviation."""
     scores = pd.json_normalize([result.kinds for result in results], sep=" ")
@@ -4251,11 +4251,10 @@ def experiment_table(output_dir: str | Path) -> pd.DataFrame:
     return table
 
 
-def plot_experiments(table: pd.DataFrame, axes=None):
+def plot_experiments(table: pd.DataFrame):
     """Bars of OOF accuracy and of minutes for the runs in `experiment_table`; grey: not to be compared."""
-    if axes is None:
-        size = (9, 1.2 + 0.6 * len(table))
-        axes = matplotlib_figure.Figure(figsize=size, layout="constrained").subplots(1, 2, width_ratios=[2, 1])
+    size = (9, 1.2 + 0.6 * len(table))
+    axes = matplotlib_figure.Figure(figsize=size, layout="constrained").subplots(1, 2, width_ratios=[2, 1])
     names = [f"{name}\n{(note or changed)[:50]}" for name, changed, note in table[["changed", "note"]].itertuples()]
     _accuracy_bars(axes[0], "OOF accuracy of finished runs", table["accuracy"].set_axis(names))
     for bar, note in zip(axes[0].patches, table["note"], strict=True):
@@ -4615,15 +4614,12 @@ def ensemble_runs(directories: Iterable[str | Path], folder: str | Path) -> tupl
     time of the runs behind a row. "automatic choice" is what to expect: each twentieth of the images is answered by
     what would be chosen without it.
     """
-    directories = [str(directory) for directory in directories]
-    if twice := {name for name in directories if directories.count(name) > 1}:
-        raise ValueError(f"{', '.join(twice)} would count twice: name it once")
-    runs = {directory: Run.open(directory) for directory in directories}
-    first, oof, test, seconds = next(iter(runs.values())), [], [], {}
+    named = [(str(directory), Run.open(directory)) for directory in directories]
+    runs, first, oof, test, seconds = dict(named), named[0][1], [], [], {}
     for run in runs.values():
         _require_same_rows(first, run)
     for name, run in runs.items():
-        twins = [other for other in runs if runs[other].fingerprint == run.fingerprint]
+        twins = [other for other, each in named if each.fingerprint == run.fingerprint]
         if len(twins) > 1:
             raise ValueError(f"{' and '.join(twins)} are the same run, which would count twice: name it once")
         if run.config.distill_from:

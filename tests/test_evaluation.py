@@ -441,7 +441,7 @@ def test_one_run_given_twice_is_refused(mini_run, tmp_path):
     shutil.copytree(run.directory, tmp_path / "copy")
     with pytest.raises(ValueError, match="copy are the same run, which would count twice"):
         vqa.ensemble_runs([run.directory, tmp_path / "copy"], tmp_path / "ensemble")
-    with pytest.raises(ValueError, match=f"{run.directory.name} would count twice"):
+    with pytest.raises(ValueError, match=f"{run.directory.name} are the same run"):
         vqa.ensemble_runs([run.directory, str(run.directory)], tmp_path / "ensemble")
 
 
