@@ -1,6 +1,7 @@
 """Break a small run in every way we know, run it again, and compare it with one that was left alone.
 
-    python tests/faults.py                     # all faults, about ten minutes on two cores
+    python tests/faults.py                     # all faults, ten to fifteen minutes on two cores
+    python tests/faults.py --kills 2           # two kills in each kind of place: two thirds of the time
     python tests/faults.py --only checkpoint   # the cases whose name contains this
     python tests/faults.py --demo              # three kills of the full demo, about fifteen minutes
 
@@ -306,7 +307,7 @@ def launch(data: Path, place: Path) -> None:
     vqa.run_folds(run.config)
 
 
-def kill_cases(events: Counter, most: int = 4) -> dict:
+def kill_cases(events: Counter, most: int) -> dict:
     """Up to `most` evenly spaced kills of every kind of place that the undisturbed run has passed."""
     cases = {}
     for kind, count in sorted(events.items()):
@@ -354,6 +355,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cases at a time")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--kills", type=int, default=4, help="at most so many in each kind of place, evenly spaced")
     parser.add_argument("--demo", action="store_true", help="three kills of the whole demo, one at a time")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
@@ -367,7 +369,11 @@ def main() -> None:
         events = Counter((folder / "reference" / "events").read_text().splitlines())
         print(f"undisturbed run: {time.time() - began:.0f} s, {steps} optimizer steps, {len(reference)} files compared")
         common = (data, folder, reference, steps)
-        cases = {case: fault for case, fault in (kill_cases(events) | OTHER_CASES).items() if options.only in case}
+        cases = {
+            case: fault
+            for case, fault in (kill_cases(events, options.kills) | OTHER_CASES).items()
+            if options.only in case
+        }
         if options.demo:
             kinds = ("after an optimizer step", "in the middle of writing a checkpoint file", "during inference")
             middle = {kind: events[kind] // 2 for kind in kinds}

@@ -105,6 +105,7 @@ def adaptive_run(mini_run):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_its_second_pass_ends_with_the_same_bytes(adaptive_run):
     """The first pass is not done again, and submissions, report and curve come out of what there is."""
     calls = []

@@ -18,12 +18,13 @@ NOTEBOOK = vqa.HERE / "Kaggle_AllInOne.ipynb"
 
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """The notebook after a small run: one epoch, two folds; and its output folder."""
+def executed(tmp_path_factory, mini_data):
+    """The notebook after a small run: few rows, one epoch, two folds; and its output folder."""
     folder = tmp_path_factory.mktemp("notebook")
     overrides = {"num_epochs": 1, "n_folds": 2, "tta_rotations": 2, "zeroshot_rows": 32, "use_ema": False}
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     names = {"VQA_PRESET": "demo", "VQA_OUTPUT_DIR": str(folder), "VQA_OVERRIDES": json.dumps(overrides)}
+    names |= {"VQA_DATA_DIR": str(mini_data)}
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     try:
@@ -39,10 +40,10 @@ def outputs(notebook, kind):
     return [output["data"][kind] for cell in cells for output in cell.outputs if kind in output.get("data", {})]
 
 
-def test_the_notebook_writes_everything_it_promises(executed):
+def test_the_notebook_writes_everything_it_promises(executed, mini_data):
     _, folder = executed
     (run,) = folder.glob("demo-*")
-    sample = pd.read_csv(vqa.DEMO / "sample_submission.csv", dtype=str, keep_default_na=False)
+    sample = pd.read_csv(mini_data / "sample_submission.csv", dtype=str, keep_default_na=False)
     for name in ("single", "ensemble"):
         checked = vqa.validate_submission(run / f"submission_{name}.csv", sample)
         assert sum(checked["letters"].values()) == len(sample)

@@ -492,6 +492,7 @@ def start_run(names):
     return names.vqa.start_run(names.config, competition, names.vqa.make_folds(competition.train, 2, 42))
 
 
+@pytest.mark.slow
 def test_a_local_model_is_loaded_without_asking_the_hub(machine, mini_data):
     """Preflight, in a process that writes down what it did; and a worker, without stages to save time."""
     site, calls, offline = (machine.root / name for name in ("site", "calls", "offline"))

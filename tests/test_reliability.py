@@ -36,7 +36,8 @@ def wait_for(condition, process, seconds=120):
 # --------------------------------------------------------------------------------------------------- signals and locks
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_worker_saves_and_ends_with_its_own_status_and_the_next_one_continues(mini_run, number):
     whole, stopped = (mini_run(run_name=name, num_epochs=8, n_folds=3, train_folds=(0,)) for name in ("a", "b"))
     vqa.train_fold(whole.config, 0)
@@ -419,6 +420,7 @@ def test_tables_for_people_hold_no_formulas_and_are_read_back_verbatim(tmp_path,
 # --------------------------------------------------------------------------------------------------------- determinism
 
 
+@pytest.mark.slow
 def test_the_same_run_twice_gives_the_same_bytes(mini_run):
     files = []
     for name in ("first", "second"):

@@ -44,6 +44,7 @@ def assert_alike(run, alone):
 SETTINGS = {"train_folds": (0,), "num_epochs": 1, "tta_rotations": 2, "infer_batch_size": 4, "learning_rate": 1e-4}
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(mini_run, tmp_path):
     run = mini_run(**SETTINGS)
     vqa.launch_workers(run, [((None, None), [0])], ["train", "predict"])

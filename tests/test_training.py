@@ -135,7 +135,7 @@ class Stop(Exception):
     """Stands for the end of a session."""
 
 
-@pytest.mark.parametrize("stop_at", [2, 3, 5])
+@pytest.mark.parametrize("stop_at", [2, *(pytest.param(stop_at, marks=pytest.mark.slow) for stop_at in (3, 5))])
 def test_a_resumed_fold_ends_bitwise_like_an_uninterrupted_one(mini_run, monkeypatch, stop_at):
     """Stopped inside an epoch, at its end and in the second one (18 rows make 3 steps an epoch)."""
     settings = {"num_epochs": 2, "lora_dropout": 0.1, "use_swa": True, "save_every_minutes": 1e-9}

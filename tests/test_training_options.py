@@ -67,7 +67,7 @@ def certain(labels, logits):
     return np.where(np.arange(4) == labels[:, None, None], 5.0, np.where(np.isinf(logits), logits, 0.0))
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen3_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_what_was_trained_in_4_bit_is_also_scored_by_the_unquantised_model(family, four_bit_run, model_folders):
     run = run_all(four_bit_run(model_id=str(model_folders[family])), STAGES)
     for fold in (0, 1):
