@@ -2984,11 +2984,19 @@ def generate_baseline(session: Session, frame: pd.DataFrame, max_new_tokens: int
     return answers
 
 
-def write_logits(path: Path, frame: pd.DataFrame, logits: np.ndarray, view_names: Sequence, fingerprint: str) -> None:
-    """Save logits in the run's schema: ids, logits (n, views, 4), view_names, labels (or -1) and the fingerprint."""
+def prompt_tokens(session: Session, frame: pd.DataFrame) -> np.ndarray:
+    """(n,) tokens of each row's prompt with the choices in their order, those of the image included."""
+    order = tuple(range(len(CHOICES)))
+    return np.array([len(make_prompt(session, frame, row, [order]).input_ids) for row in range(len(frame))])
+
+
+def write_logits(path: Path, frame: pd.DataFrame, logits, view_names: Sequence, fingerprint: str, **more) -> None:
+    """Save logits in the run's schema: ids, logits (n, views, 4), view_names, labels (or -1) and the fingerprint.
+
+    `more`: further arrays of what is known of each row."""
     labels = frame["label"].to_numpy(np.int64) if "label" in frame else np.full(len(frame), -1)
     content = {"ids": frame["id"].to_numpy(dtype=str), "logits": logits.astype(np.float32), "labels": labels}
-    write_arrays(path, fingerprint, **content, view_names=np.array(view_names, dtype=str))
+    write_arrays(path, fingerprint, **content, **more, view_names=np.array(view_names, dtype=str))
 
 
 def write_arrays(path: Path, fingerprint: str, **arrays: np.ndarray) -> None:
@@ -3479,6 +3487,7 @@ class OofLogits:
     labels: np.ndarray  # (n,)
     folds: np.ndarray  # (n,)
     view_names: tuple[str, ...]
+    tokens: np.ndarray | None = None  # (n,) of the prompts; None where an earlier version scored
     later: tuple[int, ...] = ()  # views that were scored in a pass of their own, and only where the answer was in doubt
 
     @property
@@ -3509,13 +3518,15 @@ def read_oof(run: Run) -> OofLogits:
     ids = np.concatenate([part["ids"] for part in parts])
     frame = run.train[run.train["id"].isin(ids)].reset_index(drop=True)
     names = tuple(parts[0]["view_names"].tolist())
-    return OofLogits(frame, _logits_of(frame["id"], parts), frame["label"].to_numpy(), frame["fold"].to_numpy(), names)
+    tokens = _of_rows(frame["id"], parts, "tokens") if all("tokens" in part for part in parts) else None
+    labels, folds = frame["label"].to_numpy(), frame["fold"].to_numpy()
+    return OofLogits(frame, _of_rows(frame["id"], parts, "logits"), labels, folds, names, tokens)
 
 
-def _logits_of(ids: pd.Series, parts: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    """(n, views, 4) logits of these rows, from what was written for each fold."""
-    known, logits = (np.concatenate([part[name] for part in parts]) for name in ("ids", "logits"))
-    return logits[pd.Index(known).get_indexer(ids)]
+def _of_rows(ids: pd.Series, parts: Sequence[Mapping[str, np.ndarray]], name: str) -> np.ndarray:
+    """The array of that name in the order of these rows, from what was written for each fold."""
+    known, values = (np.concatenate([part[each] for part in parts]) for each in ("ids", name))
+    return values[pd.Index(known).get_indexer(ids)]
 
 
 def read_scores(run: Run, fold: int, name: str) -> dict[str, np.ndarray]:
@@ -3737,7 +3748,7 @@ def weight_steps(run: Run, oof: OofLogits) -> dict[str, Step]:
         if kind != selected:
             parts = [read_arrays(run.fold_dir(fold) / f"{name}.npz", run.fingerprint) for fold in run.finished_folds]
             label = f"with {kind if kind == 'raw' else kind.upper()} weights"
-            steps[label] = Step(softmax(_logits_of(oof.frame["id"], parts)[:, 0]), ONE_VIEW)
+            steps[label] = Step(softmax(_of_rows(oof.frame["id"], parts, "logits")[:, 0]), ONE_VIEW)
     return steps
 
 
@@ -3968,12 +3979,15 @@ def label_suspects(probabilities, labels) -> pd.DataFrame:
 
 
 def accuracy_by_group(frame: pd.DataFrame, correct: np.ndarray) -> pd.DataFrame:
-    """Rows and accuracy by what a row looks like: type, answer's letter, lengths, image size, copies of its image."""
+    """Rows and accuracy by what a row looks like: type, answer's letter, lengths, image size, copies of its image.
+
+    `frame`: training rows with the columns `image_group` (near copies share a number) and `tokens` (None: unknown)."""
     choices = frame[list(CHOICES)].map(len)
     choices = choices.where(choices > 0)  # a choice that is not there is not the shortest
     least, most = choices.min(axis=1), choices.max(axis=1)
     lengths = {"question, characters": frame["question"].map(len), "longest choice, characters": most.astype(int)}
-    lengths |= {"image, pixels": frame["width"] * frame["height"]}
+    lengths |= {"image, pixels": frame["width"] * frame["height"], "prompt, tokens": frame["tokens"]}
+    lengths = {name: values for name, values in lengths.items() if values.notna().all()}
     groups = {"question type": frame["type"], "answer": frame["answer"]}
     for name, values in lengths.items():
         edges = np.unique(values.quantile([0.25, 0.5, 0.75], interpolation="lower"))
@@ -3984,7 +3998,9 @@ def accuracy_by_group(frame: pd.DataFrame, correct: np.ndarray) -> pd.DataFrame:
     cases = [least == most, own == most, own == least]
     groups["answer's length"] = np.select(cases, ["all equal", "longest", "shortest"], "between")
     copies = frame.groupby("pixel_hash")["id"].transform("size")
-    groups["image"] = np.where(copies > 1, "in several questions", "in one question")
+    near = frame.groupby("image_group")["pixel_hash"].transform("nunique")
+    cases = [near > 1, copies > 1]
+    groups["image"] = np.select(cases, ["has a near copy", "in several questions"], "in one question")
     tables = {name: accuracy_by_type(list(values), correct) for name, values in groups.items()}
     return pd.concat(tables, names=["by", "group"])
 
@@ -4030,9 +4046,13 @@ def reliability_by_type(types: Sequence[str], probabilities: np.ndarray, labels:
     return table.loc[gap.sort_values(ascending=False, kind="stable").index]
 
 
-def write_error_tables(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFrame]:
-    """Every table of the error analysis by name; each is also tables/<name>.csv in the run directory."""
+def write_error_tables(run: Run, evaluation: Evaluation, image_group: Sequence[int]) -> dict[str, pd.DataFrame]:
+    """Every table of the error analysis by name; each is also tables/<name>.csv in the run directory.
+
+    `image_group`: of each training row, as `leakage_report` numbers them."""
     oof, probabilities = evaluation.oof, evaluation.probabilities
+    groups = pd.Series(np.asarray(image_group), index=run.train["id"])
+    frame = oof.frame.assign(tokens=oof.tokens, image_group=oof.frame["id"].map(groups))
     suspects = label_suspects(probabilities, oof.labels)
     shown = oof.frame.iloc[suspects["row"]][["id", "question", *CHOICES, "answer"]].reset_index(drop=True)
     shown["likely"] = np.array(CHOICES)[suspects["likely"]]
@@ -4040,7 +4060,7 @@ def write_error_tables(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFra
     shown["chance_wrong"] = (1 - probabilities[suspects["row"], suspects["label"]]).round(4)
     uncertain = uncertain_rows(run, evaluation)
     tables = {
-        "accuracy_by_group": accuracy_by_group(oof.frame, probabilities.argmax(axis=1) == oof.labels),
+        "accuracy_by_group": accuracy_by_group(frame, probabilities.argmax(axis=1) == oof.labels),
         "reliability_by_type": reliability_by_type(oof.frame["type"], probabilities, oof.labels),
         "label_suspects": shown,
         "uncertain_rows": uncertain,
@@ -4888,7 +4908,8 @@ def stage_predict(session: Session, run: Run, fold: int, ending: str = "") -> No
                 logits = predict_in_doubt(session, frame, views, oof, label, partial)
             else:
                 logits = predict_logits(session, frame, views, label, partial)
-            write_logits(directory / f"{name}.npz", frame, logits, names, run.fingerprint)
+            more = {"tokens": prompt_tokens(session, frame)} if name == "oof" else {}  # for the error analysis
+            write_logits(directory / f"{name}.npz", frame, logits, names, run.fingerprint, **more)
             for path in directory.glob(f"{name}.{kind}.*partial.npz"):
                 path.unlink()
     finally:

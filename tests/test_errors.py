@@ -51,7 +51,7 @@ def rows():
     frame = pd.DataFrame({"id": [f"r{n}" for n in range(8)], "type": ["ocr"] * 4 + ["color"] * 4})
     frame["question"] = ["가" * n for n in (3, 4, 5, 6, 7, 8, 9, 10)]
     frame = frame.assign(a=["12345"] * 4 + ["1"] * 4, b="1", c="12", d="123", label=0, answer="a", width=10, height=10)
-    return frame.assign(pixel_hash=["x", "x", *"abcdef"])
+    return frame.assign(pixel_hash=["x", "x", *"abcdef"], image_group=[0, 0, 1, 1, 2, 3, 4, 5], tokens=range(8))
 
 
 def test_accuracy_by_group_counts_every_row_once_in_each_grouping(rows):
@@ -64,6 +64,9 @@ def test_accuracy_by_group_counts_every_row_once_in_each_grouping(rows):
     tied = vqa.accuracy_by_group(rows.assign(c="12345"), correct)  # the longest choice, but not alone
     assert tied.loc[("answer's length", "longest"), "rows"] == 4
     assert table.loc[("image", "in several questions"), "rows"] == 2
+    assert table.loc[("image", "has a near copy"), "rows"] == 2
+    assert table.loc[("prompt, tokens", "0 to 1"), "rows"] == 2
+    assert "prompt, tokens" not in vqa.accuracy_by_group(rows.assign(tokens=None), correct).index
     assert table.loc[("question, characters", "3 to 4"), "rows"] == 2
     assert table.loc[("image, pixels", "100"), "rows"] == 8
 

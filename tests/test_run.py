@@ -55,11 +55,14 @@ def test_the_parent_process_never_imports_torch(mini_data, tmp_path):
 
 
 def test_error_tables_are_written_as_csv_and_name_the_rows(finished):
-    tables = vqa.write_error_tables(finished, vqa.evaluate_run(finished))
+    groups = vqa.leakage_report(finished.train, finished.test).image_group
+    tables = vqa.write_error_tables(finished, vqa.evaluate_run(finished), groups)
     assert len(tables["uncertain_rows"]) == len(finished.test)
     assert set(tables["label_suspects"]["id"]) <= set(finished.train["id"])
     assert (tables["label_suspects"]["likely"] != tables["label_suspects"]["answer"]).all()
     assert {"confusion", "mistakes"} < set(tables)
+    assert (tables["accuracy_by_group"].groupby("by")["rows"].sum() == len(finished.train)).all()
+    assert "prompt, tokens" in tables["accuracy_by_group"].index
     for name, table in tables.items():
         assert len(pd.read_csv(finished.directory / "tables" / f"{name}.csv")) == len(table)
 
@@ -72,6 +75,7 @@ def test_every_training_row_is_predicted_once_by_a_model_that_did_not_see_it(fin
         content = vqa.read_arrays(finished.fold_dir(fold) / "oof.npz", finished.fingerprint)
         assert set(content["ids"]) == set(finished.train["id"][finished.train["fold"] == fold])
     by_id = finished.train.set_index("id")["label"]
+    assert oof.tokens.min() > 20 and len(set(oof.tokens)) > 1
     assert np.array_equal(oof.labels, by_id.loc[oof.frame["id"]])
 
 
@@ -250,6 +254,7 @@ def test_weights_are_chosen_by_pooled_held_out_nll(mini_run):
     assert table.loc["mean", "raw nll"] == pytest.approx(0.7) and table.index.tolist() == ["0", "1", "mean", "sd"]
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_preflight_reports_facts_from_a_process_of_its_own(mini_data, monkeypatch):
     facts = vqa.run_preflight(vqa.Config.preset("demo", data_dir=str(mini_data)))

@@ -55,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder, planted = spoiled_copy(Path(place) / "spoiled", options.share, options.seed)
         run = finished_run(data_dir=str(folder), output_dir=f"{place}/spoiled_outputs")
-        suspects = vqa.write_error_tables(run, vqa.evaluate_run(run))["label_suspects"]
+        suspects = vqa.write_error_tables(run, vqa.evaluate_run(run), vqa.image_groups(run.train))["label_suspects"]
         found = suspects["id"].isin(planted)
         print(f"\n{len(planted)} planted, {len(suspects)} suspected, of them planted {found.sum()}")
         print(f"precision {found.mean():.2f}, recall {found.sum() / len(planted):.2f}")
