@@ -190,6 +190,7 @@ class Config:
     use_early_stopping: bool = False
     early_stopping_patience: int = 2  # epochs
     early_stopping_min_delta: float = 0.001  # accuracy
+    mix_weights: bool = False  # score with each kind of weights, where OOF prefers their mean to the best kind
     final_retrain: bool = False  # one more model, on all rows; it joins the submission, and no OOF row can judge it
     # Inference
     use_tta: bool = True
@@ -330,6 +331,8 @@ def _config_rules(config: Config) -> Iterator[tuple[bool, str, str]]:
     yield config.adaptive_tta is None or bool(further), "adaptive_tta", "use_tta with rotations or scales to save on"
     blind = config.adaptive_tta and (config.score_precision == "16bit" or config.final_retrain)
     yield not blind, "adaptive_tta", "score_precision 'trained' and no final_retrain: it reads OOF rows in every view"
+    several = (config.use_ema or config.use_swa) and config.adaptive_tta is None
+    yield several or not config.mix_weights, "mix_weights", "use_ema or use_swa, to mix with, and no adaptive_tta"
     folds = range(config.n_folds) if config.train_folds is None else config.train_folds
     yield set(folds) <= set(range(config.n_folds)), "train_folds", f"folds below {config.n_folds}"
     yield 0 < len(folds) == len(set(folds)), "train_folds", "at least one fold, and none twice"
@@ -2897,8 +2900,10 @@ def plan_prompts(session: Session, frame: pd.DataFrame, views: Sequence[View], k
 
 
 def views_cost(session: Session, views: Sequence[View]) -> float:
-    """Time to score a question in all `views`, in questions with one view."""
-    return scoring_cost(len({view.scale if session.shares_prefixes else view for view in views}), len(views))
+    """Time to score a question in all `views` and each kind of weights, in questions with one view and kind."""
+    config = session.config
+    kinds = 1 + config.use_ema + config.use_swa if config.mix_weights else 1  # at most: OOF may prefer a single one
+    return kinds * scoring_cost(len({view.scale if session.shares_prefixes else view for view in views}), len(views))
 
 
 def adaptive_cost(session: Session, views: Sequence[View]) -> float:
@@ -3739,17 +3744,14 @@ def set_choice_interval(table: pd.DataFrame, candidates: Mapping[str, np.ndarray
 
 
 def weight_steps(run: Run, oof: OofLogits) -> dict[str, Step]:
-    """The kinds of weights (raw, EMA, SWA) that were not selected, in one view, against those that were."""
+    """The kinds of weights (raw, EMA, SWA), or all of them, that were not selected, in one view, against what was."""
     files = ({path.stem for path in run.fold_dir(fold).glob("validation_*.npz")} for fold in run.finished_folds)
-    steps, path = {}, run.directory / "selection.json"
-    selected = json.loads(path.read_text(encoding="utf-8"))["weights"] if path.exists() else None
-    for name in sorted(set.intersection(*files)) if selected else ():
-        kind = name.removeprefix("validation_")
-        if kind != selected:
-            parts = [read_arrays(run.fold_dir(fold) / f"{name}.npz", run.fingerprint) for fold in run.finished_folds]
-            label = f"with {kind if kind == 'raw' else kind.upper()} weights"
-            steps[label] = Step(softmax(_of_rows(oof.frame["id"], parts, "logits")[:, 0]), ONE_VIEW)
-    return steps
+    kinds = sorted(name.removeprefix("validation_") for name in set.intersection(*files))
+    ways = {f"with {kind if kind == 'raw' else kind.upper()} weights": [kind] for kind in kinds}
+    ways |= {"with all kinds of weights": kinds} if run.config.mix_weights and len(kinds) > 1 else {}
+    others = {label: way for label, way in ways.items() if {*way} != {*run.selected_weights}}
+    scores = {label: validation_scores(run, oof.frame["id"], way) for label, way in others.items()}
+    return {label: Step(softmax(own), ONE_VIEW) for label, own in scores.items()}
 
 
 def build_ladder(run: Run, oof: OofLogits, steps: Mapping[str, Step]) -> pd.DataFrame:
@@ -3760,11 +3762,14 @@ def build_ladder(run: Run, oof: OofLogits, steps: Mapping[str, Step]) -> pd.Data
     base = read_arrays(run.directory / "zeroshot.npz", run.fingerprint)
     zeroshot = pd.DataFrame(softmax(base["logits"][:, 0]), index=base["ids"])
     first = {"zero-shot": Step(zeroshot.reindex(oof.frame["id"]).to_numpy())}  # NaN where it scored no row
-    steps = first | {ONE_VIEW: steps[ONE_VIEW]} | weight_steps(run, oof) | steps
+    others = first | weight_steps(run, oof)
+    steps = first | {ONE_VIEW: steps[ONE_VIEW]} | others | steps
     ladder = ladder_table(steps, oof.labels, oof.groups)
     scores = score_row(zeroshot.to_numpy(), base["labels"])
     ladder.loc["zero-shot", list(scores)] = scores
-    ladder.insert(4, "cost", [oof.cost(step.views) for step in steps.values()])
+    kinds = {name: 1 if name in others else max(1, len(run.selected_weights)) for name in steps}
+    kinds |= {"with all kinds of weights": 1 + run.config.use_ema + run.config.use_swa}
+    ladder.insert(4, "cost", [oof.cost(step.views) * kinds[name] for name, step in steps.items()])
     ladder.insert(5, "seconds", ladder["cost"].map(run.scoring_seconds))
     ladder.loc["zero-shot", "seconds"] /= len(run.members)  # it is one model
     return ladder
@@ -3780,19 +3785,37 @@ def fold_table(results: Sequence[FoldResult]) -> pd.DataFrame:
     return table.fillna("").rename_axis("fold")
 
 
+def validation_scores(run: Run, ids: pd.Series, kinds: Sequence[str]) -> np.ndarray:
+    """(n, 4) mean over kinds of weights of what each scored held-out rows in one view, when training ended."""
+    files = [[run.fold_dir(fold) / f"validation_{kind}.npz" for fold in run.finished_folds] for kind in kinds]
+    parts = [[read_arrays(path, run.fingerprint) for path in paths] for paths in files]
+    return np.mean([_of_rows(ids, part, "logits")[:, 0] for part in parts], axis=0)
+
+
+def mixing_wins(run: Run, kinds: Sequence[str], best: str) -> bool:
+    """Whether the mean over all kinds of weights has a lower held-out NLL than the best; after temperature scaling."""
+    rows = run.train[run.train["fold"].isin(run.finished_folds)]
+    labels, folds = rows["label"].to_numpy(), rows["fold"].to_numpy()
+    scores = [validation_scores(run, rows["id"], way) for way in ([best], kinds)]
+    alone, mixed = (negative_log_likelihood(calibrate(each, labels, folds).probabilities, labels) for each in scores)
+    LOGGER.info("Mean of %s weights: held-out NLL %.4f scaled, with %s alone %.4f", kinds, mixed, best, alone)
+    return mixed < alone
+
+
 def select_weights(run: Run) -> str:
-    """Raw, EMA or SWA weights: one decision for all folds, by pooled held-out NLL, written to selection.json."""
+    """Raw, EMA or SWA weights, or a mix: one decision for all folds, by pooled held-out NLL, kept in selection.json."""
     results = [read_fold_result(run, fold) for fold in run.finished_folds]
     rows = [(run.train["fold"] == result.fold).sum() for result in results]
     losses = pd.DataFrame([{kind: scores["nll"] for kind, scores in result.kinds.items()} for result in results])
     pooled = losses.dropna(axis="columns").apply(np.average, weights=rows).to_dict()  # the kinds that each fold has
     chosen = min(pooled, key=pooled.get)
+    if run.config.mix_weights and len(pooled) > 1 and mixing_wins(run, [*pooled], chosen):
+        chosen = "+".join(pooled)
     LOGGER.info("Decision: %s weights for all folds, held-out NLL %s", chosen, pooled)
-    path = run.directory / "selection.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["weights"] != chosen:  # a fold came later
+    if run.selected_weights and "+".join(run.selected_weights) != chosen:  # a fold came later
         scores = itertools.product([*run.finished_folds, run.final_fold], ("oof", "test", "oof_16bit", "test_16bit"))
         forget(run, [Path(f"fold_{fold}") / f"{name}.npz" for fold, name in scores])
-    atomic_write(path, json.dumps({"weights": chosen, "nll": pooled}))
+    atomic_write(run.directory / "selection.json", json.dumps({"weights": chosen, "nll": pooled}))
     return chosen
 
 
@@ -4314,7 +4337,7 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
     files = {"ladder": evaluation.ladder, "folds": evaluation.fold_table, "views": evaluation.view_table}
     for name, table in (files | {"adaptive_curve": curve}).items():
         write_table(table.reset_index(), run.directory / "tables" / f"{name}.csv")
-    weights = json.loads((run.directory / "selection.json").read_text(encoding="utf-8"))["weights"]
+    weights = " and ".join(run.selected_weights)
     parts = [
         f"# {run.directory.name}",
         f"Model `{config.model_id}`, {len(run.train)} training rows, {len(run.test)} test rows, "
@@ -4394,6 +4417,12 @@ class Run:
         """The folds that wait for `stage`: not done, and trained where it scores."""
         trained = [fold for fold in folds if stage in ("zeroshot", "train") or self.is_done("train", fold)]
         return [fold for fold in trained if not self.is_done(stage, fold)]
+
+    @property
+    def selected_weights(self) -> list[str]:
+        """The kinds of weights that score, of raw, ema and swa; none before they are selected."""
+        path = self.directory / "selection.json"
+        return json.loads(path.read_text(encoding="utf-8"))["weights"].split("+") if path.exists() else []
 
     @property
     def is_rescored(self) -> bool:
@@ -4882,38 +4911,49 @@ def partial_scores(session: Session, run: Run, path: Path) -> Partial | None:
 
 
 def stage_predict(session: Session, run: Run, fold: int, ending: str = "") -> None:
-    """Score the fold's held-out rows and all test rows in every view with the selected weights.
+    """Score the fold's held-out rows and all test rows in every view with the selected weights, or each kind of them.
 
     `ending` is of the files' names and, where it is not empty, says that the session's base model is unquantised."""
-    kind = json.loads((run.directory / "selection.json").read_text(encoding="utf-8"))["weights"]
     views, directory = all_views(run.config, session.processor), run.fold_dir(fold)
     names = [view.name + IN_16_BITS * bool(ending) for view in views]
     held_out = run.train[run.train["fold"] == fold].reset_index(drop=True)
+    scores, kinds = defaultdict(list), run.selected_weights
+    for kind in kinds:
+        require_adapter(session, run, fold, kind, anew=not ending)
+    for kind in kinds:
+        adapted = load_adapter(session.model, directory / f"adapter_{kind}")
+        quicken(session, adapted, len(held_out) + len(run.test))
+        try:
+            for name, frame, images in ((f"oof{ending}", held_out, run.train), (f"test{ending}", run.test, run.test)):
+                fill_cache(session, images, uses=len(run.config.folds_to_train), passes=1)
+                partial = partial_scores(session, run, directory / f"{name}.{kind}.partial.npz")
+                label = f"fold {fold} {name}"
+                if name == "test" and run.config.adaptive_tta is not None:
+                    oof = read_arrays(directory / "oof.npz", run.fingerprint)["logits"]
+                    logits = predict_in_doubt(session, frame, views, oof, label, partial)
+                else:
+                    logits = predict_logits(session, frame, views, label, partial)
+                scores[name].append(logits)
+                if kind == kinds[-1]:
+                    more = {"tokens": prompt_tokens(session, frame)} if name == "oof" else {}  # for the error analysis
+                    logits = np.mean(scores[name], axis=0)
+                    write_logits(directory / f"{name}.npz", frame, logits, names, run.fingerprint, **more)
+                    for path in directory.glob(f"{name}.*partial.npz"):
+                        path.unlink()
+        finally:
+            adapted.unload()
+
+
+def require_adapter(session: Session, run: Run, fold: int, kind: str, anew: bool) -> None:
+    """Train the fold again from its last checkpoint where that adapter is damaged; CheckpointError unless `anew`."""
+    directory = run.fold_dir(fold)
     weights = directory / f"adapter_{kind}" / "adapter_model.safetensors"
     if not weights.exists() or file_sha256(weights) != read_fold_result(run, fold).adapters[kind]:
         (directory / "result.json").unlink()
-        if ending:  # another base model than the adapter was trained on
+        if not anew:  # the session's base model is another than the adapter was trained on
             raise CheckpointError(f"{weights} is damaged; run again to make it anew from the last checkpoint")
         LOGGER.warning("%s is damaged: made anew from the last checkpoint", weights)
         train_fold(run.config, fold, session)
-    adapted = load_adapter(session.model, directory / f"adapter_{kind}")
-    quicken(session, adapted, len(held_out) + len(run.test))
-    try:
-        for name, frame, images in ((f"oof{ending}", held_out, run.train), (f"test{ending}", run.test, run.test)):
-            fill_cache(session, images, uses=len(run.config.folds_to_train), passes=1)
-            partial = partial_scores(session, run, directory / f"{name}.{kind}.partial.npz")
-            label = f"fold {fold} {name}"
-            if name == "test" and run.config.adaptive_tta is not None:
-                oof = read_arrays(directory / "oof.npz", run.fingerprint)["logits"]
-                logits = predict_in_doubt(session, frame, views, oof, label, partial)
-            else:
-                logits = predict_logits(session, frame, views, label, partial)
-            more = {"tokens": prompt_tokens(session, frame)} if name == "oof" else {}  # for the error analysis
-            write_logits(directory / f"{name}.npz", frame, logits, names, run.fingerprint, **more)
-            for path in directory.glob(f"{name}.{kind}.*partial.npz"):
-                path.unlink()
-    finally:
-        adapted.unload()
 
 
 STAGES = {  # what does it for one fold, and the file that it writes last: where that is, the stage is skipped

@@ -37,6 +37,8 @@ def test_every_preset_is_valid_and_keeps_the_effective_batch(name):
         ({"min_pixels": 9000, "max_pixels": 8000}, "'min_pixels' is 9000; it needs at most max_pixels, 8000"),
         ({"save_every_steps": 0}, "'save_every_steps' is 0; it needs at least 1"),
         ({"use_swa": True, "swa_start_epoch": 0}, "'swa_start_epoch' is 0; it needs at least 1"),
+        ({"use_ema": False, "mix_weights": True}, "'mix_weights' is True; it needs use_ema or use_swa"),
+        ({"adaptive_tta": 0.5, "mix_weights": True}, "'mix_weights' is True; it needs use_ema or use_swa"),
         ({"use_swa": True, "swa_start_epoch": 2}, "'swa_start_epoch' is 2; it needs an epoch below num_epochs, 2"),
         ({"prompt_templates": {"colour": "x"}}, "'prompt_templates' is {'colour': 'x'}; it needs keys among"),
     ],

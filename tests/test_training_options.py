@@ -25,6 +25,64 @@ def run_all(run, stages=("train", "predict"), progress=quiet):
     return run
 
 
+# ---------------------------------------------------------------------------------------- all kinds of weights at once
+def planted_weights(run, seeds, noise):
+    """What the selection of weights reads of trained folds: each kind knows the answers but for its own noise."""
+    for fold in (0, 1):
+        rows, kinds = run.train[run.train["fold"] == fold], {}
+        for kind, seed in seeds.items():
+            random = np.random.default_rng([seed, fold])
+            logits = 2 * np.eye(4)[rows["label"]][:, None] + noise * random.normal(size=(len(rows), 1, 4))
+            path = run.fold_dir(fold) / f"validation_{kind}.npz"
+            vqa.write_logits(path, rows, logits, ["rotation 0"], run.fingerprint)
+            kinds[kind] = {"accuracy": 0.5, "nll": float(seed)}
+        result = {"fold": fold, "best_epoch": 1, "kinds": kinds, "history": {}, "adapters": {}}
+        vqa.atomic_write(run.fold_dir(fold) / "result.json", json.dumps(result))
+
+
+@pytest.mark.parametrize(("seeds", "selected"), [({"raw": 1, "ema": 2}, "raw+ema"), ({"raw": 1, "ema": 1}, "raw")])
+def test_all_kinds_of_weights_score_where_their_mean_is_better_than_the_best(mini_run, seeds, selected):
+    """Independent errors average out; of two kinds that are the same, one is enough."""
+    run = mini_run(mix_weights=True)
+    planted_weights(run, seeds, noise=1.5)
+    assert vqa.select_weights(run) == selected and run.selected_weights == selected.split("+")
+    alone = mini_run(mix_weights=False)
+    planted_weights(alone, seeds, noise=1.5)
+    assert vqa.select_weights(alone) == "raw"
+
+
+def test_mixed_weights_score_with_the_mean_of_all_kinds_and_continue_where_they_stopped(mini_run, monkeypatch, replace):
+    monkeypatch.setattr(vqa, "mixing_wins", lambda *_: True)
+    run = mini_run(mix_weights=True, tta_rotations=2)
+
+    def stop(stage, done, total, **_):
+        stages.append(stage)
+        if stage == "fold 0 test" and stages.count("fold 0 oof") > done:  # the last kind's
+            raise vqa.Interrupted
+
+    stages = []
+    with pytest.raises(vqa.Interrupted):
+        run_all(run, progress=stop)
+    assert (run.fold_dir(0) / "oof.npz").exists() and not (run.fold_dir(0) / "test.npz").exists()
+    assert (run.fold_dir(0) / "test.raw.partial.npz").exists()
+    run_all(run)
+    assert not [*run.directory.rglob("*partial.npz")]
+    views = [vqa.View("rotation 0"), vqa.View("rotation 2", 2)]
+    session, scores = vqa.open_session(run.config, run.train.iloc[0]), []
+    for kind in ("raw", "ema"):
+        adapted = vqa.load_adapter(session.model, run.fold_dir(0) / f"adapter_{kind}")
+        scores.append(vqa.predict_logits(session, run.test, views))
+        adapted.unload()
+    assert np.nanmax(np.abs(np.subtract(*scores, where=np.isfinite(scores[0]), out=np.zeros_like(scores[0])))) > 1e-3
+    test = vqa.read_arrays(run.fold_dir(0) / "test.npz", run.fingerprint)["logits"]
+    np.testing.assert_allclose(test, np.mean(scores, axis=0), atol=1e-5)
+    ladder = vqa.evaluate_run(run).ladder
+    assert {"with raw weights", "with EMA weights"} < set(ladder.index)
+    assert ladder.loc[vqa.ONE_VIEW, "cost"] == 2 and ladder.loc["with EMA weights", "cost"] == 1
+    assert vqa.views_cost(session, views) == pytest.approx(2 * (1 + 1 / 7))
+    assert "raw and ema weights" in vqa.write_report(run, vqa.evaluate_run(run)).read_text()
+
+
 # -------------------------------------------------------------------------------------------------- scoring in 16 bits
 STAGES = ("train", "predict", "rescore")
 
