@@ -3262,7 +3262,9 @@ def greedy_weights(probabilities, labels) -> np.ndarray:
 
 
 def stack(probabilities, labels, strength=0.03) -> SimpleNamespace:
-    """Stack (Wolpert 1992) on (members, n, choices) probabilities: `.predict_proba`; ValueError for unseen choices."""
+    """Stack (Wolpert 1992) on (members, n, choices) probabilities: `.predict_proba`; ValueError for unseen choices.
+
+    `.fitted()`: its effective number of parameters, tr(S S) of a penalised fit (Hastie and Tibshirani 1990, 3.5)."""
     from sklearn.linear_model import LogisticRegression  # importing sklearn draws from the global generator
 
     def features(members):  # log-probabilities side by side, (n, members * choices)
@@ -3273,6 +3275,15 @@ def stack(probabilities, labels, strength=0.03) -> SimpleNamespace:
         stacked = model.predict_proba(features(members)) * (members > 0).any(axis=0)  # masked in every member: stays 0
         return stacked / stacked.sum(axis=1, keepdims=True)
 
+    def fitted():
+        inputs = features(probabilities)
+        predicted, inputs = model.predict_proba(inputs), np.column_stack([inputs, np.ones(len(inputs))])
+        spread = predicted[:, :, None] * (np.eye(predicted.shape[1]) - predicted[:, None])  # (n, choices, choices)
+        hessian = np.block([[(inputs * pair[:, None]).T @ inputs for pair in pairs] for pairs in spread.T])
+        penalty = [np.full(inputs.shape[1] - 1, 1 / strength), [1e-6]]  # none on the intercept, but nothing is singular
+        shrunk = np.linalg.solve(hessian + np.diag(np.tile(np.concatenate(penalty), predicted.shape[1])), hessian)
+        return float(np.trace(shrunk @ shrunk))
+
     probabilities = _as_probabilities(probabilities, ndim=3)
     labels = _as_labels(labels, probabilities.shape)
     unseen = set(range(probabilities.shape[2])) - set(labels.tolist())
@@ -3280,7 +3291,7 @@ def stack(probabilities, labels, strength=0.03) -> SimpleNamespace:
         raise ValueError(f"choices {sorted(unseen)} never occur in the labels: too few rows to stack, use the mean")
     # sklearn's C is small on purpose: 0.03 was best in our simulations.
     model = LogisticRegression(C=strength, max_iter=2000).fit(features(probabilities), labels)
-    return SimpleNamespace(predict_proba=predict_proba)
+    return SimpleNamespace(predict_proba=predict_proba, fitted=fitted)
 
 
 def cross_fit(fit_and_predict, probabilities, labels, folds) -> np.ndarray:
@@ -3316,6 +3327,14 @@ def blend(name: str, old, known, new, scaling: bool = True) -> np.ndarray:
     scaled = TemperatureScaler().fit(scores[: len(known)], known).transform(scores[len(known) :])
     scaled *= (new > 0).any(axis=0)  # a masked choice: the floor would give it a share
     return scaled / scaled.sum(axis=1, keepdims=True)
+
+
+def fitted_numbers(name: str, members, labels) -> float:
+    """How many numbers a blend fits: its temperature and effective parameters, or weights but the last, above zero."""
+    if name == "stacked":
+        return 1 + stack(members, labels).fitted()
+    fit = {"weighted": optimize_ensemble_weights, "greedy": greedy_weights}.get(name)
+    return float((fit(members, labels) > 1e-6).sum()) if fit else 1.0
 
 
 def image_groups(frame: pd.DataFrame) -> np.ndarray:
@@ -3387,7 +3406,7 @@ def choice_interval(candidates: Mapping[str, np.ndarray], labels, groups) -> np.
     for inside in sums:
         chosen = _choice(total - inside)
         gains += inside[np.arange(RESAMPLES), :2, chosen]
-    gains += (draws[:, -2] - draws[:, -1])[:, None]
+    gains += np.sqrt(0.5) * (draws[:, -2] - draws[:, -1])[:, None]
     return np.quantile(gains / (total[:, 4, :1] + draws[:, -2:].sum(axis=1, keepdims=True)), [0.05, 0.95], axis=0)
 
 
@@ -3403,15 +3422,19 @@ def _group_draws(n_groups: int) -> np.ndarray:
     return np.random.default_rng(0).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=RESAMPLES)
 
 
-def bootstrap_interval(changes, groups) -> np.ndarray:
+def bootstrap_interval(changes, groups, fitted=1.0) -> np.ndarray:
     """(2, columns) 90 % percentile interval (Efron 1979) of the means of (n, columns) changes; NaN: not compared.
 
     Whole groups are drawn, because the rows of one image are not independent (Field and Welsh 2007). The interval is
-    for what a step gains on average when it is fitted on so many rows (Bates, Hastie and Tibshirani 2023).
+    for what a step gains on average when it is fitted on so many rows (Bates, Hastie and Tibshirani 2023). `fitted`,
+    of all columns or of each: how many numbers it fits.
     """
-    # Two imaginary questions, one gains 1 and one loses 1 (Agresti and Min 2005): without them an interval is a single
-    # point where few answers differ, and does not know that a fit to n rows is uncertain by about 1 / n of NLL.
-    changes = np.vstack([changes, np.ones_like(changes[:1]), -np.ones_like(changes[:1])])
+    # Two imaginary questions, one gains and one loses sqrt(1 / 2): Agresti and Min's (2005) half a row in each cell of
+    # the paired table, without which the interval is a single point where few answers differ. A cross-fitted NLL with p
+    # fitted numbers has a further variance of 2 p / n^2 (each row helps to fit for the others: the second term of
+    # Hoeffding's decomposition), half of which the rows' own spread contains: for p = 1 the same two questions.
+    imaginary = np.broadcast_to(np.sqrt(np.asarray(fitted) / 2), changes.shape[1:])
+    changes = np.vstack([changes, imaginary, -imaginary])
     groups, known = np.concatenate([groups, groups.max() + [1, 2]]), np.isfinite(changes)
     sums, sizes = (pd.DataFrame(part).groupby(groups).sum().to_numpy() for part in (np.where(known, changes, 0), known))
     draws = _group_draws(len(sums))
@@ -3628,6 +3651,7 @@ class Step:
     against: str = ""  # the step to compare with
     views: Sequence[int] = (0,)  # that it takes
     used: bool = False  # whether the submission is made of it
+    fitted: float = 1.0  # as in `bootstrap_interval`
 
 
 @dataclass(frozen=True)
@@ -3675,9 +3699,9 @@ def evaluate_run(run: Run) -> Evaluation:
     scores = combine_views(oof.logits[:, views])
     scaled, plain = (calibrate(scores, labels, oof.folds, enabled) for enabled in (scaling, False))
     calibration = min(plain, scaled, key=lambda each: negative_log_likelihood(each.probabilities, labels))
-    ways = {"mean": calibration.probabilities}
+    ways, members = {"mean": calibration.probabilities}, _view_members(oof.logits, views)
     if len(views) > 1:
-        ways |= cross_fitted_blends(_view_members(oof.logits, views), labels, groups, VIEW_BLENDS, scaling)
+        ways |= cross_fitted_blends(members, labels, groups, VIEW_BLENDS, scaling)
     auto = method == "auto"
     choices = {name: own for name, own in ways.items() if name != "vote"}  # folds vote, not views
     method = choose_blend(choices, labels, groups) if auto else method
@@ -3688,7 +3712,9 @@ def evaluate_run(run: Run) -> Evaluation:
     if scaling:
         steps["temperature"] = Step(scaled.probabilities, end, views, method == "mean" and calibration is scaled)
         end = "temperature" if calibration is scaled else end
-    steps |= {VIEW_BLENDS[name]: Step(ways[name], end, views, name == method) for name in ways if name != "mean"}
+    for name in list(ways)[1:]:
+        fitted = fitted_numbers(name, members, labels)
+        steps[VIEW_BLENDS[name]] = Step(ways[name], end, views, name == method, fitted)
     if auto and len(ways) > 1:
         steps[AUTOMATIC] = Step(expected, end, views, used=True)
     if run.final_fold in run.members:
@@ -3718,7 +3744,8 @@ def ladder_table(steps: Mapping[str, Step], labels, groups) -> pd.DataFrame:
     """
     scores = {name: row_scores(step.probabilities, labels) for name, step in steps.items()}
     changes = {name: scores[name] - scores[step.against] for name, step in steps.items() if step.against}
-    ends = bootstrap_interval(np.hstack(list(changes.values())), groups).reshape(2, -1, 2)
+    fitted = np.ravel([(1, steps[name].fitted) for name in changes])  # of accuracy, which no fit aims at, and NLL
+    ends = bootstrap_interval(np.hstack(list(changes.values())), groups, fitted).reshape(2, -1, 2)
     rows = {name: {"against": step.against, "used": step.used} for name, step in steps.items()}
     for name, step in steps.items():
         rows[name] |= {} if np.isnan(step.probabilities).any() else score_row(step.probabilities, labels)
@@ -4688,7 +4715,10 @@ def ensemble_runs(directories: Iterable[str | Path], folder: str | Path) -> tupl
     chosen = choose_blend(candidates, labels, groups)
     best = min(alone, key=lambda name: negative_log_likelihood(alone[name], labels))
     against = dict.fromkeys(candidates, "mean") | {"mean": best}
-    steps = {name: Step(candidates[name], against[name], used=name == chosen) for name in [*alone, *candidates]}
+    fitted = {name: fitted_numbers(name, members, labels) for name in candidates}
+    steps = {}
+    for name in [*alone, *candidates]:
+        steps[name] = Step(candidates[name], against[name], used=name == chosen, fitted=fitted[name])
     steps[AUTOMATIC] = Step(choose_cross_fitted(candidates, labels, groups), "mean", used=True)
     table = ladder_table(steps, labels, groups)
     set_choice_interval(table, candidates, labels, groups)

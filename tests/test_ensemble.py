@@ -91,6 +91,28 @@ def test_stack_learns_to_trust_the_better_member_and_keeps_masked_choices_at_zer
     assert vqa.accuracy(stacked, labels) > vqa.accuracy(members.mean(axis=0), labels)
 
 
+def test_a_stack_counts_as_many_numbers_as_its_penalty_leaves_free():
+    """Four features and an intercept for each of four choices, of which three are free; or the intercepts alone."""
+    members, labels = planted_members(4000, noise=(1.5,))
+    assert vqa.stack(members, labels, strength=1e6).fitted() == pytest.approx(15, abs=0.1)
+    assert vqa.stack(members, labels, strength=1e-9).fitted() == pytest.approx(3, abs=0.1)
+    stacked = vqa.stack(members, labels)
+    inputs = np.column_stack([np.log(np.maximum(members[0], vqa.STACK_FLOOR)), np.ones(4000)])
+    chances = stacked.predict_proba(members)
+    spread = np.einsum("na,ab->nab", chances, np.eye(4)) - np.einsum("na,nb->nab", chances, chances)
+    hessian = np.einsum("nab,nx,ny->axby", spread, inputs, inputs, optimize=True).reshape(20, 20)
+    penalty = np.diag([1 / 0.03, 1 / 0.03, 1 / 0.03, 1 / 0.03, 0] * 4)
+    shares = np.linalg.eigvals(np.linalg.pinv(hessian + penalty) @ hessian)
+    assert stacked.fitted() == pytest.approx((shares**2).sum().real)
+
+
+def test_a_blend_fits_a_temperature_and_the_weights_that_it_uses():
+    members, labels = planted_members(1000, noise=(1.0, 1.0, 9.0))
+    fitted = {name: vqa.fitted_numbers(name, members, labels) for name in vqa.BLENDS}
+    assert fitted["weighted"] == fitted["greedy"] == 2 and fitted["stacked"] == 1 + vqa.stack(members, labels).fitted()
+    assert fitted["mean"] == fitted["geometric mean"] == fitted["vote"] == 1
+
+
 def test_stacking_without_an_example_of_every_letter_is_refused():
     members, _ = planted_members(6, noise=(1.0, 1.0))
     with pytest.raises(ValueError, match=r"choices \[3\] never occur"):

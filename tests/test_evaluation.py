@@ -78,12 +78,23 @@ def test_rows_that_one_step_has_not_scored_are_left_out_of_the_interval():
     changes = np.array([[1.0], [np.nan]] * 500)
     np.testing.assert_allclose(vqa.bootstrap_interval(changes, np.arange(1000)), [[1.0], [1.0]], atol=0.02)
     nothing = vqa.bootstrap_interval(np.full((9, 1), np.nan), np.arange(9))
-    np.testing.assert_array_equal(nothing, [[-1.0], [1.0]])
+    np.testing.assert_allclose(nothing, [[-(0.5**0.5)], [0.5**0.5]])
 
 
 def test_no_difference_on_few_rows_is_no_certainty():
     low, high = vqa.bootstrap_interval(np.zeros((100, 1)), np.arange(100))[:, 0]
     assert -0.04 < low < -0.01 and 0.01 < high < 0.04
+
+
+def test_the_more_numbers_a_step_fits_the_less_its_nll_is_known():
+    """Nothing changes: what is left of the interval is the uncertainty of fitting, sqrt(p) / n."""
+    one, four = np.diff(vqa.bootstrap_interval(np.zeros((100, 2)), np.arange(100), [1, 4]), axis=0)[0]
+    assert four == pytest.approx(2 * one) and one == pytest.approx(4 * 0.5**0.5 / 102)
+    labels, same = np.arange(200) % 4, np.eye(4)[np.arange(200) % 4] * 0.6 + 0.1
+    steps = {"old": vqa.Step(same), "plain": vqa.Step(same, "old"), "fitted": vqa.Step(same, "old", fitted=4)}
+    table = vqa.ladder_table(steps, labels, np.arange(200))
+    assert table.loc["fitted", "nll_high"] == pytest.approx(2 * table.loc["plain", "nll_high"])
+    assert table.loc["fitted", "gain_high"] == table.loc["plain", "gain_high"]
 
 
 def test_the_table_shows_gain_interval_and_exact_test_of_the_same_rows():
@@ -194,7 +205,7 @@ def test_a_choice_that_chance_decides_has_an_interval_from_none_of_the_gain_to_a
     assert low < 2 * fixed[0] and low < change[:, 1].mean() < 0 < high
 
 
-def test_views_are_weighted_where_the_evidence_asks_for_it(mini_run, replace):
+def test_views_are_weighted_where_the_evidence_asks_for_it(mini_run, replace, monkeypatch):
     """The second view knows half as much: its weight falls, and the ladder's row is about what is submitted."""
     run = planted_run(longer(mini_run(ensemble_method="auto"), replace, times=30), signals=(2.0, 1.0))
     oof = vqa.read_oof(run)
@@ -211,6 +222,8 @@ def test_views_are_weighted_where_the_evidence_asks_for_it(mini_run, replace):
     np.testing.assert_allclose(vqa.predict_test(run, evaluation)[1], expected)
     mean = vqa.evaluate_run(replace(run, config=replace(run.config, ensemble_method="mean")))
     assert mean.method == "mean" and not mean.ladder.loc[step, "used"]
+    monkeypatch.setattr(vqa, "fitted_numbers", lambda *_: 1e6)
+    assert vqa.evaluate_run(run).ladder.loc[step, "nll_high"] > 1  # nobody knows what so many numbers are worth
 
 
 def test_a_temperature_that_loses_is_left_out(mini_run, replace, monkeypatch):
@@ -373,7 +386,7 @@ def test_a_blend_gets_its_temperature_from_the_rows_it_was_fitted_on():
 # Several runs ----------------------------------------------------------------------------------------------------
 
 
-def test_runs_are_compared_side_by_side_and_the_better_answers_are_submitted(two_runs, tmp_path):
+def test_runs_are_compared_side_by_side_and_the_better_answers_are_submitted(two_runs, tmp_path, monkeypatch):
     poor, good = two_runs
     table, answers = vqa.ensemble_runs([poor.directory, good.directory], tmp_path / "both")
     alone = [str(poor.directory), str(good.directory)]
@@ -386,6 +399,9 @@ def test_runs_are_compared_side_by_side_and_the_better_answers_are_submitted(two
     assert table.loc["automatic choice", "accuracy"] > table.loc["mean", "accuracy"]
     assert answers["id"].tolist() == good.sample["id"].tolist() and answers["answer"].isin([*vqa.CHOICES]).all()
     assert vqa.validate_submission(tmp_path / "both" / "submission.csv", good.sample)["rows"] == 12
+    monkeypatch.setattr(vqa, "fitted_numbers", lambda name, *_: 1e6 if name == "stacked" else 1.0)
+    table, _ = vqa.ensemble_runs([poor.directory, good.directory], tmp_path / "both")
+    assert table.loc["stacked", "nll_high"] > 1 > table.loc["weighted", "nll_high"]
 
 
 def test_rows_are_matched_by_id_although_the_runs_have_other_folds(two_runs, tmp_path):

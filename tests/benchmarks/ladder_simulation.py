@@ -5,7 +5,7 @@
 
 A truth is a population of questions, some of which share an image, and two to five models whose errors are correlated
 and whose strengths may differ. Each data set has fresh images of that population as OOF rows. What a blend truly gains
-over the mean is measured on 60,000 other rows of the truth, after fitting it on all OOF rows as for a submission.
+over the mean is measured on 120,000 other rows of the truth, after fitting it on all OOF rows as for a submission.
 
 "covered" is the share of 90 % intervals that hold the blend's true gain on average over data sets of that truth and
 size, which is what cross-fitting estimates; "covered own" asks for the gain of the very fit, which varies around it.
@@ -32,7 +32,7 @@ STRENGTHS = {  # how much the strengths of the models differ
     "unequal": lambda generator, n: generator.uniform(0.5, 1.2, n),
     "one much better": lambda generator, n: np.r_[1.3, generator.uniform(0.4, 0.6, n - 1)],
 }
-FRESH_IMAGES = 30_000  # 60,000 rows
+FRESH_IMAGES = 60_000  # 120,000 rows
 
 
 def draw_rows(truth: dict, n_images: int, generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -73,7 +73,8 @@ def one_data_set(oof: tuple, fresh: tuple) -> list[dict]:
     chosen = vqa.choose_blend(blends, labels, groups)
     scores = {name: vqa.row_scores(probabilities, labels) for name, probabilities in blends.items()}
     names = [name for name in scores if name != "mean"]
-    intervals = vqa.bootstrap_interval(np.hstack([scores[name] - scores["mean"] for name in names]), groups)
+    fitted = np.ravel([(1, vqa.fitted_numbers(name, members, labels)) for name in names])
+    intervals = vqa.bootstrap_interval(np.hstack([scores[name] - scores["mean"] for name in names]), groups, fitted)
     intervals = [*intervals.reshape(2, -1, 2).swapaxes(0, 1), vqa.choice_interval(blends, labels, groups)]
     true = {}
     for name in blends:

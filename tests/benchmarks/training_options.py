@@ -1,6 +1,6 @@
 """Train the demo with one option and without it: out-of-fold and hidden scores, changes with 90 % intervals by image.
 
-    python tests/benchmarks/training_options.py final augment paraphrases   # three more runs beside the demo's own
+    python tests/benchmarks/training_options.py final augment paraphrases mix   # four more runs beside the demo's own
 
 The answers in data/test_answers.csv are read here only; no line of the pipeline opens them.
 """
@@ -21,6 +21,7 @@ OPTIONS = {
     "final": {"final_retrain": True},
     "augment": {"augment_images": 2},
     "paraphrases": {"paraphrases": 4},
+    "mix": {"mix_weights": True},
 }
 
 
