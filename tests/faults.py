@@ -1,7 +1,7 @@
 """Break a small run in every way we know, run it again, and compare it with one that was left alone.
 
     python tests/faults.py                     # all faults, ten to fifteen minutes on two cores
-    python tests/faults.py --kills 2           # two kills in each kind of place: two thirds of the time
+    python tests/faults.py --kills 1           # one kill in each kind of place: less than half of the time
     python tests/faults.py --only checkpoint   # the cases whose name contains this
     python tests/faults.py --demo              # three kills of the full demo, about fifteen minutes
 

@@ -55,7 +55,8 @@ def test_the_parent_process_never_imports_torch(mini_data, tmp_path):
 
 
 def test_error_tables_are_written_as_csv_and_name_the_rows(finished):
-    groups = vqa.leakage_report(finished.train, finished.test).image_group
+    competition = vqa.load_competition(finished.config.data_dir)
+    groups = vqa.leakage_report(competition.train, competition.test).image_group
     tables = vqa.write_error_tables(finished, vqa.evaluate_run(finished), groups)
     assert len(tables["uncertain_rows"]) == len(finished.test)
     assert set(tables["label_suspects"]["id"]) <= set(finished.train["id"])
