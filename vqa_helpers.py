@@ -3652,6 +3652,7 @@ class Step:
     views: Sequence[int] = (0,)  # that it takes
     used: bool = False  # whether the submission is made of it
     fitted: float = 1.0  # as in `bootstrap_interval`
+    kinds: int = 1  # of weights that score for it, where they are not the selected ones
 
 
 @dataclass(frozen=True)
@@ -3712,7 +3713,7 @@ def evaluate_run(run: Run) -> Evaluation:
     if scaling:
         steps["temperature"] = Step(scaled.probabilities, end, views, method == "mean" and calibration is scaled)
         end = "temperature" if calibration is scaled else end
-    for name in list(ways)[1:]:
+    for name in list(ways)[1:]:  # all but the mean
         fitted = fitted_numbers(name, members, labels)
         steps[VIEW_BLENDS[name]] = Step(ways[name], end, views, name == method, fitted)
     if auto and len(ways) > 1:
@@ -3777,8 +3778,11 @@ def weight_steps(run: Run, oof: OofLogits) -> dict[str, Step]:
     ways = {f"with {kind if kind == 'raw' else kind.upper()} weights": [kind] for kind in kinds}
     ways |= {"with all kinds of weights": kinds} if run.config.mix_weights and len(kinds) > 1 else {}
     others = {label: way for label, way in ways.items() if {*way} != {*run.selected_weights}}
-    scores = {label: validation_scores(run, oof.frame["id"], way) for label, way in others.items()}
-    return {label: Step(softmax(own), ONE_VIEW) for label, own in scores.items()}
+    steps = {}
+    for label, way in others.items():
+        scores = validation_scores(run, oof.frame["id"], way)
+        steps[label] = Step(softmax(scores), ONE_VIEW, kinds=len(way))
+    return steps
 
 
 def build_ladder(run: Run, oof: OofLogits, steps: Mapping[str, Step]) -> pd.DataFrame:
@@ -3794,9 +3798,9 @@ def build_ladder(run: Run, oof: OofLogits, steps: Mapping[str, Step]) -> pd.Data
     ladder = ladder_table(steps, oof.labels, oof.groups)
     scores = score_row(zeroshot.to_numpy(), base["labels"])
     ladder.loc["zero-shot", list(scores)] = scores
-    kinds = {name: 1 if name in others else max(1, len(run.selected_weights)) for name in steps}
-    kinds |= {"with all kinds of weights": 1 + run.config.use_ema + run.config.use_swa}
-    ladder.insert(4, "cost", [oof.cost(step.views) * kinds[name] for name, step in steps.items()])
+    selected = max(1, len(run.selected_weights))
+    kinds = [step.kinds if name in others else selected for name, step in steps.items()]
+    ladder.insert(4, "cost", [oof.cost(step.views) * count for step, count in zip(steps.values(), kinds, strict=True)])
     ladder.insert(5, "seconds", ladder["cost"].map(run.scoring_seconds))
     ladder.loc["zero-shot", "seconds"] /= len(run.members)  # it is one model
     return ladder
@@ -4956,14 +4960,7 @@ def stage_predict(session: Session, run: Run, fold: int, ending: str = "") -> No
         try:
             for name, frame, images in ((f"oof{ending}", held_out, run.train), (f"test{ending}", run.test, run.test)):
                 fill_cache(session, images, uses=len(run.config.folds_to_train), passes=1)
-                partial = partial_scores(session, run, directory / f"{name}.{kind}.partial.npz")
-                label = f"fold {fold} {name}"
-                if name == "test" and run.config.adaptive_tta is not None:
-                    oof = read_arrays(directory / "oof.npz", run.fingerprint)["logits"]
-                    logits = predict_in_doubt(session, frame, views, oof, label, partial)
-                else:
-                    logits = predict_logits(session, frame, views, label, partial)
-                scores[name].append(logits)
+                scores[name].append(score_rows(session, run, fold, name, frame, views, kind))
                 if kind == kinds[-1]:
                     more = {"tokens": prompt_tokens(session, frame)} if name == "oof" else {}  # for the error analysis
                     logits = np.mean(scores[name], axis=0)
@@ -4972,6 +4969,16 @@ def stage_predict(session: Session, run: Run, fold: int, ending: str = "") -> No
                         path.unlink()
         finally:
             adapted.unload()
+
+
+def score_rows(session: Session, run: Run, fold: int, name: str, frame: pd.DataFrame, views, kind: str) -> np.ndarray:
+    """Scores (n, views, 4) with the loaded adapter of that kind, from where an earlier process stopped."""
+    directory, label = run.fold_dir(fold), f"fold {fold} {name}"
+    partial = partial_scores(session, run, directory / f"{name}.{kind}.partial.npz")
+    if name == "test" and run.config.adaptive_tta is not None:
+        oof = read_arrays(directory / "oof.npz", run.fingerprint)["logits"]
+        return predict_in_doubt(session, frame, views, oof, label, partial)
+    return predict_logits(session, frame, views, label, partial)
 
 
 def require_adapter(session: Session, run: Run, fold: int, kind: str, anew: bool) -> None:
@@ -5214,7 +5221,7 @@ NOT_SEARCHED = _BOOKKEEPING | {  # what decides the rows and folds, and what com
     *("n_folds", "use_kfold", "train_folds", "use_sample", "sample_size", "seed", "preset_name", "max_fallback_share"),
     *("use_tta", "tta_rotations", "tta_scales", "infer_max_pixels", "adaptive_tta", "use_batch_inference"),
     *("infer_batch_size", "zeroshot_rows", "use_temperature_scaling", "ensemble_method", "score_precision"),
-    *("final_retrain", "distill_from", "distill_weight"),
+    *("mix_weights", "final_retrain", "distill_from", "distill_weight"),
 }
 
 

@@ -319,7 +319,7 @@ def test_a_scale_that_no_row_has_does_not_cost_the_others():
 
 
 def test_weights_that_were_not_selected_have_a_step_of_their_own(mini_run):
-    run = planted_run(mini_run(), signals=(0.5, 0.5))
+    run = planted_run(mini_run(mix_weights=True), signals=(0.5, 0.5))
     vqa.atomic_write(run.directory / "selection.json", '{"weights": "raw"}')
     for fold in (0, 1):
         rows = run.train[run.train["fold"] == fold][::-1]
@@ -328,7 +328,8 @@ def test_weights_that_were_not_selected_have_a_step_of_their_own(mini_run):
             path = run.fold_dir(fold) / f"validation_{kind}.npz"
             vqa.write_logits(path, rows, logits, VIEWS[:1], run.fingerprint)
     ladder = vqa.evaluate_run(run).ladder
-    assert ladder.index[:3].tolist() == ["zero-shot", vqa.ONE_VIEW, "with EMA weights"]
+    steps = ["zero-shot", vqa.ONE_VIEW, "with EMA weights", "with all kinds of weights"]
+    assert ladder.index[:4].tolist() == steps and ladder["cost"].iloc[:4].tolist() == [1, 1, 1, 2]
     assert ladder.loc["with EMA weights", "accuracy"] == 1 and not ladder.loc["with EMA weights", "used"]
     assert ladder.loc["with EMA weights", "against"] == vqa.ONE_VIEW
 

@@ -256,7 +256,6 @@ def test_weights_are_chosen_by_pooled_held_out_nll(mini_run):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_preflight_reports_facts_from_a_process_of_its_own(mini_data, monkeypatch):
     facts = vqa.run_preflight(vqa.Config.preset("demo", data_dir=str(mini_data)))
     assert facts["letter tokens"].startswith("a=[") and facts["prompt"].endswith("<|im_start|>assistant\n")

@@ -121,7 +121,11 @@ def test_a_bad_last_epoch_is_no_reason_to_prune(search, monkeypatch):
 
 
 def test_a_distilled_run_is_nothing_to_search_by(search):
-    for space, fields in (({"distill_weight": (0.1, 0.9)}, {}), (SPACE, {"distill_from": "outputs/teacher"})):
+    for space, fields in (
+        ({"distill_weight": (0.1, 0.9)}, {}),
+        ({"mix_weights": [False, True]}, {}),
+        (SPACE, {"distill_from": "outputs/teacher"}),
+    ):
         with pytest.raises(ValueError, match="cannot be searched|nothing to search by"):
             search("distilled", 1, space=space, **fields)
 
