@@ -295,6 +295,7 @@ def backed_up(mini_run, tmp_path):
     return lambda **settings: mini_run(run_name="one", backup_dir=str(tmp_path / "drive" / "vqa"), **settings)
 
 
+@pytest.mark.slow
 def test_a_run_whose_machine_is_gone_continues_from_its_backup_to_the_same_bytes(
     mini_run, backed_up, tmp_path, monkeypatch
 ):

@@ -266,6 +266,7 @@ def test_preflight_reports_facts_from_a_process_of_its_own(mini_data, monkeypatc
         vqa.run_preflight(vqa.Config.preset("demo", data_dir=str(mini_data), model_id="no/such-model"))
 
 
+@pytest.mark.slow
 def test_command_line_of_the_worker_is_usable_by_hand(mini_run):
     run = mini_run(zeroshot_rows=4)
     command = [sys.executable, str(vqa.HERE / "vqa_helpers.py"), "worker", "--run", str(run.directory)]

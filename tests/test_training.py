@@ -164,6 +164,7 @@ def test_a_resumed_fold_ends_bitwise_like_an_uninterrupted_one(mini_run, monkeyp
         assert np.array_equal(*logits)
 
 
+@pytest.mark.slow
 def test_a_fold_stopped_in_the_validation_that_ends_an_epoch_resumes_like_an_uninterrupted_one(mini_run, monkeypatch):
     settings = {"num_epochs": 2, "save_every_minutes": 1e-9}
     whole, broken = (mini_run(run_name=name, **settings) for name in ("whole", "broken"))

@@ -53,7 +53,7 @@ def test_all_kinds_of_weights_score_where_their_mean_is_better_than_the_best(min
 
 def test_mixed_weights_score_with_the_mean_of_all_kinds_and_continue_where_they_stopped(mini_run, monkeypatch):
     monkeypatch.setattr(vqa, "mixing_wins", lambda *_: True)
-    run = mini_run(mix_weights=True, tta_rotations=2)
+    run = mini_run(mix_weights=True, tta_rotations=2, train_folds=(0,))
 
     def stop(stage, done, total, **_):
         stages.append(stage)
@@ -126,7 +126,8 @@ def certain(labels, logits):
     return np.where(np.arange(4) == labels[:, None, None], 5.0, np.where(np.isinf(logits), logits, 0.0))
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
 def test_what_was_trained_in_4_bit_is_also_scored_by_the_unquantised_model(family, four_bit_run, model_folders):
     run = run_all(four_bit_run(model_id=str(model_folders[family])), STAGES)
     for fold in (0, 1):
@@ -312,6 +313,7 @@ def copy_of(run, folder, without):
     return dataclasses.replace(run, directory=target, config=config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [3, 5])
 def test_the_model_on_all_rows_resumes_to_the_same_bytes(with_final, tmp_path, stop_at):
     stopped = copy_of(with_final, tmp_path, "fold_2")
@@ -328,6 +330,7 @@ def test_the_model_on_all_rows_resumes_to_the_same_bytes(with_final, tmp_path, s
         assert (stopped.fold_dir(2) / name).read_bytes() == (with_final.fold_dir(2) / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_half_a_model_on_all_rows_is_left_out_and_continued_when_there_is_time(with_final, tmp_path, monkeypatch):
     late = copy_of(with_final, tmp_path, "fold_2")
     monkeypatch.setattr(vqa.Run, "seconds_left", lambda self: 10.0)
