@@ -425,6 +425,7 @@ def test_test_rows_are_matched_by_id_too(two_runs, replace, tmp_path):
     assert answers["answer"].map(vqa.CHOICES.index).tolist() == hidden_labels(answers["id"]).tolist()
 
 
+@pytest.mark.slow
 def test_combining_three_runs_again_writes_the_same_bytes(two_runs, mini_run, replace, tmp_path):
     third = planted_run(longer(mini_run(run_name="third", seed=8), replace), seed=3)
     table = reensemble.repeated([run.directory for run in (*two_runs, third)], tmp_path)

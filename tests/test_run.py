@@ -188,6 +188,7 @@ def test_run_directory_of_other_data_is_refused(mini_run, mini_data, tmp_path):
         mini_run(run_name="mine", data_dir=str(copy))
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_shown_with_its_last_lines(mini_run, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     run = mini_run(model_id="no/such-model")
