@@ -3330,11 +3330,11 @@ def blend(name: str, old, known, new, scaling: bool = True) -> np.ndarray:
 
 
 def fitted_numbers(name: str, members, labels) -> float:
-    """How many numbers a blend fits: its temperature and effective parameters, or weights but the last, above zero."""
+    """How many numbers a blend fits that the mean does not: effective parameters, or weights above zero but one."""
     if name == "stacked":
-        return 1 + stack(members, labels).fitted()
+        return stack(members, labels).fitted()
     fit = {"weighted": optimize_ensemble_weights, "greedy": greedy_weights}.get(name)
-    return float((fit(members, labels) > 1e-6).sum()) if fit else 1.0
+    return float((fit(members, labels) > 1e-6).sum() - 1) if fit else 0.0
 
 
 def image_groups(frame: pd.DataFrame) -> np.ndarray:
@@ -3393,20 +3393,22 @@ def choose_cross_fitted(candidates: Mapping[str, np.ndarray], labels, groups) ->
     return result
 
 
-def choice_interval(candidates: Mapping[str, np.ndarray], labels, groups) -> np.ndarray:
+def choice_interval(candidates: Mapping[str, np.ndarray], labels, groups, fitted: Mapping[str, float]) -> np.ndarray:
     """(2, 2) ends of the 90 % intervals of what `choose_cross_fitted` gains in accuracy and NLL on the first candidate.
 
     As `bootstrap_interval`, but each resample chooses anew: which candidate it would be is part of the uncertainty.
+    Where none chooses another than the first, the gain is zero and known. `fitted`: by each candidate.
     """
     evidence, part = _group_evidence(candidates, labels, groups), np.unique(groups) % CROSS_FIT_PARTS
+    imaginary = np.sqrt([[0.5, fitted[name] / 2] for name in candidates])  # as in `bootstrap_interval`
+    imaginary[0] = 0
     draws = _group_draws(len(evidence) + 2)
-    drawn = draws[:, :-2]  # the last two are the imaginary questions
+    drawn, signs = draws[:, :-2], draws[:, -2:] @ [1, -1]  # the last two are the imaginary questions
     sums = [np.tensordot(drawn[:, part == number], evidence[part == number], axes=1) for number in np.unique(part)]
     gains, total = np.zeros((RESAMPLES, 2)), sum(sums)
     for inside in sums:
         chosen = _choice(total - inside)
-        gains += inside[np.arange(RESAMPLES), :2, chosen]
-    gains += np.sqrt(0.5) * (draws[:, -2] - draws[:, -1])[:, None]
+        gains += inside[np.arange(RESAMPLES), :2, chosen] + imaginary[chosen] * signs[:, None] / len(sums)
     return np.quantile(gains / (total[:, 4, :1] + draws[:, -2:].sum(axis=1, keepdims=True)), [0.05, 0.95], axis=0)
 
 
@@ -3427,7 +3429,7 @@ def bootstrap_interval(changes, groups, fitted=1.0) -> np.ndarray:
 
     Whole groups are drawn, because the rows of one image are not independent (Field and Welsh 2007). The interval is
     for what a step gains on average when it is fitted on so many rows (Bates, Hastie and Tibshirani 2023). `fitted`,
-    of all columns or of each: how many numbers it fits.
+    of all columns or of each: how many numbers it fits that what it is compared with does not.
     """
     # Two imaginary questions, one gains and one loses sqrt(1 / 2): Agresti and Min's (2005) half a row in each cell of
     # the paired table, without which the interval is a single point where few answers differ. A cross-fitted NLL with p
@@ -3651,7 +3653,7 @@ class Step:
     against: str = ""  # the step to compare with
     views: Sequence[int] = (0,)  # that it takes
     used: bool = False  # whether the submission is made of it
-    fitted: float = 1.0  # as in `bootstrap_interval`
+    fitted: float = 0.0  # numbers, as in `bootstrap_interval`
     kinds: int = 1  # of weights that score for it, where they are not the selected ones
 
 
@@ -3711,18 +3713,19 @@ def evaluate_run(run: Run) -> Evaluation:
     steps = view_steps(oof, view_table["admitted"], views, averaged=method == "mean")
     end = next(name for name, step in steps.items() if step.views == views)
     if scaling:
-        steps["temperature"] = Step(scaled.probabilities, end, views, method == "mean" and calibration is scaled)
+        is_used = method == "mean" and calibration is scaled
+        steps["temperature"] = Step(scaled.probabilities, end, views, is_used, fitted=1)
         end = "temperature" if calibration is scaled else end
+    fitted = {name: fitted_numbers(name, members, labels) for name in ways}
     for name in list(ways)[1:]:  # all but the mean
-        fitted = fitted_numbers(name, members, labels)
-        steps[VIEW_BLENDS[name]] = Step(ways[name], end, views, name == method, fitted)
+        steps[VIEW_BLENDS[name]] = Step(ways[name], end, views, name == method, fitted[name])
     if auto and len(ways) > 1:
         steps[AUTOMATIC] = Step(expected, end, views, used=True)
     if run.final_fold in run.members:
         steps[FINAL_STEP] = Step(np.full((len(labels), 4), math.nan), views=views, used=True)
     ladder = build_ladder(run, oof, steps)
     if AUTOMATIC in steps:
-        set_choice_interval(ladder, choices, labels, groups)
+        set_choice_interval(ladder, choices, labels, groups, fitted)
     folds = temperature_table(oof, scores, calibration.temperatures)
     return Evaluation(oof, views, view_table, calibration, method, expected, ladder, folds)
 
@@ -3765,9 +3768,9 @@ def ladder_table(steps: Mapping[str, Step], labels, groups) -> pd.DataFrame:
     return table
 
 
-def set_choice_interval(table: pd.DataFrame, candidates: Mapping[str, np.ndarray], labels, groups) -> None:
+def set_choice_interval(table: pd.DataFrame, candidates: Mapping[str, np.ndarray], labels, groups, fitted) -> None:
     """Put the interval that knows of the choosing into the ladder's row of the automatic choice."""
-    ends = choice_interval(candidates, labels, groups)
+    ends = choice_interval(candidates, labels, groups, fitted)
     table.loc[AUTOMATIC, ["gain_low", "gain_high", "nll_low", "nll_high"]] = ends.T.ravel()
 
 
@@ -4725,7 +4728,7 @@ def ensemble_runs(directories: Iterable[str | Path], folder: str | Path) -> tupl
         steps[name] = Step(candidates[name], against[name], used=name == chosen, fitted=fitted[name])
     steps[AUTOMATIC] = Step(choose_cross_fitted(candidates, labels, groups), "mean", used=True)
     table = ladder_table(steps, labels, groups)
-    set_choice_interval(table, candidates, labels, groups)
+    set_choice_interval(table, candidates, labels, groups, fitted)
     table.insert(4, "seconds", [seconds.get(name, sum(seconds.values())) for name in table.index])
     alone = dict(zip(runs, np.stack(test), strict=True))
     answers = alone[chosen] if chosen in alone else blend(chosen, members, labels, np.stack(test))

@@ -91,10 +91,11 @@ def test_the_more_numbers_a_step_fits_the_less_its_nll_is_known():
     one, four = np.diff(vqa.bootstrap_interval(np.zeros((100, 2)), np.arange(100), [1, 4]), axis=0)[0]
     assert four == pytest.approx(2 * one) and one == pytest.approx(4 * 0.5**0.5 / 102)
     labels, same = np.arange(200) % 4, np.eye(4)[np.arange(200) % 4] * 0.6 + 0.1
-    steps = {"old": vqa.Step(same), "plain": vqa.Step(same, "old"), "fitted": vqa.Step(same, "old", fitted=4)}
+    steps = {"old": vqa.Step(same), "none": vqa.Step(same, "old")}
+    steps |= {"one": vqa.Step(same, "old", fitted=1), "four": vqa.Step(same, "old", fitted=4)}
     table = vqa.ladder_table(steps, labels, np.arange(200))
-    assert table.loc["fitted", "nll_high"] == pytest.approx(2 * table.loc["plain", "nll_high"])
-    assert table.loc["fitted", "gain_high"] == table.loc["plain", "gain_high"]
+    assert table["nll_high"].tolist()[1:] == pytest.approx([0, (0.5**0.5) * 2 / 202, (0.5**0.5) * 4 / 202])
+    assert table["gain_high"].nunique() == 1
 
 
 def test_the_table_shows_gain_interval_and_exact_test_of_the_same_rows():
@@ -160,8 +161,9 @@ def test_the_automatic_choice_is_scored_on_rows_that_did_not_make_it():
     result = vqa.choose_cross_fitted(candidates, labels, np.arange(400))
     np.testing.assert_array_equal(result[part == 0], candidates["mean"][part == 0])
     np.testing.assert_array_equal(result[part != 0], lucky[part != 0])
-    nothing = vqa.bootstrap_interval(np.zeros((400, 2)), np.arange(400))
-    np.testing.assert_allclose(vqa.choice_interval(candidates, labels, np.arange(400)), nothing)
+    fitted = {"mean": 0, "lucky": 1}
+    nothing = 0.95 * vqa.bootstrap_interval(np.zeros((400, 2)), np.arange(400))  # chosen in all parts but its own
+    np.testing.assert_allclose(vqa.choice_interval(candidates, labels, np.arange(400), fitted), nothing)
 
 
 def test_the_choice_follows_the_rule_as_it_is_written_down():
@@ -187,8 +189,14 @@ def test_a_choice_that_every_resample_makes_has_the_interval_of_what_it_chooses(
     labels, candidates = ways({"mean": 0.0, "best": 1.0, "worse": -0.5})
     image = np.repeat(np.arange(200), 2)
     change = vqa.row_scores(candidates["best"], labels) - vqa.row_scores(candidates["mean"], labels)
-    interval = vqa.choice_interval(candidates, labels, image)
-    np.testing.assert_allclose(interval, vqa.bootstrap_interval(change, image))
+    interval = vqa.choice_interval(candidates, labels, image, {"mean": 0, "best": 7, "worse": 0})
+    np.testing.assert_allclose(interval, vqa.bootstrap_interval(change, image, [1, 7]))
+
+
+def test_a_choice_that_no_resample_makes_gains_nothing_for_certain():
+    labels, candidates = ways({"mean": 0.0, "worse": -0.5})
+    interval = vqa.choice_interval(candidates, labels, np.arange(400), {"mean": 0, "worse": 7})
+    np.testing.assert_array_equal(interval, np.zeros((2, 2)))
 
 
 def test_a_choice_that_chance_decides_has_an_interval_from_none_of_the_gain_to_all_of_it():
@@ -199,10 +207,9 @@ def test_a_choice_that_chance_decides_has_an_interval_from_none_of_the_gain_to_a
     mean = np.where(wrong, 0.1, 0.7)
     candidates = {"mean": mean, "other": np.where(wrong, (1 - chance[:, None]) / 3, chance[:, None])}
     change = vqa.row_scores(candidates["other"], labels) - vqa.row_scores(mean, labels)
-    fixed = vqa.bootstrap_interval(np.zeros_like(change), image)[:, 1]
-    low, high = vqa.choice_interval(candidates, labels, image)[:, 1]
+    low, high = vqa.choice_interval(candidates, labels, image, {"mean": 0, "other": 0})[:, 1]
     assert vqa.choose_blend(candidates, labels, image) == "mean"
-    assert low < 2 * fixed[0] and low < change[:, 1].mean() < 0 < high
+    assert low < change[:, 1].mean() < 0 <= high
 
 
 def test_views_are_weighted_where_the_evidence_asks_for_it(mini_run, replace, monkeypatch):
@@ -230,6 +237,10 @@ def test_a_temperature_that_loses_is_left_out(mini_run, replace, monkeypatch):
     run = planted_run(longer(mini_run(), replace), signals=(3.0, 3.0))
     evaluation = vqa.evaluate_run(run)
     assert evaluation.ladder.loc["temperature", "used"] and evaluation.calibration.temperatures[0] < 0.7
+    before = vqa.softmax(vqa.combine_views(evaluation.oof.logits[:, evaluation.views]))
+    scores = (vqa.row_scores(each, evaluation.oof.labels) for each in (evaluation.calibration.probabilities, before))
+    ends = vqa.bootstrap_interval(np.subtract(*scores), evaluation.oof.groups)[:, 1]  # one number is fitted
+    assert evaluation.ladder.loc["temperature", ["nll_low", "nll_high"]].tolist() == ends.tolist()
     monkeypatch.setattr(vqa, "fold_temperatures", lambda *rows: {0: 20.0, 1: 20.0})
     evaluation = vqa.evaluate_run(run)
     assert not evaluation.ladder.loc["temperature", "used"] and evaluation.calibration.temperatures == {0: 1, 1: 1}
@@ -242,10 +253,11 @@ def test_the_score_to_expect_of_the_automatic_choice_is_that_of_choices_made_wit
     oof, members = evaluation.oof, vqa._view_members(evaluation.oof.logits, evaluation.views)
     ways = vqa.cross_fitted_blends(members, oof.labels, oof.groups, vqa.VIEW_BLENDS)
     ways = {"mean": evaluation.calibration.probabilities} | ways
+    fitted = {name: vqa.fitted_numbers(name, members, oof.labels) for name in ways}
     expected = vqa.choose_cross_fitted(ways, oof.labels, oof.groups)
     np.testing.assert_array_equal(evaluation.probabilities, expected)
     assert not np.array_equal(expected, ways[evaluation.method])
-    step, ends = evaluation.ladder.loc[vqa.AUTOMATIC], vqa.choice_interval(ways, oof.labels, oof.groups)
+    step, ends = evaluation.ladder.loc[vqa.AUTOMATIC], vqa.choice_interval(ways, oof.labels, oof.groups, fitted)
     assert step[["gain_low", "gain_high", "nll_low", "nll_high"]].tolist() == ends.T.ravel().tolist()
     assert step["nll"] == pytest.approx(vqa.negative_log_likelihood(expected, oof.labels)) and step["used"]
 
@@ -400,7 +412,7 @@ def test_runs_are_compared_side_by_side_and_the_better_answers_are_submitted(two
     assert table.loc["automatic choice", "accuracy"] > table.loc["mean", "accuracy"]
     assert answers["id"].tolist() == good.sample["id"].tolist() and answers["answer"].isin([*vqa.CHOICES]).all()
     assert vqa.validate_submission(tmp_path / "both" / "submission.csv", good.sample)["rows"] == 12
-    monkeypatch.setattr(vqa, "fitted_numbers", lambda name, *_: 1e6 if name == "stacked" else 1.0)
+    monkeypatch.setattr(vqa, "fitted_numbers", lambda name, *_: 1e6 if name == "stacked" else 0.0)
     table, _ = vqa.ensemble_runs([poor.directory, good.directory], tmp_path / "both")
     assert table.loc["stacked", "nll_high"] > 1 > table.loc["weighted", "nll_high"]
 
@@ -499,4 +511,4 @@ def test_blends_of_rows_that_all_show_one_image_are_cross_fitted_by_row():
     candidates = vqa.cross_fitted_blends(members, labels, groups)
     assert all(np.isfinite(probabilities).all() for probabilities in candidates.values())
     assert np.isfinite(vqa.choose_cross_fitted(candidates, labels, groups)).all()
-    assert np.isfinite(vqa.choice_interval(candidates, labels, groups)).all()
+    assert np.isfinite(vqa.choice_interval(candidates, labels, groups, dict.fromkeys(candidates, 1))).all()

@@ -73,9 +73,10 @@ def one_data_set(oof: tuple, fresh: tuple) -> list[dict]:
     chosen = vqa.choose_blend(blends, labels, groups)
     scores = {name: vqa.row_scores(probabilities, labels) for name, probabilities in blends.items()}
     names = [name for name in scores if name != "mean"]
-    fitted = np.ravel([(1, vqa.fitted_numbers(name, members, labels)) for name in names])
-    intervals = vqa.bootstrap_interval(np.hstack([scores[name] - scores["mean"] for name in names]), groups, fitted)
-    intervals = [*intervals.reshape(2, -1, 2).swapaxes(0, 1), vqa.choice_interval(blends, labels, groups)]
+    fitted = {name: vqa.fitted_numbers(name, members, labels) for name in blends}
+    each = np.ravel([(1, fitted[name]) for name in names])
+    intervals = vqa.bootstrap_interval(np.hstack([scores[name] - scores["mean"] for name in names]), groups, each)
+    intervals = [*intervals.reshape(2, -1, 2).swapaxes(0, 1), vqa.choice_interval(blends, labels, groups, fitted)]
     true = {}
     for name in blends:
         true[name] = vqa.row_scores(vqa.blend(name, members, labels, fresh[0]), fresh[1]).mean(axis=0)
