@@ -26,47 +26,79 @@ def run_all(run, stages=("train", "predict"), progress=quiet):
 
 
 # ---------------------------------------------------------------------------------------- all kinds of weights at once
-def planted_weights(run, seeds, noise):
-    """What the selection of weights reads of trained folds: each kind knows the answers but for its own noise."""
+def planted_weights(run, kinds):
+    """What the selection of weights reads of trained folds: logits (n, 4) by each kind from labels and fold."""
     for fold in (0, 1):
-        rows, kinds = run.train[run.train["fold"] == fold], {}
-        for kind, seed in seeds.items():
-            random = np.random.default_rng([seed, fold])
-            logits = 2 * np.eye(4)[rows["label"]][:, None] + noise * random.normal(size=(len(rows), 1, 4))
+        rows, scores = run.train[run.train["fold"] == fold], {}
+        for number, (kind, logits_of) in enumerate(kinds.items()):
+            logits = logits_of(rows["label"].to_numpy(), fold)[:, None]
             path = run.fold_dir(fold) / f"validation_{kind}.npz"
             vqa.write_logits(path, rows, logits, ["rotation 0"], run.fingerprint)
-            kinds[kind] = {"accuracy": 0.5, "nll": float(seed)}
-        result = {"fold": fold, "best_epoch": 1, "kinds": kinds, "history": {}, "adapters": {}}
+            scores[kind] = {"accuracy": 0.5, "nll": float(number)}
+        result = {"fold": fold, "best_epoch": 1, "kinds": scores, "history": {}, "adapters": {}}
         vqa.atomic_write(run.fold_dir(fold) / "result.json", json.dumps(result))
 
 
-@pytest.mark.parametrize(("seeds", "selected"), [({"raw": 1, "ema": 2}, "raw+ema"), ({"raw": 1, "ema": 1}, "raw")])
+def noisy(seed):
+    """Each kind knows the answers but for its own noise."""
+    return lambda labels, fold: (
+        2 * np.eye(4)[labels] + 1.5 * np.random.default_rng([seed, fold]).normal(size=(len(labels), 4))
+    )
+
+
+def sure(of, misses):
+    """So sure of an answer, which misses the label by `misses(row number)`."""
+    return lambda labels, fold: of * np.eye(4)[(labels + misses(np.arange(len(labels)))) % 4]
+
+
+@pytest.mark.parametrize(("seeds", "selected"), [((1, 2), "raw+ema"), ((1, 1), "raw")])
 def test_all_kinds_of_weights_score_where_their_mean_is_better_than_the_best(mini_run, seeds, selected):
     """Independent errors average out; of two kinds that are the same, one is enough."""
     run = mini_run(mix_weights=True)
-    planted_weights(run, seeds, noise=1.5)
+    kinds = {kind: noisy(seed) for kind, seed in zip(("raw", "ema"), seeds, strict=True)}
+    planted_weights(run, kinds)
     assert vqa.select_weights(run) == selected and run.selected_weights == selected.split("+")
     alone = mini_run(mix_weights=False)
-    planted_weights(alone, seeds, noise=1.5)
+    planted_weights(alone, kinds)
     assert vqa.select_weights(alone) == "raw"
+
+
+@pytest.mark.parametrize(
+    ("scaling", "raw", "ema"),
+    [
+        (True, sure(8, lambda row: row % 4), sure(12, lambda row: row % 9 == 0)),  # EMA alone is best, once scaled
+        (False, sure(2, lambda row: row % 6 == 0), sure(16, lambda row: row % 9 == 4)),  # the mean is, were it scaled
+    ],
+)
+def test_a_mean_of_weights_has_to_beat_each_kind_as_it_would_be_submitted(mini_run, scaling, raw, ema):
+    run = mini_run(mix_weights=True, use_temperature_scaling=scaling)
+    planted_weights(run, {"raw": raw, "ema": ema})
+    assert vqa.select_weights(run) == "raw"
 
 
 def test_mixed_weights_score_with_the_mean_of_all_kinds_and_continue_where_they_stopped(mini_run, monkeypatch):
     monkeypatch.setattr(vqa, "mixing_wins", lambda *_: True)
-    run = mini_run(mix_weights=True, tta_rotations=2, train_folds=(0,))
+    run = mini_run(mix_weights=True, tta_rotations=2, train_folds=(0,), infer_batch_size=4)
+    batches, stopped = [], []
 
-    def stop(stage, done, total, **_):
-        stages.append(stage)
-        if stage == "fold 0 test" and stages.count("fold 0 oof") > done:  # the last kind's
+    def stop(stage, done, *_, **__):
+        batches.append(stage)
+        if batches.count("fold 0 test") == 5 and not stopped:  # the second batch of three, by the second kind
+            stopped.append(stage)
             raise vqa.Interrupted
 
-    stages = []
     with pytest.raises(vqa.Interrupted):
         run_all(run, progress=stop)
     assert (run.fold_dir(0) / "oof.npz").exists() and not (run.fold_dir(0) / "test.npz").exists()
-    assert (run.fold_dir(0) / "test.raw.partial.npz").exists()
+    batches.clear()
+    run_all(run, progress=stop)
+    assert batches == ["fold 0 test"] and not [*run.directory.rglob("*partial.npz")]
+    paths = [run.fold_dir(0) / f"{name}.npz" for name in ("oof", "test")]
+    resumed = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.unlink()
     run_all(run)
-    assert not [*run.directory.rglob("*partial.npz")]
+    assert [path.read_bytes() for path in paths] == resumed
     views = [vqa.View("rotation 0"), vqa.View("rotation 2", 2)]
     session, scores = vqa.open_session(run.config, run.train.iloc[0]), []
     for kind in ("raw", "ema"):
@@ -81,7 +113,7 @@ def test_mixed_weights_score_with_the_mean_of_all_kinds_and_continue_where_they_
     assert {"with raw weights", "with EMA weights"} < set(ladder.index)
     assert ladder.loc[vqa.ONE_VIEW, "cost"] == 2 and ladder.loc["with EMA weights", "cost"] == 1
     assert vqa.views_cost(session, views) == pytest.approx(2 * (1 + 1 / 7))
-    assert "raw and ema weights" in vqa.write_report(run, vqa.evaluate_run(run)).read_text()
+    assert "raw, ema weights" in vqa.write_report(run, vqa.evaluate_run(run)).read_text()
 
 
 # -------------------------------------------------------------------------------------------------- scoring in 16 bits
