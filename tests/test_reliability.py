@@ -110,6 +110,7 @@ def test_a_second_process_on_a_fold_stops_and_the_lock_of_a_dead_one_is_free(min
 # ------------------------------------------------------------------------------------------------------------- clocks
 
 
+@pytest.mark.slow
 def test_training_stops_in_time_for_inference_and_says_so(mini_run):
     run = mini_run(num_epochs=3, time_budget_hours=1e-9)
     vqa.atomic_write(run.directory / "session.json", json.dumps({"started": 0}))

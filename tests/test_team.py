@@ -135,6 +135,7 @@ def test_no_device_is_idle_where_a_team_is_faster(folds, devices, rounds):
     assert vqa.schedule(folds, devices) == rounds
 
 
+@pytest.mark.slow
 def test_a_team_keeps_no_half_done_scores(mini_run, monkeypatch):
     """They would be every second batch, and be taken for the first ones by a process that works alone."""
     run = mini_run(**SETTINGS, save_every_steps=1)

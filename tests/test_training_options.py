@@ -76,6 +76,7 @@ def test_a_mean_of_weights_has_to_beat_each_kind_as_it_would_be_submitted(mini_r
     assert vqa.select_weights(run) == "raw"
 
 
+@pytest.mark.slow
 def test_mixed_weights_score_with_the_mean_of_all_kinds_and_continue_where_they_stopped(mini_run, monkeypatch):
     monkeypatch.setattr(vqa, "mixing_wins", lambda *_: True)
     run = mini_run(mix_weights=True, tta_rotations=2, train_folds=(0,), infer_batch_size=4)
@@ -241,6 +242,7 @@ def test_a_damaged_adapter_is_never_trained_anew_on_the_unquantised_model(four_b
     assert weights.read_bytes() == content and run.is_rescored
 
 
+@pytest.mark.slow
 def test_an_unquantised_model_that_does_not_fit_is_left_out_with_the_figures(four_bit_run, monkeypatch):
     monkeypatch.setattr(vqa, "free_gib", lambda: 0.01)
     run = run_all(four_bit_run(), STAGES)
