@@ -48,7 +48,9 @@ COLORS = {
     "purple": ("보라색", "퍼플"),
     "pink": ("분홍색", "핑크"),
 }
-ADJECTIVES = dict(zip(COLORS, ("빨간", "주황", "노란", "초록", "파란", "보라", "분홍"), strict=True))
+ADJECTIVES = dict(
+    zip(COLORS, ("빨간", "주황", "노란", "초록", "파란", "보라", "분홍"), strict=True)
+)
 FILLS = {
     "solid": ("색칠됨", "단색"),
     "outline": ("테두리만", "외곽선"),
@@ -63,12 +65,23 @@ ZONES = {
 }
 COUNTS = {n: (f"{n}개", word) for n, word in enumerate(("하나", "둘", "셋", "넷", "다섯"), start=1)}
 DIGITS = {n: (str(n), word) for n, word in enumerate("영일이삼사오육칠팔구")}
-VERDICTS = (("있음", "없음", "모름", "비었음"), ("네", "아니요", "글쎄요", "무응답"))  # the last two are never right
+VERDICTS = (
+    ("있음", "없음", "모름", "비었음"),
+    ("네", "아니요", "글쎄요", "무응답"),
+)  # the last two are never right
 
 PRETRAIN_WORDINGS = {
-    "counting": ["이미지에 {x:이가} 몇 개 있습니까?", "{x:은는} 모두 몇 개입니까?", "그림 속 {x}의 개수는?"],
+    "counting": [
+        "이미지에 {x:이가} 몇 개 있습니까?",
+        "{x:은는} 모두 몇 개입니까?",
+        "그림 속 {x}의 개수는?",
+    ],
     "color": ["{x}의 색은 무엇입니까?", "{x:은는} 무슨 색입니까?", "그림에서 {x}의 색깔은?"],
-    "ocr": ["이미지에 적힌 숫자는 무엇입니까?", "어떤 숫자가 쓰여 있습니까?", "그림 속 숫자를 읽으세요."],
+    "ocr": [
+        "이미지에 적힌 숫자는 무엇입니까?",
+        "어떤 숫자가 쓰여 있습니까?",
+        "그림 속 숫자를 읽으세요.",
+    ],
     "yesno": ["{x:이가} 있습니까?", "그림에 {x:이가} 있나요?"],
     "location": ["{x:은는} 어디에 있습니까?", "그림에서 {x}의 위치는?"],
     "attribute": ["도형의 모양은?", "그림 속의 것은 어떤 모양일까요?"],
@@ -127,7 +140,15 @@ def digit_split() -> dict[str, tuple]:
 PRETRAIN = Domain(
     wordings=PRETRAIN_WORDINGS,
     new_words=dict.fromkeys(TYPES, 0.0),
-    hues={"red": 0, "orange": 27, "yellow": 54, "green": 122, "blue": 222, "purple": 275, "pink": 325},
+    hues={
+        "red": 0,
+        "orange": 27,
+        "yellow": 54,
+        "green": 122,
+        "blue": 222,
+        "purple": 275,
+        "pink": 325,
+    },
     hue_jitter=9,
     saturation=(0.5, 1.0),
     value=(0.6, 1.0),
@@ -152,7 +173,15 @@ def demo_domain(split: str, new_words: dict | None = None) -> Domain:
     return Domain(
         wordings=DEMO_WORDINGS,
         new_words=new_words or DEMO_NEW_WORDS,
-        hues={"red": 354, "orange": 23, "yellow": 49, "green": 138, "blue": 212, "purple": 268, "pink": 331},
+        hues={
+            "red": 354,
+            "orange": 23,
+            "yellow": 49,
+            "green": 138,
+            "blue": 212,
+            "purple": 268,
+            "pink": 331,
+        },
         hue_jitter=5,
         saturation=(0.5, 0.85),
         value=(0.6, 0.9),
@@ -200,9 +229,14 @@ def polygon(shape: str, radius: float) -> list[tuple]:
         turns = [(1, 0), (0, 1), (-1, 0), (0, -1)]  # cosine and sine of 0, 90, 180 and 270 degrees
         return [(x * c - y * s, x * s + y * c) for c, s in turns for x, y in quarter]
     corners, inner = {"circle": (28, 1.0), "triangle": (3, 1.0), "star": (10, 0.42)}[shape]
-    lengths = [radius * (inner if corner % 2 and shape == "star" else 1.0) for corner in range(corners)]
+    lengths = [
+        radius * (inner if corner % 2 and shape == "star" else 1.0) for corner in range(corners)
+    ]
     angles = [2 * math.pi * corner / corners - math.pi / 2 for corner in range(corners)]
-    return [(length * math.cos(angle), length * math.sin(angle)) for length, angle in zip(lengths, angles, strict=True)]
+    return [
+        (length * math.cos(angle), length * math.sin(angle))
+        for length, angle in zip(lengths, angles, strict=True)
+    ]
 
 
 def item_mask(item: Item, angle: float, scale: int = 3) -> Image.Image:
@@ -261,7 +295,9 @@ def digit_fonts() -> tuple:
     import matplotlib
 
     folder = Path(matplotlib.get_data_path(), "fonts/ttf")
-    return tuple(sorted(str(path) for path in folder.glob("DejaVu*.ttf") if "Display" not in path.name))
+    return tuple(
+        sorted(str(path) for path in folder.glob("DejaVu*.ttf") if "Display" not in path.name)
+    )
 
 
 @functools.cache
@@ -274,7 +310,9 @@ def handwritten(rows: tuple) -> dict[int, np.ndarray]:
     """The 8x8 digits of some rows of load_digits, by value."""
     digits = load_digits()
     chosen = np.array(rows)
-    return {value: digits.images[chosen[digits.target[chosen] == value]] / 16 for value in range(10)}
+    return {
+        value: digits.images[chosen[digits.target[chosen] == value]] / 16 for value in range(10)
+    }
 
 
 def digit_mask(rng: random.Random, domain: Domain, value: int) -> Image.Image:
@@ -287,7 +325,9 @@ def digit_mask(rng: random.Random, domain: Domain, value: int) -> Image.Image:
         if rng.random() < 0.6:  # as coarse as the handwritten ones
             cell = cell.resize((10, 10), Image.Resampling.BOX)
     else:
-        cell = Image.fromarray((255 * rng.choice(handwritten(domain.digit_rows)[value])).astype(np.uint8))
+        cell = Image.fromarray(
+            (255 * rng.choice(handwritten(domain.digit_rows)[value])).astype(np.uint8)
+        )
     mask = cell.resize((round(side * rng.uniform(0.85, 1.0)), side), Image.Resampling.BICUBIC)
     return mask.rotate(rng.uniform(-8, 8), Image.Resampling.BILINEAR)
 
@@ -299,13 +339,20 @@ def place_items(scene: Scene) -> list[tuple]:
     """
     rng = random.Random(scene.seed)
     columns, rows = scene.size[0] // CELL, scene.size[1] // CELL
-    corners = [item.place and (item.place[0] * (columns - 1), item.place[1] * (rows - 1)) for item in scene.items]
+    corners = [
+        item.place and (item.place[0] * (columns - 1), item.place[1] * (rows - 1))
+        for item in scene.items
+    ]
     free = [(x, y) for x in range(columns) for y in range(rows) if (x, y) not in corners]
     rng.shuffle(free)
-    return [corner or free.pop() for corner in corners] + ([free.pop()] if scene.digit is not None else [])
+    return [corner or free.pop() for corner in corners] + (
+        [free.pop()] if scene.digit is not None else []
+    )
 
 
-def paste_in_cell(rng: random.Random, canvas: Image.Image, cell: tuple, mask: Image.Image, color: tuple) -> None:
+def paste_in_cell(
+    rng: random.Random, canvas: Image.Image, cell: tuple, mask: Image.Image, color: tuple
+) -> None:
     """Paint a mask somewhere within its cell."""
     corner = []
     for number, extent in zip(cell, mask.size, strict=True):
@@ -329,10 +376,14 @@ def render(scene: Scene, domain: Domain) -> Image.Image:
         mask = item_mask(item, math.radians(rng.uniform(-10, 10)))
         paste_in_cell(rng, canvas, cell, mask, item_color(rng, domain, item.color))
     if scene.digit is not None:
-        paste_in_cell(rng, canvas, cells[-1], digit_mask(rng, domain, scene.digit), ink(rng, canvas))
+        paste_in_cell(
+            rng, canvas, cells[-1], digit_mask(rng, domain, scene.digit), ink(rng, canvas)
+        )
     if rng.random() < 0.3:
         canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.7)))
-    noise = np.random.default_rng(scene.seed).standard_normal((scene.size[1], scene.size[0], 3), dtype=np.float32)
+    noise = np.random.default_rng(scene.seed).standard_normal(
+        (scene.size[1], scene.size[0], 3), dtype=np.float32
+    )
     pixels = np.asarray(canvas, dtype=np.float32) + rng.uniform(*domain.noise) * noise
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
@@ -374,16 +425,27 @@ def pick(rng: random.Random, values, count: int, without=()) -> list:
 def bystanders(rng: random.Random, count: int, shapes, colors, radius=(10, 13)) -> list[Item]:
     """Other items of the picture, with shapes and colours that cannot change the answer."""
     shapes, colors = list(shapes), list(colors)
-    return [Item(rng.choice(shapes), rng.choice(colors), radius=rng.uniform(*radius)) for _ in range(count)]
+    return [
+        Item(rng.choice(shapes), rng.choice(colors), radius=rng.uniform(*radius))
+        for _ in range(count)
+    ]
 
 
 def ask_counting(rng: random.Random, domain: Domain, new: int) -> Task:
     window = rng.choice([range(1, 5), range(2, 6)])
     truth, *others = pick(rng, window, 4)
     shape, *other_shapes = pick(rng, SHAPES, 4)
-    items = bystanders(rng, truth, [shape], COLORS) + bystanders(rng, rng.randint(0, 3), other_shapes, COLORS)
+    items = bystanders(rng, truth, [shape], COLORS) + bystanders(
+        rng, rng.randint(0, 3), other_shapes, COLORS
+    )
     choices = [COUNTS[count][new] for count in (truth, *others)]
-    return Task("counting", domain.wordings["counting"], choices, new_scene(rng, items), {"x": Noun(SHAPES[shape][0])})
+    return Task(
+        "counting",
+        domain.wordings["counting"],
+        choices,
+        new_scene(rng, items),
+        {"x": Noun(SHAPES[shape][0])},
+    )
 
 
 def ask_color(rng: random.Random, domain: Domain, new: int) -> Task:
@@ -410,16 +472,27 @@ def ask_yesno(rng: random.Random, domain: Domain, new: int) -> Task:
     items += bystanders(rng, rng.randint(1, 2) + (not there), other_shapes, COLORS)
     yes, no, *never = VERDICTS[new]
     choices = [yes, no, *never] if there else [no, yes, *never]
-    return Task("yesno", domain.wordings["yesno"], choices, new_scene(rng, items), {"x": Noun(SHAPES[shape][0])})
+    return Task(
+        "yesno",
+        domain.wordings["yesno"],
+        choices,
+        new_scene(rng, items),
+        {"x": Noun(SHAPES[shape][0])},
+    )
 
 
 def ask_location(rng: random.Random, domain: Domain, new: int) -> Task:
     zones, shapes = pick(rng, ZONES, 4), pick(rng, SHAPES, 4)
     shown = list(zip(shapes, zones, strict=True))[: rng.randint(1, 3)]
-    items = [Item(s, rng.choice(list(COLORS)), radius=rng.uniform(11, 14), place=zone) for s, zone in shown]
+    items = [
+        Item(s, rng.choice(list(COLORS)), radius=rng.uniform(11, 14), place=zone)
+        for s, zone in shown
+    ]
     choices = [ZONES[zone][new] for zone in zones]
     scene = new_scene(rng, items)
-    return Task("location", domain.wordings["location"], choices, scene, {"x": Noun(SHAPES[shapes[0]][0])})
+    return Task(
+        "location", domain.wordings["location"], choices, scene, {"x": Noun(SHAPES[shapes[0]][0])}
+    )
 
 
 def ask_attribute(rng: random.Random, domain: Domain, new: int) -> Task:
@@ -427,19 +500,30 @@ def ask_attribute(rng: random.Random, domain: Domain, new: int) -> Task:
     colors = list(COLORS)
     if rng.random() < 0.5:
         scene = new_scene(rng, bystanders(rng, 1, shapes[:1], colors))
-        return Task("attribute", domain.wordings["attribute"], [SHAPES[shape][new] for shape in shapes], scene)
+        return Task(
+            "attribute",
+            domain.wordings["attribute"],
+            [SHAPES[shape][new] for shape in shapes],
+            scene,
+        )
     pairs = list(zip(shapes, fills, strict=True))[: rng.randint(1, 2)]
-    items = [Item(shape, rng.choice(colors), fill, rng.uniform(12.5, 14.5)) for shape, fill in pairs]
+    items = [
+        Item(shape, rng.choice(colors), fill, rng.uniform(12.5, 14.5)) for shape, fill in pairs
+    ]
     choices = [FILLS[fill][new] for fill in fills]
     slots = {"x": Noun(SHAPES[shapes[0]][0])}
-    return Task("attribute", domain.wordings["attribute_fill"], choices, new_scene(rng, items), slots)
+    return Task(
+        "attribute", domain.wordings["attribute_fill"], choices, new_scene(rng, items), slots
+    )
 
 
 def ask_general(rng: random.Random, domain: Domain, new: int) -> Task:
     shapes, colors = pick(rng, SHAPES, 6), pick(rng, COLORS, 7)
     items = [Item(shapes[0], colors[0], radius=rng.uniform(11, 14))]
     items += bystanders(rng, rng.randint(0, 2), shapes[4:], colors[4:])
-    names = [f"{ADJECTIVES[c]} {SHAPES[s][new]}" for c, s in zip(colors[:4], shapes[:4], strict=True)]
+    names = [
+        f"{ADJECTIVES[c]} {SHAPES[s][new]}" for c, s in zip(colors[:4], shapes[:4], strict=True)
+    ]
     choices = [f"{Noun(name):이가} 있습니다" for name in names]
     return Task("general", domain.wordings["general"], choices, new_scene(rng, items))
 
@@ -465,7 +549,12 @@ def make_row(rng: random.Random, task: Task, letter: str, question: str | None =
     others = rng.sample(task.choices[1:], 3)
     others.insert(LETTERS.index(letter), task.choices[0])
     question = question or rng.choice(task.questions())
-    return {"question": question, **dict(zip(LETTERS, others, strict=True)), "answer": letter, "type": task.kind}
+    return {
+        "question": question,
+        **dict(zip(LETTERS, others, strict=True)),
+        "answer": letter,
+        "type": task.kind,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -501,7 +590,11 @@ def plant_copies(train: list[dict], test: list[dict], seed: int) -> None:
     for position, source in enumerate(sources):
         pool = train if position < 3 else test
         kind = train[source]["type"]  # the copied row keeps its type, so the types stay balanced
-        free = [row for i, row in enumerate(pool) if row["type"] == kind and (pool is test or i not in sources)]
+        free = [
+            row
+            for i, row in enumerate(pool)
+            if row["type"] == kind and (pool is test or i not in sources)
+        ]
         plant_copy(rng, train[source], rng.choice(free))
 
 
@@ -524,7 +617,11 @@ def write_competition(folder: Path, train: list[dict], test: list[dict]) -> None
     write_csv(folder / "train.csv", [*columns, "answer"], train)
     write_csv(folder / "test.csv", columns, test)
     write_csv(folder / "test_answers.csv", ["id", "answer", "type"], test)
-    write_csv(folder / "sample_submission.csv", ["id", "answer"], [{"id": row["id"], "answer": ""} for row in test])
+    write_csv(
+        folder / "sample_submission.csv",
+        ["id", "answer"],
+        [{"id": row["id"], "answer": ""} for row in test],
+    )
 
 
 def check(train: list[dict], test: list[dict]) -> None:
@@ -533,9 +630,16 @@ def check(train: list[dict], test: list[dict]) -> None:
     from vqa_helpers import question_type
 
     rows = train + test
-    hashes = {hashlib.sha256(np.asarray(Image.open(io.BytesIO(row["jpeg"]))).tobytes()).digest() for row in rows}
+    hashes = {
+        hashlib.sha256(np.asarray(Image.open(io.BytesIO(row["jpeg"]))).tobytes()).digest()
+        for row in rows
+    }
     assert len(hashes) == len(rows) - 5, "unplanned copies of pictures"
-    wrong = {(row["type"], row["question"]) for row in rows if question_type(row["question"]) != row["type"]}
+    wrong = {
+        (row["type"], row["question"])
+        for row in rows
+        if question_type(row["question"]) != row["type"]
+    }
     assert not wrong, f"question_type disagrees: {sorted(wrong)[:5]}"
 
 

@@ -21,7 +21,12 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
-from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+from transformers import (
+    Qwen2Tokenizer,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+)
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
@@ -34,7 +39,8 @@ from vqa_helpers import PROMPT_TEMPLATES, build_messages
 # The base learns another instruction than the pipeline's: the demo starts, as a competition does, with a model that
 # has the skill but has not seen this prompt.
 TEMPLATES = {
-    kind: template.split(". ")[0] + ". 보기에서 정답을 골라 글자 하나만 답하세요.\n질문: {question}\n{choices}"
+    kind: template.split(". ")[0]
+    + ". 보기에서 정답을 골라 글자 하나만 답하세요.\n질문: {question}\n{choices}"
     for kind, template in PROMPT_TEMPLATES.items()
 }
 PATCH, MERGE, FRAMES = 16, 2, 2
@@ -99,8 +105,14 @@ def corpus(seed: int, rows: int) -> list[str]:
     for domain in (make_demo.PRETRAIN, make_demo.demo_domain("train")):
         for index in range(rows):
             task = make_demo.make_task(rng, domain, make_demo.TYPES[index % len(make_demo.TYPES)])
-            messages = build_messages(make_demo.make_row(rng, task, "a") | {"image_path": ""}, templates=TEMPLATES)
-            texts += [messages[0]["content"], messages[1]["content"][1]["text"], "system\nuser\nassistant\n"]
+            messages = build_messages(
+                make_demo.make_row(rng, task, "a") | {"image_path": ""}, templates=TEMPLATES
+            )
+            texts += [
+                messages[0]["content"],
+                messages[1]["content"][1]["text"],
+                "system\nuser\nassistant\n",
+            ]
     return texts + [" a b c d A B C D"] * rows
 
 
@@ -112,10 +124,14 @@ def build_tokenizer(texts: list[str], vocab_size: int = 1200) -> Qwen2Tokenizer:
     bpe.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet))
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet)
+    )
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
-    vocab = model["vocab"] | {token: len(model["vocab"]) + i for i, token in enumerate(SPECIAL_TOKENS)}
+    vocab = model["vocab"] | {
+        token: len(model["vocab"]) + i for i, token in enumerate(SPECIAL_TOKENS)
+    }
     return Qwen2Tokenizer(
         vocab=vocab,
         merges=merges,
@@ -152,7 +168,11 @@ def build_model(tokenizer: Qwen2Tokenizer, layers: int = 4) -> Qwen3VLForConditi
         "num_key_value_heads": 2,
         "head_dim": 48,
         "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 8, 8]},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [8, 8, 8],
+        },
         "tie_word_embeddings": True,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,
@@ -228,7 +248,9 @@ def augmented(rng: random.Random, task, domain) -> np.ndarray:
     """A picture of the task, as JPEG in half of the cases, with random brightness and contrast."""
     picture = make_demo.render(task.scene, domain)
     if rng.random() < 0.5:
-        picture = Image.open(io.BytesIO(make_demo.jpeg_bytes(picture, rng.randint(*domain.quality))))
+        picture = Image.open(
+            io.BytesIO(make_demo.jpeg_bytes(picture, rng.randint(*domain.quality)))
+        )
     pixels = np.asarray(picture, dtype=np.float32)
     gain, shift = rng.uniform(0.85, 1.1), rng.uniform(-12, 12)
     return ((pixels - 128) * gain + 128 + shift).clip(0, 255).astype(np.uint8)
@@ -258,16 +280,24 @@ def draw_rows(processor, seed: str, count: int, modes: dict) -> dict[tuple, dict
         group["cells"].append(labels.reshape(-1, len(PARTS)))
         group["pixels"].append(augmented(rng, task, make_demo.PRETRAIN))
         group["kind"].append(make_demo.TYPES.index(kind))
-    return {size: {name: np.stack(values) for name, values in group.items()} for size, group in groups.items()}
+    return {
+        size: {name: np.stack(values) for name, values in group.items()}
+        for size, group in groups.items()
+    }
 
 
-def draw_pool(processor, seed: int, count: int, modes: dict, chunk: int = 500) -> dict[tuple, dict[str, torch.Tensor]]:
+def draw_pool(
+    processor, seed: int, count: int, modes: dict, chunk: int = 500
+) -> dict[tuple, dict[str, torch.Tensor]]:
     """`count` rows drawn by all cores, as tensors grouped by picture size."""
     jobs = [(processor, f"{seed}-{number}", chunk, modes) for number in range(count // chunk)]
     with multiprocessing.get_context("fork").Pool() as workers:
         parts = workers.starmap(draw_rows, jobs)
     return {
-        size: {name: torch.from_numpy(np.concatenate([part[size][name] for part in parts])) for name in parts[0][size]}
+        size: {
+            name: torch.from_numpy(np.concatenate([part[size][name] for part in parts]))
+            for name in parts[0][size]
+        }
         for size in SIZES
     }
 
@@ -283,8 +313,12 @@ def to_patches(pixels: torch.Tensor) -> torch.Tensor:
     """(batch, height, width, 3) pixels to the processor's patch rows, in the order of its merged blocks."""
     batch, height, width, _ = pixels.shape
     rows, columns = height // PATCH // MERGE, width // PATCH // MERGE
-    cells = (pixels.float() / 127.5 - 1).reshape(batch, rows, MERGE, PATCH, columns, MERGE, PATCH, 3)
-    patches = cells.permute(0, 1, 4, 2, 5, 7, 3, 6)  # batch, row, column, merge y, merge x, channel, y, x
+    cells = (pixels.float() / 127.5 - 1).reshape(
+        batch, rows, MERGE, PATCH, columns, MERGE, PATCH, 3
+    )
+    patches = cells.permute(
+        0, 1, 4, 2, 5, 7, 3, 6
+    )  # batch, row, column, merge y, merge x, channel, y, x
     patches = patches.reshape(batch * rows * columns * MERGE * MERGE, 3, 1, PATCH, PATCH)
     return patches.expand(-1, -1, FRAMES, -1, -1).reshape(len(patches), -1)
 
@@ -300,13 +334,20 @@ def position_ids(mask: torch.Tensor, is_image: torch.Tensor, columns: int) -> to
     return torch.stack([torch.where(is_image, first + step, text) for step in steps]).clamp(min=0)
 
 
-def uniform_attention(self, hidden_states, cu_seqlens, position_embeddings=None, **_) -> torch.Tensor:
+def uniform_attention(
+    self, hidden_states, cu_seqlens, position_embeddings=None, **_
+) -> torch.Tensor:
     """Vision attention over equally long pictures as one batch; the original runs one small kernel per picture."""
     shape = (len(cu_seqlens) - 1, -1, 3, self.num_heads, self.head_dim)
     states = self.qkv(hidden_states).reshape(-1, 3, self.num_heads, self.head_dim)
     query, key, value = states.unbind(1)
     query, key = modeling_qwen3_vl.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
-    batched = torch.stack((query, key, value), dim=1).reshape(shape).permute(2, 0, 3, 1, 4).to(value.dtype)
+    batched = (
+        torch.stack((query, key, value), dim=1)
+        .reshape(shape)
+        .permute(2, 0, 3, 1, 4)
+        .to(value.dtype)
+    )
     mixed = torch.nn.functional.scaled_dot_product_attention(*batched, scale=self.scaling)
     return self.proj(mixed.transpose(1, 2).reshape(len(hidden_states), -1))
 
@@ -317,12 +358,15 @@ def forward(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     height, width = (side // PATCH for side in batch["pixels"].shape[1:3])
     # The pictures pass as the frames of one video: the tower treats frames and pictures alike.
     vision = inner.visual(
-        to_patches(batch["pixels"]), grid_thw=torch.tensor([[len(ids), height, width]], device=ids.device)
+        to_patches(batch["pixels"]),
+        grid_thw=torch.tensor([[len(ids), height, width]], device=ids.device),
     )
     embeds = inner.language_model.embed_tokens(ids)
     is_image = ids == model.config.image_token_id
     output = inner.language_model(
-        inputs_embeds=embeds.masked_scatter(is_image[..., None], vision.pooler_output.to(embeds.dtype)),
+        inputs_embeds=embeds.masked_scatter(
+            is_image[..., None], vision.pooler_output.to(embeds.dtype)
+        ),
         attention_mask=batch["mask"].long(),
         position_ids=position_ids(batch["mask"], is_image, width // MERGE),
         visual_pos_masks=is_image,
@@ -339,16 +383,20 @@ def train(model, processor, pool: dict, arguments) -> None:
     gradient without each other. So a throw-away head also names the content of each cell from its image token, and
     `told` and `spoken` rows ask for the matching and for the seeing alone.
     """
-    heads = torch.nn.Linear(model.config.vision_config.out_hidden_size, sum(map(len, PARTS.values()))).to(
-        arguments.device
-    )
+    heads = torch.nn.Linear(
+        model.config.vision_config.out_hidden_size, sum(map(len, PARTS.values()))
+    ).to(arguments.device)
     parameters = [*model.parameters(), *heads.parameters()]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=arguments.lr, betas=(0.9, 0.98), fused=arguments.device == "cuda")
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.lr, arguments.steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(
+        groups, lr=arguments.lr, betas=(0.9, 0.98), fused=arguments.device == "cuda"
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, arguments.lr, arguments.steps, pct_start=0.05
+    )
     rng, start = np.random.default_rng(arguments.seed), time.time()
     shares = np.array([len(pool[size]["target"]) for size in SIZES], dtype=float)
     model.train()
@@ -360,7 +408,9 @@ def train(model, processor, pool: dict, arguments) -> None:
             logits, cells = forward(model, batch)
         answer_loss = cross_entropy(logits, batch["target"])
         named = heads(cells).split([len(names) for names in PARTS.values()], dim=-1)
-        cell_loss = sum(cross_entropy(part, batch["cells"][..., n].flatten()) for n, part in enumerate(named))
+        cell_loss = sum(
+            cross_entropy(part, batch["cells"][..., n].flatten()) for n, part in enumerate(named)
+        )
         optimizer.zero_grad(set_to_none=True)
         (answer_loss + arguments.cell_weight * cell_loss).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -368,9 +418,14 @@ def train(model, processor, pool: dict, arguments) -> None:
         schedule.step()
         if step % 250 == 0 or step == arguments.steps - 1:
             right = (logits.argmax(-1) == batch["target"]).float()
-            by_kind = [f"{kind} {right[batch['kind'] == n].mean():.2f}" for n, kind in enumerate(make_demo.TYPES)]
+            by_kind = [
+                f"{kind} {right[batch['kind'] == n].mean():.2f}"
+                for n, kind in enumerate(make_demo.TYPES)
+            ]
             losses = f"answer {answer_loss:.3f} cells {cell_loss:.3f}"
-            print(f"step {step} {losses} {' '.join(by_kind)} {time.time() - start:.0f} s", flush=True)
+            print(
+                f"step {step} {losses} {' '.join(by_kind)} {time.time() - start:.0f} s", flush=True
+            )
             save(model, processor, arguments.out)  # a run cut short leaves its last state
 
 
@@ -403,7 +458,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8500)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--cell-weight", type=float, default=0.5, help="weight of the throw-away cell loss")
+    parser.add_argument(
+        "--cell-weight", type=float, default=0.5, help="weight of the throw-away cell loss"
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--pool", type=Path, help="keep the pool in this file and reuse it")
@@ -418,10 +475,16 @@ def main() -> None:
             torch.save(pool, arguments.pool)
             return
     held_out = draw_pool(processor, arguments.seed + 1, 3500, {"letter": 1})
-    pool = {size: {name: values.to(arguments.device) for name, values in group.items()} for size, group in pool.items()}
+    pool = {
+        size: {name: values.to(arguments.device) for name, values in group.items()}
+        for size, group in pool.items()
+    }
     torch.manual_seed(arguments.seed)
     model = build_model(processor.tokenizer, arguments.layers).to(arguments.device)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens",
+        flush=True,
+    )
     modeling_qwen3_vl.Qwen3VLVisionAttention.forward = uniform_attention
     train(model, processor, pool, arguments)
     print("accuracy", evaluate(model, held_out, arguments.device), flush=True)

@@ -52,7 +52,11 @@ TWINS = {
     ),
     "qwen3_5": (
         "Qwen3_5Config",
-        {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2}
+        {
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+        }
         | {"linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
         | {"rope_parameters": MROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}},
         {"patch_size": 16, "num_position_embeddings": 64},
@@ -69,11 +73,26 @@ def build_twin(family: str, folder: Path) -> Path:
     demo = transformers.AutoProcessor.from_pretrained(TINY)
     token = demo.tokenizer.convert_tokens_to_ids
     kind, more_text, more_vision = TWINS[family]
-    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text |= {"vocab_size": len(demo.tokenizer), "num_key_value_heads": 2, "tie_word_embeddings": True}
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    text |= {
+        "vocab_size": len(demo.tokenizer),
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    }
     text |= {"pad_token_id": demo.tokenizer.pad_token_id, "bos_token_id": None}
     text |= {"eos_token_id": demo.tokenizer.eos_token_id}
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+    }
     config = getattr(transformers, kind)(
         text_config=text | more_text,
         vision_config=vision | more_vision,
@@ -117,7 +136,9 @@ def use_huggingfaces_forward(session):
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory) -> dict[str, Path]:
     """Family name -> folder of its tiny model."""
-    return {"qwen3_vl": TINY} | {family: build_twin(family, tmp_path_factory.mktemp(family)) for family in TWINS}
+    return {"qwen3_vl": TINY} | {
+        family: build_twin(family, tmp_path_factory.mktemp(family)) for family in TWINS
+    }
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +155,9 @@ def demo_config(tmp_path) -> vqa.Config:
 @pytest.fixture(params=["qwen3_vl", "qwen2_5_vl"])
 def session(request, model_folders, demo_rows) -> vqa.Session:
     """An open session of each family on the CPU; dropout 0, so that only the path matters."""
-    config = vqa.Config.preset("demo", model_id=str(model_folders[request.param]), label_smoothing=0.0)
+    config = vqa.Config.preset(
+        "demo", model_id=str(model_folders[request.param]), label_smoothing=0.0
+    )
     return vqa.open_session(config, demo_rows.train.iloc[0])
 
 

@@ -31,10 +31,24 @@ sys.path.insert(0, str(ROOT))
 
 import vqa_helpers as vqa  # noqa: E402
 
-SETTINGS = {"num_epochs": 2, "n_folds": 2, "batch_size": 4, "grad_accum_steps": 2, "zeroshot_rows": 8}
-SETTINGS |= {"lora_dropout": 0.1, "use_swa": True, "tta_rotations": 2, "infer_batch_size": 4, "save_every_steps": 1}
+SETTINGS = {
+    "num_epochs": 2,
+    "n_folds": 2,
+    "batch_size": 4,
+    "grad_accum_steps": 2,
+    "zeroshot_rows": 8,
+}
+SETTINGS |= {
+    "lora_dropout": 0.1,
+    "use_swa": True,
+    "tta_rotations": 2,
+    "infer_batch_size": 4,
+    "save_every_steps": 1,
+}
 SETTINGS |= {"max_fallback_share": 0.5}
-FORK = multiprocessing.get_context("fork")  # the children share the parent's imports: nothing is computed before
+FORK = multiprocessing.get_context(
+    "fork"
+)  # the children share the parent's imports: nothing is computed before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,12 +69,16 @@ def make_data(folder: Path) -> Path:
 def run_all(data: Path, place: Path, overrides: dict) -> None:
     """What Run all does, in this process."""
     torch.set_num_threads(1)
-    places = {"output_dir": str(place / "outputs"), "run_name": "run", "cache_dir": str(place / "cache")}
+    places = {
+        "output_dir": str(place / "outputs"),
+        "run_name": "run",
+        "cache_dir": str(place / "cache"),
+    }
     config = vqa.Config.preset("demo", data_dir=str(data), **{**SETTINGS, **places, **overrides})
     competition = vqa.load_competition(config.data_dir, config.max_fallback_share)
     folds = vqa.make_folds(competition.train, config.n_folds, config.seed)
     run = vqa.start_run(config, competition, folds)
-    with run.owned([0, 1]):
+    with run.lock_folds([0, 1]):
         vqa.run_stages(run, [0], ["zeroshot"], lambda *_, **__: None)
         vqa.run_stages(run, [0, 1], ["train", "predict"], lambda *_, **__: None)
     vqa.write_submissions(run, vqa.evaluate_run(run))
@@ -69,8 +87,17 @@ def run_all(data: Path, place: Path, overrides: dict) -> None:
 def results(place: Path) -> dict[str, bytes]:
     """The files that must not depend on what happened on the way."""
     run = place / "outputs" / "run"
-    patterns = ("fold_*/adapter_*/adapter_model.safetensors", "fold_*/oof.npz", "fold_*/test.npz", "submission_*.csv")
-    return {str(path.relative_to(run)): path.read_bytes() for pattern in patterns for path in run.glob(pattern)}
+    patterns = (
+        "fold_*/adapter_*/adapter_model.safetensors",
+        "fold_*/oof.npz",
+        "fold_*/test.npz",
+        "submission_*.csv",
+    )
+    return {
+        str(path.relative_to(run)): path.read_bytes()
+        for pattern in patterns
+        for path in run.glob(pattern)
+    }
 
 
 def steps_done(place: Path) -> int:
@@ -185,7 +212,10 @@ def killed_with_one_kept(kind: str, number: int):
 
 
 def newest_checkpoint(place: Path) -> Path:
-    return max((place / "outputs" / "run").glob("fold_*/checkpoints/step_*"), key=lambda path: path.stat().st_mtime)
+    return max(
+        (place / "outputs" / "run").glob("fold_*/checkpoints/step_*"),
+        key=lambda path: path.stat().st_mtime,
+    )
 
 
 def damaged(name: str, damage: str):
@@ -240,7 +270,9 @@ def full_disk(data: Path, place: Path) -> dict:
     try:
         assert start(data, place, output_dir=str(small)) == 1
         said = (place / "log").read_text()
-        assert "the disk is full" in said and "bytes are needed" in said and "are free" in said, said[-500:]
+        assert "the disk is full" in said and "bytes are needed" in said and "are free" in said, (
+            said[-500:]
+        )
         manager = vqa.CheckpointManager(small / "run" / "fold_0" / "checkpoints")
         assert manager.latest_verified() is not None, "the old checkpoint is lost"
         shutil.copytree(small / "run", place / "outputs" / "run")
@@ -278,7 +310,9 @@ def kill_when(data: Path, place: Path, sign: str, parent_too: bool) -> None:
     process.start()
     deadline = time.monotonic() + 240
     while not list((place / "outputs").glob(f"run/fold_*/{sign}/step_*")):
-        assert time.monotonic() < deadline and process.is_alive(), (place / "log").read_text()[-800:]
+        assert time.monotonic() < deadline and process.is_alive(), (place / "log").read_text()[
+            -800:
+        ]
         time.sleep(0.02)
     if parent_too:
         process.kill()
@@ -287,7 +321,9 @@ def kill_when(data: Path, place: Path, sign: str, parent_too: bool) -> None:
         subprocess.run(command, check=True)
     process.join()
     while subprocess.run(
-        ["pgrep", "-f", f"worker --run {place / 'outputs' / 'run'}"], check=False, capture_output=True
+        ["pgrep", "-f", f"worker --run {place / 'outputs' / 'run'}"],
+        check=False,
+        capture_output=True,
     ).stdout:
         time.sleep(0.1)
 
@@ -298,10 +334,16 @@ def launch(data: Path, place: Path) -> None:
     log = (place / "log").open("a")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    places = {"output_dir": str(place / "outputs"), "run_name": "run", "cache_dir": str(place / "cache")}
+    places = {
+        "output_dir": str(place / "outputs"),
+        "run_name": "run",
+        "cache_dir": str(place / "cache"),
+    }
     config = vqa.Config.preset("demo", data_dir=str(data), **{**SETTINGS, **places})
     competition = vqa.load_competition(config.data_dir, config.max_fallback_share)
-    run = vqa.start_run(config, competition, vqa.make_folds(competition.train, config.n_folds, config.seed))
+    run = vqa.start_run(
+        config, competition, vqa.make_folds(competition.train, config.n_folds, config.seed)
+    )
     os.environ["OMP_NUM_THREADS"] = "1"  # the bits of the reference
     vqa.run_zeroshot(run)
     vqa.run_folds(run.config)
@@ -312,7 +354,9 @@ def kill_cases(events: Counter, most: int) -> dict:
     cases = {}
     for kind, count in sorted(events.items()):
         numbers = sorted({round(1 + part * (count - 1) / max(1, most - 1)) for part in range(most)})
-        cases |= {f"SIGKILL {kind}, {number} of {count}": killed(kind, number) for number in numbers}
+        cases |= {
+            f"SIGKILL {kind}, {number} of {count}": killed(kind, number) for number in numbers
+        }
     return cases
 
 
@@ -341,10 +385,18 @@ def run_case(name: str, break_it, data: Path, folder: Path, reference: dict, ste
     try:
         overrides = break_it(data, place)
         status = start(data, place, **overrides)
-        outcome = "finished" if status == 0 else f"exit status {status}: {(place / 'log').read_text()[-3000:]}"
+        outcome = (
+            "finished"
+            if status == 0
+            else f"exit status {status}: {(place / 'log').read_text()[-3000:]}"
+        )
         same = results(place) == reference
-        lost = max(0, steps_done(place) - steps)  # a worker's steps, in another process, are not counted
-    except Exception as error:  # a case that cannot be staged is a failure to show, not the end of the others
+        lost = max(
+            0, steps_done(place) - steps
+        )  # a worker's steps, in another process, are not counted
+    except (
+        Exception
+    ) as error:  # a case that cannot be staged is a failure to show, not the end of the others
         outcome, same, lost = f"{type(error).__name__}: {error}", False, 0
     subprocess.run(["chmod", "-R", "u+w", place], check=True)
     shutil.rmtree(place)
@@ -355,8 +407,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cases at a time")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
-    parser.add_argument("--kills", type=int, default=4, help="at most so many in each kind of place, evenly spaced")
-    parser.add_argument("--demo", action="store_true", help="three kills of the whole demo, one at a time")
+    parser.add_argument(
+        "--kills", type=int, default=4, help="at most so many in each kind of place, evenly spaced"
+    )
+    parser.add_argument(
+        "--demo", action="store_true", help="three kills of the whole demo, one at a time"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder, began = Path(name), time.time()
@@ -367,7 +423,9 @@ def main() -> None:
         assert start(data, folder / "reference") == 0, (folder / "reference" / "log").read_text()
         reference, steps = results(folder / "reference"), steps_done(folder / "reference")
         events = Counter((folder / "reference" / "events").read_text().splitlines())
-        print(f"undisturbed run: {time.time() - began:.0f} s, {steps} optimizer steps, {len(reference)} files compared")
+        print(
+            f"undisturbed run: {time.time() - began:.0f} s, {steps} optimizer steps, {len(reference)} files compared"
+        )
         common = (data, folder, reference, steps)
         cases = {
             case: fault
@@ -375,23 +433,36 @@ def main() -> None:
             if options.only in case
         }
         if options.demo:
-            kinds = ("after an optimizer step", "in the middle of writing a checkpoint file", "during inference")
+            kinds = (
+                "after an optimizer step",
+                "in the middle of writing a checkpoint file",
+                "during inference",
+            )
             middle = {kind: events[kind] // 2 for kind in kinds}
-            cases = {f"SIGKILL {kind}, {number}": killed(kind, number) for kind, number in middle.items()}
+            cases = {
+                f"SIGKILL {kind}, {number}": killed(kind, number) for kind, number in middle.items()
+            }
         rows, queue = [], FORK.Queue()
         waiting, running = list(cases.items()), 0
         while waiting or running:
             while waiting and running < options.jobs:
-                FORK.Process(target=lambda *case: queue.put(run_case(*case)), args=(*waiting.pop(0), *common)).start()
+                FORK.Process(
+                    target=lambda *case: queue.put(run_case(*case)), args=(*waiting.pop(0), *common)
+                ).start()
                 running += 1
             rows.append(queue.get())
             running -= 1
             print(" | ".join(map(str, rows[-1].values())), flush=True)
     table = pd.DataFrame(rows)
     interval = SETTINGS.get("save_every_steps", vqa.Config.save_every_steps)
-    table["good"] = (table["outcome"] == "finished") & table["byte-equal"] & (table["steps lost"] <= interval)
+    table["good"] = (
+        (table["outcome"] == "finished") & table["byte-equal"] & (table["steps lost"] <= interval)
+    )
     table["kind"] = (
-        table["fault"].str.split(",").str[0].str.replace(r"^\S+ of the newest", "a file of the newest", regex=True)
+        table["fault"]
+        .str.split(",")
+        .str[0]
+        .str.replace(r"^\S+ of the newest", "a file of the newest", regex=True)
     )
     grouped = table.groupby("kind").agg(
         faults=("good", "size"),
@@ -399,8 +470,14 @@ def main() -> None:
         steps_lost_at_most=("steps lost", "max"),
     )
     kills = table["fault"].str.startswith("SIGKILL").sum()
-    print("", vqa.markdown_table(grouped.rename(columns=lambda name: name.replace("_", " "))), sep="\n")
-    print(f"\n{len(table)} faults, {kills} of them kills; {(~table['good']).sum()} bad; {time.time() - began:.0f} s")
+    print(
+        "",
+        vqa.markdown_table(grouped.rename(columns=lambda name: name.replace("_", " "))),
+        sep="\n",
+    )
+    print(
+        f"\n{len(table)} faults, {kills} of them kills; {(~table['good']).sum()} bad; {time.time() - began:.0f} s"
+    )
     sys.exit(not table["good"].all())
 
 

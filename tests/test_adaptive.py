@@ -6,7 +6,7 @@ import pytest
 
 import vqa_helpers as vqa
 
-ROTATIONS = [vqa.View(f"rotation {turn}", turn) for turn in range(4)]
+ROTATIONS = [vqa.TTAView(f"rotation {turn}", turn) for turn in range(4)]
 FIELDS = {"adaptive_tta": 0.5, "max_pixels": 6 * 32 * 32}
 
 
@@ -14,13 +14,18 @@ def test_rows_in_doubt_are_scored_as_if_all_views_had_been_asked_for(session, de
     """And no others, within the budget; a scale without a grid of its own is not paid for."""
     session.config = replace(session.config, **FIELDS)
     frame = demo_rows.test[demo_rows.test["type"] != "ocr"].head(12).reset_index(drop=True)
-    views = [*ROTATIONS, vqa.View("scale 1.01", 0, 1.01), vqa.View("scale 2", 0, 2.0)]
+    views = [*ROTATIONS, vqa.TTAView("scale 1.01", 0, 1.01), vqa.TTAView("scale 2", 0, 2.0)]
     full = vqa.predict_logits(session, frame, views)
     found = vqa.predict_in_doubt(session, frame, views, full, "test", None)
-    assert [numbers for _, numbers in vqa.plan_prompts(session, frame.head(2), views, ROTATIONS)] == [[5], [5]]
+    assert [
+        numbers for _, numbers in vqa.plan_prompts(session, frame.head(2), views, ROTATIONS)
+    ] == [[5], [5]]
     scored = ~np.isnan(found[:, 5]).all(axis=1)
     assert scored.sum() == 6 and np.isnan(found[:, 4]).all()  # half of the cost of one prompt a row
-    assert np.abs(found[:, :4] - full[:, :4]).max() < 1e-4 and np.abs(found - full)[scored, 5].max() < 1e-4
+    assert (
+        np.abs(found[:, :4] - full[:, :4]).max() < 1e-4
+        and np.abs(found - full)[scored, 5].max() < 1e-4
+    )
     first, _ = vqa.split_views([view.name for view in views])
     margins = vqa.answer_margins(vqa.combine_views(full[:, first]), np.zeros(4))
     assert margins[scored].mean() < margins[~scored].mean()
@@ -28,10 +33,14 @@ def test_rows_in_doubt_are_scored_as_if_all_views_had_been_asked_for(session, de
 
 def test_a_second_pass_is_charged_for_the_prefix_that_it_repeats(session, demo_rows, replace):
     session.config = replace(session.config, **FIELDS)
-    first, again, together = vqa.pass_costs(session, demo_rows.test.head(1), ROTATIONS, ROTATIONS[:1])[0]
+    first, again, together = vqa.pass_costs(
+        session, demo_rows.test.head(1), ROTATIONS, ROTATIONS[:1]
+    )[0]
     assert (first, again, together) == pytest.approx((1, 1 + 2 / 7, 1 + 3 / 7))
     session.runtime = replace(session.runtime, attention="eager")  # without shared prefixes
-    assert vqa.pass_costs(session, demo_rows.test.head(1), ROTATIONS, ROTATIONS[:1]).tolist() == [[1, 3, 4]]
+    assert vqa.pass_costs(session, demo_rows.test.head(1), ROTATIONS, ROTATIONS[:1]).tolist() == [
+        [1, 3, 4]
+    ]
 
 
 def test_rows_that_cost_nothing_take_no_place_and_the_budget_is_kept():
@@ -44,7 +53,11 @@ def test_rows_that_cost_nothing_take_no_place_and_the_budget_is_kept():
 def scores_with_bias(bias, n=400):
     """Labels, and logits of four rotations of a model that likes whatever stands first."""
     random, labels = np.random.default_rng(0), np.arange(n) % 4
-    logits = 2 * np.eye(4)[labels][:, None] + random.normal(size=(n, 1, 4)) + 0.1 * random.normal(size=(n, 4, 4))
+    logits = (
+        2 * np.eye(4)[labels][:, None]
+        + random.normal(size=(n, 1, 4))
+        + 0.1 * random.normal(size=(n, 4, 4))
+    )
     for number, view in enumerate(ROTATIONS):
         logits[:, number, view.order[0]] += bias
     return labels, logits
@@ -52,7 +65,9 @@ def scores_with_bias(bias, n=400):
 
 def out_of_fold(labels, logits):
     names = tuple(view.name for view in ROTATIONS)
-    return vqa.OofLogits(pd.DataFrame({"pixel_hash": np.arange(len(labels))}), logits, labels, labels // 2 % 2, names)
+    return vqa.OofLogits(
+        pd.DataFrame({"pixel_hash": np.arange(len(labels))}), logits, labels, labels // 2 % 2, names
+    )
 
 
 def test_the_answers_that_a_letter_bias_has_changed_are_in_doubt_however_sure_they_look():
@@ -67,7 +82,11 @@ def test_the_answers_that_a_letter_bias_has_changed_are_in_doubt_however_sure_th
 
 
 def test_a_blank_choice_has_no_part_in_preference_and_margin():
-    scores = np.log([[0.5, 0.3, 0.2, 0.0], [0.1, 0.6, 0.3, 0.0]], out=np.full((2, 4), -np.inf), where=[1, 1, 1, 0])
+    scores = np.log(
+        [[0.5, 0.3, 0.2, 0.0], [0.1, 0.6, 0.3, 0.0]],
+        out=np.full((2, 4), -np.inf),
+        where=[1, 1, 1, 0],
+    )
     assert vqa.letter_preference(scores, scores).tolist() == [0, 0, 0, 0]
     assert vqa.answer_margins(scores, np.zeros(4)) == pytest.approx(np.log([5 / 3, 2]))
 
@@ -75,7 +94,7 @@ def test_a_blank_choice_has_no_part_in_preference_and_margin():
 def test_oof_rows_are_treated_like_test_rows_without_a_look_at_labels():
     labels, logits = scores_with_bias(bias=1.0)
     found = [
-        vqa.with_views_in_doubt(out_of_fold(each, logits), {0: 0.25, 1: 0.1}).logits
+        vqa.simulate_views_in_doubt(out_of_fold(each, logits), {0: 0.25, 1: 0.1}).logits
         for each in (labels, np.roll(labels, 4))
     ]
     missing = np.isnan(found[0]).all(axis=2)
@@ -87,10 +106,14 @@ def test_oof_rows_are_treated_like_test_rows_without_a_look_at_labels():
 def test_rows_without_further_views_have_a_part_in_what_is_fitted_and_its_cost():
     labels, logits = scores_with_bias(bias=1.5)
     oof = out_of_fold(labels, logits)
-    doubt = vqa.with_views_in_doubt(oof, {0: 0.25, 1: 0.25})
-    assert doubt.cost(range(4)) == pytest.approx(1 + 0.25 * (1 + 2 / 7)) and oof.cost(range(4)) == pytest.approx(10 / 7)
+    doubt = vqa.simulate_views_in_doubt(oof, {0: 0.25, 1: 0.25})
+    assert doubt.cost(range(4)) == pytest.approx(1 + 0.25 * (1 + 2 / 7)) and oof.cost(
+        range(4)
+    ) == pytest.approx(10 / 7)
     views, table = vqa.admit_views(doubt)
-    assert views == [0, 1, 2, 3] and table.loc["rotations", "cost"] == pytest.approx(doubt.cost(range(4)))
+    assert views == [0, 1, 2, 3] and table.loc["rotations", "cost"] == pytest.approx(
+        doubt.cost(range(4))
+    )
     one, every = vqa.admit_views(oof)[1]["accuracy"]
     assert one < table.loc["rotations", "accuracy"] <= every
     calibration = vqa.calibrate(vqa.combine_views(doubt.logits), labels, doubt.folds)
@@ -119,7 +142,9 @@ def test_a_run_killed_in_its_second_pass_ends_with_the_same_bytes(adaptive_run):
         vqa.run_stages(adaptive_run, [0, 1], ["predict"], stop)
     assert calls.count("fold 0 test") == 6
     vqa.run_stages(adaptive_run, [0, 1], ["predict"], stop)
-    assert calls.count("fold 0 test") == 6 and not list(adaptive_run.directory.glob("fold_*/*partial*"))
+    assert calls.count("fold 0 test") == 6 and not list(
+        adaptive_run.directory.glob("fold_*/*partial*")
+    )
     paths = [adaptive_run.fold_dir(fold) / "test.npz" for fold in (0, 1)]
     resumed = [path.read_bytes() for path in paths]
     for path in paths:
@@ -127,15 +152,21 @@ def test_a_run_killed_in_its_second_pass_ends_with_the_same_bytes(adaptive_run):
     vqa.run_stages(adaptive_run, [0, 1], ["predict"], lambda *_, **__: None)
     assert resumed == [path.read_bytes() for path in paths]
     logits = vqa.read_arrays(paths[0], adaptive_run.fingerprint)["logits"]
-    assert (~np.isnan(logits[:, 1:]).all(axis=(1, 2))).sum() == 3  # 0.9 * 3/7 of twelve questions, 9/7 each
+    assert (
+        ~np.isnan(logits[:, 1:]).all(axis=(1, 2))
+    ).sum() == 3  # 0.9 * 3/7 of twelve questions, 9/7 each
     evaluation = vqa.evaluate_run(adaptive_run)
     assert np.isnan(evaluation.oof.logits[:, 1:]).all(axis=(1, 2)).sum() == 36 - 8
     assert "mean of up to 4 views" in evaluation.ladder.index
     for frame in vqa.write_submissions(adaptive_run, evaluation).values():
         assert set(frame["answer"]) <= set(vqa.CHOICES)
-    assert "Views for rows in doubt only" in vqa.write_report(adaptive_run, evaluation).read_text(encoding="utf-8")
+    assert "Views for rows in doubt only" in vqa.write_report(adaptive_run, evaluation).read_text(
+        encoding="utf-8"
+    )
     curve = pd.read_csv(adaptive_run.directory / "tables" / "adaptive_curve.csv", index_col=0)
-    assert curve["cost"].is_monotonic_increasing and curve.index[-1] == "all rows" and len(curve) == 12
+    assert (
+        curve["cost"].is_monotonic_increasing and curve.index[-1] == "all rows" and len(curve) == 12
+    )
     assert np.isfinite(curve).all(axis=None) and len(vqa.plot_adaptive_curve(curve)[0].lines) == 3
     vqa.ensemble_runs([adaptive_run.directory], adaptive_run.directory / "alone")
 
@@ -146,7 +177,7 @@ def test_a_budget_makes_the_time_estimate_smaller(mini_run, session, replace):
     seconds = []
     for each in (run, whole):
         session.config = each.config
-        seconds.append(each.inference_seconds(1.0, session, training=1))
+        seconds.append(vqa.inference_seconds(each, 1.0, session, training=1))
     assert seconds[1] - seconds[0] == pytest.approx(1.25 * 12 * 0.5 * 3 / 7)
 
 
@@ -162,7 +193,9 @@ def test_a_budget_needs_views_to_save_on():
 def test_a_team_agrees_on_the_rows_in_doubt_even_where_one_process_gets_none(mini_run, monkeypatch):
     run = mini_run(n_folds=2, train_folds=(0,), adaptive_tta=0.5)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(vqa, "_devices", lambda config: [None, None])
+    monkeypatch.setattr(vqa, "worker_devices", lambda config: [None, None])
     vqa.run_folds(run.config)
     logits = vqa.read_arrays(run.fold_dir(0) / "test.npz", run.fingerprint)["logits"]
-    assert np.isfinite(logits[:, 0]).all() and np.isfinite(logits[:, 1:]).all(axis=(1, 2)).sum() == 2  # one batch
+    assert (
+        np.isfinite(logits[:, 0]).all() and np.isfinite(logits[:, 1:]).all(axis=(1, 2)).sum() == 2
+    )  # one batch

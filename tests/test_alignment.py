@@ -28,7 +28,9 @@ def huggingface_loss(session, model, frame):
         answered = [*messages, {"role": "assistant", "content": row["answer"]}]
         texts = [
             session.processor.apply_chat_template(answered, tokenize=False),
-            session.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
+            session.processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            ),
         ]
         full, prompt = (own_inputs(session, text, row["image_path"]) for text in texts)
         labels = torch.full_like(full["input_ids"], -100)
@@ -41,15 +43,19 @@ def huggingface_loss(session, model, frame):
 def gradients(model, loss):
     model.zero_grad()
     loss.backward()
-    return torch.cat([parameter.grad.flatten() for parameter in vqa.trainable_parameters(model).values()])
+    return torch.cat(
+        [parameter.grad.flatten() for parameter in vqa.trainable_parameters(model).values()]
+    )
 
 
 def test_loss_and_gradients_equal_huggingfaces_own(session, demo_rows, replace):
     session.config = replace(session.config, loss="vocabulary", shuffle_choices=False)
     frame = demo_rows.train.head(4)
     model = perturb_adapter(vqa.attach_lora(session.model, session.config, seed=0)).train()
-    batch = vqa.collate(session, [vqa.make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(4)])
-    ours = vqa.training_loss(session, vqa.answer_states(session, batch), batch)
+    batch = vqa.collate(
+        session, [vqa.make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(4)]
+    )
+    ours = vqa.training_loss(session, vqa.answer_hidden_states(session, batch), batch)
     our_gradients = gradients(model, ours)
     theirs = huggingface_loss(session, model, frame)
     their_gradients = gradients(model, theirs)
@@ -88,13 +94,15 @@ def test_position_ids_are_the_ones_the_model_computes_itself(session, demo_rows)
 
 def test_batches_of_eight_agree_with_single_questions(session, demo_rows, replace):
     frame = demo_rows.train.head(24)
-    views = [vqa.View("rotation 0")]
+    views = [vqa.TTAView("rotation 0")]
     perturb_adapter(vqa.attach_lora(session.model, session.config, seed=0))
     session.config = replace(session.config, infer_batch_size=8)
     batched = vqa.predict_logits(session, frame, views)
     session.config = replace(session.config, use_batch_inference=False)
     single = vqa.predict_logits(session, frame, views)
-    lengths = {len(vqa.make_prompt(session, frame, row, [(0, 1, 2, 3)]).input_ids) for row in range(24)}
+    lengths = {
+        len(vqa.make_prompt(session, frame, row, [(0, 1, 2, 3)]).input_ids) for row in range(24)
+    }
     assert len(lengths) > 3  # padding took part
     assert np.abs(batched - single).max() <= 1e-4
 
@@ -102,17 +110,23 @@ def test_batches_of_eight_agree_with_single_questions(session, demo_rows, replac
 def test_best_letter_is_the_first_token_of_generate_restricted_to_letters(session, demo_rows):
     frame = demo_rows.test
     # One variant a letter, so that the best token and the best log-sum-exp are the same letter.
-    session.letters = tuple((variants[0],) for variants in session.letters)
-    session.letter_weights = session.model.lm_head.weight[[token for (token,) in session.letters]]
-    allowed = [variants[0] for variants in session.letters]
-    session.cache.fill(frame, vqa.pixel_budget(session.config, session.processor), session.progress)
-    logits = vqa.predict_logits(session, frame, [vqa.View("rotation 0")])[:, 0]
+    session.letter_token_ids = tuple((variants[0],) for variants in session.letter_token_ids)
+    session.letter_head_weights = session.model.lm_head.weight[
+        [token for (token,) in session.letter_token_ids]
+    ]
+    allowed = [variants[0] for variants in session.letter_token_ids]
+    session.vision_cache.fill(
+        frame, vqa.pixel_budget(session.config, session.processor), session.progress
+    )
+    logits = vqa.predict_logits(session, frame, [vqa.TTAView("rotation 0")])[:, 0]
     generated = []
     for start in range(0, len(frame), 40):
         rows = range(start, min(start + 40, len(frame)))
-        batch = vqa.collate(session, [vqa.make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in rows])
+        batch = vqa.collate(
+            session, [vqa.make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in rows]
+        )
         inputs = {name: batch[name] for name in vqa.MODEL_INPUTS if name != "position_ids"}
-        images = [vqa._checked_pixels(session, prompt) for prompt in batch["prompts"]]
+        images = [vqa._load_pixels(session, prompt) for prompt in batch["prompts"]]
         output = session.model.generate(
             **inputs,
             pixel_values=torch.cat(images),
@@ -152,7 +166,9 @@ def test_every_letter_is_one_token_with_its_variants(processor):
         ),
     ],
 )
-def test_a_template_that_renders_prompt_and_training_text_differently_is_refused(processor, old, new):
+def test_a_template_that_renders_prompt_and_training_text_differently_is_refused(
+    processor, old, new
+):
     thinking = old + "{%- if message.role == 'assistant' %}<think>\n\n</think>\n\n{%- endif %}"
     assert old in processor.chat_template
     processor.chat_template = processor.chat_template.replace(old, new or thinking, 1)
@@ -162,7 +178,10 @@ def test_a_template_that_renders_prompt_and_training_text_differently_is_refused
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
-    [("\nb", "\na", "Two letters share a token"), ("\nb", "\nbb bb", "The letter 'b' is not one token")],
+    [
+        ("\nb", "\na", "Two letters share a token"),
+        ("\nb", "\nbb bb", "The letter 'b' is not one token"),
+    ],
 )
 def test_letters_that_share_a_token_or_take_several_are_refused(processor, old, new, message):
     prompt = vqa.render_prompt(processor, MESSAGES)
@@ -176,14 +195,14 @@ def test_letters_that_share_a_token_or_take_several_are_refused(processor, old, 
 
 def test_no_row_of_the_attention_mask_is_empty_and_real_rows_see_no_padding():
     """A row that may attend to nothing is NaN in some SDPA kernels (seen as NaN gradients on an H200)."""
-    full = vqa.tree_mask(torch.tensor([[-1, -1, 0, 0], [0, 0, 0, 0]]))
+    full = vqa.shared_prefix_mask(torch.tensor([[-1, -1, 0, 0], [0, 0, 0, 0]]))
     assert full.shape == (2, 1, 4, 4) and full.any(-1).all()
     assert full[0, 0, 2:].tolist() == [[False, False, True, False], [False, False, True, True]]
     assert torch.equal(full[1, 0], torch.ones(4, 4, dtype=torch.bool).tril())
 
 
 def test_orders_behind_one_prefix_see_the_prefix_and_themselves_only():
-    mask = vqa.tree_mask(torch.tensor([[-1, 0, 0, 1, 2, 2]]))[0, 0]
+    mask = vqa.shared_prefix_mask(torch.tensor([[-1, 0, 0, 1, 2, 2]]))[0, 0]
     assert mask[3].tolist() == [False, True, True, True, False, False]
     assert mask[5].tolist() == [False, True, True, False, True, True]
 
@@ -194,7 +213,9 @@ def test_lengths_are_aligned_on_a_gpu_where_something_is_padded_anyway(session, 
     session.device = torch.device("cuda")
     aligned, single = vqa.collate(session, prompts), vqa.collate(session, prompts[:1])
     session.device = torch.device("cpu")
-    assert aligned["input_ids"].shape[1] % 16 == 0 and single["input_ids"].shape[1] == len(prompts[0].input_ids)
+    assert aligned["input_ids"].shape[1] % 16 == 0 and single["input_ids"].shape[1] == len(
+        prompts[0].input_ids
+    )
     with torch.no_grad():
-        states = [vqa.answer_states(session, batch) for batch in (plain, aligned)]
+        states = [vqa.answer_hidden_states(session, batch) for batch in (plain, aligned)]
     assert torch.allclose(*states, atol=1e-5)

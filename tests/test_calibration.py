@@ -11,7 +11,9 @@ from scipy.special import log_softmax
 import vqa_helpers as vqa
 
 NEG_INF = -np.inf
-LOGGER = logging.getLogger("somebody_elses_notebook")  # the module's own stops propagating once it is set up
+LOGGER = logging.getLogger(
+    "somebody_elses_notebook"
+)  # the module's own stops propagating once it is set up
 
 
 def sample_labels(logits, seed=0):
@@ -76,7 +78,9 @@ def test_views_are_averaged_after_the_log_softmax_and_missing_views_do_not_count
     ids=["no view", "partly NaN", "all masked", "masked in one", "masked in one of two"],
 )
 def test_broken_views_are_refused_with_their_row(views):
-    with pytest.raises(ValueError, match="row 1: no view, a view with NaN, or a choice masked in some views only"):
+    with pytest.raises(
+        ValueError, match="row 1: no view, a view with NaN, or a choice masked in some views only"
+    ):
         vqa.combine_views([np.zeros((len(views), 4)), views])
 
 
@@ -100,11 +104,15 @@ def test_a_known_temperature_is_recovered(true_temperature):
     logits, labels = calibrated(20_000)
     scaler = vqa.TemperatureScaler().fit(logits * true_temperature, labels)
     assert scaler.temperature == pytest.approx(true_temperature, rel=0.04)
-    np.testing.assert_allclose(scaler.transform(logits * true_temperature), vqa.softmax(logits), atol=0.02)
+    np.testing.assert_allclose(
+        scaler.transform(logits * true_temperature), vqa.softmax(logits), atol=0.02
+    )
 
 
 def test_the_temperature_is_the_one_sklearn_finds():
-    pytest.importorskip("sklearn", minversion="1.8", reason="sklearn has temperature scaling from 1.8 on")
+    pytest.importorskip(
+        "sklearn", minversion="1.8", reason="sklearn has temperature scaling from 1.8 on"
+    )
     from sklearn.base import BaseEstimator, ClassifierMixin
     from sklearn.calibration import CalibratedClassifierCV
     from sklearn.frozen import FrozenEstimator
@@ -122,7 +130,9 @@ def test_the_temperature_is_the_one_sklearn_finds():
 
     logits, labels = calibrated(800)
     logits *= 1.7
-    oracle = CalibratedClassifierCV(FrozenEstimator(Logits().fit(logits, labels)), method="temperature")
+    oracle = CalibratedClassifierCV(
+        FrozenEstimator(Logits().fit(logits, labels)), method="temperature"
+    )
     oracle.fit(logits, labels)
     scaler = vqa.TemperatureScaler().fit(logits, labels)
     sklearn_temperature = 1 / oracle.calibrated_classifiers_[0].calibrators[0].beta_
@@ -135,7 +145,9 @@ def test_scaling_never_changes_an_answer_and_lowers_the_loss():
     logits *= 3
     probabilities = vqa.TemperatureScaler().fit(logits, labels).transform(logits)
     assert (probabilities.argmax(axis=1) == logits.argmax(axis=1)).all()
-    before, after = (vqa.negative_log_likelihood(p, labels) for p in (vqa.softmax(logits), probabilities))
+    before, after = (
+        vqa.negative_log_likelihood(p, labels) for p in (vqa.softmax(logits), probabilities)
+    )
     assert after < before - 0.1
 
 
@@ -155,7 +167,9 @@ def test_views_are_combined_before_scaling():
     views = rotated_views(logits, bias=np.array([2.0, 0.0, 0.0, -1.0]))
     from_views, from_content = (vqa.TemperatureScaler().fit(x, labels) for x in (views, logits))
     assert from_views.temperature == pytest.approx(from_content.temperature, rel=1e-4)
-    np.testing.assert_allclose(from_views.transform(views), from_content.transform(logits), atol=1e-4)
+    np.testing.assert_allclose(
+        from_views.transform(views), from_content.transform(logits), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(("label", "bound"), [(0, 0.05), (1, 20.0)], ids=["all right", "all wrong"])
@@ -181,10 +195,18 @@ def test_lists_and_torch_tensors_give_the_temperature_of_arrays():
     [
         (np.zeros((0, 4)), [], "0 rows but labels of shape"),
         (np.zeros((3, 4)), [0, 1], "3 rows but labels of shape"),
-        (np.zeros((3, 4)), [0, -1, 2], "1 unlabelled rows, the first is row 1 with label -1: drop them"),
+        (
+            np.zeros((3, 4)),
+            [0, -1, 2],
+            "1 unlabelled rows, the first is row 1 with label -1: drop them",
+        ),
         (np.zeros((3, 4)), [0, 1, 4], "row 2 with label 4"),
         ([[0, 0, 0, 0], [0, np.nan, 0, 0]], [0, 0], "row 1: no view, a view with NaN"),
-        ([[0, 0, 0, NEG_INF], [0, 0, 0, NEG_INF]], [0, 3], "row 1 is labelled with a masked choice"),
+        (
+            [[0, 0, 0, NEG_INF], [0, 0, 0, NEG_INF]],
+            [0, 3],
+            "row 1 is labelled with a masked choice",
+        ),
     ],
 )
 def test_rows_that_cannot_be_fitted_are_refused(logits, labels, message):
@@ -199,7 +221,9 @@ def test_transform_before_fit_is_refused():
 
 def test_small_folds_are_pulled_towards_the_pooled_temperature():
     shrunk = vqa.shrink_temperatures([4.0, 4.0, 1.0], [0, 50, 10**9], pooled=1.0)
-    np.testing.assert_allclose(shrunk, [1.0, 2.0, 1.0], rtol=1e-6)  # halfway from 1 to 4 in log T is 2
+    np.testing.assert_allclose(
+        shrunk, [1.0, 2.0, 1.0], rtol=1e-6
+    )  # halfway from 1 to 4 in log T is 2
 
 
 # Metrics ---------------------------------------------------------------------------------------------------------
@@ -210,7 +234,9 @@ PROBABILITIES = np.array([[0.7, 0.1, 0.1, 0.1], [0.2, 0.6, 0.2, 0.0], [0.1, 0.2,
 def test_metrics_equal_hand_computed_values():
     labels = [0, 1, 2]
     assert vqa.accuracy(PROBABILITIES, labels) == pytest.approx(2 / 3)
-    assert vqa.negative_log_likelihood(PROBABILITIES, labels) == pytest.approx(-math.log(0.7 * 0.6 * 0.3) / 3)
+    assert vqa.negative_log_likelihood(PROBABILITIES, labels) == pytest.approx(
+        -math.log(0.7 * 0.6 * 0.3) / 3
+    )
     assert vqa.negative_log_likelihood(PROBABILITIES[1:2], [3]) == pytest.approx(-math.log(1e-12))
 
 
@@ -224,17 +250,28 @@ def test_reliability_curve_and_error_equal_hand_computed_values():
     labels = [0, 1, 0, 0]
     curve = vqa.reliability_curve(probabilities, labels, n_bins=5)
     assert list(curve.columns) == ["confidence", "accuracy", "count"]
-    assert curve["count"].tolist() == [0, 0, 2, 0, 2]  # 0.6 lies on a bin's right edge and belongs to it
+    assert curve["count"].tolist() == [
+        0,
+        0,
+        2,
+        0,
+        2,
+    ]  # 0.6 lies on a bin's right edge and belongs to it
     np.testing.assert_allclose(curve["confidence"], [np.nan, np.nan, 0.6, np.nan, 0.88])
     np.testing.assert_allclose(curve["accuracy"], [np.nan, np.nan, 1.0, np.nan, 0.5])
-    assert vqa.expected_calibration_error(probabilities, labels, n_bins=5) == pytest.approx(0.5 * 0.4 + 0.5 * 0.38)
+    assert vqa.expected_calibration_error(probabilities, labels, n_bins=5) == pytest.approx(
+        0.5 * 0.4 + 0.5 * 0.38
+    )
 
 
 def test_the_null_is_the_error_that_a_calibrated_model_shows():
     logits, labels = calibrated(500)
     probabilities = vqa.softmax(logits)
     null, low, high = vqa.calibration_error_null(probabilities)
-    errors = [vqa.expected_calibration_error(probabilities, sample_labels(logits, seed)) for seed in range(100)]
+    errors = [
+        vqa.expected_calibration_error(probabilities, sample_labels(logits, seed))
+        for seed in range(100)
+    ]
     assert null == pytest.approx(np.mean(errors), rel=0.08)
     assert 0.8 < np.mean([low < error < high for error in errors]) < 0.98
     assert null == vqa.calibration_error_null(probabilities)[0]  # seeded

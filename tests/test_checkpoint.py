@@ -15,7 +15,10 @@ def manager(tmp_path):
 
 def save(manager, step):
     return manager.save(
-        step, {"weight": torch.full((2, 2), float(step))}, {"optimizer": {"step": step}}, {"epoch": step}
+        step,
+        {"weight": torch.full((2, 2), float(step))},
+        {"optimizer": {"step": step}},
+        {"epoch": step},
     )
 
 
@@ -30,10 +33,15 @@ def test_only_the_newest_are_kept_and_leftovers_of_killed_writes_removed(manager
     (manager.directory / ".incomplete-killed").mkdir()
     for step in (1, 2, 10):
         save(manager, step)
-    assert sorted(path.name for path in manager.directory.iterdir()) == ["step_00000002", "step_00000010"]
+    assert sorted(path.name for path in manager.directory.iterdir()) == [
+        "step_00000002",
+        "step_00000010",
+    ]
 
 
-@pytest.mark.parametrize("name", ["tensors.safetensors", "state.pt", "metadata.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["tensors.safetensors", "state.pt", "metadata.json", "manifest.json"]
+)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
 def test_a_damaged_checkpoint_is_skipped_with_its_reason(manager, caplog, name, damage):
     good, bad = save(manager, 1), save(manager, 2)
@@ -59,7 +67,11 @@ def test_pruning_never_counts_a_damaged_checkpoint_as_kept(manager):
     (damaged / "state.pt").unlink()
     save(manager, 3)
     names = sorted(path.name for path in manager.directory.iterdir())
-    assert names == ["step_00000001", "step_00000002", "step_00000003"]  # 3 and 1 verify, so nothing older than 1 goes
+    assert names == [
+        "step_00000001",
+        "step_00000002",
+        "step_00000003",
+    ]  # 3 and 1 verify, so nothing older than 1 goes
 
 
 def test_no_checkpoint_is_none(manager):

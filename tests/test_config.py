@@ -21,7 +21,10 @@ def test_every_preset_is_valid_and_keeps_the_effective_batch(name):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"learning_rat": 1e-4}, "Unknown config field 'learning_rat'; did you mean 'learning_rate'?"),
+        (
+            {"learning_rat": 1e-4},
+            "Unknown config field 'learning_rat'; did you mean 'learning_rate'?",
+        ),
         ({"n_folds": 1}, "'n_folds' is 1; it needs at least 2"),
         ({"n_folds": "3"}, "'n_folds' is '3'; it needs int"),
         ({"use_tta": 1}, "'use_tta' is 1; it needs bool"),
@@ -32,15 +35,33 @@ def test_every_preset_is_valid_and_keeps_the_effective_batch(name):
         ({"tta_scales": (0.9,)}, "'tta_scales' is (0.9,)"),
         ({"train_folds": (3,)}, "'train_folds' is (3,); it needs folds below 3"),
         ({"train_folds": ()}, "'train_folds' is (); it needs at least one fold"),
-        ({"train_folds": (0, 0)}, "'train_folds' is (0, 0); it needs at least one fold, and none twice"),
+        (
+            {"train_folds": (0, 0)},
+            "'train_folds' is (0, 0); it needs at least one fold, and none twice",
+        ),
         ({"seed": -1}, "'seed' is -1; it needs at least 0"),
-        ({"min_pixels": 9000, "max_pixels": 8000}, "'min_pixels' is 9000; it needs at most max_pixels, 8000"),
+        (
+            {"min_pixels": 9000, "max_pixels": 8000},
+            "'min_pixels' is 9000; it needs at most max_pixels, 8000",
+        ),
         ({"save_every_steps": 0}, "'save_every_steps' is 0; it needs at least 1"),
         ({"use_swa": True, "swa_start_epoch": 0}, "'swa_start_epoch' is 0; it needs at least 1"),
-        ({"use_ema": False, "mix_weights": True}, "'mix_weights' is True; it needs use_ema or use_swa"),
-        ({"adaptive_tta": 0.5, "mix_weights": True}, "'mix_weights' is True; it needs use_ema or use_swa"),
-        ({"use_swa": True, "swa_start_epoch": 2}, "'swa_start_epoch' is 2; it needs an epoch below num_epochs, 2"),
-        ({"prompt_templates": {"colour": "x"}}, "'prompt_templates' is {'colour': 'x'}; it needs keys among"),
+        (
+            {"use_ema": False, "mix_weights": True},
+            "'mix_weights' is True; it needs use_ema or use_swa",
+        ),
+        (
+            {"adaptive_tta": 0.5, "mix_weights": True},
+            "'mix_weights' is True; it needs use_ema or use_swa",
+        ),
+        (
+            {"use_swa": True, "swa_start_epoch": 2},
+            "'swa_start_epoch' is 2; it needs an epoch below num_epochs, 2",
+        ),
+        (
+            {"prompt_templates": {"colour": "x"}},
+            "'prompt_templates' is {'colour': 'x'}; it needs keys among",
+        ),
     ],
 )
 def test_impossible_settings_are_refused_by_name(fields, message):
@@ -68,7 +89,9 @@ def test_environment_wins_over_the_notebooks_overrides(tmp_path):
     assert config.data_dir == str(vqa.DEMO)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[1]", "must be a JSON object")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not valid JSON"), ("[1]", "must be a JSON object")]
+)
 def test_overrides_that_are_no_json_object_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         vqa.load_config("demo", environ={"VQA_OVERRIDES": text})
@@ -76,7 +99,10 @@ def test_overrides_that_are_no_json_object_are_refused(text, message):
 
 def test_default_run_name_depends_on_results_not_on_places():
     base = vqa.Config.preset("demo")
-    assert base.run_dir.name == vqa.Config.preset("demo", output_dir="elsewhere", log_level="DEBUG").run_dir.name
+    assert (
+        base.run_dir.name
+        == vqa.Config.preset("demo", output_dir="elsewhere", log_level="DEBUG").run_dir.name
+    )
     assert base.run_dir.name != vqa.Config.preset("demo", learning_rate=5e-4).run_dir.name
 
 
@@ -90,7 +116,8 @@ def test_config_table_shows_what_differs_from_the_default():
 
 
 @pytest.mark.parametrize(
-    ("gpus", "expected"), [((), "fp32"), ((T4, T4), "fp16"), ((A100,), "bf16"), ((A100, T4), "fp16")]
+    ("gpus", "expected"),
+    [((), "fp32"), ((T4, T4), "fp16"), ((A100,), "bf16"), ((A100, T4), "fp16")],
 )
 def test_precision_follows_the_oldest_card(gpus, expected):
     precision, reason = vqa.decide_precision("auto", gpus)
@@ -102,18 +129,29 @@ def test_p100_is_refused_with_the_way_out():
         vqa.decide_precision("auto", (P100,))
 
 
-@pytest.mark.parametrize(("gpus", "steps_down"), [((T4, T4), False), ((T4,), True), ((A100,), False), ((), True)])
-def test_the_large_preset_steps_down_to_the_8b_where_its_model_does_not_fit(monkeypatch, gpus, steps_down):
-    monkeypatch.setattr(vqa, "detect_runtime", lambda *_: vqa.Runtime("local", gpus, "fp16", "sdpa", ()))
+@pytest.mark.parametrize(
+    ("gpus", "steps_down"), [((T4, T4), False), ((T4,), True), ((A100,), False), ((), True)]
+)
+def test_the_large_preset_steps_down_to_the_8b_where_its_model_does_not_fit(
+    monkeypatch, gpus, steps_down
+):
+    monkeypatch.setattr(
+        vqa, "detect_runtime", lambda *_: vqa.Runtime("local", gpus, "fp16", "sdpa", ())
+    )
     config = vqa.load_config("large", {"data_dir": str(vqa.DEMO)}, environ={})
     assert ("30B" in config.model_id) is config.spread_model is not steps_down
-    assert config.preset_reason.startswith("stepped down to the 8B: the 30B needs 18 GiB") is steps_down
+    assert (
+        config.preset_reason.startswith("stepped down to the 8B: the 30B needs 18 GiB")
+        is steps_down
+    )
     own = vqa.load_config("large", {"data_dir": str(vqa.DEMO), "model_id": "mine"}, environ={})
     assert own.model_id == "mine" and own.spread_model  # what the user asks for stays
 
 
 def test_attention_is_sdpa_unless_the_config_asks_for_another(monkeypatch):
-    monkeypatch.setattr(vqa.importlib.util, "find_spec", lambda name: object())  # FlashAttention-2 is installed
+    monkeypatch.setattr(
+        vqa.importlib.util, "find_spec", lambda name: object()
+    )  # FlashAttention-2 is installed
     for gpus in ((), (T4,), (A100,)):
         assert vqa.decide_attention("auto", gpus, "bf16")[0] == "sdpa"
     assert vqa.decide_attention("eager", (T4,), "fp16")[0] == "eager"
@@ -122,17 +160,29 @@ def test_attention_is_sdpa_unless_the_config_asks_for_another(monkeypatch):
 
 @pytest.mark.parametrize(
     ("gpus", "precision", "package"),
-    [((A100,), "bf16", None), ((A100,), "fp32", True), ((A100, T4), "fp16", True), ((), "fp32", True)],
+    [
+        ((A100,), "bf16", None),
+        ((A100,), "fp32", True),
+        ((A100, T4), "fp16", True),
+        ((), "fp32", True),
+    ],
 )
 def test_flash_attention_is_refused_where_it_cannot_run(monkeypatch, gpus, precision, package):
     monkeypatch.setattr(vqa.importlib.util, "find_spec", lambda name: package)
-    with pytest.raises(ValueError, match="needs capability 8.0, half precision and the package flash_attn; 'auto' is"):
+    with pytest.raises(
+        ValueError,
+        match="needs capability 8.0, half precision and the package flash_attn; 'auto' is",
+    ):
         vqa.decide_attention("flash_attention_2", gpus, precision)
 
 
 # Name, MiB and capability as nvidia-smi reports them; the preset that "auto" picks; a word of its reason.
 CARDS = {
-    "T4 x2": ([("Tesla T4", 15360, 7.5)] * 2, "kaggle_t4x2", "smallest of 2 GPUs: Qwen3-VL-8B fits in 4-bit"),
+    "T4 x2": (
+        [("Tesla T4", 15360, 7.5)] * 2,
+        "kaggle_t4x2",
+        "smallest of 2 GPUs: Qwen3-VL-8B fits in 4-bit",
+    ),
     "T4": ([("Tesla T4", 15360, 7.5)], "colab_t4", "Tesla T4, 15.0 GiB: Qwen3-VL-8B fits in 4-bit"),
     "V100 16 GB": ([("Tesla V100-SXM2-16GB", 16160, 7.0)], "colab_t4", "fits in 4-bit"),
     "V100 32 GB": ([("Tesla V100-SXM2-32GB", 32510, 7.0)], "gpu_24gb", "1024 tokens"),
@@ -147,7 +197,11 @@ CARDS = {
     "RTX 12 GB": ([("NVIDIA GeForce RTX 3060", 12288, 8.6)], "colab_t4", "fits in 4-bit"),
     "RTX 8 GB": ([("NVIDIA GeForce RTX 3070", 8192, 8.6)], "single", "only Qwen3-VL-4B"),
     "unknown": ([("Some Future Card", 49140, 12.0)], "colab_a100", "Some Future Card, 48.0 GiB"),
-    "mixed": ([("NVIDIA A100-SXM4-80GB", 81920, 8.0), ("Tesla T4", 15360, 7.5)], "kaggle_t4x2", "Tesla T4, 15.0 GiB"),
+    "mixed": (
+        [("NVIDIA A100-SXM4-80GB", 81920, 8.0), ("Tesla T4", 15360, 7.5)],
+        "kaggle_t4x2",
+        "Tesla T4, 15.0 GiB",
+    ),
 }
 
 
@@ -157,7 +211,9 @@ def plug_in(tmp_path, monkeypatch):
 
     def make(cards) -> None:
         tool = tmp_path / "nvidia-smi"
-        lines = "".join(f"{index}, {', '.join(map(str, card))}\n" for index, card in enumerate(cards))
+        lines = "".join(
+            f"{index}, {', '.join(map(str, card))}\n" for index, card in enumerate(cards)
+        )
         tool.write_text(f"#!/bin/sh\ncat <<END\n{lines}END\n")
         tool.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -170,7 +226,11 @@ def plug_in(tmp_path, monkeypatch):
 def test_auto_follows_the_smallest_card_and_says_why(plug_in, mini_data, cards, preset, reason):
     plug_in(cards)
     config = vqa.load_config("auto", {"data_dir": str(mini_data)}, environ={})
-    assert config.preset_name == preset and reason in config.preset_reason and "\n" not in config.preset_reason
+    assert (
+        config.preset_name == preset
+        and reason in config.preset_reason
+        and "\n" not in config.preset_reason
+    )
     memory = min(memory for _, memory, _ in cards)
     assert config.batch_size * config.grad_accum_steps == (32 if memory >= 40960 else 8)
     precision = vqa.detect_runtime().precision
@@ -222,7 +282,9 @@ def test_a_failing_nvidia_smi_means_no_gpu(tmp_path, monkeypatch, caplog):
     assert "nvidia-smi failed with 'failed'" in caplog.text
 
 
-def test_find_competition_prefers_the_named_folder_then_the_mounts_then_the_demo(tmp_path, monkeypatch):
+def test_find_competition_prefers_the_named_folder_then_the_mounts_then_the_demo(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(vqa, "MOUNTS", {str(tmp_path): 4})
     assert vqa.find_competition() == vqa.DEMO
     for place in ("competitions/vqa", "datasets/me/copy"):

@@ -29,7 +29,9 @@ class Folder:
         row = "{0}_{1},{0}/{1}.png,무슨 색입니까?,빨강,파랑,노랑,초록"
         answered = [row.format("train", number) + "," + "abcd"[number % 4] for number in range(n)]
         self.write("train", "id,path,question,a,b,c,d,answer", answered)
-        self.write("test", "id,path,question,a,b,c,d", [row.format("test", number) for number in range(n)])
+        self.write(
+            "test", "id,path,question,a,b,c,d", [row.format("test", number) for number in range(n)]
+        )
         self.write("sample_submission", "id,answer", [f"test_{number}," for number in range(n)])
 
     def write(self, name, header, rows):
@@ -63,7 +65,10 @@ def test_a_clean_competition_loads_in_file_order_without_a_fallback(folder):
     assert loaded.test[["width", "height"]].to_numpy().tolist() == [[48, 36]] * 4
     assert loaded.train["type"].unique().tolist() == ["color"]
     assert "answer" not in loaded.test
-    assert loaded.sample.to_dict("list") == {"id": [f"test_{n}" for n in range(4)], "answer": [""] * 4}
+    assert loaded.sample.to_dict("list") == {
+        "id": [f"test_{n}" for n in range(4)],
+        "answer": [""] * 4,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- images
@@ -79,13 +84,18 @@ def test_unusable_images_are_logged_by_line_and_stand_in_grey_in_the_test_rows(f
     assert vqa.load_image(vqa.GREY_IMAGE).getcolors() == [(224 * 224, (128, 128, 128))]
     assert taken(loaded) == {"train_unusable_image": 1, "test_unusable_image": 1}
     assert "test.csv, lines [3]: " in caplog.text and "unusable_image in 1 of 4 rows" in caplog.text
-    with pytest.raises(vqa.DataError, match="train.csv, line 3, .*unusable_image in 1 of 4 rows; .*max_fallback_share"):
+    with pytest.raises(
+        vqa.DataError,
+        match="train.csv, line 3, .*unusable_image in 1 of 4 rows; .*max_fallback_share",
+    ):
         folder.load(share=0.24)
 
 
 def test_the_error_of_the_loader_names_the_image(tmp_path):
     (tmp_path / "page.jpg").write_text("<html>404</html>")
-    with pytest.raises(vqa.ImageError, match=r"page\.jpg: not a readable image \(UnidentifiedImageError.*replace"):
+    with pytest.raises(
+        vqa.ImageError, match=r"page\.jpg: not a readable image \(UnidentifiedImageError.*replace"
+    ):
         vqa.load_image(tmp_path / "page.jpg")
     assert issubclass(vqa.ImageError, vqa.DataError)
 
@@ -107,7 +117,11 @@ def test_a_large_image_is_bounded_and_a_small_one_left_alone(tmp_path, size, suf
 def test_a_huge_jpeg_is_shrunk_while_it_is_decoded(tmp_path, monkeypatch):
     Image.new("RGB", (800, 400)).save(tmp_path / "x.jpg")
     decoded, convert = [], Image.Image.convert
-    monkeypatch.setattr(Image.Image, "convert", lambda image, mode: decoded.append(image.size) or convert(image, mode))
+    monkeypatch.setattr(
+        Image.Image,
+        "convert",
+        lambda image, mode: decoded.append(image.size) or convert(image, mode),
+    )
     assert vqa.load_image(tmp_path / "x.jpg", max_side=200).size == (200, 100)
     assert decoded == [(200, 100)]
 
@@ -155,7 +169,9 @@ def numbered(seeds):
 
 
 def test_exact_copies_are_found_by_pixels_whatever_the_file(tmp_path):
-    loaded = with_images(tmp_path, [*numbered([1, 2, 1]), (picture(3), "BMP")], numbered([3, 1, 7, 8]))
+    loaded = with_images(
+        tmp_path, [*numbered([1, 2, 1]), (picture(3), "BMP")], numbered([3, 1, 7, 8])
+    )
     report = vqa.leakage_report(loaded.train, loaded.test)
     pairs = report.copies[["split_a", "id_a", "split_b", "id_b", "kind"]].to_numpy().tolist()
     assert pairs == [
@@ -173,11 +189,16 @@ def test_exact_copies_are_found_by_pixels_whatever_the_file(tmp_path):
 def test_near_copies_are_confirmed_on_pixels(tmp_path):
     original = (picture(1, (240, 180)), "PNG")
     smaller = (original[0].resize((200, 150), Image.Resampling.LANCZOS), "JPEG")
-    darker = (Image.eval(picture(2), lambda value: value // 2), "PNG")  # nearly the same hash, another picture
+    darker = (
+        Image.eval(picture(2), lambda value: value // 2),
+        "PNG",
+    )  # nearly the same hash, another picture
     loaded = with_images(tmp_path, [original, *numbered([2]), darker], [smaller, *numbered([5, 6])])
     assert hash_distance(*loaded.train["dhash"][1:3]) <= 4
     report = vqa.leakage_report(loaded.train, loaded.test)
-    assert report.copies[["id_a", "id_b", "kind"]].to_numpy().tolist() == [["train_0", "test_0", "near"]]
+    assert report.copies[["id_a", "id_b", "kind"]].to_numpy().tolist() == [
+        ["train_0", "test_0", "near"]
+    ]
     assert 0 < report.copies["difference"][0] <= 3
     assert report.test_rows_in_train == 1
     assert report.image_group.nunique() == 3
@@ -187,7 +208,9 @@ def test_a_near_copy_may_differ_in_a_few_hash_bits(tmp_path):
     original = picture(1, (240, 180))
     retouched = original.copy()
     retouched.paste(original.resize((1, 1)).getpixel((0, 0)), (80, 68, 107, 90))
-    loaded = with_images(tmp_path, [(original, "PNG"), *numbered([2])], [(retouched, "PNG"), *numbered([5])])
+    loaded = with_images(
+        tmp_path, [(original, "PNG"), *numbered([2])], [(retouched, "PNG"), *numbered([5])]
+    )
     assert 1 <= hash_distance(loaded.train["dhash"][0], loaded.test["dhash"][0]) <= 4
     assert vqa.leakage_report(loaded.train, loaded.test).copies["kind"].tolist() == ["near"]
     assert vqa.leakage_report(loaded.train, loaded.test, max_bits=0).copies.empty
@@ -234,7 +257,9 @@ def many_rows(n=120):
     rng = np.random.default_rng(0)
     answers = rng.choice(list("abcd"), n)
     kinds = rng.choice(["color", "counting"], n)
-    return pd.DataFrame({"answer": answers, "type": kinds, "pixel_hash": [f"{k:x}" for k in rng.integers(0, 90, n)]})
+    return pd.DataFrame(
+        {"answer": answers, "type": kinds, "pixel_hash": [f"{k:x}" for k in rng.integers(0, 90, n)]}
+    )
 
 
 def test_folds_balance_answer_and_type_and_never_split_a_group():

@@ -15,7 +15,9 @@ def planted_members(n, noise, seed=0):
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 4, n)
     signal = 2 * np.eye(4)[labels]
-    return np.stack([vqa.softmax(signal + generator.normal(scale=scale, size=(n, 4))) for scale in noise]), labels
+    return np.stack(
+        [vqa.softmax(signal + generator.normal(scale=scale, size=(n, 4))) for scale in noise]
+    ), labels
 
 
 def one_row(*members):
@@ -52,7 +54,9 @@ def test_weights_recover_a_planted_mixture():
     mixture = 0.7 * members[0] + 0.3 * members[2]
     uniform = np.random.default_rng(1).random((len(mixture), 1))
     labels = (uniform > mixture.cumsum(axis=1)[:, :-1]).sum(axis=1)
-    np.testing.assert_allclose(vqa.optimize_ensemble_weights(members, labels), [0.7, 0.0, 0.3], atol=0.03)
+    np.testing.assert_allclose(
+        vqa.optimize_ensemble_weights(members, labels), [0.7, 0.0, 0.3], atol=0.03
+    )
 
 
 def test_weights_lie_on_the_simplex_and_no_grid_point_is_better(caplog):
@@ -69,12 +73,19 @@ def test_weights_lie_on_the_simplex_and_no_grid_point_is_better(caplog):
 
 
 def test_a_failed_weight_search_says_why_and_is_uniform(monkeypatch, caplog):
-    failed = OptimizeResult(success=False, message="Iteration limit reached", x=np.array([1.0, 0.0]))
+    failed = OptimizeResult(
+        success=False, message="Iteration limit reached", x=np.array([1.0, 0.0])
+    )
     monkeypatch.setattr(vqa, "minimize", lambda *args, **kwargs: failed)
     members, labels = planted_members(20, noise=(1.0, 1.0))
-    weights = vqa.optimize_ensemble_weights(members, labels, logging.getLogger("somebody_elses_notebook"))
+    weights = vqa.optimize_ensemble_weights(
+        members, labels, logging.getLogger("somebody_elses_notebook")
+    )
     np.testing.assert_allclose(weights, [0.5, 0.5])
-    assert "ensemble weights are uniform: SLSQP did not converge: Iteration limit reached" in caplog.text
+    assert (
+        "ensemble weights are uniform: SLSQP did not converge: Iteration limit reached"
+        in caplog.text
+    )
 
 
 def test_stack_learns_to_trust_the_better_member_and_keeps_masked_choices_at_zero():
@@ -108,8 +119,11 @@ def test_a_stack_counts_as_many_numbers_as_its_penalty_leaves_free():
 
 def test_a_blend_fits_the_weights_that_it_uses_but_one():
     members, labels = planted_members(1000, noise=(1.0, 1.0, 9.0))
-    fitted = {name: vqa.fitted_numbers(name, members, labels) for name in vqa.BLENDS}
-    assert fitted["weighted"] == fitted["greedy"] == 1 and fitted["stacked"] == vqa.stack(members, labels).fitted()
+    fitted = {name: vqa.count_fitted_parameters(name, members, labels) for name in vqa.BLENDS}
+    assert (
+        fitted["weighted"] == fitted["greedy"] == 1
+        and fitted["stacked"] == vqa.stack(members, labels).fitted()
+    )
     assert fitted["mean"] == fitted["geometric mean"] == fitted["vote"] == 0
 
 
@@ -127,7 +141,9 @@ def test_cross_fit_never_predicts_a_row_with_something_fitted_on_it():
     def remember(fit_inputs, fit_labels, predict_inputs):
         rows = [int(np.flatnonzero((members[0] == row).all(axis=1))[0]) for row in fit_inputs[0]]
         assert (labels[rows] == fit_labels).all()
-        held_out = [int(np.flatnonzero((members[0] == row).all(axis=1))[0]) for row in predict_inputs[0]]
+        held_out = [
+            int(np.flatnonzero((members[0] == row).all(axis=1))[0]) for row in predict_inputs[0]
+        ]
         assert not set(rows) & set(held_out) and len(rows) + len(held_out) == 12
         seen.extend(held_out)
         return predict_inputs[1]
@@ -145,7 +161,9 @@ def test_cross_fitted_stack_admits_that_noise_was_memorised():
         return vqa.stack(fit_inputs, fit_labels, strength=10).predict_proba(predict_inputs)
 
     own_rows = vqa.negative_log_likelihood(fit_and_predict(members, labels, members), labels)
-    cross_fitted = vqa.negative_log_likelihood(vqa.cross_fit(fit_and_predict, members, labels, folds), labels)
+    cross_fitted = vqa.negative_log_likelihood(
+        vqa.cross_fit(fit_and_predict, members, labels, folds), labels
+    )
     assert own_rows < np.log(4) < cross_fitted
 
 
@@ -170,13 +188,23 @@ def test_compare_paired_equals_the_binomial_test_by_hand():
     candidate[:3] = False  # 3 losses
     candidate[60:72] = True  # 12 wins
     result = vqa.compare_paired(reference, candidate)
-    assert result == {"gain": 0.09, "wins": 12, "losses": 3, "p_value": binomtest(12, 15, 0.5).pvalue}
+    assert result == {
+        "gain": 0.09,
+        "wins": 12,
+        "losses": 3,
+        "p_value": binomtest(12, 15, 0.5).pvalue,
+    }
     assert result["p_value"] == pytest.approx(2 * (1 + 15 + 105 + 455) / 2**15)
     assert vqa.compare_paired(candidate, reference)["gain"] == -0.09
 
 
 def test_compare_paired_without_a_difference_proves_nothing():
-    assert vqa.compare_paired([1, 0], [1, 0]) == {"gain": 0.0, "wins": 0, "losses": 0, "p_value": 1.0}
+    assert vqa.compare_paired([1, 0], [1, 0]) == {
+        "gain": 0.0,
+        "wins": 0,
+        "losses": 0,
+        "p_value": 1.0,
+    }
     assert vqa.compare_paired([], []) == {"gain": 0.0, "wins": 0, "losses": 0, "p_value": 1.0}
     with pytest.raises(ValueError, match="need the same rows twice"):
         vqa.compare_paired([1, 0], [1, 0, 1])

@@ -30,7 +30,7 @@ def lora_pair(make, dropout=0.0):
         perturb_adapter(model)
         layer = model.base_model.model["layer"]
         if fast:
-            vqa.use_lora_forward(model)
+            vqa.use_fast_lora(model)
         pair.append(layer)
     return pair
 
@@ -39,7 +39,9 @@ def lora_pair(make, dropout=0.0):
 def test_lora_forward_equals_pefts_own_layer(bias):
     plain, fast = lora_pair(lambda: torch.nn.Linear(24, 40, bias=bias).requires_grad_(False))
     x = torch.randn(3, 5, 24)
-    for ours, theirs in zip(outputs_and_gradients(fast, x), outputs_and_gradients(plain, x), strict=True):
+    for ours, theirs in zip(
+        outputs_and_gradients(fast, x), outputs_and_gradients(plain, x), strict=True
+    ):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -53,12 +55,14 @@ def quantised_layer():
 
 @pytest.mark.parametrize("unpacked", [True, False])
 def test_lora_forward_on_4_bit_weights_equals_pefts_within_half_precision(unpacked, monkeypatch):
-    monkeypatch.setattr(vqa, "UNPACKED_SCALES", 2**28 if unpacked else 0)
+    monkeypatch.setattr(vqa, "MAX_UNPACKED_SCALE_BYTES", 2**28 if unpacked else 0)
     plain, fast = lora_pair(quantised_layer)
     assert plain.base_layer.weight.quant_state.nested
     assert (fast.scale_names == ("scale",)) is unpacked
     x = torch.randn(6, 7, 128, dtype=torch.bfloat16)
-    for ours, theirs in zip(outputs_and_gradients(fast, x), outputs_and_gradients(plain, x), strict=True):
+    for ours, theirs in zip(
+        outputs_and_gradients(fast, x), outputs_and_gradients(plain, x), strict=True
+    ):
         assert (ours.float() - theirs.float()).norm() <= 0.02 * theirs.float().norm()
         assert ours.dtype == theirs.dtype
 
@@ -71,13 +75,19 @@ def test_dropout_of_lora_forward_is_pefts_in_training_and_off_in_inference():
         for layer in (fast, plain):
             torch.manual_seed(1)
             results.append(outputs_and_gradients(layer.train(training), x))
-        assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(*results, strict=True))
+        assert all(
+            torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(*results, strict=True)
+        )
 
 
 def test_the_operator_is_a_sound_one():
     """torch's own check of schema, fake kernel and gradient formula."""
     vqa.register_lora_operators()
-    x, a, b = torch.randn(2, 3, 8), torch.randn(2, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    x, a, b = (
+        torch.randn(2, 3, 8),
+        torch.randn(2, 8, requires_grad=True),
+        torch.randn(6, 2, requires_grad=True),
+    )
     weight = torch.randn(6, 8)
     for dropped in (None, torch.randn(2, 3, 8, requires_grad=True)):
         arguments = (x.requires_grad_(), dropped, a, b, 2.0, weight, torch.randn(6), [], [6, 8])
@@ -92,8 +102,10 @@ def gradients(session, frame, **overrides):
             getattr(vqa, name)(session, *change(model))
         prompts = [vqa.make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(3)]
         batch = vqa.collate(session, prompts)
-        vqa.training_loss(session, vqa.answer_states(session, batch), batch).backward()
-        return torch.cat([value.grad.flatten() for value in vqa.trainable_parameters(model).values()])
+        vqa.training_loss(session, vqa.answer_hidden_states(session, batch), batch).backward()
+        return torch.cat(
+            [value.grad.flatten() for value in vqa.trainable_parameters(model).values()]
+        )
     finally:
         model.unload()
 
@@ -103,7 +115,10 @@ def test_quickened_and_selectively_checkpointed_gradients_are_the_plain_ones(ses
     quick = gradients(session, demo_rows.train, quicken=lambda model: (model, 1))
     assert (quick - plain).norm() <= 1e-5 * plain.norm()
     for stored in (0, 1):
-        steps = {"quicken": lambda model: (model, 1), "recompute_layers": lambda model, stored=stored: (stored,)}
+        steps = {
+            "use_fast_layers": lambda model: (model, 1),
+            "recompute_layers": lambda model, stored=stored: (stored,),
+        }
         again = gradients(session, demo_rows.train, **steps)
         assert (again - plain).norm() <= 1e-6 * plain.norm()
 
@@ -114,7 +129,9 @@ def test_the_last_layers_keep_their_activations(session):
     assert flags == [True] * (len(flags) - 1) + [False]
 
 
-def test_compiled_layers_give_the_plain_gradients_and_one_compilation_serves_all(session, demo_rows, monkeypatch):
+def test_compiled_layers_give_the_plain_gradients_and_one_compilation_serves_all(
+    session, demo_rows, monkeypatch
+):
     """Through torch's own tracing and differentiation, without a C compiler: the code generator is torch's affair."""
     plain = gradients(session, demo_rows.train)
     compiled = []
@@ -125,12 +142,18 @@ def test_compiled_layers_give_the_plain_gradients_and_one_compilation_serves_all
 
     torch._dynamo.reset()
     original = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: original(function, backend=counting, **options))
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, **options: original(function, backend=counting, **options),
+    )
     session.config = vqa.dataclasses.replace(session.config, compile_layers="on")
     quick = gradients(session, demo_rows.train, quicken=lambda model: (model, 1))
     assert (quick - plain).norm() <= 1e-5 * plain.norm()
     assert len(compiled) == 1
-    again = gradients(session, demo_rows.train, quicken=lambda model: (model, 1))  # the next fold's adapter
+    again = gradients(
+        session, demo_rows.train, quicken=lambda model: (model, 1)
+    )  # the next fold's adapter
     assert torch.equal(again, quick) and len(compiled) == 1
 
 
@@ -154,9 +177,17 @@ def test_layers_are_compiled_where_it_pays(wish, device, questions, expected, re
 def test_plans_fit_the_memory_and_halve_the_step():
     costs = (10.0, 1.0, 0.5)  # fixed, a question, each of its kept layers
     for budget in (12, 20, 40, 100, 1000):
-        for micro_batch, stored in vqa.candidate_plans(costs, budget, layers=36, step=32, recompute=True):
+        for micro_batch, stored in vqa.candidate_plans(
+            costs, budget, layers=36, step=32, recompute=True
+        ):
             assert 10 + micro_batch * (1 + max(1, stored) * 0.5) <= budget
-    assert vqa.candidate_plans(costs, 60, 36, 32, recompute=True) == [(32, 0), (16, 4), (8, 10), (4, 23), (2, 36)]
+    assert vqa.candidate_plans(costs, 60, 36, 32, recompute=True) == [
+        (32, 0),
+        (16, 4),
+        (8, 10),
+        (4, 23),
+        (2, 36),
+    ]
     assert vqa.candidate_plans(costs, 60, 36, 32, recompute=False) == [(2, 36)]
     assert vqa.candidate_plans(costs, 5, 36, 32, recompute=True) == []
     assert [size for size, _ in vqa.candidate_plans(costs, 1000, 36, 10, True)] == [10, 5, 3, 2]
@@ -173,7 +204,7 @@ def test_on_a_cpu_the_plan_is_the_configs(session, demo_rows, replace):
 
 def test_items_are_prepared_ahead_in_order():
     begun = []
-    items = vqa.ahead(begun.append(number) or number for number in range(4))
+    items = vqa.prefetch(begun.append(number) or number for number in range(4))
     assert next(items) == 0 and [*items] == [1, 2, 3] and begun == [0, 1, 2, 3]
 
 
@@ -217,17 +248,24 @@ def test_a_small_model_and_a_small_card_get_a_plan_too(planned):
 def test_layers_that_cannot_keep_their_weights_out_of_4_bits_still_share_a_pass(planned):
     """Each layer of a mixture of experts takes as much as several questions, for one question already."""
     assert planned(40_000, expert=15.0) == vqa.MemoryPlan(4, 0, (10 + 4 * 1.5 + 15) * 1000 / 2**30)
-    assert planned(40_000, expert=15.0, recompute=False) == vqa.MemoryPlan(1, 36)  # nothing fits: the last resort
+    assert planned(40_000, expert=15.0, recompute=False) == vqa.MemoryPlan(
+        1, 36
+    )  # nothing fits: the last resort
 
 
 def test_a_pass_without_memory_leaves_no_gradient_behind(session, demo_rows, monkeypatch):
     model = vqa.attach_lora(session.model, session.config, seed=0).train()
-    vqa.quicken(session, model, 1)
+    vqa.use_fast_layers(session, model, 1)
     for name in ("reset_peak_memory_stats", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: (5, 7)[gpu])  # the fuller one counts
-    prompts, loss = [vqa.make_prompt(session, demo_rows.train, 0, [(0, 1, 2, 3)])], vqa.training_loss
+    monkeypatch.setattr(
+        torch.cuda, "max_memory_allocated", lambda gpu: (5, 7)[gpu]
+    )  # the fuller one counts
+    prompts, loss = (
+        [vqa.make_prompt(session, demo_rows.train, 0, [(0, 1, 2, 3)])],
+        vqa.training_loss,
+    )
     assert vqa.measure_pass(session, prompts, 0)[1] == 7
 
     def failing(*arguments):

@@ -92,9 +92,15 @@ def test_checkpoint_of_a_plain_linear_layer_round_trips(tmp_path):
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     scheduler.step()
-    path = vqa.save_checkpoint(model, optimizer, scheduler, 4, 1, {"acc": np.float64(0.5)}, tmp_path / "a" / "ckpt.pt")
+    path = vqa.save_checkpoint(
+        model, optimizer, scheduler, 4, 1, {"acc": np.float64(0.5)}, tmp_path / "a" / "ckpt.pt"
+    )
     other, other_optimizer, other_scheduler = build()
-    assert vqa.load_checkpoint(other, other_optimizer, other_scheduler, path) == (4, 1, {"acc": 0.5})
+    assert vqa.load_checkpoint(other, other_optimizer, other_scheduler, path) == (
+        4,
+        1,
+        {"acc": 0.5},
+    )
     assert torch.equal(other.weight, model.weight)
     assert other_optimizer.state_dict()["state"][0]["step"] == 1
     assert other_scheduler.last_epoch == 1
@@ -140,11 +146,17 @@ def test_strict_seeding_makes_torch_deterministic(monkeypatch):
     import torch
 
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # taken back with the test
-    before = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+    before = (
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+    )
     try:
         vqa.seed_everything(7, strict=True)
         assert torch.are_deterministic_algorithms_enabled()
-        assert not torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.mem_efficient_sdp_enabled()
+        assert (
+            not torch.backends.cuda.flash_sdp_enabled()
+            and not torch.backends.cuda.mem_efficient_sdp_enabled()
+        )
     finally:
         torch.use_deterministic_algorithms(False)
         torch.backends.cuda.enable_flash_sdp(before[0])

@@ -26,11 +26,17 @@ MEASURED = {
 }
 
 
-@pytest.mark.parametrize(("make_shapes", "tokens", "compiled", "peaks"), MEASURED.values(), ids=MEASURED)
-def test_the_computed_peak_is_within_5_percent_of_every_measured_one(make_shapes, tokens, compiled, peaks):
+@pytest.mark.parametrize(
+    ("make_shapes", "tokens", "compiled", "peaks"), MEASURED.values(), ids=MEASURED
+)
+def test_the_computed_peak_is_within_5_percent_of_every_measured_one(
+    make_shapes, tokens, compiled, peaks
+):
     costs = vqa.memory_costs(vqa.Config(), make_shapes({}), tokens, "bf16", compiled)
     for plan, measured in peaks.items():
-        assert sum(costs.peak(vqa.MemoryPlan(*plan)).values()) == pytest.approx(measured, rel=0.05), plan
+        assert sum(costs.peak(vqa.MemoryPlan(*plan)).values()) == pytest.approx(
+            measured, rel=0.05
+        ), plan
 
 
 def test_computed_weights_are_those_measured_after_loading_and_at_rest():
@@ -38,11 +44,15 @@ def test_computed_weights_are_those_measured_after_loading_and_at_rest():
         vqa.memory_costs(vqa.Config(), make({}), 1, "bf16", True)
         for make in (memory_plan.qwen3_8b, memory_plan.qwen25_3b)
     )
-    assert big.loaded == pytest.approx(6.73, abs=0.01) and small.loaded == pytest.approx(3.16, abs=0.01)
+    assert big.loaded == pytest.approx(6.73, abs=0.01) and small.loaded == pytest.approx(
+        3.16, abs=0.01
+    )
     assert big.rows["weights"] == pytest.approx(4.5, abs=0.01)
     scales = 0.16  # of its 4-bit blocks, unpacked; its head is tied and stays
     assert small.rows["weights"] == pytest.approx(small.loaded - small.tower + scales, abs=0.01)
-    cached, not_cached = (big.table(vqa.MemoryPlan(1, 0), is_cached, 0)["computed GiB"] for is_cached in (True, False))
+    cached, not_cached = (
+        big.table(vqa.MemoryPlan(1, 0), is_cached, 0)["computed GiB"] for is_cached in (True, False)
+    )
     for row in ("weights", "all of these"):
         assert not_cached[row] == pytest.approx(cached[row] + big.tower)
 
@@ -53,10 +63,13 @@ def test_settings_change_the_rows_that_they_should():
 
     plain = costs()
     assert costs(quantization="none").rows["weights"] == pytest.approx(14.1, abs=0.05)
-    assert costs(loss="vocabulary").rows["weights"] == pytest.approx(plain.rows["weights"] + 1.16, abs=0.01)
+    assert costs(loss="vocabulary").rows["weights"] == pytest.approx(
+        plain.rows["weights"] + 1.16, abs=0.01
+    )
     assert costs(lora_r=32).rows["optimizer"] == 2 * plain.rows["optimizer"]
     assert (
-        costs(use_ema=False).rows["averages"] == 0 and costs(use_swa=True).rows["averages"] == plain.rows["optimizer"]
+        costs(use_ema=False).rows["averages"] == 0
+        and costs(use_swa=True).rows["averages"] == plain.rows["optimizer"]
     )
     assert costs(lora_dropout=0.0).layer < 0.8 * plain.layer
 
@@ -69,8 +82,12 @@ def test_what_auto_picks_fits_on_the_card_by_computation(cards, preset, _):
 
 def test_a_card_below_the_smallest_preset_is_too_small_by_computation_for_the_larger_model():
     shapes = memory_plan.qwen3_8b({})
-    verdict = vqa.memory_costs(vqa.Config(), shapes, 878, "fp16", False).verdict(memory_plan.free_memory(6144))
-    assert verdict.startswith("does not fit by computation: 6.7 GiB for one question at a time, 5.1 GiB free")
+    verdict = vqa.memory_costs(vqa.Config(), shapes, 878, "fp16", False).verdict(
+        memory_plan.free_memory(6144)
+    )
+    assert verdict.startswith(
+        "does not fit by computation: 6.7 GiB for one question at a time, 5.1 GiB free"
+    )
     assert "smaller model_id" in verdict and "max_pixels" in verdict
 
 
@@ -103,7 +120,9 @@ def test_preflight_shows_computed_beside_measured_memory_and_goes_on_where_it_wo
     images = dict(zip(tables.train["pixel_hash"], tokens["train"], strict=True))
     images |= zip(tables.test["pixel_hash"], tokens["test"], strict=True)  # each image once
     image_token = vqa.expected_memory(config, tables.train).image_token
-    assert computed["vision features, on disk or in RAM"] == pytest.approx(sum(images.values()) * image_token)
+    assert computed["vision features, on disk or in RAM"] == pytest.approx(
+        sum(images.values()) * image_token
+    )
 
 
 def test_the_command_line_prints_the_table_before_the_facts(monkeypatch, capsys):
@@ -116,11 +135,16 @@ def test_the_command_line_prints_the_table_before_the_facts(monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["vqa_helpers.py", "preflight", "--config", config])
     vqa.main()
     *table, facts = capsys.readouterr().out.splitlines()
-    assert table[0] == "|  | computed GiB | measured GiB |" and table[-1] == "| all of these | 6.000 | 5.900 |"
+    assert (
+        table[0] == "|  | computed GiB | measured GiB |"
+        and table[-1] == "| all of these | 6.000 | 5.900 |"
+    )
     assert json.loads(facts) == {"memory": memory}
 
 
-def test_weights_that_do_not_fit_end_preflight_with_what_to_change(mini_data, tmp_path, monkeypatch):
+def test_weights_that_do_not_fit_end_preflight_with_what_to_change(
+    mini_data, tmp_path, monkeypatch
+):
     def run_out(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -137,17 +161,25 @@ def test_computed_vision_features_are_the_bytes_of_the_cache(session, demo_rows)
     """In both families, with and without DeepStack."""
     row = demo_rows.train.iloc[:1]
     prompt = vqa.make_prompt(session, row, 0, [(0, 1, 2, 3)])
-    (features,) = session.cache.tower(vqa.collate(session, [prompt]))
+    (features,) = session.vision_cache.tower(vqa.collate(session, [prompt]))
     costs = vqa.memory_costs(session.config, session.model.config, 1, "fp32", compiled=False)
     tokens = len(features[0])
-    assert sum(tensor.nbytes for tensor in features) == pytest.approx(tokens * costs.image_token * 2**30)
+    assert sum(tensor.nbytes for tensor in features) == pytest.approx(
+        tokens * costs.image_token * 2**30
+    )
 
 
-def test_before_loading_memory_is_that_of_the_longest_prompt_with_the_runs_own_templates(session, demo_rows, replace):
-    longer = {kind: "Look closely. " * 9 + template for kind, template in vqa.PROMPT_TEMPLATES.items()}
+def test_before_loading_memory_is_that_of_the_longest_prompt_with_the_runs_own_templates(
+    session, demo_rows, replace
+):
+    longer = {
+        kind: "Look closely. " * 9 + template for kind, template in vqa.PROMPT_TEMPLATES.items()
+    }
     session.config = replace(session.config, prompt_templates=longer)
     frame = demo_rows.train.head(12)
-    longest = max(len(vqa.make_prompt(session, frame, row, [(0, 1, 2, 3)]).input_ids) for row in range(12))
+    longest = max(
+        len(vqa.make_prompt(session, frame, row, [(0, 1, 2, 3)]).input_ids) for row in range(12)
+    )
     known = vqa.memory_costs(session.config, session.model.config, longest, "fp32", compiled=False)
     assert vqa.expected_memory(session.config, frame) == known
 
@@ -158,7 +190,11 @@ def test_the_fullest_gpu_is_the_one_reported(monkeypatch):
     monkeypatch.setattr(vqa, "_cuda_is_in_use", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
-    for name, gib in {"memory_allocated": (1, 2), "memory_reserved": (3, 4), "max_memory_allocated": (5, 6)}.items():
+    for name, gib in {
+        "memory_allocated": (1, 2),
+        "memory_reserved": (3, 4),
+        "max_memory_allocated": (5, 6),
+    }.items():
         monkeypatch.setattr(torch.cuda, name, lambda gpu, gib=gib: gib[gpu] * 2**30)
     with vqa.track_peak_memory("block") as report:
         pass

@@ -24,7 +24,10 @@ DRIVE, FIND, IMPORT, INSTALL, HARDWARE, PARAMETERS, CONFIG = CODE[:7]
 MODULE = Path(vqa.__file__).read_text(encoding="utf-8")
 TINY = vqa.DEMO / "tiny_qwen3_vl"
 COMPETITION = "kaggle/input/competitions/vqa"
-KAGGLE, COLAB = {"KAGGLE_KERNEL_RUN_TYPE": "Interactive", "COLAB_RELEASE_TAG": "release"}, {"COLAB_RELEASE_TAG": "r"}
+KAGGLE, COLAB = (
+    {"KAGGLE_KERNEL_RUN_TYPE": "Interactive", "COLAB_RELEASE_TAG": "release"},
+    {"COLAB_RELEASE_TAG": "r"},
+)
 T4, L4, A100 = "Tesla T4, 15360, 7.5", "NVIDIA L4, 23034, 8.9", "NVIDIA A100-SXM4-40GB, 40960, 8.0"
 H100, P100 = "NVIDIA H100 80GB HBM3, 81559, 9.0", "Tesla P100-PCIE-16GB, 16384, 6.0"
 UNKNOWN = "Graphics Device, 24576, 11.0"
@@ -34,13 +37,25 @@ class Machine:
     """One platform below `root`: its files, its GPUs, its installed packages, and what pip was asked for."""
 
     def __init__(self, root: Path, monkeypatch):
-        self.root, self.monkeypatch, self.pip_calls, self.pip_answer = root, monkeypatch, [], (0, "")
-        self.versions = vqa.MINIMUM_VERSIONS | {"torch": "2.10.0", "torchao": None}  # None: not installed
+        self.root, self.monkeypatch, self.pip_calls, self.pip_answer = (
+            root,
+            monkeypatch,
+            [],
+            (0, ""),
+        )
+        self.versions = vqa.MINIMUM_VERSIONS | {
+            "torch": "2.10.0",
+            "torchao": None,
+        }  # None: not installed
         self.names = {}
         for folder in ("kaggle/working", "content", "bin", "scratch"):
             (root / folder).mkdir(parents=True)
         monkeypatch.chdir(root / "kaggle/working")
-        for name in [name for name in os.environ if name.startswith(("VQA_", "KAGGLE_", "COLAB_", "CUDA_VISIBLE"))]:
+        for name in [
+            name
+            for name in os.environ
+            if name.startswith(("VQA_", "KAGGLE_", "COLAB_", "CUDA_VISIBLE"))
+        ]:
             monkeypatch.delenv(name)
         monkeypatch.setenv("PATH", f"{root}/bin:/usr/bin:/bin")
         monkeypatch.setattr(tempfile, "tempdir", str(root / "scratch"))
@@ -77,12 +92,16 @@ class Machine:
 
     def here(self, text):
         """`text` with the platforms' absolute paths led into the temporary root."""
-        return text.replace('"/kaggle/', f'"{self.root}/kaggle/').replace('"/content', f'"{self.root}/content')
+        return text.replace('"/kaggle/', f'"{self.root}/kaggle/').replace(
+            '"/content', f'"{self.root}/content'
+        )
 
     def helper(self, folder="kaggle/working", version=vqa.__version__):
         path = self.root / folder / "vqa_helpers.py"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.here(MODULE).replace(f'"{vqa.__version__}"', f'"{version}"', 1), encoding="utf-8")
+        path.write_text(
+            self.here(MODULE).replace(f'"{vqa.__version__}"', f'"{version}"', 1), encoding="utf-8"
+        )
         return path
 
     def demo(self, folder="kaggle/working"):
@@ -116,7 +135,11 @@ class Machine:
     def run(self, *cells):
         """Execute these cells, or all up to the config, one after the other; returns their names."""
         for cell in cells or CODE[:7]:
-            code = compile(self.here(cell.replace("%matplotlib inline\n", "")), "a cell of the notebook", "exec")
+            code = compile(
+                self.here(cell.replace("%matplotlib inline\n", "")),
+                "a cell of the notebook",
+                "exec",
+            )
             exec(code, self.names)
         return SimpleNamespace(**self.names)
 
@@ -151,13 +174,21 @@ def test_the_helper_is_found_and_named(machine, capsys, folder):
 def test_without_a_helper_the_error_says_where_it_looked_and_what_to_do(machine):
     with pytest.raises(FileNotFoundError) as caught:
         machine.run(FIND)
-    for part in (str(Path.cwd()), "/kaggle/input/*/'", "/kaggle/usr/lib/notebooks/*/*/'", "/content/drive/MyDrive/*/'"):
+    for part in (
+        str(Path.cwd()),
+        "/kaggle/input/*/'",
+        "/kaggle/usr/lib/notebooks/*/*/'",
+        "/content/drive/MyDrive/*/'",
+    ):
         assert part in str(caught.value)
     assert str(caught.value).endswith("upload it, or Add Input on Kaggle")
 
 
 def test_stale_helpers_are_all_named_with_their_versions(machine):
-    first, second = machine.helper(version="0.0.7"), machine.helper("kaggle/input/old", version="0.0.8")
+    first, second = (
+        machine.helper(version="0.0.7"),
+        machine.helper("kaggle/input/old", version="0.0.8"),
+    )
     with pytest.raises(ImportError) as caught:
         machine.run(FIND)
     for part in ("0.3.0 is needed", f"{first} is 0.0.7, {second} is 0.0.8", "update it there"):
@@ -177,7 +208,9 @@ def test_a_copy_loaded_earlier_in_the_session_is_replaced(machine):
     assert machine.run(FIND, IMPORT).vqa.__file__ == str(path)
 
 
-@pytest.mark.parametrize(("asked", "mounted"), [({}, []), ({"VQA_MOUNT_DRIVE": "1"}, ["/content/drive"])])
+@pytest.mark.parametrize(
+    ("asked", "mounted"), [({}, []), ({"VQA_MOUNT_DRIVE": "1"}, ["/content/drive"])]
+)
 def test_drive_is_mounted_only_when_asked(machine, asked, mounted):
     calls = []
     colab = ModuleType("google.colab")
@@ -225,12 +258,18 @@ def test_an_archive_is_unpacked_once_outside_the_input(machine, capsys, name, in
     archive = machine.archive(name, inner)
     before = sorted((path, path.stat().st_mtime_ns) for path in archive.parent.rglob("*"))
     data = Path(machine.run().config.data_dir)
-    assert data.is_relative_to(machine.root / "scratch") and data.match(f"vqa-data-*/{inner}".rstrip("/"))
-    assert f"Competition data: {machine.root / 'scratch'}/vqa-data-" in (said := capsys.readouterr().out)
+    assert data.is_relative_to(machine.root / "scratch") and data.match(
+        f"vqa-data-*/{inner}".rstrip("/")
+    )
+    assert f"Competition data: {machine.root / 'scratch'}/vqa-data-" in (
+        said := capsys.readouterr().out
+    )
     assert said.count(f" being unpacked from {archive}\n") == 1
     (data / "kept").touch()
     assert Path(machine.run().config.data_dir) == data and (data / "kept").exists()
-    assert f" from {archive}\n" in (said := capsys.readouterr().out) and "being unpacked" not in said
+    assert (
+        f" from {archive}\n" in (said := capsys.readouterr().out) and "being unpacked" not in said
+    )
     assert sorted((path, path.stat().st_mtime_ns) for path in archive.parent.rglob("*")) == before
 
 
@@ -256,15 +295,26 @@ def test_a_folder_wins_over_archives_and_unrelated_archives_are_left_alone(machi
 def test_of_several_competitions_none_is_taken_until_one_is_chosen(machine, kind):
     machine.helper()
     machine.gpus(T4)
-    make = machine.competition if kind == "folders" else lambda folder: machine.archive(f"{folder}/open.zip")
+    make = (
+        machine.competition
+        if kind == "folders"
+        else lambda folder: machine.archive(f"{folder}/open.zip")
+    )
     first, second = make(COMPETITION), make("kaggle/input/other")
     with pytest.raises(ValueError) as caught:
         machine.run()
     chosen = "set data_dir in OVERRIDES (or VQA_DATA_DIR) to one of them"
-    assert str(caught.value) == f"Several {kind} hold a competition: {[str(first), str(second)]}; {chosen}"
+    assert (
+        str(caught.value)
+        == f"Several {kind} hold a competition: {[str(first), str(second)]}; {chosen}"
+    )
     machine.environment(VQA_DATA_DIR=str(second))
     data = machine.run().config.data_dir
-    assert data == str(second) if kind == "folders" else data.startswith(f"{machine.root}/scratch/vqa-data-")
+    assert (
+        data == str(second)
+        if kind == "folders"
+        else data.startswith(f"{machine.root}/scratch/vqa-data-")
+    )
     machine.monkeypatch.delenv("VQA_DATA_DIR")
     machine.names["OVERRIDES"] = {"data_dir": str(first)}
     assert machine.run(CONFIG).config.data_dir != data
@@ -275,7 +325,10 @@ def test_a_named_folder_without_the_files_is_an_error(machine):
     machine.demo()
     (machine.competition() / "test.csv").unlink()
     machine.environment(VQA_DATA_DIR=f"{machine.root}/{COMPETITION}")
-    with pytest.raises(FileNotFoundError, match=r"vqa has no test\.csv; set data_dir in OVERRIDES \(or VQA_DATA_DIR\)"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"vqa has no test\.csv; set data_dir in OVERRIDES \(or VQA_DATA_DIR\)",
+    ):
         machine.run()
 
 
@@ -286,7 +339,8 @@ def test_a_broken_zip_is_named(machine, content):
     archive = machine.archive(f"{COMPETITION}/open.zip")
     archive.write_bytes(content)
     with pytest.raises(
-        ValueError, match=rf"{archive}: not readable \(ReadError: .*\); download it again, or remove it"
+        ValueError,
+        match=rf"{archive}: not readable \(ReadError: .*\); download it again, or remove it",
     ):
         machine.run()
 
@@ -305,7 +359,9 @@ def test_five_gigabytes_of_disk_are_too_few_for_six(machine):
         file.write(member.tobuf())
         file.truncate(start + member.size + 2 * tarfile.BLOCKSIZE)
     machine.monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5 * 2**30))
-    with pytest.raises(ValueError, match=r"'images.bin' .* makes 6,442,450,9\d\d bytes.* 5,368,709,120 \(disk\)"):
+    with pytest.raises(
+        ValueError, match=r"'images.bin' .* makes 6,442,450,9\d\d bytes.* 5,368,709,120 \(disk\)"
+    ):
         machine.run()
     assert not any((machine.root / "scratch").iterdir())
 
@@ -315,7 +371,10 @@ def test_nothing_attached_runs_the_demo_and_says_so(machine, capsys):
     data = machine.demo()
     config = machine.run().config
     assert (config.preset_name, config.data_dir) == ("demo", str(data))
-    assert "train.csv, test.csv, sample_submission.csv: the built-in demo runs" in capsys.readouterr().out
+    assert (
+        "train.csv, test.csv, sample_submission.csv: the built-in demo runs"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_demo_may_be_a_link(machine):
@@ -329,7 +388,10 @@ def test_nothing_attached_and_no_demo_is_an_error(machine):
     machine.gpus(T4, T4)
     with pytest.raises(FileNotFoundError) as caught:
         machine.run()
-    for part in (f"No folder or archive in {machine.root}/kaggle/input", "attach the competition (Kaggle: Add Input)"):
+    for part in (
+        f"No folder or archive in {machine.root}/kaggle/input",
+        "attach the competition (Kaggle: Add Input)",
+    ):
         assert part in str(caught.value)
 
 
@@ -364,8 +426,12 @@ CARDS = {
 }
 
 
-@pytest.mark.parametrize(("signs", "cards", "platform", "precision", "presets"), CARDS.values(), ids=CARDS)
-def test_cards_choose_preset_and_precision(machine, capsys, signs, cards, platform, precision, presets):
+@pytest.mark.parametrize(
+    ("signs", "cards", "platform", "precision", "presets"), CARDS.values(), ids=CARDS
+)
+def test_cards_choose_preset_and_precision(
+    machine, capsys, signs, cards, platform, precision, presets
+):
     machine.environment(**signs)
     machine.helper()
     machine.gpus(*cards)
@@ -381,7 +447,9 @@ def test_p100_is_refused_with_the_reason(machine):
     machine.environment(**KAGGLE)
     machine.helper()
     machine.gpus(P100)
-    with pytest.raises(RuntimeError, match=r"P100.* too old for torch \(capability below 7.0\); choose 'GPU T4 x2'"):
+    with pytest.raises(
+        RuntimeError, match=r"P100.* too old for torch \(capability below 7.0\); choose 'GPU T4 x2'"
+    ):
         machine.run(FIND, IMPORT, INSTALL, HARDWARE)
 
 
@@ -389,7 +457,9 @@ def test_competition_files_without_a_gpu_stop(machine):
     machine.environment(**KAGGLE)
     machine.helper()
     machine.competition()
-    with pytest.raises(RuntimeError, match="^Competition files but no GPU: switch on the accelerator"):
+    with pytest.raises(
+        RuntimeError, match="^Competition files but no GPU: switch on the accelerator"
+    ):
         machine.run()
 
 
@@ -429,7 +499,9 @@ def test_only_what_is_missing_or_old_is_installed(machine, capsys):
     assert f"installed: {', '.join(wanted)}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("version", "wanted"), [(None, []), ("0.10.0", ["torchao>=0.16"]), ("0.17.0", [])])
+@pytest.mark.parametrize(
+    ("version", "wanted"), [(None, []), ("0.10.0", ["torchao>=0.16"]), ("0.17.0", [])]
+)
 def test_torchao_is_replaced_where_peft_would_refuse_it(machine, version, wanted):
     machine.versions["torchao"] = version
     machine.helper()
@@ -444,8 +516,12 @@ def test_without_internet_and_wheels_the_error_has_the_command_that_makes_them(m
     with pytest.raises(RuntimeError) as caught:
         machine.run(FIND, IMPORT, INSTALL)
     first, command, last = str(caught.value).splitlines()
-    assert first.startswith("pip could not take bitsandbytes>=0.46.1 from the internet. Switch Internet on, or ")
-    assert command.startswith("pip download -d wheels --only-binary=:all: --python-version 3.12 --platform manylinux")
+    assert first.startswith(
+        "pip could not take bitsandbytes>=0.46.1 from the internet. Switch Internet on, or "
+    )
+    assert command.startswith(
+        "pip download -d wheels --only-binary=:all: --python-version 3.12 --platform manylinux"
+    )
     assert command.endswith(' "bitsandbytes>=0.46.1"') and last == machine.pip_answer[1]
 
 
@@ -460,7 +536,9 @@ def test_the_readme_has_the_same_command_for_all_packages(machine):
 
 @pytest.mark.parametrize("given", ["attached", "VQA_WHEELS"])
 def test_wheels_are_taken_instead_of_the_internet(machine, given):
-    folder = machine.root / ("kaggle/input/datasets/me/offline/wheels" if given == "attached" else "my files")
+    folder = machine.root / (
+        "kaggle/input/datasets/me/offline/wheels" if given == "attached" else "my files"
+    )
     folder.mkdir(parents=True)
     (folder / "bitsandbytes-0.50.2-py3-none-any.whl").touch()
     if given == "VQA_WHEELS":
@@ -472,7 +550,9 @@ def test_wheels_are_taken_instead_of_the_internet(machine, given):
     assert machine.pip_calls == [["install", "--quiet", *found, "bitsandbytes>=0.46.1"]]
 
 
-@pytest.mark.parametrize("installed", ["5.0.0", "5.20.0"], ids=["just installed", "installed, run again"])
+@pytest.mark.parametrize(
+    "installed", ["5.0.0", "5.20.0"], ids=["just installed", "installed, run again"]
+)
 def test_an_old_package_that_is_loaded_asks_for_a_restart(machine, installed):
     loaded = ModuleType("transformers")
     loaded.__version__ = "5.0.0"
@@ -480,7 +560,8 @@ def test_an_old_package_that_is_loaded_asks_for_a_restart(machine, installed):
     machine.versions["transformers"] = installed
     machine.helper()
     with pytest.raises(
-        RuntimeError, match=r"^transformers 5.0.0 was loaded before 5.18 was there: restart the session"
+        RuntimeError,
+        match=r"^transformers 5.0.0 was loaded before 5.18 was there: restart the session",
     ):
         machine.run(FIND, IMPORT, INSTALL)
     assert len(machine.pip_calls) == (installed == "5.0.0")
@@ -489,7 +570,9 @@ def test_an_old_package_that_is_loaded_asks_for_a_restart(machine, installed):
 # --- model and earlier sessions --------------------------------------------------------------------------------------
 def start_run(names):
     competition = names.vqa.load_competition(names.config.data_dir, 0.5)
-    return names.vqa.start_run(names.config, competition, names.vqa.make_folds(competition.train, 2, 42))
+    return names.vqa.start_run(
+        names.config, competition, names.vqa.make_folds(competition.train, 2, 42)
+    )
 
 
 @pytest.mark.slow
@@ -517,13 +600,17 @@ def test_a_local_model_is_loaded_without_asking_the_hub(machine, mini_data):
     names = machine.run()
     assert names.vqa.run_preflight(names.config)["zero-shot accuracy"].endswith("on 36 rows")
     assert offline.read_text() == "True" and not calls.exists()
-    assert "HF_HUB_OFFLINE" not in os.environ  # the notebook's own process may turn to the hub for another model
+    assert (
+        "HF_HUB_OFFLINE" not in os.environ
+    )  # the notebook's own process may turn to the hub for another model
     run = start_run(names)
-    names.vqa.work(run, [0], [], names.vqa.ProgressFile(run.directory / "progress_0.json"))
+    names.vqa.run_worker(run, [0], [], names.vqa.ProgressFile(run.directory / "progress_0.json"))
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
-@pytest.mark.parametrize(("model", "offline"), [("data/tiny_qwen3_vl", "1"), ("Qwen/Qwen3-VL-8B-Instruct", None)])
+@pytest.mark.parametrize(
+    ("model", "offline"), [("data/tiny_qwen3_vl", "1"), ("Qwen/Qwen3-VL-8B-Instruct", None)]
+)
 def test_only_a_local_model_switches_the_hub_off(monkeypatch, model, offline):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.delenv("HF_HUB_OFFLINE")
@@ -534,22 +621,35 @@ def test_only_a_local_model_switches_the_hub_off(monkeypatch, model, offline):
 def test_a_model_out_of_reach_names_the_attached_ones(machine, monkeypatch):
     import huggingface_hub.constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # at once what takes minutes of retries
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HF_HUB_OFFLINE", True
+    )  # at once what takes minutes of retries
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    folders = [f"kaggle/input/{name}/1" for name in ("models/qwen/vl/transformers/8b", "qwen/transformers/4b")]
+    folders = [
+        f"kaggle/input/{name}/1"
+        for name in ("models/qwen/vl/transformers/8b", "qwen/transformers/4b")
+    ]
     for folder in folders:
         (machine.root / folder).mkdir(parents=True)
         for name in ("config.json", "model-00001-of-00002.safetensors"):
             (machine.root / folder / name).touch()
-    for name in ("adapter/adapter_model.safetensors", "my-notebook/config.json"):  # no models: of an earlier session
+    for name in (
+        "adapter/adapter_model.safetensors",
+        "my-notebook/config.json",
+    ):  # no models: of an earlier session
         (machine.root / "kaggle/input" / name).parent.mkdir()
         (machine.root / "kaggle/input" / name).touch()
     machine.helper()
     names = machine.run(FIND, IMPORT)
     config = names.vqa.Config(model_id="nobody/no-such-model", quantization="none")
     runtime = names.vqa.detect_runtime()
-    for load in (lambda: names.vqa.load_processor(config), lambda: names.vqa.load_model(config, runtime)):
-        with pytest.raises(OSError, match="^nobody/no-such-model could not be loaded. Check the spelling") as caught:
+    for load in (
+        lambda: names.vqa.load_processor(config),
+        lambda: names.vqa.load_model(config, runtime),
+    ):
+        with pytest.raises(
+            OSError, match="^nobody/no-such-model could not be loaded. Check the spelling"
+        ) as caught:
             load()
         listed = [str(machine.root / folder) for folder in folders]
         assert f"set model_id (or VQA_MODEL) to one of {listed}" in str(caught.value)
@@ -562,7 +662,9 @@ def test_an_attached_earlier_session_is_continued(machine, mini_data, capsys):
     place = shutil.copytree(mini_data, machine.root / COMPETITION)
     machine.names["OVERRIDES"] = {}
     for _ in range(2):
-        names = machine.run(FIND, IMPORT, INSTALL, HARDWARE, 'PRESET, OVERRIDES = "auto", {"n_folds": 2}', CONFIG)
+        names = machine.run(
+            FIND, IMPORT, INSTALL, HARDWARE, 'PRESET, OVERRIDES = "auto", {"n_folds": 2}', CONFIG
+        )
         assert names.config.data_dir == str(place)
         run = start_run(names)
         said = capsys.readouterr().out
@@ -571,4 +673,6 @@ def test_an_attached_earlier_session_is_continued(machine, mini_data, capsys):
             assert "Continuing" not in said
             shutil.move(run.directory, earlier)
     assert f"Continuing the run of an earlier session, copied from {earlier}" in said
-    assert (run.directory / "config.json").is_file() and run.directory.is_relative_to(machine.root / "kaggle/working")
+    assert (run.directory / "config.json").is_file() and run.directory.is_relative_to(
+        machine.root / "kaggle/working"
+    )

@@ -22,7 +22,16 @@ FORK = multiprocessing.get_context("fork")
 
 
 def worker(run, *arguments):
-    command = [sys.executable, vqa.__file__, "worker", "--run", str(run.directory), "--folds", "0", *arguments]
+    command = [
+        sys.executable,
+        vqa.__file__,
+        "worker",
+        "--run",
+        str(run.directory),
+        "--folds",
+        "0",
+        *arguments,
+    ]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -38,8 +47,12 @@ def wait_for(condition, process, seconds=120):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_worker_saves_and_ends_with_its_own_status_and_the_next_one_continues(mini_run, number):
-    whole, stopped = (mini_run(run_name=name, num_epochs=8, n_folds=3, train_folds=(0,)) for name in ("a", "b"))
+def test_a_stopped_worker_saves_and_ends_with_its_own_status_and_the_next_one_continues(
+    mini_run, number
+):
+    whole, stopped = (
+        mini_run(run_name=name, num_epochs=8, n_folds=3, train_folds=(0,)) for name in ("a", "b")
+    )
     vqa.train_fold(whole.config, 0)
     process = worker(stopped, "--stages", "train")
     metrics = stopped.fold_dir(0) / "metrics.jsonl"
@@ -52,13 +65,15 @@ def test_a_stopped_worker_saves_and_ends_with_its_own_status_and_the_next_one_co
     assert saved["epoch"] * 3 + saved["step_in_epoch"] == steps  # not one step was lost
     assert not (stopped.fold_dir(0) / "result.json").exists()
     vqa.train_fold(stopped.config, 0)
-    first, second = (run.fold_dir(0) / "adapter_ema" / "adapter_model.safetensors" for run in (whole, stopped))
+    first, second = (
+        run.fold_dir(0) / "adapter_ema" / "adapter_model.safetensors" for run in (whole, stopped)
+    )
     assert first.read_bytes() == second.read_bytes()
 
 
 def test_the_notebook_says_that_an_interrupted_run_can_be_continued(mini_run, monkeypatch):
     run = mini_run()
-    monkeypatch.setattr(vqa, "_watch", lambda *_: None)  # straight on to terminate()
+    monkeypatch.setattr(vqa, "_show_progress", lambda *_: None)  # straight on to terminate()
     with pytest.raises(vqa.Interrupted, match="Its work is saved: run the cell again"):
         monkeypatch.setattr(vqa.subprocess, "Popen", lambda *_, **__: Ended(vqa.INTERRUPTED))
         vqa.launch_workers(run, [((None,), [0])], ["train"])
@@ -80,12 +95,15 @@ def test_a_worker_whose_notebook_died_stops_at_the_next_safe_point(tmp_path):
     progress = vqa.ProgressFile(tmp_path / "progress.json", parent=os.getppid())
     progress.update("training", 1, 3)
     progress.parent = -1
-    with pytest.raises(vqa.Interrupted, match="the end of the notebook's process in training; run again to continue"):
+    with pytest.raises(
+        vqa.Interrupted,
+        match="the end of the notebook's process in training; run again to continue",
+    ):
         progress.update("training", 2, 3)
 
 
 def hold(run, ready, seconds):
-    with run.owned([0]):
+    with run.lock_folds([0]):
         ready.set()
         time.sleep(seconds)
 
@@ -96,14 +114,16 @@ def test_a_second_process_on_a_fold_stops_and_the_lock_of_a_dead_one_is_free(min
     owner = FORK.Process(target=hold, args=(run, ready, 60))
     owner.start()
     assert ready.wait(30)
-    busy = pytest.raises(vqa.CheckpointError, match="another process is working on fold 0 of .*choose a new run_name")
-    with busy, run.owned([0]):
+    busy = pytest.raises(
+        vqa.CheckpointError, match="another process is working on fold 0 of .*choose a new run_name"
+    )
+    with busy, run.lock_folds([0]):
         pass
-    with run.owned([1]):  # another fold is another worker's
+    with run.lock_folds([1]):  # another fold is another worker's
         pass
     owner.kill()
     owner.join()
-    with run.owned([0]):
+    with run.lock_folds([0]):
         pass
 
 
@@ -120,7 +140,9 @@ def test_training_stops_in_time_for_inference_and_says_so(mini_run):
     assert len(vqa.read_fold_result(run, 0).history) == 1
     evaluation = vqa.evaluate_run(run)
     submissions = vqa.write_submissions(run, evaluation)
-    assert submissions["ensemble"]["answer"].isin([*"abcd"]).all() and len(submissions["ensemble"]) == len(run.test)
+    assert submissions["ensemble"]["answer"].isin([*"abcd"]).all() and len(
+        submissions["ensemble"]
+    ) == len(run.test)
     report = vqa.write_report(run, evaluation).read_text(encoding="utf-8")
     assert "fold 0: training stopped in epoch 1 after step 1 of 3" in report
     assert "train fold 1 was left out: the time budget has no" in report
@@ -131,24 +153,36 @@ def test_a_fold_that_comes_later_may_change_the_weights_of_all(mini_run):
     run = mini_run()
     for fold, raw in enumerate((0.5, 0.9)):
         kinds = {"raw": {"accuracy": 1, "nll": raw}, "ema": {"accuracy": 0, "nll": 0.6}}
-        result = {"fold": fold, "best_epoch": 1, "kinds": kinds, "history": [{"epoch": 1}], "adapters": {}}
+        result = {
+            "fold": fold,
+            "best_epoch": 1,
+            "kinds": kinds,
+            "history": [{"epoch": 1}],
+            "adapters": {},
+        }
         vqa.atomic_write(run.fold_dir(fold) / "result.json", json.dumps(result))
         assert vqa.select_weights(run) == ("raw", "ema")[fold]
         vqa.atomic_write(run.fold_dir(fold) / "oof.npz", b"scored with these weights")
     assert not (run.fold_dir(0) / "oof.npz").exists() and (run.fold_dir(1) / "oof.npz").exists()
 
 
-def test_the_time_needed_for_inference_counts_folds_views_and_validations(mini_run, session, replace):
+def test_the_time_needed_for_inference_counts_folds_views_and_validations(
+    mini_run, session, replace
+):
     run = mini_run(tta_rotations=2)  # 36 training rows in two folds, 12 test rows
-    assert run.inference_seconds(0.5, session, training=1) == pytest.approx(
+    assert vqa.inference_seconds(run, 0.5, session, training=1) == pytest.approx(
         1.25 * 0.5 * ((18 + 12) * (1 + 1 / 7) + 3 * 18)
     )
     vqa.atomic_write(run.fold_dir(1) / "result.json", "{}")
-    assert run.inference_seconds(0.5, session, training=0) == 0  # another worker's fold
-    session.folds = (1,)
-    assert run.inference_seconds(0.5, session, training=0) == pytest.approx(1.25 * 0.5 * (18 + 12) * (1 + 1 / 7))
-    session.runtime = replace(session.runtime, attention="eager")  # every order is a prompt of its own
-    assert run.inference_seconds(0.5, session, training=0) == 1.25 * 0.5 * (18 + 12) * 2
+    assert vqa.inference_seconds(run, 0.5, session, training=0) == 0  # another worker's fold
+    session.assigned_folds = (1,)
+    assert vqa.inference_seconds(run, 0.5, session, training=0) == pytest.approx(
+        1.25 * 0.5 * (18 + 12) * (1 + 1 / 7)
+    )
+    session.runtime = replace(
+        session.runtime, attention="eager"
+    )  # every order is a prompt of its own
+    assert vqa.inference_seconds(run, 0.5, session, training=0) == 1.25 * 0.5 * (18 + 12) * 2
     assert run.seconds_left() == math.inf
 
 
@@ -201,10 +235,14 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_names_the_bytes(tmp_path, mon
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(vqa.Path, "open", lambda path, mode="r", **_: Full(path, mode))
-    with pytest.raises(vqa.CheckpointError, match=r"the disk is full: [\d,]+ bytes are needed, [\d,]+ are free"):
+    with pytest.raises(
+        vqa.CheckpointError, match=r"the disk is full: [\d,]+ bytes are needed, [\d,]+ are free"
+    ):
         manager.save(2, {"weight": torch.ones(8)}, {}, {})
     monkeypatch.undo()
-    assert [path.name for path in tmp_path.iterdir()] == [good.name] and manager.latest_verified() == good
+    assert [path.name for path in tmp_path.iterdir()] == [
+        good.name
+    ] and manager.latest_verified() == good
 
 
 # ----------------------------------------------------------------------------------------------- the same run or not
@@ -212,12 +250,17 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_names_the_bytes(tmp_path, mon
 
 def start(config):
     competition = vqa.load_competition(config.data_dir, 0.5)
-    return vqa.start_run(config, competition, vqa.make_folds(competition.train, config.n_folds, config.seed))
+    return vqa.start_run(
+        config, competition, vqa.make_folds(competition.train, config.n_folds, config.seed)
+    )
 
 
 def test_a_changed_learning_rate_is_refused_by_name(mini_run):
     mini_run(run_name="one")
-    with pytest.raises(vqa.CheckpointError, match=r"other config \(learning_rate: 0.001 -> 0.002\); choose a new run_"):
+    with pytest.raises(
+        vqa.CheckpointError,
+        match=r"other config \(learning_rate: 0.001 -> 0.002\); choose a new run_",
+    ):
         mini_run(run_name="one", learning_rate=2e-3)
 
 
@@ -230,7 +273,10 @@ def test_a_touched_image_is_refused_by_name(mini_run, mini_data, tmp_path):
     image = vqa.load_image(path)
     image.paste((9, 9, 9), (0, 0, 20, 20))
     image.save(path)
-    with pytest.raises(vqa.CheckpointError, match=r"other data \(rows \['test_0004 \(test_0004.jpg\)'\] and 0 more of"):
+    with pytest.raises(
+        vqa.CheckpointError,
+        match=r"other data \(rows \['test_0004 \(test_0004.jpg\)'\] and 0 more of",
+    ):
         start(run.config)
 
 
@@ -258,19 +304,25 @@ def test_a_run_of_an_earlier_session_is_copied_and_continued(mini_run, tmp_path,
     assert not (other.fold_dir(0) / "oof.npz").exists()
 
 
-def test_an_earlier_run_of_the_same_name_but_other_settings_is_left_alone_and_said(mini_run, tmp_path, caplog):
+def test_an_earlier_run_of_the_same_name_but_other_settings_is_left_alone_and_said(
+    mini_run, tmp_path, caplog
+):
     old = mini_run(run_name="one", output_dir=str(tmp_path / "input"))
     new = mini_run(run_name="one", resume_from=(str(tmp_path / "input"),), learning_rate=0.5)
     assert f"{old.directory} has this run's name, but other settings, data or folds" in caplog.text
     assert new.config.learning_rate == 0.5
 
 
-def test_a_run_is_not_continued_on_another_model_in_the_same_folder(mini_run, model_folders, tmp_path):
+def test_a_run_is_not_continued_on_another_model_in_the_same_folder(
+    mini_run, model_folders, tmp_path
+):
     folder = shutil.copytree(model_folders["qwen2_5_vl"], tmp_path / "model")
     mini_run(run_name="one", model_id=str(folder))
     mini_run(run_name="one", model_id=str(folder))
     shutil.copy(model_folders["qwen3_vl"] / "model.safetensors", folder / "model.safetensors")
-    with pytest.raises(vqa.CheckpointError, match=rf"made with other model \(files in {re.escape(str(folder))}\)"):
+    with pytest.raises(
+        vqa.CheckpointError, match=rf"made with other model \(files in {re.escape(str(folder))}\)"
+    ):
         mini_run(run_name="one", model_id=str(folder))
 
 
@@ -293,7 +345,9 @@ def test_of_several_earlier_sessions_the_one_that_came_furthest_is_continued(min
 def backed_up(mini_run, tmp_path):
     """backed_up(...) -> a run that is copied to drive/vqa."""
     (tmp_path / "drive").mkdir()
-    return lambda **settings: mini_run(run_name="one", backup_dir=str(tmp_path / "drive" / "vqa"), **settings)
+    return lambda **settings: mini_run(
+        run_name="one", backup_dir=str(tmp_path / "drive" / "vqa"), **settings
+    )
 
 
 @pytest.mark.slow
@@ -312,12 +366,17 @@ def test_a_run_whose_machine_is_gone_continues_from_its_backup_to_the_same_bytes
     with pytest.raises(vqa.Interrupted):
         vqa.run_stages(lost, [0], ["train"], stop)
     newest = vqa.CheckpointManager(copy / "fold_0" / "checkpoints").latest_verified()
-    assert newest.name == vqa.CheckpointManager(lost.fold_dir(0) / "checkpoints").latest_verified().name
+    assert (
+        newest.name
+        == vqa.CheckpointManager(lost.fold_dir(0) / "checkpoints").latest_verified().name
+    )
     shutil.rmtree(lost.directory)
     again = backed_up(**settings)
     resumed = []
     monkeypatch.setattr(
-        vqa.FoldTrainer, "resume", lambda self, f=vqa.FoldTrainer.resume: resumed.append(f(self)) or resumed[0]
+        vqa.FoldTrainer,
+        "resume",
+        lambda self, f=vqa.FoldTrainer.resume: resumed.append(f(self)) or resumed[0],
     )
     vqa.run_stages(again, [0], ["train", "predict"], lambda *_, **__: None)
     assert resumed[0] > (0, 0)
@@ -360,11 +419,13 @@ def test_a_backup_to_a_disk_that_is_not_mounted_is_refused(mini_run, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- inference
 
 
-def test_inference_continues_where_it_stopped_in_the_same_batches(session, demo_rows, tmp_path, replace, monkeypatch):
+def test_inference_continues_where_it_stopped_in_the_same_batches(
+    session, demo_rows, tmp_path, replace, monkeypatch
+):
     session.config = replace(session.config, infer_batch_size=4, save_every_steps=1)
-    frame, views = demo_rows.test.head(10), [vqa.View("rotation 0")]
+    frame, views = demo_rows.test.head(10), [vqa.TTAView("rotation 0")]
     expected = vqa.predict_logits(session, frame, views)
-    partial = vqa.Partial(tmp_path / "partial.npz", "run", session.config)
+    partial = vqa.InferenceCheckpoint(tmp_path / "partial.npz", "run", session.config)
     calls, score_batch = [], vqa.score_batch
 
     def counted(*arguments):
@@ -381,7 +442,9 @@ def test_inference_continues_where_it_stopped_in_the_same_batches(session, demo_
         vqa.predict_logits(session, frame, views, partial=partial)
     session.progress = lambda *_, **__: None
     assert np.array_equal(vqa.predict_logits(session, frame, views, partial=partial), expected)
-    assert len(calls) == 4  # of three batches; only the one that was under way at the stop is done again
+    assert (
+        len(calls) == 4
+    )  # of three batches; only the one that was under way at the stop is done again
     partial.path.write_bytes(partial.path.read_bytes()[:-40])
     assert np.array_equal(vqa.predict_logits(session, frame, views, partial=partial), expected)
 
@@ -390,7 +453,9 @@ def test_a_damaged_logits_file_is_named(tmp_path):
     path = tmp_path / "oof.npz"
     vqa.write_arrays(path, "run", logits=np.zeros((4, 1, 4)))
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(vqa.CheckpointError, match=r"oof.npz cannot be read .*delete it and run again"):
+    with pytest.raises(
+        vqa.CheckpointError, match=r"oof.npz cannot be read .*delete it and run again"
+    ):
         vqa.read_arrays(path, "run")
 
 
@@ -404,19 +469,26 @@ def test_code_in_a_model_folder_is_refused_unless_asked_for(demo_config, replace
 
     folder = shutil.copytree(TINY, tmp_path / "model")
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoModel": "evil.Model"}}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoModel": "evil.Model"}})
+    )
     config = replace(demo_config, model_id=str(folder))
-    with pytest.raises(ValueError, match=r"config.json asks to run Python code from that folder .*trust_remote_code"):
+    with pytest.raises(
+        ValueError,
+        match=r"config.json asks to run Python code from that folder .*trust_remote_code",
+    ):
         vqa.load_processor(config)
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "'quoted", "plain", "", "None"])
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "'quoted", "plain", "", "None"]
+)
 def test_tables_for_people_hold_no_formulas_and_are_read_back_verbatim(tmp_path, text):
     path = tmp_path / "table.csv"
     vqa.write_table(pd.DataFrame({"a": [text], "b": ["x"]}), path)
     cell = pd.read_csv(path, dtype=str, keep_default_na=False)["a"].iloc[0]
     assert not cell.startswith(("=", "+", "-", "@", "\t"))
-    assert vqa._read_rows(path)["a"].iloc[0] == text
+    assert vqa.read_table(path)["a"].iloc[0] == text
 
 
 # --------------------------------------------------------------------------------------------------------- determinism

@@ -26,7 +26,9 @@ def finished(tmp_path_factory, mini_data):
         max_pixels=6 * 32 * 32,
     )
     competition = vqa.load_competition(config.data_dir)
-    run = vqa.start_run(config, competition, vqa.make_folds(competition.train, config.n_folds, config.seed))
+    run = vqa.start_run(
+        config, competition, vqa.make_folds(competition.train, config.n_folds, config.seed)
+    )
     vqa.run_zeroshot(run)
     vqa.run_folds(run.config)
     return run
@@ -34,10 +36,19 @@ def finished(tmp_path_factory, mini_data):
 
 def test_a_run_writes_the_promised_files(finished):
     names = {str(path.relative_to(finished.directory)) for path in finished.directory.rglob("*")}
-    promised = {"config.json", "run.log", "worker_0.log", "folds.csv", "zeroshot.npz", "selection.json", "stages.jsonl"}
+    promised = {
+        "config.json",
+        "run.log",
+        "worker_0.log",
+        "folds.csv",
+        "zeroshot.npz",
+        "selection.json",
+        "stages.jsonl",
+    }
     for fold in (0, 1):
         promised |= {
-            f"fold_{fold}/{name}" for name in ("oof.npz", "test.npz", "history.csv", "metrics.jsonl", "checkpoints")
+            f"fold_{fold}/{name}"
+            for name in ("oof.npz", "test.npz", "history.csv", "metrics.jsonl", "checkpoints")
         }
     assert promised <= names
     assert (finished.directory.name).startswith("demo-")
@@ -85,7 +96,9 @@ def test_oof_of_the_plain_view_is_the_validation_of_the_selected_weights(finishe
     kind = json.loads((finished.directory / "selection.json").read_text())["weights"]
     for fold in (0, 1):
         oof = vqa.read_arrays(finished.fold_dir(fold) / "oof.npz", finished.fingerprint)
-        validation = vqa.read_arrays(finished.fold_dir(fold) / f"validation_{kind}.npz", finished.fingerprint)
+        validation = vqa.read_arrays(
+            finished.fold_dir(fold) / f"validation_{kind}.npz", finished.fingerprint
+        )
         assert oof["ids"].tolist() == validation["ids"].tolist()
         assert np.allclose(oof["logits"][:, 0], validation["logits"][:, 0], atol=1e-4)
 
@@ -116,7 +129,11 @@ def test_evaluation_submissions_and_report(finished):
     vqa.write_report(finished, evaluation)
     log = pd.read_csv(finished.directory.parent / "experiments.csv")
     assert log["run"].tolist() == [finished.directory.name]
-    files = {"ladder": evaluation.ladder, "folds": evaluation.fold_table, "views": evaluation.view_table}
+    files = {
+        "ladder": evaluation.ladder,
+        "folds": evaluation.fold_table,
+        "views": evaluation.view_table,
+    }
     for name, table in files.items():
         assert len(pd.read_csv(finished.directory / "tables" / f"{name}.csv")) == len(table)
 
@@ -126,7 +143,13 @@ def test_the_ladder_compares_ways_to_combine_views(finished, monkeypatch):
     table = vqa.admit_views(oof)[1].assign(admitted=True)
     monkeypatch.setattr(vqa, "admit_views", lambda *given: (views, table))
     ladder = vqa.evaluate_run(finished).ladder
-    combined = ["temperature", "vote of views", "weighted views", "stacked views", vqa.AUTOMATIC]
+    combined = [
+        "temperature",
+        "vote of views",
+        "weighted views",
+        "stacked views",
+        vqa.STEP_AUTOMATIC,
+    ]
     selected = json.loads((finished.directory / "selection.json").read_text())["weights"]
     (other,) = {"raw", "ema"} - {selected}
     other = f"with {'raw' if other == 'raw' else 'EMA'} weights"
@@ -138,7 +161,9 @@ def test_the_ladder_compares_ways_to_combine_views(finished, monkeypatch):
     assert not ladder["used"]["mean of 5 views"]
     one = finished.seconds_per_question() * len(finished.test) * 2  # folds
     seconds = [round(cost * one, 1) for cost in ladder["cost"]]
-    assert ladder["seconds"].tolist() == [seconds[0] / 2, *seconds[1:]] and one > 0  # zero-shot is one model
+    assert (
+        ladder["seconds"].tolist() == [seconds[0] / 2, *seconds[1:]] and one > 0
+    )  # zero-shot is one model
     monkeypatch.undo()
     table = vqa.admit_views(oof)[1]
     assert table["cost"].iloc[0] == 1 and table["cost"].is_monotonic_increasing
@@ -149,7 +174,9 @@ def test_ensemble_is_the_mean_of_the_folds_after_view_mean_and_temperature(finis
     evaluation = vqa.evaluate_run(finished)
     expected = 0
     for fold in (0, 1):
-        logits = vqa.read_arrays(finished.fold_dir(fold) / "test.npz", finished.fingerprint)["logits"]
+        logits = vqa.read_arrays(finished.fold_dir(fold) / "test.npz", finished.fingerprint)[
+            "logits"
+        ]
         per_view = [log_softmax(logits[:, view].astype(float), axis=1) for view in evaluation.views]
         scores = np.nanmean(per_view, axis=0) / evaluation.calibration.temperatures[fold]
         expected = expected + np.exp(scores) / np.exp(scores).sum(1, keepdims=True) / 2
@@ -170,9 +197,12 @@ def test_without_temperature_scaling_every_temperature_is_one(finished, replace)
 
 def test_a_run_directory_of_another_config_is_refused_by_field(mini_run):
     mini_run(run_name="mine", learning_rate=1e-3)
-    mini_run(run_name="mine", learning_rate=1e-3, log_level="DEBUG")  # what cannot change a result may change
+    mini_run(
+        run_name="mine", learning_rate=1e-3, log_level="DEBUG"
+    )  # what cannot change a result may change
     with pytest.raises(
-        vqa.CheckpointError, match="made with other config .*learning_rate: 0.001 -> 0.002.*new run_name"
+        vqa.CheckpointError,
+        match="made with other config .*learning_rate: 0.001 -> 0.002.*new run_name",
     ):
         mini_run(run_name="mine", learning_rate=2e-3)
 
@@ -192,17 +222,23 @@ def test_run_directory_of_other_data_is_refused(mini_run, mini_data, tmp_path):
 def test_a_worker_that_dies_is_shown_with_its_last_lines(mini_run, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     run = mini_run(model_id="no/such-model")
-    with pytest.raises(RuntimeError, match="(?s)A worker stopped. Run the cell again.*worker_0.log.*OSError"):
+    with pytest.raises(
+        RuntimeError, match="(?s)A worker stopped. Run the cell again.*worker_0.log.*OSError"
+    ):
         vqa.run_zeroshot(run)
 
 
 @pytest.mark.slow
-def test_several_devices_share_folds_and_the_odd_one_and_predict_in_further_rounds(mini_run, monkeypatch):
+def test_several_devices_share_folds_and_the_odd_one_and_predict_in_further_rounds(
+    mini_run, monkeypatch
+):
     run = mini_run(n_folds=3, tta_rotations=1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(vqa, "_devices", lambda config: [None, None])
+    monkeypatch.setattr(vqa, "worker_devices", lambda config: [None, None])
     rounds, launch = [], vqa.launch_workers
-    monkeypatch.setattr(vqa, "launch_workers", lambda *args: (rounds.append(args[1:]), launch(*args)))
+    monkeypatch.setattr(
+        vqa, "launch_workers", lambda *args: (rounds.append(args[1:]), launch(*args))
+    )
     results = vqa.run_folds(run.config)
     assert [result.fold for result in results] == [0, 1, 2]
     whole, shared = [((None,), (0,)), ((None,), (1,))], [((None, None), (2,))]
@@ -249,28 +285,54 @@ def test_weights_are_chosen_by_pooled_held_out_nll(mini_run):
     run = mini_run()
     for fold, (raw, ema) in enumerate([(0.5, 0.6), (0.9, 0.7)]):
         kinds = {"raw": {"accuracy": 1, "nll": raw}, "ema": {"accuracy": 0, "nll": ema}}
-        content = {"fold": fold, "best_epoch": 1, "kinds": kinds, "history": [{"epoch": 1}], "adapters": {}}
+        content = {
+            "fold": fold,
+            "best_epoch": 1,
+            "kinds": kinds,
+            "history": [{"epoch": 1}],
+            "adapters": {},
+        }
         vqa.atomic_write(run.fold_dir(fold) / "result.json", json.dumps(content))
     assert vqa.select_weights(run) == "ema"
     table = vqa.fold_table([vqa.read_fold_result(run, fold) for fold in (0, 1)])
-    assert table.loc["mean", "raw nll"] == pytest.approx(0.7) and table.index.tolist() == ["0", "1", "mean", "sd"]
+    assert table.loc["mean", "raw nll"] == pytest.approx(0.7) and table.index.tolist() == [
+        "0",
+        "1",
+        "mean",
+        "sd",
+    ]
 
 
 @pytest.mark.slow
 def test_preflight_reports_facts_from_a_process_of_its_own(mini_data, monkeypatch):
     facts = vqa.run_preflight(vqa.Config.preset("demo", data_dir=str(mini_data)))
-    assert facts["letter tokens"].startswith("a=[") and facts["prompt"].endswith("<|im_start|>assistant\n")
-    assert len(facts["token_counts"]["train"]) == 36 and max(facts["token_counts"]["test"]) <= facts["token_budget"]
-    assert facts["estimated minutes on one device"] > 0 and "on 36 rows" in facts["zero-shot accuracy"]
+    assert facts["letter tokens"].startswith("a=[") and facts["prompt"].endswith(
+        "<|im_start|>assistant\n"
+    )
+    assert (
+        len(facts["token_counts"]["train"]) == 36
+        and max(facts["token_counts"]["test"]) <= facts["token_budget"]
+    )
+    assert (
+        facts["estimated minutes on one device"] > 0 and "on 36 rows" in facts["zero-shot accuracy"]
+    )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(RuntimeError, match="(?s)Preflight failed:.*OSError"):
-        vqa.run_preflight(vqa.Config.preset("demo", data_dir=str(mini_data), model_id="no/such-model"))
+        vqa.run_preflight(
+            vqa.Config.preset("demo", data_dir=str(mini_data), model_id="no/such-model")
+        )
 
 
 @pytest.mark.slow
 def test_command_line_of_the_worker_is_usable_by_hand(mini_run):
     run = mini_run(zeroshot_rows=4)
-    command = [sys.executable, str(vqa.HERE / "vqa_helpers.py"), "worker", "--run", str(run.directory)]
+    command = [
+        sys.executable,
+        str(vqa.HERE / "vqa_helpers.py"),
+        "worker",
+        "--run",
+        str(run.directory),
+    ]
     subprocess.run([*command, "--folds", "0", "--stages", "zeroshot"], check=True, env=os.environ)
     assert len(vqa.read_arrays(run.directory / "zeroshot.npz", run.fingerprint)["ids"]) == 4
 
@@ -280,7 +342,9 @@ def test_on_kaggle_the_ensemble_is_copied_to_the_working_folder(finished, monkey
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release")  # Kaggle's image sets it too
     monkeypatch.chdir(tmp_path)
     vqa.write_submissions(finished, vqa.evaluate_run(finished))
-    assert (tmp_path / "submission.csv").read_bytes() == (finished.directory / "submission_ensemble.csv").read_bytes()
+    assert (tmp_path / "submission.csv").read_bytes() == (
+        finished.directory / "submission_ensemble.csv"
+    ).read_bytes()
 
 
 def scored(run, zeroshot_rows):
@@ -291,11 +355,17 @@ def scored(run, zeroshot_rows):
         held_out = run.train[run.train["fold"] == fold]
         for name, frame in (("oof", held_out), ("test", run.test)):
             logits = random.normal(size=(len(frame), 2, 4))
-            logits[:, 1] += 4 * np.eye(4)[frame["label"]] if "label" in frame else 0  # so that two views beat one
-            vqa.write_logits(run.fold_dir(fold) / f"{name}.npz", frame, logits, names, run.fingerprint)
+            logits[:, 1] += (
+                4 * np.eye(4)[frame["label"]] if "label" in frame else 0
+            )  # so that two views beat one
+            vqa.write_logits(
+                run.fold_dir(fold) / f"{name}.npz", frame, logits, names, run.fingerprint
+            )
         vqa.atomic_write(run.fold_dir(fold) / "result.json", "{}")
     logits = random.normal(size=(len(zeroshot_rows), 1, 4))
-    vqa.write_logits(run.directory / "zeroshot.npz", zeroshot_rows, logits, names[:1], run.fingerprint)
+    vqa.write_logits(
+        run.directory / "zeroshot.npz", zeroshot_rows, logits, names[:1], run.fingerprint
+    )
     return run
 
 
@@ -303,7 +373,10 @@ def test_a_zero_shot_sample_without_a_row_of_the_trained_folds_is_no_obstacle(mi
     run = mini_run(train_folds=(0,))
     evaluation = vqa.evaluate_run(scored(run, run.train[run.train["fold"] == 1]))
     step = evaluation.ladder.loc["fine-tuned, one view"]
-    assert step["against"] == "zero-shot" and np.isnan([step["gain"], step["gain_low"], step["p_value"]]).all()
+    assert (
+        step["against"] == "zero-shot"
+        and np.isnan([step["gain"], step["gain_low"], step["p_value"]]).all()
+    )
 
 
 def test_a_fold_with_one_row_is_scaled_by_the_pooled_temperature(mini_run, replace):
@@ -311,8 +384,13 @@ def test_a_fold_with_one_row_is_scaled_by_the_pooled_temperature(mini_run, repla
     run = replace(run, train=run.train.assign(fold=[1] + [0] * 35))
     evaluation = vqa.evaluate_run(scored(run, run.train))
     assert np.isfinite(evaluation.calibration.probabilities).all()
-    assert set(evaluation.calibration.temperatures) == {0, 1} and len(vqa.predict_test(run, evaluation)) == 2
-    rest = evaluation.oof.folds == 0  # row 0 is in the first of five parts: its temperature comes from the others
+    assert (
+        set(evaluation.calibration.temperatures) == {0, 1}
+        and len(vqa.predict_test(run, evaluation)) == 2
+    )
+    rest = (
+        evaluation.oof.folds == 0
+    )  # row 0 is in the first of five parts: its temperature comes from the others
     rest &= np.arange(36) % 5 != 0
     scores = vqa.combine_views(evaluation.oof.logits[:, evaluation.views])
     scaler = vqa.TemperatureScaler().fit(scores[rest], evaluation.oof.labels[rest])
@@ -323,7 +401,10 @@ def test_a_letter_that_a_fit_would_not_see_leaves_stacking_out(mini_run, replace
     run = mini_run()
     labels = np.arange(36) % 3
     complete = replace(run, train=run.train.assign(label=np.arange(36) % 4))
-    rare = replace(run, train=run.train.assign(label=np.where(np.arange(36) % vqa.CROSS_FIT_PARTS == 5, 3, labels)))
+    rare = replace(
+        run,
+        train=run.train.assign(label=np.where(np.arange(36) % vqa.CROSS_FIT_PARTS == 5, 3, labels)),
+    )
     for case, stacked in ((complete, True), (rare, False)):
         ladder = vqa.evaluate_run(scored(case, case.train)).ladder
         assert "weighted views" in ladder.index and ("stacked views" in ladder.index) == stacked

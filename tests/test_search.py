@@ -8,7 +8,12 @@ import pytest
 import vqa_helpers as vqa
 
 pytest.importorskip("optuna")
-SPACE = {"learning_rate": (1e-4, 1e-2, "log"), "lora_r": [4, 8], "label_smoothing": (0.0, 0.2), "batch_size": (4, 8)}
+SPACE = {
+    "learning_rate": (1e-4, 1e-2, "log"),
+    "lora_r": [4, 8],
+    "label_smoothing": (0.0, 0.2),
+    "batch_size": (4, 8),
+}
 
 
 @pytest.fixture
@@ -18,8 +23,15 @@ def search(mini_data, tmp_path):
     folds = vqa.make_folds(competition.train, 2, 42)
 
     def make(name, trials, minutes=10, space=SPACE, **fields):
-        settings = {"data_dir": str(mini_data), "output_dir": str(tmp_path / name), "num_epochs": 3, "n_folds": 2}
-        config = vqa.Config.preset("demo", **settings | {"max_fallback_share": 0.5, "run_name": "run"} | fields)
+        settings = {
+            "data_dir": str(mini_data),
+            "output_dir": str(tmp_path / name),
+            "num_epochs": 3,
+            "n_folds": 2,
+        }
+        config = vqa.Config.preset(
+            "demo", **settings | {"max_fallback_share": 0.5, "run_name": "run"} | fields
+        )
         table = vqa.search_hyperparameters(config, competition, folds, space, trials, minutes)
         (folder,) = (tmp_path / name / "run").glob("search-*")
         return table, folder
@@ -54,12 +66,17 @@ def pretended(losses, interrupt_after=None):
         if curve is None:
             raise RuntimeError("A worker stopped.\nFloatingPointError: 11 steps were not finite")
         if curve == "too large":
-            raise RuntimeError("A worker stopped.\nRuntimeError: Out of GPU memory with one question per forward pass")
+            raise RuntimeError(
+                "A worker stopped.\nRuntimeError: Out of GPU memory with one question per forward pass"
+            )
         history = [{"epoch": epoch, "nll": loss} for epoch, loss in enumerate(curve, 1)]
         vqa.write_table(pd.DataFrame(history), run.fold_dir(0) / "history.csv")
         if len(launched) == interrupt_after or stop():
             raise vqa.Interrupted
-        kinds = {"raw": {"accuracy": 0.5, "nll": curve[-1]}, "ema": {"accuracy": 0.5, "nll": curve[-1] + 0.1}}
+        kinds = {
+            "raw": {"accuracy": 0.5, "nll": curve[-1]},
+            "ema": {"accuracy": 0.5, "nll": curve[-1] + 0.1},
+        }
         result = {"fold": 0, "best_epoch": 1, "kinds": kinds, "history": history, "adapters": {}}
         vqa.atomic_write(run.fold_dir(0) / "result.json", json.dumps(result))
 
@@ -80,26 +97,43 @@ def test_a_killed_search_ends_like_an_undisturbed_one_and_its_best_figure_can_be
         table, folder = search(name, 2, save_every_steps=1, num_epochs=1)
         assert launched == ["trial_000", *["trial_001"] * (2 if interrupt_at else 1)]
         assert sorted(table["trial"]) == [0, 1] and table["learning_rate"].is_unique
-        files.append([(folder / part).read_bytes() for part in ("trials.csv", "best_overrides.json")])
+        files.append(
+            [(folder / part).read_bytes() for part in ("trials.csv", "best_overrides.json")]
+        )
         search(name, 2, save_every_steps=1, num_epochs=1)
         assert len(launched) == (3 if interrupt_at else 2)  # nothing is left to do
     assert files[0] == files[1]
     assert not [*folder.glob("*/fold_0/checkpoints"), *folder.glob("*/fold_0/adapter_*")]
     best = json.loads((folder / "best_overrides.json").read_text(encoding="utf-8"))
-    settings = {"data_dir": str(mini_data), "output_dir": str(folder), "num_epochs": 1, "n_folds": 2}
-    config = vqa.Config.preset("demo", **settings | {"max_fallback_share": 0.5, "run_name": "again"} | best)
+    settings = {
+        "data_dir": str(mini_data),
+        "output_dir": str(folder),
+        "num_epochs": 1,
+        "n_folds": 2,
+    }
+    config = vqa.Config.preset(
+        "demo", **settings | {"max_fallback_share": 0.5, "run_name": "again"} | best
+    )
     competition = vqa.load_competition(mini_data, 0.5)
     run = vqa.start_run(config, competition, vqa.make_folds(competition.train, 2, 42))
     vqa.run_stages(run, [0], ["train"], lambda *_, **__: None)
     trial = table["trial"].iloc[0]
     places = (folder / f"trial_{trial:03d}", run.directory)
-    results = [json.loads((place / "fold_0" / "result.json").read_text(encoding="utf-8")) for place in places]
+    results = [
+        json.loads((place / "fold_0" / "result.json").read_text(encoding="utf-8"))
+        for place in places
+    ]
     for epoch in (epoch for result in results for epoch in result["history"]):
         epoch.pop("samples_per_second")
-    assert results[0] == results[1] and min(k["nll"] for k in results[0]["kinds"].values()) == table["nll"].iloc[0]
+    assert (
+        results[0] == results[1]
+        and min(k["nll"] for k in results[0]["kinds"].values()) == table["nll"].iloc[0]
+    )
 
 
-def test_a_trial_that_is_clearly_worse_is_pruned_and_what_came_after_does_not_count(search, monkeypatch):
+def test_a_trial_that_is_clearly_worse_is_pruned_and_what_came_after_does_not_count(
+    search, monkeypatch
+):
     """Whether its workers were stopped in time or had gone on makes no difference."""
     tables = []
     for name, late in (("late", 99), ("stopped", None)):
@@ -110,7 +144,10 @@ def test_a_trial_that_is_clearly_worse_is_pruned_and_what_came_after_does_not_co
         tables.append(table)
     assert tables[0].equals(tables[1])
     assert table["state"].tolist() == ["complete"] * 4 + ["pruned"] * 2
-    assert table["nll"].tolist() == [0.8] * 4 + [2.0] * 2 and table["epochs"].tolist() == [3] * 4 + [1] * 2
+    assert (
+        table["nll"].tolist() == [0.8] * 4 + [2.0] * 2
+        and table["epochs"].tolist() == [3] * 4 + [1] * 2
+    )
 
 
 def test_a_bad_last_epoch_is_no_reason_to_prune(search, monkeypatch):
@@ -133,7 +170,8 @@ def test_a_distilled_run_is_nothing_to_search_by(search):
 def test_a_range_and_a_list_of_the_same_ends_are_two_searches(search, monkeypatch):
     monkeypatch.setattr(vqa, "run_trial", lambda *_: None)
     folders = [
-        search(name, 1, minutes=0, space={"lora_r": values})[1] for name, values in (("a", (4, 8)), ("b", [4, 8]))
+        search(name, 1, minutes=0, space={"lora_r": values})[1]
+        for name, values in (("a", (4, 8)), ("b", [4, 8]))
     ]
     assert folders[0].name != folders[1].name
 
@@ -151,10 +189,14 @@ def test_the_sampler_learns_from_earlier_trials_and_ranges_are_kept(search, monk
 
 
 def test_a_trial_that_diverges_is_a_failure_and_another_error_is_not_hidden(search, monkeypatch):
-    launch, launched = pretended(lambda rate: [[0.5] * 3, None, "too large", [0.5] * 3][len(launched) - 1])
+    launch, launched = pretended(
+        lambda rate: [[0.5] * 3, None, "too large", [0.5] * 3][len(launched) - 1]
+    )
     monkeypatch.setattr(vqa, "launch_workers", launch)
     table, _ = search("diverges", 4)
-    assert table["state"].tolist() == ["complete", "complete", "fail", "fail"] and len(launched) == 4
+    assert (
+        table["state"].tolist() == ["complete", "complete", "fail", "fail"] and len(launched) == 4
+    )
 
     def broken(*_):
         raise RuntimeError("A worker stopped.\nOSError: no such model")
@@ -164,12 +206,20 @@ def test_a_trial_that_diverges_is_a_failure_and_another_error_is_not_hidden(sear
         search("diverges", 5)
 
 
-def test_settings_that_are_legal_one_by_one_but_not_together_are_a_failed_trial(search, monkeypatch):
+def test_settings_that_are_legal_one_by_one_but_not_together_are_a_failed_trial(
+    search, monkeypatch
+):
     launch, launched = pretended(lambda rate: [0.5] * 3)
     monkeypatch.setattr(vqa, "launch_workers", launch)
     table, _ = search("together", 8, space={"use_swa": [True, False], "num_epochs": (1, 2)})
-    impossible = table["use_swa"] & (table["num_epochs"] == 1)  # averaging starts after the first epoch
-    assert impossible.any() and (table["state"] == "fail").equals(impossible) and len(launched) == 8 - impossible.sum()
+    impossible = table["use_swa"] & (
+        table["num_epochs"] == 1
+    )  # averaging starts after the first epoch
+    assert (
+        impossible.any()
+        and (table["state"] == "fail").equals(impossible)
+        and len(launched) == 8 - impossible.sum()
+    )
 
 
 def test_a_range_of_whole_numbers_is_continuous_where_the_field_is(search, monkeypatch):
@@ -197,14 +247,19 @@ def test_when_the_minutes_are_over_the_trial_waits_for_the_next_call(search, mon
 def test_a_worker_that_is_told_to_stop_saves_first(mini_run):
     run = mini_run(num_epochs=500)
     with pytest.raises(vqa.Interrupted, match="Its work is saved"):
-        vqa.launch_workers(run, [((None,), [0])], ["train"], (run.fold_dir(0) / "history.csv").exists)
+        vqa.launch_workers(
+            run, [((None,), [0])], ["train"], (run.fold_dir(0) / "history.csv").exists
+        )
     assert vqa.CheckpointManager(run.fold_dir(0) / "checkpoints").latest_verified()
 
 
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        ({"learning_rat": [1]}, "'learning_rat' cannot be searched; fields that can: .*learning_rate"),
+        (
+            {"learning_rat": [1]},
+            "'learning_rat' cannot be searched; fields that can: .*learning_rate",
+        ),
         ({"n_folds": (2, 5)}, "'n_folds' cannot be searched"),
         ({"tta_rotations": [1, 4]}, "'tta_rotations' cannot be searched"),
         ({"learning_rate": (1e-2, 1e-4)}, "'learning_rate' is"),

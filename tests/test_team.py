@@ -27,7 +27,10 @@ def train_alone(run):
 def results(run):
     """Adapter weights, then logits, of fold 0."""
     weights = load_file(run.fold_dir(0) / "adapter_raw" / "adapter_model.safetensors")
-    logits = [vqa.read_arrays(run.fold_dir(0) / f"{name}.npz", run.fingerprint)["logits"] for name in ("oof", "test")]
+    logits = [
+        vqa.read_arrays(run.fold_dir(0) / f"{name}.npz", run.fingerprint)["logits"]
+        for name in ("oof", "test")
+    ]
     return np.concatenate([weights[name].flatten() for name in sorted(weights)]), *logits
 
 
@@ -35,13 +38,21 @@ def assert_alike(run, alone):
     """The same gradient and loss in every step, each written once, and with them the same adapter and scores."""
     logged = [vqa.read_json_lines(one.fold_dir(0) / "metrics.jsonl") for one in (run, alone)]
     for ours, theirs in zip(*logged, strict=True):
-        assert ours["step"] == theirs["step"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["step"] == theirs["step"] and ours["loss"] == pytest.approx(
+            theirs["loss"], rel=1e-4
+        )
         assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
     for ours, theirs in zip(results(run), results(alone), strict=True):
         assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs)
 
 
-SETTINGS = {"train_folds": (0,), "num_epochs": 1, "tta_rotations": 2, "infer_batch_size": 4, "learning_rate": 1e-4}
+SETTINGS = {
+    "train_folds": (0,),
+    "num_epochs": 1,
+    "tta_rotations": 2,
+    "infer_batch_size": 4,
+    "learning_rate": 1e-4,
+}
 
 
 @pytest.mark.slow
@@ -65,8 +76,19 @@ def test_accelerate_launch_starts_a_team(mini_run, tmp_path):
         "--num_machines",
         "1",
     ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", vqa.__file__, "worker", "--run", str(run.directory)]
-    subprocess.run([*launch, "--folds", "0", "--stages", "train,predict"], check=True, capture_output=True)
+    launch += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        vqa.__file__,
+        "worker",
+        "--run",
+        str(run.directory),
+    ]
+    subprocess.run(
+        [*launch, "--folds", "0", "--stages", "train,predict"], check=True, capture_output=True
+    )
     assert_alike(run, train_alone(mini_run(**SETTINGS, output_dir=str(tmp_path / "alone"))))
 
 
@@ -74,7 +96,7 @@ def start_team(run):
     """Two worker processes of one team, started as launch_workers starts them, and their logs."""
     command = [sys.executable, vqa.__file__, "worker", "--run", str(run.directory), "--folds", "0"]
     logs = [(run.directory / f"team_{number}.log").open("wb") for number in range(2)]
-    environments = vqa.team_environments([None, None])
+    environments = vqa.process_group_environments([None, None])
     return [
         subprocess.Popen([*command, "--name", str(number)], env=environment, stdout=log, stderr=log)
         for number, (environment, log) in enumerate(zip(environments, logs, strict=True))
@@ -104,8 +126,12 @@ def test_a_team_stops_at_the_same_step_and_continues(mini_run, tmp_path):
 @pytest.mark.slow
 def test_a_dead_process_takes_its_team_along_and_is_shown(mini_run, monkeypatch):
     run, popen, started = mini_run(**SETTINGS | {"num_epochs": 50}), subprocess.Popen, []
-    monkeypatch.setattr(vqa.subprocess, "Popen", lambda *args, **kw: started.append(popen(*args, **kw)) or started[-1])
-    monkeypatch.setattr(vqa, "TEAM_GRACE_SECONDS", 1)
+    monkeypatch.setattr(
+        vqa.subprocess,
+        "Popen",
+        lambda *args, **kw: started.append(popen(*args, **kw)) or started[-1],
+    )
+    monkeypatch.setattr(vqa, "GROUP_GRACE_SECONDS", 1)
     sleep = time.sleep
 
     def kill_one(seconds):
@@ -132,7 +158,7 @@ def test_a_dead_process_takes_its_team_along_and_is_shown(mini_run, monkeypatch)
     ],
 )
 def test_no_device_is_idle_where_a_team_is_faster(folds, devices, rounds):
-    assert vqa.schedule(folds, devices) == rounds
+    assert vqa.schedule_folds(folds, devices) == rounds
 
 
 @pytest.mark.slow
@@ -146,8 +172,8 @@ def test_a_team_keeps_no_half_done_scores(mini_run, monkeypatch):
             raise vqa.Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(vqa, "team", lambda: (0, 2))
-        patch.setattr(vqa, "add_up", lambda tensor: tensor)
+        patch.setattr(vqa, "rank_and_world_size", lambda: (0, 2))
+        patch.setattr(vqa, "all_reduce_sum", lambda tensor: tensor)
         with pytest.raises(vqa.Interrupted):
             vqa.run_stages(run, [0], ["predict"], stop)
     assert not list(run.fold_dir(0).glob("*.partial.npz"))
@@ -156,7 +182,9 @@ def test_a_team_keeps_no_half_done_scores(mini_run, monkeypatch):
     assert len(list(run.fold_dir(0).glob("*.partial.npz"))) == 1
     vqa.run_stages(run, [0], ["predict"], lambda *_, **__: None)
     for name in ("oof", "test"):
-        assert np.isfinite(vqa.read_arrays(run.fold_dir(0) / f"{name}.npz", run.fingerprint)["logits"]).all()
+        assert np.isfinite(
+            vqa.read_arrays(run.fold_dir(0) / f"{name}.npz", run.fingerprint)["logits"]
+        ).all()
     assert not list(run.fold_dir(0).glob("*.partial.npz"))
 
 
@@ -166,7 +194,7 @@ def test_a_launched_process_sees_its_own_gpu_only(monkeypatch):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        vqa.see_own_gpu()
+        vqa.hide_other_gpus()
         assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["LOCAL_RANK"]) == (expected, "0")
 
 
@@ -174,19 +202,23 @@ def test_what_a_further_process_notes_reaches_the_report(mini_run, monkeypatch):
     run = mini_run()
     monkeypatch.setenv("RANK", "1")
     vqa.MetricLogger(run.directory / "events.jsonl").log(event="earlier")
-    with vqa.own_directory(run.directory, [0]) as directory:
+    with vqa.worker_directory(run.directory, [0]) as directory:
         assert directory != run.directory and vqa.Run.open(directory).config.run_dir == directory
         vqa.MetricLogger(directory / "events.jsonl").log(event="out of memory")
     events = [record["event"] for record in vqa.read_json_lines(run.directory / "events.jsonl")]
     assert events == ["earlier", "out of memory"] and not directory.exists()
 
 
-def test_a_team_leaves_time_for_what_the_single_devices_have_to_score(mini_run, session, monkeypatch):
-    run = mini_run(n_folds=3, tta_rotations=1)  # 24 training rows a fold, 12 of them held out; 12 test rows
+def test_a_team_leaves_time_for_what_the_single_devices_have_to_score(
+    mini_run, session, monkeypatch
+):
+    run = mini_run(
+        n_folds=3, tta_rotations=1
+    )  # 24 training rows a fold, 12 of them held out; 12 test rows
     for fold in (0, 1):
         vqa.atomic_write(run.fold_dir(fold) / "result.json", "{}")
-    session.folds = run.config.folds_to_train
-    alone = run.inference_seconds(1.0, session, training=1)
+    session.assigned_folds = run.config.folds_to_train
+    alone = vqa.inference_seconds(run, 1.0, session, training=1)
     assert alone == pytest.approx(1.25 * (3 * (12 + 12) + 3 * 12))
-    monkeypatch.setattr(vqa, "team", lambda: (0, 2))
-    assert run.inference_seconds(1.0, session, training=1) == pytest.approx(alone / 2)
+    monkeypatch.setattr(vqa, "rank_and_world_size", lambda: (0, 2))
+    assert vqa.inference_seconds(run, 1.0, session, training=1) == pytest.approx(alone / 2)

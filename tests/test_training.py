@@ -35,7 +35,12 @@ def test_choice_order_is_a_function_of_seed_epoch_and_row():
     orders = {vqa.training_order(config, epoch, "train_0001") for epoch in range(60)}
     assert len(orders) > 12 and all(sorted(order) == [0, 1, 2, 3] for order in orders)
     assert vqa.training_order(config, 3, "x") == vqa.training_order(config, 3, "x")
-    assert vqa.training_order(vqa.Config.preset("demo", shuffle_choices=False), 3, "x") == (0, 1, 2, 3)
+    assert vqa.training_order(vqa.Config.preset("demo", shuffle_choices=False), 3, "x") == (
+        0,
+        1,
+        2,
+        3,
+    )
 
 
 def test_choice_loss_equals_cross_entropy_where_all_choices_exist():
@@ -43,7 +48,9 @@ def test_choice_loss_equals_cross_entropy_where_all_choices_exist():
     present = torch.ones(5, 4, dtype=torch.bool)
     for smoothing in (0.0, 0.1):
         expected = cross_entropy(scores, labels, label_smoothing=smoothing)
-        assert torch.allclose(vqa.choice_loss(scores, torch.eye(4)[labels], present, smoothing), expected)
+        assert torch.allclose(
+            vqa.choice_loss(scores, torch.eye(4)[labels], present, smoothing), expected
+        )
 
 
 def test_choice_loss_ignores_a_blank_choice_and_smooths_over_the_others():
@@ -51,7 +58,9 @@ def test_choice_loss_ignores_a_blank_choice_and_smooths_over_the_others():
     present = torch.tensor([[True, True, True, False]])
     loss = vqa.choice_loss(scores, torch.eye(4)[[1]], present, 0.3)
     log_probabilities = torch.tensor([1.0, 2.0, 3.0]).log_softmax(0)
-    assert loss.item() == pytest.approx(-(0.7 * log_probabilities[1] + 0.3 * log_probabilities.mean()).item())
+    assert loss.item() == pytest.approx(
+        -(0.7 * log_probabilities[1] + 0.3 * log_probabilities.mean()).item()
+    )
     loss.backward()
     assert scores.grad[0, 3] == 0 and scores.grad.isfinite().all()
 
@@ -110,14 +119,18 @@ def open_run_session(run):
 def test_lora_reaches_the_language_model_only_and_depends_on_its_seed(session):
     first = vqa.attach_lora(session.model, session.config, seed=1)
     names = list(vqa.trainable_parameters(first))
-    assert names and all(".language_model.layers." in name and "visual" not in name for name in names)
+    assert names and all(
+        ".language_model.layers." in name and "visual" not in name for name in names
+    )
     assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in names} == {
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj", "down_proj"),
     }
     weights = [value.clone() for value in vqa.trainable_parameters(first).values()]
     first.unload()
-    again = list(vqa.trainable_parameters(vqa.attach_lora(session.model, session.config, seed=1)).values())
+    again = list(
+        vqa.trainable_parameters(vqa.attach_lora(session.model, session.config, seed=1)).values()
+    )
     assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
 
 
@@ -127,7 +140,9 @@ def test_training_leaves_the_base_model_untouched(mini_run):
     before = {name: value.clone() for name, value in session.model.state_dict().items()}
     result = vqa.train_fold(run.config, 0, session)
     after = session.model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
     assert result.history["loss"].notna().all() and set(result.kinds) == {"raw", "ema"}
 
 
@@ -135,7 +150,9 @@ class Stop(Exception):
     """Stands for the end of a session."""
 
 
-@pytest.mark.parametrize("stop_at", [2, *(pytest.param(stop_at, marks=pytest.mark.slow) for stop_at in (3, 5))])
+@pytest.mark.parametrize(
+    "stop_at", [2, *(pytest.param(stop_at, marks=pytest.mark.slow) for stop_at in (3, 5))]
+)
 def test_a_resumed_fold_ends_bitwise_like_an_uninterrupted_one(mini_run, monkeypatch, stop_at):
     """Stopped inside an epoch, at its end and in the second one (18 rows make 3 steps an epoch)."""
     settings = {"num_epochs": 2, "lora_dropout": 0.1, "use_swa": True, "save_every_minutes": 1e-9}
@@ -155,7 +172,10 @@ def test_a_resumed_fold_ends_bitwise_like_an_uninterrupted_one(mini_run, monkeyp
     monkeypatch.setattr(vqa.FoldTrainer, "optimizer_step", step)
     vqa.train_fold(broken.config, 0)
     for kind in ("raw", "ema", "swa"):
-        first, second = (run.fold_dir(0) / f"adapter_{kind}" / "adapter_model.safetensors" for run in (whole, broken))
+        first, second = (
+            run.fold_dir(0) / f"adapter_{kind}" / "adapter_model.safetensors"
+            for run in (whole, broken)
+        )
         assert first.read_bytes() == second.read_bytes(), kind
         logits = [
             vqa.read_arrays(run.fold_dir(0) / f"validation_{kind}.npz", run.fingerprint)["logits"]
@@ -165,7 +185,9 @@ def test_a_resumed_fold_ends_bitwise_like_an_uninterrupted_one(mini_run, monkeyp
 
 
 @pytest.mark.slow
-def test_a_fold_stopped_in_the_validation_that_ends_an_epoch_resumes_like_an_uninterrupted_one(mini_run, monkeypatch):
+def test_a_fold_stopped_in_the_validation_that_ends_an_epoch_resumes_like_an_uninterrupted_one(
+    mini_run, monkeypatch
+):
     settings = {"num_epochs": 2, "save_every_minutes": 1e-9}
     whole, broken = (mini_run(run_name=name, **settings) for name in ("whole", "broken"))
     expected = vqa.train_fold(whole.config, 0)
@@ -191,7 +213,9 @@ def test_a_checkpoint_of_another_configuration_is_refused(mini_run, replace):
 
 
 def test_early_stopping_ends_a_fold(mini_run):
-    run = mini_run(num_epochs=6, use_early_stopping=True, early_stopping_patience=1, learning_rate=1e-9)
+    run = mini_run(
+        num_epochs=6, use_early_stopping=True, early_stopping_patience=1, learning_rate=1e-9
+    )
     assert len(vqa.train_fold(run.config, 0).history) == 2  # no gain over the first epoch
 
 
@@ -208,13 +232,16 @@ def test_a_finished_fold_is_read_not_trained_again(mini_run, monkeypatch):
     assert vqa.train_fold(run.config, 0).kinds == first.kinds
 
 
-def test_a_non_finite_loss_skips_the_step_and_above_a_limit_stops_with_the_rows(mini_run, monkeypatch):
+def test_a_non_finite_loss_skips_the_step_and_above_a_limit_stops_with_the_rows(
+    mini_run, monkeypatch
+):
     run = mini_run(max_skipped_steps=1)
     trainer = vqa.FoldTrainer(open_run_session(run), run, 0)
     before = {name: value.detach().clone() for name, value in trainer.parameters.items()}
     monkeypatch.setattr(vqa, "choice_logits", lambda logits, letters: logits[:, :4] * math.nan)
     with pytest.raises(
-        FloatingPointError, match=r"2 steps were not finite, the last: loss nan.*step 1, rows \['train_"
+        FloatingPointError,
+        match=r"2 steps were not finite, the last: loss nan.*step 1, rows \['train_",
     ):
         trainer.fit()
     assert all(torch.equal(value, before[name]) for name, value in trainer.parameters.items())
@@ -224,36 +251,45 @@ def test_a_non_finite_loss_skips_the_step_and_above_a_limit_stops_with_the_rows(
 
 def out_of_memory_above(size, monkeypatch):
     """Let the model's forward pass fail as a GPU's does for batches of more than `size` questions."""
-    forward = vqa.answer_states
+    forward = vqa.answer_hidden_states
 
     def limited(session, batch):
         if len(batch["prompts"]) > size:
             raise torch.OutOfMemoryError("CUDA out of memory (a test)")
         return forward(session, batch)
 
-    monkeypatch.setattr(vqa, "answer_states", limited)
+    monkeypatch.setattr(vqa, "answer_hidden_states", limited)
 
 
-def test_without_memory_the_micro_batch_is_halved_and_the_update_stays_the_same(mini_run, monkeypatch):
+def test_without_memory_the_micro_batch_is_halved_and_the_update_stays_the_same(
+    mini_run, monkeypatch
+):
     run, gradients = mini_run(), []
     for limit in (8, 2):
         out_of_memory_above(limit, monkeypatch)
         trainer = vqa.FoldTrainer(open_run_session(run), run, 0)
-        prompts = [vqa.make_prompt(trainer.session, trainer.train, row, [(0, 1, 2, 3)]) for row in range(8)]
+        prompts = [
+            vqa.make_prompt(trainer.session, trainer.train, row, [(0, 1, 2, 3)]) for row in range(8)
+        ]
         trainer.accumulate(0, 0, [vqa.collate(trainer.session, prompts)], rows=8)
         gradients.append(torch.cat([value.grad.flatten() for value in trainer.parameters.values()]))
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
-    assert "4 questions per forward pass from here on; an optimizer step still takes 8" in trainer.session.notes[0]
+    assert (
+        "4 questions per forward pass from here on; an optimizer step still takes 8"
+        in trainer.session.notes[0]
+    )
     trainer.optimizer.zero_grad()
     trainer.fit()
-    assert trainer.session.plan == trainer.plan  # the next fold starts with it
-    assert trainer.plan.micro_batch == 2 and trainer.session.largest_batch == 2
+    assert trainer.session.memory_plan == trainer.plan  # the next fold starts with it
+    assert trainer.plan.micro_batch == 2 and trainer.session.inference_batch_limit == 2
     resumed = vqa.FoldTrainer(open_run_session(run), run, 0)
     resumed.resume()
     assert resumed.plan.micro_batch == 2  # the plan is part of the checkpoint
 
 
-def test_memory_that_runs_out_in_the_backward_pass_is_freed_before_the_next_try(mini_run, monkeypatch):
+def test_memory_that_runs_out_in_the_backward_pass_is_freed_before_the_next_try(
+    mini_run, monkeypatch
+):
     import weakref
 
     run, alive, seen = mini_run(), [], []
@@ -264,7 +300,9 @@ def test_memory_that_runs_out_in_the_backward_pass_is_freed_before_the_next_try(
         value = loss(session, states, batch)
         if len(batch["prompts"]) > 4:
             alive.append(weakref.ref(states))
-            value.register_hook(lambda gradient: (_ for _ in ()).throw(torch.OutOfMemoryError("a test")))
+            value.register_hook(
+                lambda gradient: (_ for _ in ()).throw(torch.OutOfMemoryError("a test"))
+            )
         return value
 
     monkeypatch.setattr(vqa, "training_loss", failing_backward)
@@ -277,10 +315,14 @@ def test_memory_that_does_not_hold_one_question_is_explained(mini_run, monkeypat
     run = mini_run()
     session = open_run_session(run)
     out_of_memory_above(0, monkeypatch)
-    with pytest.raises(RuntimeError, match="Out of GPU memory with one question per forward pass: set max_pixels"):
+    with pytest.raises(
+        RuntimeError, match="Out of GPU memory with one question per forward pass: set max_pixels"
+    ):
         vqa.FoldTrainer(session, run, 0).fit()
-    with pytest.raises(RuntimeError, match="Out of GPU memory with one question per forward pass: set max_pixels"):
-        vqa.predict_logits(session, run.test, [vqa.View("rotation 0")])
+    with pytest.raises(
+        RuntimeError, match="Out of GPU memory with one question per forward pass: set max_pixels"
+    ):
+        vqa.predict_logits(session, run.test, [vqa.TTAView("rotation 0")])
 
 
 def test_swa_averages_a_tail_of_constant_learning_rate(mini_run):
@@ -325,7 +367,9 @@ def test_loading_is_retried_and_then_explained(demo_config, monkeypatch, replace
     monkeypatch.setattr(vqa.time, "sleep", lambda _: None)
     missing = replace(demo_config, model_id="nobody/no-such-model")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(OSError, match="(?s)nobody/no-such-model could not be loaded. Check the spelling"):
+    with pytest.raises(
+        OSError, match="(?s)nobody/no-such-model could not be loaded. Check the spelling"
+    ):
         vqa.load_model(missing, vqa.detect_runtime())
     with pytest.raises(ValueError, match="quantization '4bit' needs a GPU"):
         vqa.load_model(replace(demo_config, quantization="4bit"), vqa.detect_runtime())
@@ -340,13 +384,17 @@ def test_quantisation_spares_vision_tower_and_head():
     assert vqa.quantization_config("none", "bf16") is None
 
 
-def test_gradients_that_overflow_at_every_scale_stop_the_fold_and_move_no_schedule(mini_run, replace):
+def test_gradients_that_overflow_at_every_scale_stop_the_fold_and_move_no_schedule(
+    mini_run, replace
+):
     run = mini_run(max_skipped_steps=0)
     session = open_run_session(run)
     session.runtime = replace(session.runtime, precision="fp16")
     trainer = vqa.FoldTrainer(session, run, 0)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=0.002)
     next(iter(trainer.parameters.values())).register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(FloatingPointError, match=r"the last: loss \d.*, gradient norm nan at epoch 1, step 2"):
+    with pytest.raises(
+        FloatingPointError, match=r"the last: loss \d.*, gradient norm nan at epoch 1, step 2"
+    ):
         trainer.fit()
     assert trainer.scheduler.last_epoch == 0 and trainer.averagers["ema"].updates == 0

@@ -29,16 +29,21 @@ def answered(run: vqa.Run, share: float) -> dict[str, np.ndarray]:
     plain = oof.logits.copy()
     for fold in run.finished_folds:
         inside = np.flatnonzero(oof.folds == fold)
-        scores, every = vqa.combine_views(oof.logits[inside][:, first]), vqa.combine_views(oof.logits[inside])
+        scores, every = (
+            vqa.combine_views(oof.logits[inside][:, first]),
+            vqa.combine_views(oof.logits[inside]),
+        )
         logits = vqa.read_arrays(run.fold_dir(fold) / "test.npz", run.fingerprint)["logits"]
-        margins = vqa.answer_margins(vqa.combine_views(logits[:, first]), vqa.letter_preference(scores, every))
+        margins = vqa.answer_margins(
+            vqa.combine_views(logits[:, first]), vqa.letter_preference(scores, every)
+        )
         rows = vqa.rows_in_doubt(margins, np.ones(len(logits)), share * len(logits))
         logits[np.ix_(np.delete(np.arange(len(logits)), rows), later)] = np.nan
         test.append(vqa.softmax(vqa.combine_views(logits)))
         margins = vqa.answer_margins(scores, np.zeros(4))
         rows = vqa.rows_in_doubt(margins, np.ones(len(inside)), share * len(inside))
         plain[np.ix_(np.delete(inside, rows), later)] = np.nan
-    doubt = vqa.with_views_in_doubt(oof, dict.fromkeys(run.finished_folds, share))
+    doubt = vqa.simulate_views_in_doubt(oof, dict.fromkeys(run.finished_folds, share))
     return {
         "OOF": vqa.combine_views(doubt.logits).argmax(1) == oof.labels,
         "OOF by plain margin": vqa.combine_views(plain).argmax(1) == oof.labels,
@@ -69,8 +74,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         for bias in options.bias:
             spoiled = spoil(run, Path(place) / str(bias), bias, 1)
-            print(f"\n+{bias} on the first letter\n\n{vqa.markdown_table(table(spoiled))}", flush=True)
-            vqa.save_figure(vqa.plot_adaptive_curve(vqa.adaptive_curve(spoiled)), run, f"adaptive_curve_bias_{bias}")
+            print(
+                f"\n+{bias} on the first letter\n\n{vqa.markdown_table(table(spoiled))}", flush=True
+            )
+            vqa.save_figure(
+                vqa.plot_adaptive_curve(vqa.adaptive_curve(spoiled)),
+                run,
+                f"adaptive_curve_bias_{bias}",
+            )
             print(f"\n{run.directory}/figures/adaptive_curve_bias_{bias}.png")
 
 

@@ -20,7 +20,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as the workers have it
+os.environ.setdefault(
+    "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+)  # as the workers have it
 import numpy as np
 import pandas as pd
 import torch
@@ -37,7 +39,7 @@ CAP_GIB = 13.0
 TEXT, SUFFIX = 110, 45
 # Batch, checkpointing; what runs out of memory comes last, because it leaves some of its memory behind.
 TRL_SETTINGS = {"8b": [(16, True), (32, True)], "3b": [(4, False), (16, True), (8, False)]}
-ORDERS = [vqa.View("", turn).order for turn in range(4)]
+ORDERS = [vqa.TTAView("", turn).order for turn in range(4)]
 
 
 @dataclasses.dataclass
@@ -52,37 +54,101 @@ class Size:
 
 def qwen3(token, kind, tied: bool, text: dict, vision: dict):
     """What the Qwen3-VL models share, with the sizes that differ."""
-    text = {"num_attention_heads": 32, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": tied} | text
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}}
-    vision = {"num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": text["hidden_size"]} | vision
+    text = {
+        "num_attention_heads": 32,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": tied,
+    } | text
+    text |= {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [24, 20, 20],
+        }
+    }
+    vision = {
+        "num_heads": 16,
+        "num_position_embeddings": 2304,
+        "out_hidden_size": text["hidden_size"],
+    } | vision
     return kind(text_config=text, vision_config=vision, tie_word_embeddings=tied, **token)
 
 
-LARGE_TOWER = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
+LARGE_TOWER = {
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
 
 
 def qwen3_8b(token):
-    text = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_key_value_heads": 8}
+    text = {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+    }
     return qwen3(token, transformers.Qwen3VLConfig, False, text, LARGE_TOWER)
 
 
 def qwen3_4b(token):
-    text = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_key_value_heads": 8}
-    tower = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+    }
+    tower = {
+        "depth": 24,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "deepstack_visual_indexes": [5, 11, 17],
+    }
     return qwen3(token, transformers.Qwen3VLConfig, True, text, tower)
 
 
 def qwen25_3b(token):
-    text = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
-    text |= {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True, "bos_token_id": None}
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
-    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048}
+    text = {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+    }
+    text |= {
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+    }
+    text |= {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [16, 24, 24],
+        }
+    }
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 2048,
+    }
     vision |= {"patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
-    return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **token)
+    return transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **token
+    )
 
 
 def qwen3_30b(token):
-    text = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_key_value_heads": 4}
+    text = {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+    }
     text |= {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
     return qwen3(token, transformers.Qwen3VLMoeConfig, False, text, LARGE_TOWER)
 
@@ -96,7 +162,11 @@ SIZES = {
 
 def build(size: Size, folder: Path) -> Path:
     """Random weights at real size beside the demo's processor, in a folder that from_pretrained loads."""
-    tiny = build_twin("qwen2_5_vl", folder / "tiny") if size.make_config is qwen25_3b else vqa.DEMO / "tiny_qwen3_vl"
+    tiny = (
+        build_twin("qwen2_5_vl", folder / "tiny")
+        if size.make_config is qwen25_3b
+        else vqa.DEMO / "tiny_qwen3_vl"
+    )
     processor = transformers.AutoProcessor.from_pretrained(tiny)
     names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
     names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
@@ -142,7 +212,11 @@ def make_prompts(session, count: int, pixels: int, orders: int) -> list[vqa.Prom
         chosen = tuple(ORDERS[:orders])
         positions = np.concatenate([before, after], axis=1)
         target = tuple(float(choice == row % 4) for choice in range(4))
-        prompts.append(vqa.Prompt(row, chosen, "", key, grid, ids, segments, positions, ends, (True,) * 4, target))
+        prompts.append(
+            vqa.Prompt(
+                row, chosen, "", key, grid, ids, segments, positions, ends, (True,) * 4, target
+            )
+        )
     return prompts
 
 
@@ -160,20 +234,28 @@ def fill_cache(session, prompts) -> float:
     for start in range(0, len(by_key), 16):
         part = [*by_key.values()][start : start + 16]
         pixels, begin = make_pixels(session, part), time.perf_counter()
-        features = session.cache.compute(pixels, [prompt.grid for prompt in part])
+        features = session.vision_cache.compute(pixels, [prompt.grid for prompt in part])
         features = [tuple(tensor.cpu() for tensor in image) for image in features]
         speeds.append(len(part) / (time.perf_counter() - begin))
-        session.cache.store |= zip((prompt.image_key for prompt in part), features, strict=True)
-    session.cache.rest()
+        session.vision_cache.store |= zip(
+            (prompt.image_key for prompt in part), features, strict=True
+        )
+    session.vision_cache.offload_tower()
     return statistics.median(speeds)
 
 
 def make_run(session, rows: int) -> vqa.Run:
     """A run of one fold over `rows` rows; its files go to a temporary folder."""
-    frame = pd.DataFrame({"id": [f"row {row}" for row in range(rows)], "fold": 1, "label": np.arange(rows) % 4})
-    frame = frame.assign(type="general", a="1", b="2", c="3", d="4", pixel_hash="", image_path="", width=1, height=1)
+    frame = pd.DataFrame(
+        {"id": [f"row {row}" for row in range(rows)], "fold": 1, "label": np.arange(rows) % 4}
+    )
+    frame = frame.assign(
+        type="general", a="1", b="2", c="3", d="4", pixel_hash="", image_path="", width=1, height=1
+    )
     nothing = frame.head(0).assign(source="")
-    return vqa.Run(session.config, Path(tempfile.mkdtemp()), frame, frame, frame, {}, "benchmark", nothing)
+    return vqa.Run(
+        session.config, Path(tempfile.mkdtemp()), frame, frame, frame, {}, "benchmark", nothing
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,7 +274,10 @@ def train_ours(session, prompts, rows: int) -> tuple[float, vqa.FoldTrainer]:
 def score_ours(session, prompts, batch: int) -> float:
     """Questions per second by predict_logits; every prompt's orders count as one question."""
     session.config = dataclasses.replace(session.config, infer_batch_size=batch)
-    frame, views = make_run(session, len(prompts)).train, [vqa.View("", turn) for turn in range(4)]
+    frame, views = (
+        make_run(session, len(prompts)).train,
+        [vqa.TTAView("", turn) for turn in range(4)],
+    )
     plan, numbers = vqa.plan_prompts, list(range(len(prompts[0].orders)))
     try:
         for part in (prompts[:batch], prompts):  # the first one warms up
@@ -210,7 +295,9 @@ def score_ours(session, prompts, batch: int) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 def plain_inputs(session, prompts) -> dict:
     batch = vqa.collate(session, prompts)
-    inputs = {name: batch[name].to(session.device) for name in vqa.MODEL_INPUTS if name != "position_ids"}
+    inputs = {
+        name: batch[name].to(session.device) for name in vqa.MODEL_INPUTS if name != "position_ids"
+    }
     return inputs | {"pixel_values": torch.cat(make_pixels(session, prompts)).to(session.device)}
 
 
@@ -230,8 +317,8 @@ def plain_adapter(session):
     finally:
         model.gradient_checkpointing_disable()
         model.unload()
-        vqa.keep_gpu_fed(session.model)
-        session.cache.rest()
+        vqa.remove_gpu_syncs(session.model)
+        session.vision_cache.offload_tower()
         vqa.clear_memory()
 
 
@@ -239,7 +326,10 @@ def train_plain(session, prompts, batch: int, passes: int) -> float:
     """Full-sequence loss, vision tower in every step, every layer checkpointed."""
     with plain_adapter(session) as model:
         model.train()
-        optimizer, seconds = torch.optim.AdamW(vqa.trainable_parameters(model).values(), lr=1e-4), []
+        optimizer, seconds = (
+            torch.optim.AdamW(vqa.trainable_parameters(model).values(), lr=1e-4),
+            [],
+        )
         for number in range(passes):
             begin = time.perf_counter()
             inputs = plain_inputs(session, prompts[number * batch : (number + 1) * batch])
@@ -287,7 +377,9 @@ def question_flops(text, length: int, training: bool) -> float:
     """Model FLOPs of one question: frozen weights take a forward pass and one product for the input's gradient."""
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     width = head_dim * text.num_attention_heads
-    weights = text.hidden_size * (2 * width + 2 * head_dim * text.num_key_value_heads + 3 * text.intermediate_size)
+    weights = text.hidden_size * (
+        2 * width + 2 * head_dim * text.num_key_value_heads + 3 * text.intermediate_size
+    )
     attention = 2 * length * width  # causal: half of 4 * length * width for each token
     forward = text.num_hidden_layers * length * (2 * weights + attention)
     backward = text.num_hidden_layers * length * (2 * weights + 2 * attention)
@@ -301,7 +393,9 @@ def idle_share(work) -> tuple[float, pd.Series, pd.Series]:
     with torch.profiler.profile(activities=activities) as profile:
         work()
         torch.cuda.synchronize()
-    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = [
+        event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
     events = sorted(events, key=lambda event: event.time_range.start)
     first, reached, before = events[0].time_range.start, events[0].time_range.end, events[0].name
     gaps, times = Counter(), Counter()
@@ -312,7 +406,9 @@ def idle_share(work) -> tuple[float, pd.Series, pd.Series]:
         if end > reached:
             reached, before = end, name
     idle = sum(gaps.values()) / (reached - first) * 1000
-    return idle, *(pd.Series(dict(counter.most_common(14)), dtype=float).round(1) for counter in (times, gaps))
+    return idle, *(
+        pd.Series(dict(counter.most_common(14)), dtype=float).round(1) for counter in (times, gaps)
+    )
 
 
 def print_idle(name: str, work) -> None:
@@ -353,7 +449,9 @@ class Table:
     def ratios(self, ours: str, others: list[str]) -> None:
         for other in others:
             if ours in self.rows and other in self.rows:
-                sys.stdout.write(f"ratio: {ours} / {other} = {self.rows[ours] / self.rows[other]:.2f}\n")
+                sys.stdout.write(
+                    f"ratio: {ours} / {other} = {self.rows[ours] / self.rows[other]:.2f}\n"
+                )
 
 
 def cap(gib: float | None) -> None:
@@ -366,22 +464,39 @@ def cap(gib: float | None) -> None:
 def bench(size: Size, folder: str, options) -> None:
     tiny, table = options.tiny, Table()
     rows, pixels = (24, 96) if tiny else (options.rows, size.pixels)
-    settings = {"model_id": folder, "batch_size": 16, "grad_accum_steps": 2, "gradient_checkpointing": True}
-    settings |= {"lora_dropout": 0.05, "save_every_steps": 10**9, "compile_layers": "off" if tiny else "on"}
-    settings |= {"save_every_minutes": 1e9, "quantization": "none" if tiny else "4bit", "num_workers": 0}
+    settings = {
+        "model_id": folder,
+        "batch_size": 16,
+        "grad_accum_steps": 2,
+        "gradient_checkpointing": True,
+    }
+    settings |= {
+        "lora_dropout": 0.05,
+        "save_every_steps": 10**9,
+        "compile_layers": "off" if tiny else "on",
+    }
+    settings |= {
+        "save_every_minutes": 1e9,
+        "quantization": "none" if tiny else "4bit",
+        "num_workers": 0,
+    }
     config = vqa.Config.preset("demo", **settings)
     cap(None if tiny else CAP_GIB)
     session = vqa.open_session(config, vqa.load_competition(vqa.DEMO).train.iloc[0])
     one = make_prompts(session, 2 * rows, pixels, orders=1)
     four = make_prompts(session, rows, pixels, orders=4)
     length = len(one[0].input_ids)
-    sys.stdout.write(f"{size.name}: {length} tokens a question, {len(four[0].input_ids)} in four orders\n")
+    sys.stdout.write(
+        f"{size.name}: {length} tokens a question, {len(four[0].input_ids)} in four orders\n"
+    )
     sys.stdout.write("| recipe | questions per second | peak GiB | |\n|---|---|---|---|\n")
     fill = table.measure("vision tower: images", lambda: fill_cache(session, one))
     small = 4 if tiny else 8
     if "plain" in options.parts:
         table.measure("train: plain recipe, batch 1", lambda: train_plain(session, one, 1, small))
-        table.measure("train: plain recipe, batch 8", lambda: train_plain(session, one, min(small, 8), 6))
+        table.measure(
+            "train: plain recipe, batch 8", lambda: train_plain(session, one, min(small, 8), 6)
+        )
         for batch in (4,) if tiny else size.generate_batches:
             name = f"score: generate 10 tokens, batch {batch}"
             table.measure(name, lambda batch=batch: generate_plain(session, one, batch, 2))
@@ -398,15 +513,19 @@ def bench(size: Size, folder: str, options) -> None:
                     session.model, session.processor, pixels, TEXT, batch, checkpointing
                 ),
             )
-        vqa.keep_gpu_fed(session.model)
-        session.cache.rest()
+        vqa.remove_gpu_syncs(session.model)
+        session.vision_cache.offload_tower()
     if "ours" in options.parts:
         ours = table.measure("train: ours", lambda: train_ours(session, one, rows))
         if ours:
             speed, trainer = ours
-            sys.stdout.write(f"plan: {trainer.plan}; fused optimizer, compiled layers: {config.compile_layers}\n")
+            sys.stdout.write(
+                f"plan: {trainer.plan}; fused optimizer, compiled layers: {config.compile_layers}\n"
+            )
             charged = 1 / (1 / speed + 1 / fill / 2)
-            sys.stdout.write(f"train: ours with the cache filled for one epoch of 3 folds: {charged:.2f} per second\n")
+            sys.stdout.write(
+                f"train: ours with the cache filled for one epoch of 3 folds: {charged:.2f} per second\n"
+            )
             for batch in (4,) if tiny else (64,):
                 name = f"score: ours, one order, batch {batch}"
                 table.measure(name, lambda batch=batch: score_ours(session, one, batch))
@@ -422,12 +541,21 @@ def bench(size: Size, folder: str, options) -> None:
         cap(None)
         rate = matmul_rate()
         sys.stdout.write(f"bf16 matrix products: {rate / 1e12:.0f} TFLOP/s\n")
-        session.plan = None
+        session.memory_plan = None
         ours = table.measure("train: ours, no cap", lambda: train_ours(session, one, rows))
-        scoring = table.measure("score: ours, one order, batch 64, no cap", lambda: score_ours(session, one, 64))
-        for name, speed, training in (("training", ours and ours[0], True), ("scoring", scoring, False)):
+        scoring = table.measure(
+            "score: ours, one order, batch 64, no cap", lambda: score_ours(session, one, 64)
+        )
+        for name, speed, training in (
+            ("training", ours and ours[0], True),
+            ("scoring", scoring, False),
+        ):
             if speed:
-                share = speed * question_flops(session.model.config.text_config, length, training) / rate
+                share = (
+                    speed
+                    * question_flops(session.model.config.text_config, length, training)
+                    / rate
+                )
                 sys.stdout.write(f"share of that rate in {name}: {100 * share:.1f} %\n")
         if ours:
             ours[1].prompts = lambda epoch: one[:256]
@@ -448,15 +576,15 @@ def bench(size: Size, folder: str, options) -> None:
 def measure_less(session, what: str, table: Table, prompts, rows: int, tiny: bool) -> None:
     """Ours without the compiler, or also without our LoRA layers, under the cap: what each of them brings."""
     cap(None if tiny else CAP_GIB)
-    config, use = session.config, vqa.use_lora_forward
-    session.config, session.plan = dataclasses.replace(config, compile_layers="off"), None
+    config, use = session.config, vqa.use_fast_lora
+    session.config, session.memory_plan = dataclasses.replace(config, compile_layers="off"), None
     if what == "peft":
-        vqa.use_lora_forward = lambda adapted: None
+        vqa.use_fast_lora = lambda adapted: None
     ours = table.measure(f"train: ours, {what} layers", lambda: train_ours(session, prompts, rows))
     if ours:
         sys.stdout.write(f"plan: {ours[1].plan}\n")
         ours[1].model.unload()
-    session.config, vqa.use_lora_forward, session.plan = config, use, None
+    session.config, vqa.use_fast_lora, session.memory_plan = config, use, None
 
 
 def bench_turing(size: Size, folder: str, options) -> None:
@@ -479,7 +607,9 @@ def main() -> None:
     parser.add_argument("--model", choices=("8b", "3b"), default="8b")
     parser.add_argument("--parts", default="plain,trl,ours,uncapped,eager,turing")
     parser.add_argument("--rows", type=int, default=288, help="questions in a timed epoch")
-    parser.add_argument("--tiny", action="store_true", help="the demo's model on this CPU: does everything run?")
+    parser.add_argument(
+        "--tiny", action="store_true", help="the demo's model on this CPU: does everything run?"
+    )
     options = parser.parse_args()
     options.parts = options.parts.split(",")
     options.trl = [(2, True)] if options.tiny else TRL_SETTINGS[options.model]

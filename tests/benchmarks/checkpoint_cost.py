@@ -20,21 +20,31 @@ import vqa_helpers as vqa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="demo")
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps to time; the first one is left out")
+    parser.add_argument(
+        "--steps", type=int, default=6, help="optimizer steps to time; the first one is left out"
+    )
     parser.add_argument("--saves", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = vqa.load_config(options.preset, {"output_dir": folder, "max_fallback_share": 0.1})
         competition = vqa.load_competition(config.data_dir, config.max_fallback_share)
-        run = vqa.start_run(config, competition, vqa.make_folds(competition.train, config.n_folds, config.seed))
+        run = vqa.start_run(
+            config, competition, vqa.make_folds(competition.train, config.n_folds, config.seed)
+        )
         session = vqa.open_session(config, run.train.iloc[0])
-        session.cache.fill(run.train, vqa.pixel_budget(config, session.processor), session.progress)
+        session.vision_cache.fill(
+            run.train, vqa.pixel_budget(config, session.processor), session.progress
+        )
         trainer = vqa.FoldTrainer(session, run, 0)
         took = []
         trainer.report = lambda *_: took.append(time.perf_counter())
         trainer.train_epoch(0, max(0, trainer.steps_per_epoch - options.steps))
         tensors = {name: value.detach().cpu().clone() for name, value in trainer.parameters.items()}
-        trainer.best = {"score": [0.5, -1.0], "epoch": 0, "tensors": tensors}  # as after the first epoch
+        trainer.best = {
+            "score": [0.5, -1.0],
+            "epoch": 0,
+            "tensors": tensors,
+        }  # as after the first epoch
         saves = []
         for step in range(options.saves):
             start = time.perf_counter()

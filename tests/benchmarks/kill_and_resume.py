@@ -31,18 +31,22 @@ def steps_of(run: Path) -> list[dict]:
 
 def run_all(run: Path, environment: dict, overrides: dict, kill_after: int | None = None) -> None:
     """What Run all does, in a process of its own; with its worker it is killed after so many steps."""
-    variables = {"VQA_OUTPUT_DIR": str(run.parent), "VQA_RUN_NAME": run.name, "VQA_OVERRIDES": json.dumps(overrides)}
+    variables = {
+        "VQA_OUTPUT_DIR": str(run.parent),
+        "VQA_RUN_NAME": run.name,
+        "VQA_OVERRIDES": json.dumps(overrides),
+    }
     start, command = time.perf_counter(), [sys.executable, "-c", RUN_ALL]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, env=environment | variables, cwd=ROOT, start_new_session=True, **quiet)
+    process = subprocess.Popen(
+        command, env=environment | variables, cwd=ROOT, start_new_session=True, **quiet
+    )
     while process.poll() is None:
         time.sleep(0.05)
         if kill_after and len(steps_of(run)) >= kill_after:
             os.killpg(process.pid, signal.SIGKILL)  # the worker is of the same group
             process.wait()
-    text = (
-        f"{run.name}: exit {process.returncode} after {time.perf_counter() - start:.0f} s, {len(steps_of(run))} steps"
-    )
+    text = f"{run.name}: exit {process.returncode} after {time.perf_counter() - start:.0f} s, {len(steps_of(run))} steps"
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
@@ -52,7 +56,11 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     place = Path(tempfile.mkdtemp())
-    model = vqa.DEMO / "tiny_qwen3_vl" if options.tiny else bench_gpu.build(bench_gpu.SIZES["8b"], place)
+    model = (
+        vqa.DEMO / "tiny_qwen3_vl"
+        if options.tiny
+        else bench_gpu.build(bench_gpu.SIZES["8b"], place)
+    )
     data = enlarge_demo(place / "data", 64, 96 if options.tiny else 512, test_rows=64)
     environment = os.environ | {"VQA_MODEL": str(model), "VQA_DATA_DIR": str(data)}
     environment |= {"VQA_PRESET": "demo" if options.tiny else "colab_t4"}
@@ -65,7 +73,9 @@ def main() -> None:
     run_all(left_alone, environment, strict)
     run_all(killed, environment, strict, kill_after=5)
     run_all(killed, environment, strict)
-    expected, found = ({(s["epoch"], s["step"]): s["loss"] for s in steps_of(run)} for run in (left_alone, killed))
+    expected, found = (
+        {(s["epoch"], s["step"]): s["loss"] for s in steps_of(run)} for run in (left_alone, killed)
+    )
     deviation = max(abs(found[step] - loss) for step, loss in expected.items())
     sys.stdout.write(f"losses of {len(expected)} steps, largest deviation: {deviation}\n")
     adapter = Path("fold_0") / "adapter_raw" / "adapter_model.safetensors"

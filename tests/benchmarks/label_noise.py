@@ -23,7 +23,9 @@ import vqa_helpers as vqa
 
 def spoiled_copy(folder: Path, share: float, seed: int) -> tuple[Path, set[str]]:
     """The demo with wrong answers in that share of the training rows, and the ids of those rows."""
-    shutil.copytree(vqa.DEMO, folder, ignore=shutil.ignore_patterns("tiny_qwen3_vl", "*.py", "__pycache__"))
+    shutil.copytree(
+        vqa.DEMO, folder, ignore=shutil.ignore_patterns("tiny_qwen3_vl", "*.py", "__pycache__")
+    )
     train = pd.read_csv(folder / "train.csv", dtype=str, keep_default_na=False)
     generator = np.random.default_rng(seed)
     rows = generator.choice(len(train), round(share * len(train)), replace=False)
@@ -55,7 +57,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder, planted = spoiled_copy(Path(place) / "spoiled", options.share, options.seed)
         run = finished_run(data_dir=str(folder), output_dir=f"{place}/spoiled_outputs")
-        suspects = vqa.write_error_tables(run, vqa.evaluate_run(run), vqa.image_groups(run.train))["label_suspects"]
+        suspects = vqa.write_error_tables(run, vqa.evaluate_run(run), vqa.image_groups(run.train))[
+            "label_suspects"
+        ]
         found = suspects["id"].isin(planted)
         print(f"\n{len(planted)} planted, {len(suspects)} suspected, of them planted {found.sum()}")
         print(f"precision {found.mean():.2f}, recall {found.sum() / len(planted):.2f}")
@@ -67,7 +71,9 @@ def main() -> None:
         draws = np.random.default_rng(0).integers(len(now), size=(10_000, len(now)))
         low, high = np.quantile((now.astype(int) - before)[draws].mean(axis=1), [0.05, 0.95])
         print(f"\nhidden answers: {before.mean():.3f} with the suspects, {now.mean():.3f} without")
-        print(f"gain {change['gain']:+.3f}, 90 % interval {low:+.3f} to {high:+.3f}, McNemar p {change['p_value']:.3f}")
+        print(
+            f"gain {change['gain']:+.3f}, 90 % interval {low:+.3f} to {high:+.3f}, McNemar p {change['p_value']:.3f}"
+        )
 
 
 if __name__ == "__main__":

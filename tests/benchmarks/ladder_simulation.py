@@ -20,7 +20,9 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is loaded: the processes share the cores
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before numpy is loaded: the processes share the cores
 import numpy as np
 import pandas as pd
 
@@ -39,21 +41,39 @@ def draw_rows(truth: dict, n_images: int, generator) -> tuple[np.ndarray, np.nda
     """(members, n, 4) log-probabilities, labels and images of fresh questions: one to three on each image."""
     image = np.repeat(np.arange(n_images), generator.integers(1, 4, n_images))
     labels, shape = generator.integers(0, 4, len(image)), (len(image), 4)
-    clear = np.exp(0.6 * generator.normal(size=n_images))[image]  # how well the image shows what is asked
-    seen = generator.normal(size=(len(truth["strengths"]), n_images))[:, image, None]  # how well a model sees it
-    common, own = generator.normal(size=shape), generator.normal(size=(len(truth["strengths"]), *shape))
+    clear = np.exp(0.6 * generator.normal(size=n_images))[
+        image
+    ]  # how well the image shows what is asked
+    seen = generator.normal(size=(len(truth["strengths"]), n_images))[
+        :, image, None
+    ]  # how well a model sees it
+    common, own = (
+        generator.normal(size=shape),
+        generator.normal(size=(len(truth["strengths"]), *shape)),
+    )
     noise = np.sqrt(truth["correlation"]) * common + np.sqrt(1 - truth["correlation"]) * own
     strengths = truth["strengths"][:, None, None] * clear[:, None] * (1 + 0.3 * seen)
-    return vqa.special.log_softmax(2 * (truth["skill"] * strengths * np.eye(4)[labels] + noise), axis=2), labels, image
+    return (
+        vqa.special.log_softmax(
+            2 * (truth["skill"] * strengths * np.eye(4)[labels] + noise), axis=2
+        ),
+        labels,
+        image,
+    )
 
 
 def make_truth(name: str, generator) -> dict:
     """A truth with its models' temperatures, which are fitted once on rows of their own."""
     n_models = generator.integers(2, 6)
-    truth = {"strengths": STRENGTHS[name](generator, n_models), "correlation": generator.uniform(0.2, 0.95)}
+    truth = {
+        "strengths": STRENGTHS[name](generator, n_models),
+        "correlation": generator.uniform(0.2, 0.95),
+    }
     truth["skill"] = generator.uniform(1.2, 2.4)
     logits, labels, _ = draw_rows(truth, 3000, generator)
-    truth["temperatures"] = [vqa.TemperatureScaler().fit(member, labels).temperature for member in logits]
+    truth["temperatures"] = [
+        vqa.TemperatureScaler().fit(member, labels).temperature for member in logits
+    ]
     return truth
 
 
@@ -73,19 +93,30 @@ def one_data_set(oof: tuple, fresh: tuple) -> list[dict]:
     chosen = vqa.choose_blend(blends, labels, groups)
     scores = {name: vqa.row_scores(probabilities, labels) for name, probabilities in blends.items()}
     names = [name for name in scores if name != "mean"]
-    fitted = {name: vqa.fitted_numbers(name, members, labels) for name in blends}
+    fitted = {name: vqa.count_fitted_parameters(name, members, labels) for name in blends}
     each = np.ravel([(1, fitted[name]) for name in names])
-    intervals = vqa.bootstrap_interval(np.hstack([scores[name] - scores["mean"] for name in names]), groups, each)
-    intervals = [*intervals.reshape(2, -1, 2).swapaxes(0, 1), vqa.choice_interval(blends, labels, groups, fitted)]
+    intervals = vqa.bootstrap_interval(
+        np.hstack([scores[name] - scores["mean"] for name in names]), groups, each
+    )
+    intervals = [
+        *intervals.reshape(2, -1, 2).swapaxes(0, 1),
+        vqa.choice_interval(blends, labels, groups, fitted),
+    ]
     true = {}
     for name in blends:
-        true[name] = vqa.row_scores(vqa.blend(name, members, labels, fresh[0]), fresh[1]).mean(axis=0)
+        true[name] = vqa.row_scores(
+            vqa.fit_and_blend(name, members, labels, fresh[0]), fresh[1]
+        ).mean(axis=0)
     true["automatic"] = true[chosen]
     rows = []
     for name, ends in zip([*names, "automatic"], intervals, strict=True):
         gain, row = true[name] - true["mean"], {"blend": name, "chosen": name == chosen}
         for column, score in enumerate(("accuracy", "nll")):
-            row |= {f"{score} change": gain[column], f"{score} low": ends[0, column], f"{score} high": ends[1, column]}
+            row |= {
+                f"{score} change": gain[column],
+                f"{score} low": ends[0, column],
+                f"{score} high": ends[1, column],
+            }
         rows.append(row)
     return rows
 
@@ -114,11 +145,18 @@ def coverage(results: pd.DataFrame) -> pd.DataFrame:
     """Share of the intervals that hold the blend's true change, on average over a truth's data sets and its own."""
     cases = results.groupby(["rows", "truth", "blend"])
     for score in ("accuracy", "nll"):
-        for kind, true in (("", cases[f"{score} change"].transform("mean")), (" own", results[f"{score} change"])):
-            results[f"{score} covered{kind}"] = true.between(results[f"{score} low"], results[f"{score} high"])
+        for kind, true in (
+            ("", cases[f"{score} change"].transform("mean")),
+            (" own", results[f"{score} change"]),
+        ):
+            results[f"{score} covered{kind}"] = true.between(
+                results[f"{score} low"], results[f"{score} high"]
+            )
     kept = [name for name in results if "covered" in name or "change" in name]
     table = results.groupby(["rows", "blend"])[[*kept, "chosen"]].mean()
-    table.loc[(slice(None), "vote"), [name for name in kept if "nll" in name]] = np.nan  # it has no probabilities
+    table.loc[(slice(None), "vote"), [name for name in kept if "nll" in name]] = (
+        np.nan
+    )  # it has no probabilities
     return table
 
 

@@ -19,9 +19,20 @@ SHAPES = {
 }
 CARDS = {"RTX 8 GB": 8192, "RTX 12 GB": 12288, "T4": 15360, "L4": 23034, "V100 32 GB": 32510}
 CARDS |= {"A100 40 GB": 40960, "A100 80 GB": 81920, "H200": 143771}  # MiB
-ROWS = [("quick_test", "T4"), ("single", "RTX 8 GB"), ("single", "T4"), ("colab_t4", "RTX 12 GB"), ("colab_t4", "T4")]
+ROWS = [
+    ("quick_test", "T4"),
+    ("single", "RTX 8 GB"),
+    ("single", "T4"),
+    ("colab_t4", "RTX 12 GB"),
+    ("colab_t4", "T4"),
+]
 ROWS += [("kaggle_t4x2", "T4"), ("max_score", "T4"), ("gpu_24gb", "L4")]
-ROWS += [("gpu_24gb", "V100 32 GB"), ("colab_a100", "A100 40 GB"), ("colab_a100", "A100 80 GB"), ("colab_a100", "H200")]
+ROWS += [
+    ("gpu_24gb", "V100 32 GB"),
+    ("colab_a100", "A100 40 GB"),
+    ("colab_a100", "A100 80 GB"),
+    ("colab_a100", "H200"),
+]
 
 
 def prompt_tokens(config: vqa.Config, shapes) -> tuple[int, int]:
@@ -46,10 +57,15 @@ def memory_row(preset: str, mebibytes: float) -> dict:
     costs = vqa.memory_costs(config, shapes, tokens, precision, compiled=False)
     fixed, free = sum(costs.rows.values()) + costs.dense_weight, free_memory(mebibytes)
     step = config.batch_size * config.grad_accum_steps
-    fitting = vqa.candidate_plans((fixed, costs.question, costs.layer), free, layers, step, recompute=True)
+    fitting = vqa.candidate_plans(
+        (fixed, costs.question, costs.layer), free, layers, step, recompute=True
+    )
     plan = vqa.MemoryPlan(*(fitting or [(1, 0)])[0])
     parts = costs.peak(plan)
-    row = {"model": config.model_id.removeprefix("Qwen/").removesuffix("-Instruct"), "tokens": tokens}
+    row = {
+        "model": config.model_id.removeprefix("Qwen/").removesuffix("-Instruct"),
+        "tokens": tokens,
+    }
     row |= {"in a pass": plan.micro_batch, "layers kept": plan.stored_layers, **parts}
     row |= {"sum": sum(parts.values()), "loading": costs.loaded}
     return row | {"free": free, "features of 1,000 images": 1000 * image * costs.image_token}

@@ -28,8 +28,10 @@ def spoil(run: vqa.Run, directory: Path, bias: float, factor: float) -> vqa.Run:
         logits = content["logits"].copy()
         for number, name in enumerate(content["view_names"]):
             turn = int(name.split()[1]) if name.startswith("rotation") else 0
-            logits[:, number, vqa.View("", turn).order[0]] += bias
-        vqa.write_arrays(path, content.pop("fingerprint").item(), **content | {"logits": factor * logits})
+            logits[:, number, vqa.TTAView("", turn).order[0]] += bias
+        vqa.write_arrays(
+            path, content.pop("fingerprint").item(), **content | {"logits": factor * logits}
+        )
     return vqa.Run.open(directory)
 
 
@@ -37,17 +39,29 @@ def scores(run: vqa.Run) -> dict[str, dict]:
     """Accuracy and NLL on OOF and hidden rows: one view, all rotations, and what the run would submit."""
     evaluation, labels = vqa.evaluate_run(run), hidden_labels(run)
     rotations = vqa.view_sets(evaluation.oof.view_names)["rotations"]
-    test = [vqa.read_arrays(run.fold_dir(fold) / "test.npz", run.fingerprint)["logits"] for fold in run.finished_folds]
+    test = [
+        vqa.read_arrays(run.fold_dir(fold) / "test.npz", run.fingerprint)["logits"]
+        for fold in run.finished_folds
+    ]
     rows = {}
     for name, views in {"one view": [0], "rotations": rotations}.items():
-        hidden = np.mean([vqa.softmax(vqa.combine_views(logits[:, views])) for logits in test], axis=0)
+        hidden = np.mean(
+            [vqa.softmax(vqa.combine_views(logits[:, views])) for logits in test], axis=0
+        )
         oof = vqa.softmax(vqa.combine_views(evaluation.oof.logits[:, views]))
         rows[name] = (oof, hidden)
-    rows["as submitted"] = (evaluation.probabilities, np.mean(list(vqa.predict_test(run, evaluation).values()), axis=0))
+    rows["as submitted"] = (
+        evaluation.probabilities,
+        np.mean(list(vqa.predict_test(run, evaluation).values()), axis=0),
+    )
     table = {}
     for name, (oof, hidden) in rows.items():
-        table[name] = {f"OOF {key}": value for key, value in vqa.score_row(oof, evaluation.oof.labels).items()}
-        table[name] |= {f"hidden {key}": value for key, value in vqa.score_row(hidden, labels).items()}
+        table[name] = {
+            f"OOF {key}": value for key, value in vqa.score_row(oof, evaluation.oof.labels).items()
+        }
+        table[name] |= {
+            f"hidden {key}": value for key, value in vqa.score_row(hidden, labels).items()
+        }
         table[name]["says a"] = float((hidden.argmax(axis=1) == 0).mean())
     return table
 
@@ -58,9 +72,17 @@ def main() -> None:
     options = parser.parse_args()
     run = finished_run(output_dir=options.output_dir)
     with tempfile.TemporaryDirectory() as place:
-        for name, bias, factor in (("as it is", 0, 1), ("+1.5 on a", 1.5, 1), ("scores x 3", 0, 3), ("both", 1.5, 3)):
+        for name, bias, factor in (
+            ("as it is", 0, 1),
+            ("+1.5 on a", 1.5, 1),
+            ("scores x 3", 0, 3),
+            ("both", 1.5, 3),
+        ):
             spoiled = spoil(run, Path(place) / name.replace(" ", "_"), bias, factor)
-            print(f"\n{vqa.markdown_table(pd.DataFrame(scores(spoiled)).T.rename_axis(name))}", flush=True)
+            print(
+                f"\n{vqa.markdown_table(pd.DataFrame(scores(spoiled)).T.rename_axis(name))}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

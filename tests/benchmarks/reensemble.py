@@ -36,7 +36,11 @@ def main() -> None:
         table = repeated(parser.parse_args().runs, folder)
     print(vqa.markdown_table(table))
     same = (table.drop(columns="seconds").nunique() == 1).all()
-    print("the same bytes" if same else "NOT the same bytes", "| torch was loaded:", "torch" in sys.modules)
+    print(
+        "the same bytes" if same else "NOT the same bytes",
+        "| torch was loaded:",
+        "torch" in sys.modules,
+    )
     sys.exit(not same)
 
 

@@ -74,7 +74,9 @@ vqa.write_submissions(run, vqa.evaluate_run(run))
 def pretend(machine: Machine, folder: Path) -> None:
     """Let this process and those that it starts find that machine."""
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(LIMITS.format(gib=machine.cap_gib, flash=machine.flash))
+    (folder / "sitecustomize.py").write_text(
+        LIMITS.format(gib=machine.cap_gib, flash=machine.flash)
+    )
     card = f"{machine.name}, {machine.memory_mib}, {machine.capability}"
     lines = "\\n".join(f"{index}, {card}" for index in range(machine.count))
     (folder / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{lines}\\n'\n")
@@ -91,7 +93,9 @@ def enlarge_demo(folder: Path, rows: int, pixels: int, test_rows: int) -> Path:
         frame.to_csv(folder / f"{name}.csv", index=False)
         for path in frame.get("path", ()):
             (folder / path).parent.mkdir(exist_ok=True)
-            Image.open(vqa.DEMO / "images" / path).convert("RGB").resize((pixels, pixels)).save(folder / path)
+            Image.open(vqa.DEMO / "images" / path).convert("RGB").resize((pixels, pixels)).save(
+                folder / path
+            )
     return folder
 
 
@@ -104,24 +108,36 @@ def report(run: Path, seconds: float) -> None:
         stages.loc[f"train fold {fold.name[5:]}", "questions/s"] = speed
     stages = stages.filter(["seconds", "questions/s", "gpu_peak_gib", "rss_gib"])
     sys.stdout.write(f"{vqa.markdown_table(stages)}\n")
-    steps = [step for fold in run.glob("fold_*") for step in vqa.read_json_lines(fold / "metrics.jsonl")]
+    steps = [
+        step for fold in run.glob("fold_*") for step in vqa.read_json_lines(fold / "metrics.jsonl")
+    ]
     bad = sum(not math.isfinite(step["loss"]) for step in steps)
     sys.stdout.write(f"{len(steps)} optimizer steps, {bad} not finite; {seconds:.0f} s in all\n")
-    sys.stdout.writelines(f"event: {line['event']}\n" for line in vqa.read_json_lines(run / "events.jsonl"))
+    sys.stdout.writelines(
+        f"event: {line['event']}\n" for line in vqa.read_json_lines(run / "events.jsonl")
+    )
     rows = pd.read_csv(run / "submission_ensemble.csv", keep_default_na=False)
     sys.stdout.write(f"submission of {len(rows)} rows: {rows['answer'].value_counts().to_dict()}\n")
     for log in sorted(run.glob("worker_*.log")):
-        told = [line for line in log.read_text().splitlines() if "Decision" in line or "Vision cache" in line]
+        told = [
+            line
+            for line in log.read_text().splitlines()
+            if "Decision" in line or "Vision cache" in line
+        ]
         sys.stdout.write("\n".join([log.name, *told, ""]))
 
 
-def estimate(preset: str, rows: int = 3887, text: int = 110, suffix: int = 45, pixels=(540, 720)) -> pd.DataFrame:
+def estimate(
+    preset: str, rows: int = 3887, text: int = 110, suffix: int = 45, pixels=(540, 720)
+) -> pd.DataFrame:
     """Hours of the real competition: `rows` training and as many test rows, the usual image, features not cached."""
     machine, config = MACHINES[preset], vqa.Config.preset(preset)
     shapes = bench_gpu.qwen3_8b({})
     image, patches = (math.prod(round(side / size) for side in pixels) for size in (32, 16))
     one, four = (text + image + extra * suffix for extra in (0, 3))
-    forward, training = (bench_gpu.question_flops(shapes.text_config, one, kind) for kind in (False, True))
+    forward, training = (
+        bench_gpu.question_flops(shapes.text_config, one, kind) for kind in (False, True)
+    )
     layers, vision = shapes.text_config.num_hidden_layers, shapes.vision_config
     training += forward * (1 - machine.stored_layers / layers)
     width, inner = vision.hidden_size, vision.intermediate_size
@@ -139,10 +155,14 @@ def estimate(preset: str, rows: int = 3887, text: int = 110, suffix: int = 45, p
     table["TFLOP each"] /= 1e12
     # The last fold of three goes to both GPUs, which are then estimated to be 0.9 times two.
     whole = config.n_folds // machine.count * machine.count
-    devices = config.n_folds / (whole / machine.count + (config.n_folds - whole) / (0.9 * machine.count))
+    devices = config.n_folds / (
+        whole / machine.count + (config.n_folds - whole) / (0.9 * machine.count)
+    )
     table["GPUs"] = devices
     table.loc["zero-shot", "GPUs"] = 1
-    table["hours"] = table["questions"] * table["TFLOP each"] / machine.tflops / table["GPUs"] / 3600
+    table["hours"] = (
+        table["questions"] * table["TFLOP each"] / machine.tflops / table["GPUs"] / 3600
+    )
     table.loc["all of these", "hours"] = table["hours"].sum()
     return table.astype(object).where(table.notna(), "")
 
@@ -156,20 +176,33 @@ def main() -> None:
     machine, place = MACHINES[options.preset], Path(tempfile.mkdtemp())
     if not options.only_estimate:
         vqa.setup_logging(place, to_file=False)
-        model = vqa.DEMO / "tiny_qwen3_vl" if options.tiny else bench_gpu.build(bench_gpu.SIZES["8b"], place)
+        model = (
+            vqa.DEMO / "tiny_qwen3_vl"
+            if options.tiny
+            else bench_gpu.build(bench_gpu.SIZES["8b"], place)
+        )
         rows, test_rows, pixels = (24, 12, 96) if options.tiny else (512, 256, 512)
         data = enlarge_demo(place / "data", rows, pixels, test_rows)
         pretend(machine, place / "machine") if not options.tiny else None
         overrides = {"n_folds": 2, "num_epochs": 1, "max_fallback_share": 0.5, "zeroshot_rows": 64}
-        variables = {"VQA_MODEL": str(model), "VQA_DATA_DIR": str(data), "VQA_OUTPUT_DIR": str(place)}
-        variables |= {"VQA_PRESET": "demo" if options.tiny else options.preset, "VQA_RUN_NAME": "run"}
+        variables = {
+            "VQA_MODEL": str(model),
+            "VQA_DATA_DIR": str(data),
+            "VQA_OUTPUT_DIR": str(place),
+        }
+        variables |= {
+            "VQA_PRESET": "demo" if options.tiny else options.preset,
+            "VQA_RUN_NAME": "run",
+        }
         start = time.perf_counter()
         environment = os.environ | variables | {"VQA_OVERRIDES": json.dumps(overrides)}
         command = [sys.executable, "-c", RUN_ALL]
         subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         report(place / "run", time.perf_counter() - start)
     count, budget = f"{machine.count} x {machine.name}", "Kaggle allows 12"
-    sys.stdout.write(f"the real job on {count} at {machine.tflops} TFLOP/s each, loading left out ({budget}):\n")
+    sys.stdout.write(
+        f"the real job on {count} at {machine.tflops} TFLOP/s each, loading left out ({budget}):\n"
+    )
     sys.stdout.write(f"{vqa.markdown_table(estimate(options.preset))}\n")
 
 

@@ -21,16 +21,32 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import vqa_helpers as vqa
 
-SPACE = {"learning_rate": (1e-4, 1e-2, "log"), "lora_r": [4, 8, 16, 32], "label_smoothing": (0.0, 0.2)}
-FIELDS = {"use_sample": True, "sample_size": 240, "num_epochs": 4, "save_every_steps": 10, "run_name": "searched"}
+SPACE = {
+    "learning_rate": (1e-4, 1e-2, "log"),
+    "lora_r": [4, 8, 16, 32],
+    "label_smoothing": (0.0, 0.2),
+}
+FIELDS = {
+    "use_sample": True,
+    "sample_size": 240,
+    "num_epochs": 4,
+    "save_every_steps": 10,
+    "run_name": "searched",
+}
 
 
 def prepared(output_dir: str, **overrides) -> tuple:
     """Config, competition and folds of the shrunk demo."""
     config = vqa.load_config("demo", FIELDS | {"output_dir": output_dir} | overrides, environ={})
-    competition = vqa.load_competition(config.data_dir, config.max_fallback_share, config.rows_to_use, config.seed)
+    competition = vqa.load_competition(
+        config.data_dir, config.max_fallback_share, config.rows_to_use, config.seed
+    )
     leakage = vqa.leakage_report(competition.train, competition.test)
-    return config, competition, vqa.make_folds(competition.train, config.n_folds, config.seed, leakage.image_group)
+    return (
+        config,
+        competition,
+        vqa.make_folds(competition.train, config.n_folds, config.seed, leakage.image_group),
+    )
 
 
 def start(output_dir: Path, trials: int) -> subprocess.Popen:
@@ -47,7 +63,9 @@ def wait_for(pattern: str, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--output-dir", help="only search there, as the benchmark's own processes do")
+    parser.add_argument(
+        "--output-dir", help="only search there, as the benchmark's own processes do"
+    )
     options = parser.parse_args()
     if options.output_dir:
         vqa.search_hyperparameters(*prepared(options.output_dir), SPACE, options.trials, minutes=60)
@@ -58,15 +76,25 @@ def main() -> None:
             folder, began = Path(place) / name, time.monotonic()
             if name == "killed":
                 process = start(folder, options.trials)
-                wait_for(f"searched/search-*/trial_{options.trials // 2 - 1:03d}/fold_0/history.csv", folder)
+                wait_for(
+                    f"searched/search-*/trial_{options.trials // 2 - 1:03d}/fold_0/history.csv",
+                    folder,
+                )
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                (history,) = folder.glob(f"searched/search-*/trial_{options.trials // 2 - 1:03d}/fold_0/history.csv")
-                print(f"killed in trial {options.trials // 2} after {len(pd.read_csv(history))} epochs", flush=True)
+                (history,) = folder.glob(
+                    f"searched/search-*/trial_{options.trials // 2 - 1:03d}/fold_0/history.csv"
+                )
+                print(
+                    f"killed in trial {options.trials // 2} after {len(pd.read_csv(history))} epochs",
+                    flush=True,
+                )
             if start(folder, options.trials).wait():
                 raise SystemExit("the search has failed")
             (search,) = folder.glob("searched/search-*")
-            tables[name] = [(search / file).read_bytes() for file in ("trials.csv", "best_overrides.json")]
+            tables[name] = [
+                (search / file).read_bytes() for file in ("trials.csv", "best_overrides.json")
+            ]
             print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
         print(f"\n{vqa.markdown_table(pd.read_csv(search / 'trials.csv').set_index('trial'))}\n")
         print(

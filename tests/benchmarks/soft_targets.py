@@ -37,22 +37,36 @@ def print_tables(runs: dict[str, vqa.Run]) -> None:
     oof, hidden, plain = {}, {}, runs["plain"]
     for name, run in runs.items():
         evaluation, against = vqa.evaluate_run(run), "plain" if run is not plain else ""
-        oof[name] = vqa.Step(evaluation.probabilities, against)
-        hidden[name] = vqa.Step(np.mean(list(vqa.predict_test(run, evaluation).values()), axis=0), against)
+        oof[name] = vqa.LadderStep(evaluation.probabilities, against)
+        hidden[name] = vqa.LadderStep(
+            np.mean(list(vqa.predict_test(run, evaluation).values()), axis=0), against
+        )
         print(f"{name}: rows trained on by fold and file {vqa.source_table(run).to_dict('index')}")
     for name, rows, steps, labels in (
         ("out of fold", plain.train, oof, plain.train["label"].to_numpy()),
         ("hidden answers", plain.test, hidden, hidden_labels(plain)),
     ):
         table = vqa.ladder_table(steps, labels, vqa.image_groups(rows))
-        columns = ["accuracy", "nll", "gain", "gain_low", "gain_high", "p_value", "nll_change", "nll_low", "nll_high"]
+        columns = [
+            "accuracy",
+            "nll",
+            "gain",
+            "gain_low",
+            "gain_high",
+            "p_value",
+            "nll_change",
+            "nll_low",
+            "nll_high",
+        ]
         print(f"\n{vqa.markdown_table(table[columns].rename_axis(name))}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", default="outputs")
-    parser.add_argument("--larger", action="store_true", help="also distil from a run with LoRA of rank 32")
+    parser.add_argument(
+        "--larger", action="store_true", help="also distil from a run with LoRA of rank 32"
+    )
     options = parser.parse_args()
     print_tables(all_runs(options.output_dir, options.larger))
 

@@ -44,7 +44,9 @@ def change(before: np.ndarray, now: np.ndarray, groups: np.ndarray) -> list[str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("options", nargs="*", choices=OPTIONS, help="without one: only the demo's own run")
+    parser.add_argument(
+        "options", nargs="*", choices=OPTIONS, help="without one: only the demo's own run"
+    )
     parser.add_argument("--output-dir", default="outputs")
     options = parser.parse_args()
     plain, rows = answers(finished_run(output_dir=options.output_dir)), {}
@@ -52,11 +54,20 @@ def main() -> None:
         run = finished_run(output_dir=options.output_dir, **OPTIONS.get(name, {}))
         for split, (probabilities, labels, groups) in answers(run).items():
             scores = vqa.score_row(probabilities, labels)
-            before, now = (vqa.row_scores(each, labels) for each in (plain[split][0], probabilities))
+            before, now = (
+                vqa.row_scores(each, labels) for each in (plain[split][0], probabilities)
+            )
             accuracy, loss = change(before, now, groups)
             accuracy, loss = ("", "") if name == "none" else (accuracy, loss)
-            cells = {"accuracy": scores["accuracy"], "change": accuracy, "nll": scores["nll"], "nll change": loss}
-            rows[name] = rows.get(name, {}) | {f"{split} {title}": cell for title, cell in cells.items()}
+            cells = {
+                "accuracy": scores["accuracy"],
+                "change": accuracy,
+                "nll": scores["nll"],
+                "nll change": loss,
+            }
+            rows[name] = rows.get(name, {}) | {
+                f"{split} {title}": cell for title, cell in cells.items()
+            }
         print(f"{name}: {run.directory}", flush=True)
     print(vqa.markdown_table(pd.DataFrame(rows).T.rename_axis("option")))
 

@@ -28,7 +28,9 @@ import vqa_helpers as vqa  # noqa: E402
 def measure(name: str, config: vqa.Config, jobs: list, stages: list[str]) -> dict:
     """Do the stages for the folds of `jobs` with workers as run_folds starts them; seconds, speed and memory."""
     competition = vqa.load_competition(config.data_dir, config.max_fallback_share)
-    run = vqa.start_run(config, competition, vqa.make_folds(competition.train, config.n_folds, config.seed))
+    run = vqa.start_run(
+        config, competition, vqa.make_folds(competition.train, config.n_folds, config.seed)
+    )
     row = {"run": name}
     for stage in stages:
         start = time.perf_counter()
@@ -36,16 +38,27 @@ def measure(name: str, config: vqa.Config, jobs: list, stages: list[str]) -> dic
         row[f"{stage}, s in all"] = time.perf_counter() - start
     logged = vqa.read_json_lines(run.directory / "stages.jsonl")
     for stage in stages:
-        row[f"{stage}, s of the stage"] = max(line["seconds"] for line in logged if line["label"].startswith(stage))
+        row[f"{stage}, s of the stage"] = max(
+            line["seconds"] for line in logged if line["label"].startswith(stage)
+        )
     folds = [fold for _, part in jobs for fold in part]
     histories = [pd.read_csv(run.fold_dir(fold) / "history.csv") for fold in folds]
-    row["training, questions/s of a fold"] = min(history["samples_per_second"].iloc[-1] for history in histories)
+    row["training, questions/s of a fold"] = min(
+        history["samples_per_second"].iloc[-1] for history in histories
+    )
     row["peak GiB"] = max(line.get("gpu_peak_gib", 0.0) for line in logged)
     events = [line["event"] for line in vqa.read_json_lines(run.directory / "events.jsonl")]
     sys.stdout.write(f"\n{json.dumps(row)}\nevents: {events}\n")
     for log in sorted(run.directory.glob("worker_*.log")):
-        words = ("Decision", "MemoryPlan", "epoch", "do not fit")  # with their times: where the seconds go
-        decisions = [line for line in log.read_text().splitlines() if any(word in line for word in words)]
+        words = (
+            "Decision",
+            "MemoryPlan",
+            "epoch",
+            "do not fit",
+        )  # with their times: where the seconds go
+        decisions = [
+            line for line in log.read_text().splitlines() if any(word in line for word in words)
+        ]
         sys.stdout.write("\n".join([log.name, *decisions, ""]))
     sys.stdout.flush()
     return row
@@ -55,7 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--large", action="store_true")
-    parser.add_argument("--rows", type=int, default=512, help="training rows; a fold trains on half of them")
+    parser.add_argument(
+        "--rows", type=int, default=512, help="training rows; a fold trains on half of them"
+    )
     parser.add_argument("--stages", default="train,predict")
     parser.add_argument("--overrides", default="{}", help="JSON object of config fields")
     options = parser.parse_args()
@@ -66,7 +81,12 @@ def main() -> None:
     model = vqa.DEMO / "tiny_qwen3_vl" if options.tiny else bench_gpu.build(size, place)
     rows = 48 if options.tiny else options.rows
     data = enlarge_demo(place / "data", rows, 96 if options.tiny else 512, test_rows=rows // 4)
-    settings = {"n_folds": 2, "num_epochs": 1, "max_fallback_share": 0.5, "output_dir": str(place / "outputs")}
+    settings = {
+        "n_folds": 2,
+        "num_epochs": 1,
+        "max_fallback_share": 0.5,
+        "output_dir": str(place / "outputs"),
+    }
     settings |= {"model_id": str(model), "data_dir": str(data), "save_every_epoch": False}
     settings |= {"batch_size": 16, "grad_accum_steps": 2} | json.loads(options.overrides)
     preset = "demo" if options.tiny else "large" if options.large else "kaggle_t4x2"
@@ -90,7 +110,9 @@ def main() -> None:
     for what in table.index[table.index.str.endswith("in all")]:
         sys.stdout.write(f"{what}: two folds on two / one on one = {two[what] / one[what]:.3f}\n")
     speed = "training, questions/s of a fold"
-    sys.stdout.write(f"one fold on both: {both[speed] / one[speed]:.2f} times as fast in training\n")
+    sys.stdout.write(
+        f"one fold on both: {both[speed] / one[speed]:.2f} times as fast in training\n"
+    )
 
 
 if __name__ == "__main__":
