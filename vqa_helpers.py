@@ -3166,7 +3166,7 @@ def lora_forward(layer, x):
 @functools.cache
 def fast_lora_class(kind: type) -> type:
     """The subclass of a PEFT layer that computes `lora_forward`; a class, because torch.compile traces it once."""
-    return type(f"Lean{kind.__name__}", (kind,), {"forward": lora_forward})
+    return type(f"Fast{kind.__name__}", (kind,), {"forward": lora_forward})
 
 
 def use_fast_lora(adapted) -> None:

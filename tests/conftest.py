@@ -126,7 +126,7 @@ def perturb_adapter(model):
 
 
 def use_huggingfaces_forward(session):
-    """Take back what `keep_gpu_fed` and `quicken` replaced in the model."""
+    """Take back what `remove_gpu_syncs` and `use_fast_layers` replaced in the model."""
     inner = session.model.model
     for module in (inner, inner.language_model, *session.decoder_layers):
         for name in ("get_placeholder_mask", "_deepstack_process", "forward"):

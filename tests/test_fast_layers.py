@@ -110,9 +110,9 @@ def gradients(session, frame, **overrides):
         model.unload()
 
 
-def test_quickened_and_selectively_checkpointed_gradients_are_the_plain_ones(session, demo_rows):
+def test_fast_and_selectively_checkpointed_gradients_are_the_plain_ones(session, demo_rows):
     plain = gradients(session, demo_rows.train)
-    quick = gradients(session, demo_rows.train, quicken=lambda model: (model, 1))
+    quick = gradients(session, demo_rows.train, use_fast_layers=lambda model: (model, 1))
     assert (quick - plain).norm() <= 1e-5 * plain.norm()
     for stored in (0, 1):
         steps = {
@@ -148,11 +148,11 @@ def test_compiled_layers_give_the_plain_gradients_and_one_compilation_serves_all
         lambda function, **options: original(function, backend=counting, **options),
     )
     session.config = vqa.dataclasses.replace(session.config, compile_layers="on")
-    quick = gradients(session, demo_rows.train, quicken=lambda model: (model, 1))
+    quick = gradients(session, demo_rows.train, use_fast_layers=lambda model: (model, 1))
     assert (quick - plain).norm() <= 1e-5 * plain.norm()
     assert len(compiled) == 1
     again = gradients(
-        session, demo_rows.train, quicken=lambda model: (model, 1)
+        session, demo_rows.train, use_fast_layers=lambda model: (model, 1)
     )  # the next fold's adapter
     assert torch.equal(again, quick) and len(compiled) == 1
 
@@ -284,4 +284,4 @@ def test_layers_of_another_kind_keep_pefts_forward():
 
     for make, lean in ((torch.nn.Linear, True), (Other, False)):
         _, fast = lora_pair(lambda make=make: make(24, 40).requires_grad_(False))
-        assert type(fast).__name__.startswith("Lean") is lean
+        assert type(fast).__name__.startswith("Fast") is lean
