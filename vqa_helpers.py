@@ -1,7 +1,7 @@
 """Multiple-choice visual question answering, from competition files to a submission.
 
-The notebook calls what is in here. Its own process reads tables, plans and plots; whatever
-touches a GPU happens in worker processes, which this same file starts
+The notebook calls what is in here. The notebook's own process reads tables, makes plans and
+draws plots; whatever touches a GPU happens in worker processes, which this same file starts
 (`python vqa_helpers.py worker ...`). Importing it has no effect: nothing is seeded, logged or
 moved to a GPU, and torch and other large libraries are imported at their first use.
 
@@ -9,20 +9,22 @@ The map: nine parts, their sections, and what each is about. A section uses only
 above it.
 
 1. Foundations
-   Exceptions                          what is raised, before anything raises it
-   Finding data and models             what is attached to this machine, and which of it is a competition
+   Exceptions                          this file's own kinds of error
+   Finding data and models             what is attached here, and which of it is a competition
    Packages                            what has to be installed, and installing it
    Runtime                             platform, GPUs, number format, attention, seeds
-   Presets                             what "auto" picks, and in what each preset differs from the defaults
-   Settings                            Config: every setting, declared once
+   Presets                             what "auto" picks, and how presets differ from the defaults
+   Declarations                        what is declared of a setting: bounds, and what it changes
+   Settings                            every setting, declared once, by group
+   Config                              all settings of one run, checked, as tables and as text
    Logging                             the log, and records of one JSON object a line
    Files                               writing whole files or none, hashes, arrays
    Checkpoints                         folders that are committed whole and verified before use
    Memory                              how much memory is used, and how much is free
-   Processes that work together        ranks, sums over processes, progress files, a thread that prepares ahead
+   Processes that work together        ranks, sums over processes, progress files, prefetching
 2. Data
    Archives                            unpacking a competition whole or not at all
-   Settings of a session               preset, overrides and environment become one Config
+   Settings of a session               preset, overrides and environment variables become one Config
    Questions                           their types, choices and targets
    Tables                              CSV files, read verbatim and checked row by row
    Images                              finding, decoding, hashing
@@ -38,7 +40,7 @@ above it.
    Vision cache                        features of the frozen vision tower, computed once
    Session                             what a worker loads once
    Batches                             tokenised questions, padded together
-   Scores and loss                     from a batch to the four letters' scores, and the loss on them
+   Scores and loss                     a batch's scores of the four letters, and the loss on them
    Fast layers                         LoRA without fp32 copies, compiled decoder layers
    Memory plan                         how a training step is spread over passes
    Filling the vision cache            when it pays, and for which images
@@ -52,19 +54,22 @@ above it.
    Rows in doubt                       more views for the rows whose answer leads by little
    Early stopping and weight averages  for any training loop
    Epochs                              which rows share a step, and how each is shown
+   Optimizer steps                     what a step needs, and going on when memory runs out
+   Fold state                          a fold's rows, adapter and progress; what a checkpoint holds
    Fold training                       one fold from a fresh adapter to its result
 6. Evidence
    Calibration                         temperatures, cross-fitted
    Intervals and paired tests          how sure a gain is
    Ensembles                           votes, means, weights, stacks
-   Automatic choice                    another way than the mean, only where it clearly wins
-   Out-of-fold rows                    their scores, and the views they admit
+   Automatic choice                    another candidate than the mean, only where it clearly wins
+   Out-of-fold rows                    their scores and costs, and the sets of views that they admit
    Selected weights                    raw, EMA or SWA: one decision for all folds
    Out-of-fold rows in doubt           adaptive views, as the test rows get them
-   Ladder                              what each step is worth
+   Ladder                              what each step from zero-shot to submission is worth
    Evaluation                          every decision that is taken on out-of-fold rows
    Test answers                        the models' probabilities, and the ensemble's answers
    Errors                              where the model is wrong, and which rows are worth a look
+   Verdict                             the score to expect, alarms, and what to try next
    Figures                             plots of what was computed above
    Tables for people                   HTML and Markdown
    Experiments                         one row for each finished run
@@ -75,14 +80,30 @@ above it.
    Soft targets                        votes and other runs' probabilities as targets
    Starting a run                      a new run directory, or the one to continue
 8. Running
-   Final model                         one more model on all rows, and whichever is wanted
+   Final model                         one more model, on all rows; `train_fold`, for any fold or it
    Stages                              zero-shot, training, prediction, scoring in 16 bits
-   Workers                             processes on devices, and whole folds for each
+   Workers                             processes on devices; `run_zeroshot` and `run_folds`
    Search                              settings tried on one fold
 9. Command line
    Memory by computation               from a model's shapes, before it is loaded
    Preflight                           five minutes before hours
    Worker and command line             what the processes run
+
+Where to change what:
+
+   a setting                           Settings (`searched=False`: not for a search); rules
+                                       between settings: Config
+   a score                             Metrics `SCORES`, `score_row`; if a vote has none of it:
+                                       Ladder `ladder_table`
+   a family of models                  Families; where its layers differ: Loading, Session,
+                                       Vision cache, Memory by computation
+   a kind of view                      Settings; Views; Prediction `group_views_by_prompt`;
+                                       Out-of-fold rows `cost`
+   an item of a checkpoint             Fold state
+   a prompt                            Prompt; number of wordings: Settings; a question type:
+                                       `QUESTION_TYPES`, Questions
+   a preset                            Presets; notebook and README list the names
+   a kind of archive                   Finding data and models; Archives
 """
 
 from __future__ import annotations
@@ -116,6 +137,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 import time
 import unicodedata
 import warnings
@@ -127,7 +149,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import NamedTuple
 
 import filelock
 import numpy as np
@@ -143,19 +165,32 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-__version__ = "0.3.0"
-CHOICES = ("a", "b", "c", "d")
+__version__ = "0.3.0"  # the notebook asks for exactly this one
+
+CHOICES = ("a", "b", "c", "d")  # columns of the tables, and the letters that answer
+QUESTION_TYPES = (
+    "counting",
+    "color",
+    "ocr",
+    "yesno",
+    "location",
+    "attribute",
+    "general",
+)
 HERE = Path(__file__).resolve().parent
-DEMO = (HERE / "data").resolve()
+DEMO = (HERE / "data").resolve()  # the built-in demo's competition files and model
 LOGGER = logging.getLogger("vqa")
-QUESTION_TYPES = ("counting", "color", "ocr", "yesno", "location", "attribute", "general")
 
 
 class _LazyModule(ModuleType):
-    """A module imported at its first use: the notebook's process plans and plots without ever loading torch."""
+    """A module that is imported at its first use.
+
+    So the notebook's own process plans and plots without ever loading torch.
+    """
 
     def __getattr__(self, attribute: str):
-        return getattr(importlib.import_module(self.__name__), attribute)
+        module = importlib.import_module(self.__name__)
+        return getattr(module, attribute)
 
 
 torch = _LazyModule("torch")
@@ -179,19 +214,22 @@ class CheckpointError(RuntimeError):
 
 
 class DataError(ValueError):
-    """The competition's files cannot be used as they are; the message names file, line, column, value and remedy."""
+    """The competition's files cannot be used as they are.
+
+    The message names file, line, column, value and remedy.
+    """
 
 
 class ImageError(DataError):
-    """An image that cannot be used; the message names its path."""
+    """An image cannot be used; the message names its path."""
 
 
 class TemplateError(ValueError):
-    """The model's chat template breaks the alignment of training prompt and inference prompt."""
+    """The chat template breaks the alignment of training prompt and inference prompt."""
 
 
 class SubmissionError(ValueError):
-    """A submission that the competition would reject or score wrongly."""
+    """The competition would reject this submission or score it wrongly."""
 
 
 class Interrupted(RuntimeError):
@@ -199,106 +237,162 @@ class Interrupted(RuntimeError):
 
 
 class OutOfTime(Interrupted):
-    """The time budget ends in the training of the model on all rows; a later session continues it."""
+    """The time budget ends in the training of the model on all rows.
+
+    A later session continues it.
+    """
 
 
 # === Finding data and models ======================================================================
+# Where platforms attach data, and how many levels of folders are searched there.
 MOUNTS = {
     "/kaggle/input": 6,
     "/content": 1,
     "/content/drive/MyDrive": 1,
-}  # what is attached: how deep to look there
+}
 COMPETITION_FILES = ("train.csv", "test.csv", "sample_submission.csv")
-ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
+ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")  # what `_open_archive` opens
+DEMO_MARK = "make_demo.py"  # a folder or archive with this file is a copy of our demo
 
 
 def walk_mounts(
     mounts: Mapping[str, int] | None = None,
 ) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Folder, subfolders and files as os.walk has them, as deep as MOUNTS allows; copies of our demo are left out."""
-    for mount, depth in (MOUNTS if mounts is None else mounts).items():
-        for folder, folders, files in os.walk(mount, followlinks=True):
-            ours = "make_demo.py" in files and folder != mount
-            if ours or len(Path(folder).relative_to(mount).parts) >= depth:
-                folders.clear()
-            folders.sort()
-            if not ours:
-                yield Path(folder), folders, files
+    """Yield each folder with the names of its subfolders and files, as os.walk does.
+
+    `mounts` says which folders are searched, and how many levels deep; None takes MOUNTS. Copies
+    of our demo are left out. Who clears the list of subfolders keeps the walk out of them.
+    """
+    if mounts is None:
+        mounts = MOUNTS
+    for mount, depth in mounts.items():
+        for folder, subfolders, files in os.walk(mount, followlinks=True):
+            is_demo = DEMO_MARK in files and folder != mount
+            level = len(Path(folder).relative_to(mount).parts)
+            if is_demo or level >= depth:
+                subfolders.clear()
+            subfolders.sort()
+            if not is_demo:
+                yield Path(folder), subfolders, files
+
+
+@dataclass(frozen=True)
+class _ArchiveMember:
+    """What a .zip or .tar archive says about one of its members."""
+
+    name: str
+    size: int  # bytes, unpacked
+    is_plain: bool  # a file or a folder, as far as is known; neither a link nor a device
+
+
+def _open_archive(
+    archive: Path, zip_encoding: str | None = None
+) -> zipfile.ZipFile | tarfile.TarFile:
+    """The archive, open for reading.
+
+    `zip_encoding` is that of names in a .zip which are not marked as UTF-8; None: cp437, in
+    which any byte is a character.
+    """
+    if zipfile.is_zipfile(archive):
+        return zipfile.ZipFile(archive, metadata_encoding=zip_encoding)
+    return tarfile.open(archive)
+
+
+def _archive_members(opened: zipfile.ZipFile | tarfile.TarFile) -> Iterator[_ArchiveMember]:
+    """The members in their order, each read when it is asked for."""
+    if isinstance(opened, tarfile.TarFile):
+        for member in opened:
+            is_plain = member.isfile() or member.isdir()
+            yield _ArchiveMember(member.name, member.size, is_plain)
+        return
+    for member in opened.infolist():
+        unix_kind = member.external_attr >> 28  # 4: folder, 8: file, 0: not given
+        yield _ArchiveMember(member.filename, member.file_size, unix_kind in (0, 4, 8))
 
 
 def holds_competition(archive: Path) -> bool:
-    """Whether the competition's files, and not those of our demo, are in it; DataError where it cannot be read."""
+    """Whether the competition's files, and not those of our demo, are in this archive.
+
+    Raises DataError where it cannot be read.
+    """
     try:
-        is_zip = zipfile.is_zipfile(archive)
-        with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as opened:
+        with _open_archive(archive) as opened:
             LOGGER.info("Looking for the competition in %s", archive)
-            names = {
-                Path(name).name for name in (opened.namelist() if is_zip else opened.getnames())
-            }
+            files = {Path(member.name).name for member in _archive_members(opened)}
     except Exception as error:  # each format and each decoder raises its own
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(
             f"{archive}: not readable ({reason}); download it again, or remove it"
         ) from error
-    return {*COMPETITION_FILES} <= names and "make_demo.py" not in names
+    return files.issuperset(COMPETITION_FILES) and DEMO_MARK not in files
 
 
 def list_competitions(mounts: Mapping[str, int] | None) -> list[Path]:
-    """The folders with the competition's three files; only where there is none, the archives with them."""
-    found, archives = [], []
-    for folder, folders, files in walk_mounts(mounts):
-        if {*COMPETITION_FILES} <= {*files}:
-            found.append(folder.resolve())
-            folders.clear()  # not into its images
-        archives += [folder / name for name in files if name.lower().endswith(ARCHIVE_ENDINGS)]
-    return sorted(found) or sorted(filter(holds_competition, archives))
+    """Folders that hold the competition's three files, sorted.
+
+    Only where there is no such folder: the archives that hold them. `mounts` is as in walk_mounts.
+    """
+    competitions = []
+    archives = []
+    for folder, subfolders, files in walk_mounts(mounts):
+        if set(files).issuperset(COMPETITION_FILES):
+            competitions.append(folder.resolve())
+            subfolders.clear()  # thousands of images, and no competition among them
+        for name in files:
+            if name.lower().endswith(ARCHIVE_ENDINGS):
+                archives.append(folder / name)
+    if competitions:
+        return sorted(competitions)
+    return sorted(filter(holds_competition, archives))
 
 
 def locate_competition(data_dir: str | Path | None = None) -> Path:
-    """The competition's folder, or the archive that holds it: in or at `data_dir`, else in MOUNTS, else the demo.
+    """The competition's folder, or the archive that holds it.
 
-    ValueError where there are several, FileNotFoundError where there is none, not even the demo."""
+    With `data_dir` it is that archive, or is searched in that folder; else it is searched in
+    MOUNTS, and the built-in demo takes its place where nothing is attached. Raises ValueError
+    where there are several, FileNotFoundError where there is none, not even the demo.
+    """
     if data_dir is not None and Path(data_dir).is_file():
         return Path(data_dir)
-    found = list_competitions(None if data_dir is None else {str(data_dir): 4})
-    choose = "set data_dir in OVERRIDES (or VQA_DATA_DIR) to"
+    mounts = None if data_dir is None else {str(data_dir): 4}
+    found = list_competitions(mounts)
+    remedy = "set data_dir in OVERRIDES (or VQA_DATA_DIR) to"
     if len(found) > 1:
         kind = "folders" if found[0].is_dir() else "archives"
-        raise ValueError(
-            f"Several {kind} hold a competition: {[*map(str, found)]}; {choose} one of them"
-        )
+        paths = [str(path) for path in found]
+        raise ValueError(f"Several {kind} hold a competition: {paths}; {remedy} one of them")
     if found:
         return found[0]
     if data_dir is not None:
-        names = [name for name in COMPETITION_FILES if not (Path(data_dir) / name).is_file()]
+        absent = [name for name in COMPETITION_FILES if not (Path(data_dir) / name).is_file()]
         raise FileNotFoundError(
-            f"{data_dir} has no {', '.join(names)}; {choose} the folder or archive that has them"
+            f"{data_dir} has no {', '.join(absent)}; {remedy} the folder or archive that has them"
         )
     nothing = f"No folder or archive in {', '.join(MOUNTS)} has {', '.join(COMPETITION_FILES)}"
     if not DEMO.is_dir():
         raise FileNotFoundError(
-            f"{nothing}: attach the competition (Kaggle: Add Input), or {choose} where it is"
+            f"{nothing}: attach the competition (Kaggle: Add Input), or {remedy} where it is"
         )
     LOGGER.info("%s: the built-in demo runs", nothing)
     return DEMO
 
 
 # === Packages =====================================================================================
-# What a plain Kaggle or Colab machine lacks, as in requirements.txt; transformers 5.18 takes mm_encoder_outputs.
+# What a plain Kaggle or Colab machine lacks, as in requirements.txt.
 MINIMUM_VERSIONS = {
-    "transformers": "5.18",
+    "transformers": "5.18",  # takes mm_encoder_outputs, which the vision cache needs
     "peft": "0.20",
     "bitsandbytes": "0.46.1",
     "accelerate": "1.6",
     "qwen-vl-utils": "0.0.14",
 }
-OPTIONAL_MINIMUM_VERSIONS = {
-    "torchao": "0.16"
-}  # not needed, but beside an older one, as on Colab, peft refuses to work
+# Not needed; but where an older one is installed, as on Colab, peft refuses to work.
+OPTIONAL_MINIMUM_VERSIONS = {"torchao": "0.16"}
 
 
 def installed_version(name: str) -> Version:
-    """Of a package, which is not imported to find out; 0 where it is not installed."""
+    """The version of a package, found without importing it; 0 where it is not installed."""
     try:
         return Version(importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
@@ -306,57 +400,89 @@ def installed_version(name: str) -> Version:
 
 
 def missing_requirements(minimum: Mapping[str, str] = MINIMUM_VERSIONS) -> list[str]:
-    """pip requirements for every package that is absent or too old, and for what is too old of IF_INSTALLED."""
-    optional = {
-        name: version
-        for name, version in OPTIONAL_MINIMUM_VERSIONS.items()
-        if installed_version(name) > Version("0")
-    }
-    wanted = {**minimum, **optional}.items()
+    """pip requirements for every package that is absent or too old.
+
+    Those of OPTIONAL_MINIMUM_VERSIONS count only where they are installed.
+
+    >>> missing_requirements({"numpy": "1.0", "no-such-package": "1.2"})
+    ['no-such-package>=1.2']
+    """
+    wanted = dict(minimum)
+    for name, version in OPTIONAL_MINIMUM_VERSIONS.items():
+        if installed_version(name) > Version("0"):
+            wanted[name] = version
     return [
         f"{name}>={version}"
-        for name, version in wanted
+        for name, version in wanted.items()
         if installed_version(name) < Version(version)
     ]
 
 
 def install_requirements() -> list[str]:
-    """pip install what is missing; RuntimeError with the way out where pip fails or an older version is loaded here."""
-    if missing := missing_requirements():
+    """pip install what is missing, and return its requirements.
+
+    Raises RuntimeError with the way out where pip fails, or where an older version had been
+    loaded in this process before.
+    """
+    missing = missing_requirements()
+    if missing:
         pip_install(missing)
     for name, version in MINIMUM_VERSIONS.items():
-        loaded = getattr(sys.modules.get(name.replace("-", "_")), "__version__", version)
+        module = sys.modules.get(name.replace("-", "_"))
+        loaded = getattr(module, "__version__", version)  # what is not loaded cannot be too old
         if Version(loaded) < Version(version):
-            restart = "restart the session (Kaggle: Run > Restart, Colab: Runtime > Restart session) and press Run all"
             raise RuntimeError(
-                f"{name} {loaded} was loaded before {version} was there: {restart}; what was installed stays"
+                f"{name} {loaded} was loaded before {version} was there: restart the session "
+                "(Kaggle: Run > Restart, Colab: Runtime > Restart session) and press Run all; "
+                "what was installed stays"
             )
     return missing
 
 
-def pip_install(requirements: Sequence[str]) -> None:
-    """From VQA_WHEELS or an attached folder `wheels`, else the internet; RuntimeError with the ways to go on."""
-    attached = (
-        str(place)
-        for place, _, files in walk_mounts()
-        if place.name == "wheels" and ".whl" in str(files)
+def _find_wheels() -> str | None:
+    """The folder that VQA_WHEELS names, else the first attached one that is called `wheels`.
+
+    None where there is neither; an attached one without wheels in it does not count.
+    """
+    named = os.environ.get("VQA_WHEELS")
+    if named:
+        return named
+    for folder, _, files in walk_mounts():
+        if folder.name == "wheels" and any(".whl" in name for name in files):
+            return str(folder)
+    return None
+
+
+def _download_command(requirements: Sequence[str]) -> str:
+    """The command that makes, where there is internet, a folder of wheels for Kaggle."""
+    quoted = " ".join(json.dumps(requirement) for requirement in requirements)
+    return (
+        "pip download -d wheels --only-binary=:all: --python-version 3.12 "
+        "--platform manylinux2014_x86_64 "
+        "--platform manylinux_2_24_x86_64 "
+        "--platform manylinux_2_28_x86_64 "
+        f"{quoted}"
     )
-    wheels = os.environ.get("VQA_WHEELS") or next(attached, None)
+
+
+def pip_install(requirements: Sequence[str]) -> None:
+    """Install from VQA_WHEELS or an attached folder `wheels`, else from the internet.
+
+    Raises RuntimeError with the ways to go on, and the last lines of what pip said.
+    """
+    wheels = _find_wheels()
     source = ["--no-index", "--find-links", wheels] if wheels else []
     command = [sys.executable, "-m", "pip", "install", "--quiet", *source, *requirements]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode == 0:
+    finished = subprocess.run(command, check=False, capture_output=True, text=True)
+    if finished.returncode == 0:
         return
-    platforms = " ".join(
-        f"--platform {name}_x86_64"
-        for name in ("manylinux2014", "manylinux_2_24", "manylinux_2_28")
-    )
-    download = f"pip download -d wheels --only-binary=:all: --python-version 3.12 {platforms}"
+    said = "\n".join(finished.stderr.splitlines()[-5:])
     raise RuntimeError(
-        f"pip could not take {', '.join(requirements)} from {wheels or 'the internet'}. Switch Internet on, or run "
-        "this where there is internet and attach the folder `wheels` that it makes (or name it in VQA_WHEELS):\n"
-        f"{download} {' '.join(map(json.dumps, requirements))}\n"
-        + "\n".join(done.stderr.splitlines()[-5:])
+        f"pip could not take {', '.join(requirements)} from {wheels or 'the internet'}. "
+        "Switch Internet on, or run this where there is internet and attach "
+        "the folder `wheels` that it makes (or name it in VQA_WHEELS):\n"
+        f"{_download_command(requirements)}\n"
+        f"{said}"
     )
 
 
@@ -366,20 +492,31 @@ DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # precision
 
 @dataclass(frozen=True)
 class Runtime:
-    """The machine, read without initialising CUDA, and the one precision decision with its reason."""
+    """The machine, and what follows from it, as detect_runtime finds them."""
 
     platform: str  # "kaggle", "colab" or "local"
-    gpus: tuple[dict, ...]  # name, memory_gib, capability of each visible GPU
-    precision: str  # "fp16", "bf16" or "fp32"
-    attention: str  # implementation name for transformers
-    reasons: tuple[str, ...]
+    gpus: tuple[dict, ...]  # each visible GPU: index, name, memory_gib, capability
+    precision: str  # number format of the base model's arithmetic: "fp16", "bf16" or "fp32"
+    attention: str  # name of the implementation in transformers
+    reasons: tuple[str, ...]  # a sentence for each decision, and warnings
 
 
 def decide_precision(precision: str, gpus: Sequence[Mapping]) -> tuple[str, str]:
-    """Number format and reason; RuntimeError for a GPU below capability 7.0 (P100), on which torch no longer runs."""
-    capability, name = min(
-        ((gpu["capability"], gpu["name"]) for gpu in gpus), default=(math.inf, "")
+    """The number format that `precision` ("auto" or a format) means on these GPUs, and why.
+
+    The oldest GPU decides, because all of them work on the same run. Raises RuntimeError for one
+    below capability 7.0 (P100), on which torch no longer runs.
+
+    >>> decide_precision("auto", [])
+    ('fp32', 'precision fp32: no GPU')
+    >>> decide_precision("auto", [{"name": "A100", "capability": 8.0}])[0]
+    'bf16'
+    """
+    oldest = min(
+        ((gpu["capability"], gpu["name"]) for gpu in gpus),
+        default=(math.inf, ""),
     )
+    capability, name = oldest
     if capability < 7.0:
         raise RuntimeError(
             f"{name} is too old for torch (capability below 7.0); choose 'GPU T4 x2' instead"
@@ -389,573 +526,990 @@ def decide_precision(precision: str, gpus: Sequence[Mapping]) -> tuple[str, str]
     if not gpus:
         return "fp32", "precision fp32: no GPU"
     if capability < 8.0:
-        return (
-            "fp16",
-            f"precision fp16 with a GradScaler: capability {capability} has no bf16 arithmetic",
-        )
+        why = f"capability {capability} has no bf16 arithmetic"
+        return "fp16", f"precision fp16 with a GradScaler: {why}"
     return "bf16", f"precision bf16 without a scaler: capability {capability}"
 
 
 def decide_attention(attention: str, gpus: Sequence[Mapping], precision: str) -> tuple[str, str]:
-    """SDPA, or what the config asks for, with the reason; ValueError for FlashAttention-2 where it cannot run."""
+    """The attention implementation that `attention` ("auto" or a name) means here, and why.
+
+    Raises ValueError for FlashAttention-2 where it cannot run.
+
+    >>> decide_attention("eager", [], "fp32")
+    ('eager', 'attention eager: set in the config')
+    """
     if attention == "auto":
-        return (
-            "sdpa",
-            "attention sdpa: it takes the mask that lets all choice orders share a prefix",
-        )
-    recent = bool(gpus) and min(gpu["capability"] for gpu in gpus) >= 8.0 and precision != "fp32"
-    if attention == "flash_attention_2" and not (recent and importlib.util.find_spec("flash_attn")):
-        needs = "capability 8.0, half precision and the package flash_attn"
-        raise ValueError(
-            f"Config field 'attn_implementation' is {attention!r}, which needs {needs}; 'auto' is SDPA"
-        )
+        why = "it takes the mask that lets all choice orders share a prefix"
+        return "sdpa", f"attention sdpa: {why}"
+    if attention == "flash_attention_2":
+        is_recent = bool(gpus) and min(gpu["capability"] for gpu in gpus) >= 8.0
+        is_half = precision != "fp32"
+        if not (is_recent and is_half and importlib.util.find_spec("flash_attn")):
+            raise ValueError(
+                f"Config field 'attn_implementation' is {attention!r}, which needs "
+                "capability 8.0, half precision and the package flash_attn; 'auto' is SDPA"
+            )
     return attention, f"attention {attention}: set in the config"
 
 
-def detect_runtime(precision: str = "auto", attn_implementation: str = "auto") -> Runtime:
-    """What this machine is and the decisions that follow from it; CUDA stays uninitialised."""
-    signs = {
-        "KAGGLE_KERNEL_RUN_TYPE": "kaggle",
-        "COLAB_RELEASE_TAG": "colab",
-    }  # Kaggle's image sets both
-    platform = next((name for variable, name in signs.items() if variable in os.environ), "local")
-    query = [
+def _detect_platform() -> str:
+    """The platform, by the variables that it sets: "kaggle", "colab" or "local"."""
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:  # asked first: Kaggle's image sets both
+        return "kaggle"
+    if "COLAB_RELEASE_TAG" in os.environ:
+        return "colab"
+    return "local"
+
+
+def _query_gpus() -> list[list[str]]:
+    """Index, name, memory in MiB and capability of each GPU, as nvidia-smi prints them.
+
+    Torch is not asked, because that would initialise CUDA in this process.
+    """
+    command = [
         "nvidia-smi",
         "--query-gpu=index,name,memory.total,compute_cap",
         "--format=csv,noheader,nounits",
     ]
-    rows = []
-    if shutil.which(query[0]) is not None:  # asking torch for a capability would initialise CUDA
-        answer = subprocess.run(query, capture_output=True, text=True, check=False)
-        if answer.returncode == 0:
-            rows = [
-                [cell.strip() for cell in line.split(",")]
-                for line in answer.stdout.strip().splitlines()
-            ]
-        else:  # the tool without a driver, as on a machine whose accelerator is switched off
-            LOGGER.warning(
-                "No GPU is used: nvidia-smi failed with %r",
-                answer.stdout.strip() or answer.stderr.strip(),
-            )
+    if shutil.which(command[0]) is None:
+        return []
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:  # the tool without a driver: the accelerator is switched off
+        problem = answer.stdout.strip() or answer.stderr.strip()
+        LOGGER.warning("No GPU is used: nvidia-smi failed with %r", problem)
+        return []
+    lines = answer.stdout.strip().splitlines()
+    return [[cell.strip() for cell in line.split(",")] for line in lines]
+
+
+def _visible_gpus() -> tuple[dict, ...]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves to this process; all where it is not set."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = tuple(
-        {
-            "index": int(index),
-            "name": name,
-            "memory_gib": float(memory) / 1024,
-            "capability": float(capability),
-        }
-        for index, name, memory, capability in rows
-        if chosen is None or index in chosen.replace(" ", "").split(",")
-    )
+    gpus = []
+    for index, name, memory_mib, capability in _query_gpus():
+        if chosen is not None and index not in chosen.replace(" ", "").split(","):
+            continue
+        gpus.append(
+            {
+                "index": int(index),
+                "name": name,
+                "memory_gib": float(memory_mib) / 1024,
+                "capability": float(capability),
+            }
+        )
+    return tuple(gpus)
+
+
+def detect_runtime(precision: str = "auto", attn_implementation: str = "auto") -> Runtime:
+    """What this machine is, and the decisions that follow from it; CUDA stays uninitialised.
+
+    Raises RuntimeError or ValueError for what cannot run here, as decide_precision and
+    decide_attention do.
+    """
+    gpus = _visible_gpus()
     dtype, why_dtype = decide_precision(precision, gpus)
     attention, why_attention = decide_attention(attn_implementation, gpus, dtype)
-    slow = "warning: torch 2.9 may be 10 to 20 times slower in the first vision layer (pytorch issue 174051): use 2.10"
-    warned = (slow,) if gpus and installed_version("torch").release[:2] == (2, 9) else ()
-    return Runtime(platform, gpus, dtype, attention, (why_dtype, why_attention, *warned))
+    reasons = [why_dtype, why_attention]
+    if gpus and installed_version("torch").release[:2] == (2, 9):
+        reasons.append(
+            "warning: torch 2.9 may be 10 to 20 times slower in the first vision layer "
+            "(pytorch issue 174051): use 2.10"
+        )
+    return Runtime(_detect_platform(), gpus, dtype, attention, tuple(reasons))
 
 
 def seed_everything(seed: int, deterministic: bool = True, strict: bool = False) -> None:
-    """Seed Python, NumPy and torch; `deterministic` pins cuDNN's algorithms, `strict` all of torch's."""
+    """Seed Python, NumPy and torch.
+
+    `deterministic` pins cuDNN's algorithms; `strict` makes all of torch deterministic, which is
+    slower.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
-    torch.backends.cuda.enable_cudnn_sdp(
-        False
-    )  # its masked backward gives NaN on Hopper: pytorch issue 196678
+    # The masked backward of cuDNN's attention gives NaN on Hopper: pytorch issue 196678.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if strict:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cuda.enable_mem_efficient_sdp(
-            False
-        )  # it and flash add up their gradients in any order
+        # These two kinds of attention add up their gradients in any order.
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_flash_sdp(False)
 
 
 def seeded_generator(*keys) -> np.random.Generator:
-    """A generator that depends on nothing but `keys`: seed, epoch, sample id, ..."""
-    return np.random.default_rng(
-        [key if isinstance(key, int) else zlib.crc32(str(key).encode()) for key in keys]
-    )
+    """A random generator that depends on nothing but `keys`: seed, epoch, sample id, ...
+
+    >>> first = seeded_generator(42, "row 7").integers(100, size=3)
+    >>> again = seeded_generator(42, "row 7").integers(100, size=3)
+    >>> first.tolist() == again.tolist()
+    True
+    """
+    numbers = []
+    for key in keys:
+        # crc32, because Python's own hash of a text differs between processes.
+        number = key if isinstance(key, int) else zlib.crc32(str(key).encode())
+        numbers.append(number)
+    return np.random.default_rng(numbers)
 
 
 # === Presets ======================================================================================
-# What "auto" picks: GiB that the smallest GPU has at least, preset, why. The other presets are picked by name only.
+# What "auto" picks: GiB that the smallest GPU has at least, preset, why. The first row that fits
+# is taken; the other presets are picked by name only.
 PRESET_BY_MEMORY = (
     (38.0, "colab_a100", "room for Qwen3-VL-8B in 16 bits and 32 questions a step"),
     (20.0, "gpu_24gb", "room for Qwen3-VL-8B in 4-bit with images of 1024 tokens"),
     (11.0, "colab_t4", "Qwen3-VL-8B fits in 4-bit"),
     (5.5, "single", "only Qwen3-VL-4B in 4-bit leaves room for a training step"),
 )
+
+# How each preset differs from the defaults of Config. The notebook and the README list the names,
+# too. A merged patch of Qwen3-VL is 32 by 32 pixels and becomes one token, so 1024 * 32 * 32
+# pixels are 1024 tokens of image.
 PRESETS = {
-    "kaggle_t4x2": {},  # two free 16 GB cards, one process and whole folds on each: what the defaults are made for
+    # Two free 16 GB cards, one process and whole folds on each: what the defaults are made for.
+    "kaggle_t4x2": {},
+    # One such card does half the work: it trains one fold of two, and scores rows in one view.
     "colab_t4": {
         "batch_size": 2,
-        "grad_accum_steps": 4,
+        "grad_accum_steps": 4,  # still 8 questions a step
         "use_tta": False,
         "n_folds": 2,
         "train_folds": (0,),
     },
     "colab_a100": {
-        "quantization": "none",
-        "batch_size": 16,
+        "quantization": "none",  # 16 bits fit
+        "batch_size": 16,  # 32 questions a step
         "lora_r": 32,
-        "lora_alpha": 64,
+        "lora_alpha": 64,  # alpha / r stays 2
         "infer_batch_size": 32,
-    }
-    | {"max_pixels": 1024 * 32 * 32},
-    "gpu_24gb": {"max_pixels": 1024 * 32 * 32, "infer_batch_size": 32},
+        "max_pixels": 1024 * 32 * 32,
+    },
+    "gpu_24gb": {
+        "max_pixels": 1024 * 32 * 32,
+        "infer_batch_size": 32,
+    },
+    # Takes the time that it takes: for two T4 and patience, or better.
     "max_score": {
         "n_folds": 5,
         "num_epochs": 3,
         "tta_scales": (0.9, 1.0, 1.1),
         "infer_max_pixels": 1280 * 32 * 32,
     },
-    # All GPUs together hold one model: half the speed of two workers, and a mixture of experts that none could hold.
+    # All GPUs together hold one model: half the speed of two workers, and a mixture of experts
+    # that none of them could hold.
     "large": {
         "model_id": "Qwen/Qwen3-VL-30B-A3B-Instruct",
         "spread_model": True,
         "lora_r": 8,
-        "lora_alpha": 16,
-    }
-    | {"n_folds": 2, "train_folds": (0,)},
-    "single": {"model_id": "Qwen/Qwen3-VL-4B-Instruct", "use_kfold": False, "num_epochs": 3},
+        "lora_alpha": 16,  # alpha / r stays 2
+        "n_folds": 2,
+        "train_folds": (0,),
+    },
+    # The 8B takes 6.7 GiB while it loads and 9.5 for a step: too much for the cards this is for.
+    "single": {
+        "model_id": "Qwen/Qwen3-VL-4B-Instruct",
+        "use_kfold": False,
+        "num_epochs": 3,
+    },
+    # A first look: a small model, few rows, one epoch of one fold.
     "quick_test": {
         "model_id": "Qwen/Qwen2.5-VL-3B-Instruct",
         "use_sample": True,
         "sample_size": 200,
         "num_epochs": 1,
-    }
-    | {"n_folds": 2, "train_folds": (0,), "use_tta": False},
-    # Three million parameters on a CPU: nothing to quantise, and far too small for the large models' learning rates.
+        "n_folds": 2,
+        "train_folds": (0,),
+        "use_tta": False,
+    },
+    # Three million parameters on a CPU: nothing to quantise, and activations that fit.
     "demo": {
         "model_id": "data/tiny_qwen3_vl",
         "quantization": "none",
         "gradient_checkpointing": False,
-    }
-    | {
         "num_epochs": 12,
         "batch_size": 8,
         "grad_accum_steps": 1,
-        "learning_rate": 1e-3,
-        "lora_dropout": 0.0,
-    }
-    | {"infer_batch_size": 32, "num_workers": 0},
+        "learning_rate": 1e-3,  # the large models' rates are far too small for this one
+        "lora_dropout": 0.0,  # on a CPU it costs 1.6 times the time
+        "infer_batch_size": 32,
+        "num_workers": 0,
+    },
 }
 SPREAD_MEMORY_SHARE = 0.7  # of each GPU for the weights of a spread model
 LARGE_MODEL_GIB = 18  # the 30B in 4-bit, with its head and vision tower in 16 bits
 
 
 def choose_preset(runtime: Runtime, has_competition: bool) -> tuple[str, str]:
-    """The preset for the smallest of the detected GPUs, and why; RuntimeError for competition files without a GPU."""
+    """The preset for the smallest of the detected GPUs, and why.
+
+    Raises RuntimeError for competition files without a GPU, or with one that is too small.
+
+    >>> gpu = {"name": "Tesla T4", "memory_gib": 15.0}
+    >>> choose_preset(Runtime("kaggle", (gpu, gpu), "fp16", "sdpa", ()), has_competition=True)
+    ('kaggle_t4x2', 'Tesla T4, 15.0 GiB, the smallest of 2 GPUs: Qwen3-VL-8B fits in 4-bit')
+    """
     if not has_competition:
         return "demo", "no competition files were found"
     if not runtime.gpus:
         raise RuntimeError(
-            "Competition files but no GPU: switch on the accelerator (or choose the preset yourself)"
+            "Competition files but no GPU: "
+            "switch on the accelerator (or choose the preset yourself)"
         )
     memory, name = min((gpu["memory_gib"], gpu["name"]) for gpu in runtime.gpus)
     count = len(runtime.gpus)
-    card = (
-        f"{name}, {memory:.1f} GiB"
-        if count == 1
-        else f"{name}, {memory:.1f} GiB, the smallest of {count} GPUs"
-    )
-    for least, preset, why in PRESET_BY_MEMORY:
-        if memory >= least:
-            return "kaggle_t4x2" if preset == "colab_t4" and count > 1 else preset, f"{card}: {why}"
+    card = f"{name}, {memory:.1f} GiB"
+    if count > 1:
+        card = f"{card}, the smallest of {count} GPUs"
+    for least_memory, preset, why in PRESET_BY_MEMORY:
+        if memory >= least_memory:
+            is_several_t4 = preset == "colab_t4" and count > 1
+            return "kaggle_t4x2" if is_several_t4 else preset, f"{card}: {why}"
     raise RuntimeError(
-        f"{card}: too small for every preset; take one of 6 GB or more (or choose the preset yourself)"
+        f"{card}: too small for every preset; "
+        "take one of 6 GB or more (or choose the preset yourself)"
     )
+
+
+# === Declarations =================================================================================
+@dataclass(frozen=True)
+class Declaration:
+    """What is declared of one setting beside its kind and its default.
+
+    >>> declared = Declaration("probability", at_least=0, below=1)
+    >>> declared.needs
+    '0 <= value < 1'
+    >>> [declared.allows(value) for value in (0, 0.5, 1)]
+    [True, True, False]
+    """
+
+    description: str  # what the setting is, with its unit
+    at_least: float | None = None  # bounds of the value; None: there is no such bound
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    one_of: tuple = ()  # the values that are allowed; (): all of its kind within the bounds
+    changes_result: bool = True  # False: where files lie, how loudly we log, ...
+    # False: a search must not try values of it, because it decides which rows and folds there
+    # are, acts after training only, or spoils the figure by which a trial is judged.
+    searched: bool = True
+
+    def allows(self, value) -> bool:
+        """Whether a value of the right kind is allowed and within the bounds."""
+        return (
+            (not self.one_of or value in self.one_of)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    @property
+    def needs(self) -> str:
+        """What `allows` asks for, in words; "" where it asks for nothing."""
+        if self.one_of and isinstance(self.one_of[0], str):
+            return f"one of {', '.join(self.one_of)}"
+        if self.one_of:
+            *first, last = map(str, self.one_of)
+            return f"{', '.join(first)} or {last}"
+        if self.at_most is not None or self.below is not None:
+            lower = f"{self.at_least} <=" if self.above is None else f"{self.above} <"
+            upper = f"< {self.below}" if self.at_most is None else f"<= {self.at_most}"
+            return f"{lower} value {upper}"
+        if self.above is not None:
+            return "a positive number"
+        return "" if self.at_least is None else f"at least {self.at_least}"
+
+
+def setting(default, description: str, **rules):
+    """A field of a group of settings: default, what it is, and the rules of Declaration.
+
+    A class as default, such as dict, is called for every new Config.
+    """
+    metadata = {"declaration": Declaration(description, **rules)}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 # === Settings =====================================================================================
 @dataclass(frozen=True)
-class Config:
-    """All settings of one run. Unknown fields and impossible values raise a ValueError that names the field."""
+class PresetSettings:
+    """Preset"""
 
-    preset_name: str = "custom"  # the preset this started from; part of the default run name
-    preset_reason: str = "chosen by name"  # why that one, where "auto" picked it
-    # Model
-    model_id: str = "Qwen/Qwen3-VL-8B-Instruct"  # hub id or local folder
-    quantization: Literal["4bit", "8bit", "none"] = "4bit"  # 4bit: NF4, double; language model only
-    # 16bit: score OOF and test rows by the unquantised base model, too; used only where OOF does not lose
-    score_precision: Literal["trained", "16bit"] = "trained"
-    precision: Literal["auto", "fp16", "bf16", "fp32"] = (
-        "auto"  # number format; auto follows the card
+    preset_name: str = setting(
+        "custom", "the preset this started from; part of the default run name", searched=False
     )
-    attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = (
-        "auto"  # auto: sdpa
+    preset_reason: str = setting(
+        "chosen by name",
+        "why that one, where 'auto' picked it",
+        changes_result=False,
     )
-    gradient_checkpointing: bool = (
-        True  # compute activations again in the backward pass; see memory_plan
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Model"""
+
+    model_id: str = setting("Qwen/Qwen3-VL-8B-Instruct", "hub id or local folder")
+    quantization: str = setting(
+        "4bit",
+        "of the language model only; 4bit: NF4, with its scales quantised too",
+        one_of=("4bit", "8bit", "none"),
     )
-    spread_model: bool = (
-        False  # over all GPUs: for a model that fits on none of them; adds memory, not speed
+    score_precision: str = setting(
+        "trained",
+        "16bit: score OOF and test rows by the unquantised base model, too; "
+        "used only where OOF does not lose",
+        one_of=("trained", "16bit"),
+        searched=False,
     )
-    compile_layers: Literal["auto", "on", "off"] = (
-        "auto"  # torch.compile of the decoder layers; auto: for long jobs
+    precision: str = setting(
+        "auto",
+        "number format; auto follows the card",
+        one_of=("auto", "fp16", "bf16", "fp32"),
     )
-    lora_r: int = 16  # rank
-    lora_alpha: int = 32  # scale of the update is alpha / r
-    lora_dropout: float = 0.05  # probability
-    # Images: one pixel budget for training and inference
-    image_size: int | None = (
-        None  # pixels; sets max_pixels to image_size squared; the aspect ratio is always kept
+    attn_implementation: str = setting(
+        "auto",
+        "implementation of attention; auto: sdpa",
+        one_of=("auto", "sdpa", "flash_attention_2", "eager"),
     )
-    min_pixels: int | None = None  # pixels; None: 4 merged patches of the model
-    max_pixels: int | None = None  # pixels; None: 768 merged patches of the model
-    infer_max_pixels: int | None = (
-        None  # pixels; adds views at this budget, used only where OOF gains
+    gradient_checkpointing: bool = setting(
+        True, "compute activations again in the backward pass; see memory_plan"
     )
-    augment_images: int = (
-        0  # mildly changed copies of each training image, features cached like its own
+    spread_model: bool = setting(
+        False,
+        "one model over all GPUs, where it fits on none of them; adds memory, not speed",
     )
-    # Data
-    data_dir: str | None = (
-        None  # folder with train.csv, test.csv, sample_submission.csv; None: search, else the demo
+    compile_layers: str = setting(
+        "auto",
+        "torch.compile of the decoder layers; auto: for long jobs",
+        one_of=("auto", "on", "off"),
     )
-    use_sample: bool = False  # train on a random subset of the rows
-    sample_size: int = 200  # rows of that subset
-    max_fallback_share: float = 0.01  # share of unreadable images above which the run stops
-    prompt_templates: Mapping[str, str] = field(
-        default_factory=dict
-    )  # question type -> template, replaces the default
-    paraphrases: int = (
-        1  # wordings of the default instruction that training draws from; inference takes the first
+    lora_r: int = setting(16, "rank of the adapter", at_least=1)
+    lora_alpha: int = setting(32, "the adapter's update is scaled by alpha / r", at_least=1)
+    lora_dropout: float = setting(
+        0.05, "probability of dropout in the adapter", at_least=0, below=1
     )
-    # Folds
-    n_folds: int = 3
-    use_kfold: bool = True  # False: one holdout of 1 / n_folds of the rows
-    train_folds: tuple[int, ...] | None = None  # None: all
-    # Optimisation
-    num_epochs: int = 2
-    batch_size: int = 4  # times grad_accum_steps: questions per optimizer step
-    grad_accum_steps: int = 2
-    # auto: on a GPU, questions per pass and layers to recompute by what is measured; config: batch_size and all layers
-    memory_plan: Literal["auto", "config"] = "auto"
-    learning_rate: float = 1e-4  # peak, reached after the warm-up, then cosine to zero
-    warmup_ratio: float = 0.06  # share of all optimizer steps
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    loss: Literal["choices", "vocabulary"] = (
-        "choices"  # "choices": cross-entropy over the four letters; "vocabulary": over every token
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """Images: one pixel budget for training and inference"""
+
+    image_size: int | None = setting(
+        None,
+        "pixels; sets max_pixels to image_size squared; the aspect ratio is always kept",
+        above=0,
     )
-    label_smoothing: float = 0.05  # spread over the choices that exist; loss "choices" only
-    shuffle_choices: bool = True  # a new choice order for each question and epoch
-    # Soft targets over the four choices; loss "choices" only
-    use_dev_votes: bool = False  # also train on dev.csv, with the shares of its votes as targets
-    distill_from: str | None = (
-        None  # folder of a finished run; mixes in its OOF probabilities, spoils OOF figures
+    min_pixels: int | None = setting(
+        None, "pixels of an image at least; None: 4 merged patches of the model", above=0
     )
-    distill_weight: float = 0.5  # share of those probabilities in the target
-    pseudo_label_from: str | None = (
-        None  # folder of a finished run with the same folds; also train on its test answers
+    max_pixels: int | None = setting(
+        None, "pixels of an image at most; None: 768 merged patches of the model", above=0
     )
-    pseudo_label_confidence: float = 0.9  # probability that such an answer has at least
-    use_ema: bool = (
-        True  # also keep an exponential average of the adapter; used only where OOF says so
+    infer_max_pixels: int | None = setting(
+        None,
+        "pixels; adds views at this budget, used only where OOF gains",
+        above=0,
+        searched=False,
     )
-    ema_decay: float = 0.999  # upper bound; step t uses min(ema_decay, (1 + t) / (10 + t))
-    use_swa: bool = (
-        False  # also keep the plain average from swa_start_epoch on; used only where OOF says so
+    augment_images: int = setting(
+        0,
+        "mildly changed copies of each training image, features cached like its own",
+        at_least=0,
     )
-    swa_start_epoch: int = (
-        1  # epochs before averaging starts; the learning rate stays constant from there
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Data"""
+
+    data_dir: str | None = setting(
+        None,
+        "folder with train.csv, test.csv, sample_submission.csv; None: search, else the demo",
+        changes_result=False,
     )
-    use_early_stopping: bool = False
-    early_stopping_patience: int = 2  # epochs
-    early_stopping_min_delta: float = 0.001  # accuracy
-    mix_weights: bool = (
-        False  # score with all kinds of weights, where OOF prefers their mean to each of them
+    use_sample: bool = setting(False, "train on a random subset of the rows", searched=False)
+    sample_size: int = setting(200, "rows of that subset", at_least=2, searched=False)
+    max_fallback_share: float = setting(
+        0.01,
+        "share of unreadable images above which the run stops",
+        at_least=0,
+        below=1,
+        searched=False,
     )
-    final_retrain: bool = (
-        False  # one more model, on all rows; it joins the submission, and no OOF row can judge it
+    prompt_templates: Mapping[str, str] = setting(
+        dict, "question type -> template, replaces the default"
     )
-    # Inference
-    use_tta: bool = True
-    tta_rotations: int = 4  # choice orders: 1, 2 or 4
-    tta_scales: tuple[float, ...] = (1.0,)  # factors on the pixel budget
-    adaptive_tta: float | None = (
-        None  # share of the last step of views' cost, spent on rows in doubt; None: all rows
+    paraphrases: int = setting(
+        1,
+        "wordings of the default instruction that training draws from; inference takes the first",
+        at_least=1,
+        at_most=4,  # as many as _INSTRUCTIONS
     )
-    use_batch_inference: bool = True  # False: one question at a time
-    infer_batch_size: int = 16  # questions per forward pass, each with all its choice orders
-    zeroshot_rows: int = (
-        256  # training rows scored with the base model before training; 0: all of them
+
+
+@dataclass(frozen=True)
+class FoldSettings:
+    """Folds"""
+
+    n_folds: int = setting(3, "parts of the rows, each held out once", at_least=2, searched=False)
+    use_kfold: bool = setting(True, "False: one holdout of 1 / n_folds of the rows", searched=False)
+    train_folds: tuple[int, ...] | None = setting(
+        None, "the folds to train; None: all", searched=False
     )
-    use_temperature_scaling: bool = True
-    # over folds; weighted: of views; auto: the mean, or weighted or stacked views where OOF clearly prefers them
-    ensemble_method: Literal["auto", "mean", "vote", "weighted"] = "auto"
-    # Running
-    seed: int = 42
-    deterministic: bool = True  # deterministic cuDNN
-    strict_determinism: bool = (
-        False  # the same bits on a GPU too: deterministic attention and sums, slower
+
+
+@dataclass(frozen=True)
+class OptimisationSettings:
+    """Optimisation"""
+
+    num_epochs: int = setting(2, "passes over the training rows", at_least=1)
+    batch_size: int = setting(4, "times grad_accum_steps: questions per optimizer step", at_least=1)
+    grad_accum_steps: int = setting(2, "batches per optimizer step", at_least=1)
+    memory_plan: str = setting(
+        "auto",
+        "auto: on a GPU, questions per pass and layers to recompute by what is measured; "
+        "config: batch_size and all layers",
+        one_of=("auto", "config"),
     )
-    num_workers: int = 2  # image decoding processes per worker
-    time_budget_hours: float | None = (
-        None  # hours from training's start, on Kaggle the notebook's; None: 11 on Kaggle
+    learning_rate: float = setting(
+        1e-4, "peak, reached after the warm-up, then cosine to zero", above=0
     )
-    save_every_epoch: bool = True
-    save_every_minutes: float = 20.0  # minutes between checkpoints inside an epoch
-    save_every_steps: int = (
-        500  # optimizer steps, or batches of inference, between checkpoints: whichever is first
+    warmup_ratio: float = setting(0.06, "share of all optimizer steps", at_least=0, below=1)
+    weight_decay: float = setting(0.01, "AdamW's weight decay", at_least=0)
+    max_grad_norm: float = setting(1.0, "longer gradients are scaled to this norm", above=0)
+    loss: str = setting(
+        "choices",
+        "choices: cross-entropy over the four letters; vocabulary: over every token",
+        one_of=("choices", "vocabulary"),
     )
-    max_skipped_steps: int = (
-        10  # optimizer steps with a non-finite loss or gradient, above which the fold stops
+    label_smoothing: float = setting(
+        0.05,
+        "probability spread over the choices that exist; loss 'choices' only",
+        at_least=0,
+        below=1,
     )
-    trust_remote_code: bool = False  # run Python code that comes with a model
-    cache_dir: str | None = (
-        None  # vision features on disk; None: the system's folder for temporary files
+    shuffle_choices: bool = setting(True, "a new choice order for each question and epoch")
+
+
+@dataclass(frozen=True)
+class SoftTargetSettings:
+    """Soft targets over the four choices; loss 'choices' only"""
+
+    use_dev_votes: bool = setting(
+        False, "also train on dev.csv, with the shares of its votes as targets"
     )
-    resume_from: tuple[str, ...] = (
-        "/kaggle/input",
-        "/content/drive/MyDrive/vqa",
-    )  # where earlier runs may lie
-    backup_dir: str | None = (
-        None  # a slow, lasting disk such as Drive: gets verified checkpoints and whatever is done
+    distill_from: str | None = setting(
+        None,
+        "folder of a finished run; mixes in its OOF probabilities, spoils OOF figures",
+        searched=False,
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    log_to_file: bool = True
-    output_dir: str = "outputs"
-    run_name: str | None = None  # None: preset and fingerprint, the same in every session
+    distill_weight: float = setting(
+        0.5, "share of those probabilities in the target", above=0, at_most=1, searched=False
+    )
+    pseudo_label_from: str | None = setting(
+        None,
+        "folder of a finished run with the same folds; also train on its test answers",
+    )
+    pseudo_label_confidence: float = setting(
+        0.9, "probability that such an answer has at least", above=0, at_most=1
+    )
+
+
+@dataclass(frozen=True)
+class AverageSettings:
+    """Weight averages, stopping, and one more model"""
+
+    use_ema: bool = setting(
+        True,
+        "also keep an exponential average of the adapter; used only where OOF says so",
+    )
+    ema_decay: float = setting(
+        0.999, "upper bound; step t uses min(ema_decay, (1 + t) / (10 + t))", at_least=0, below=1
+    )
+    use_swa: bool = setting(
+        False,
+        "also keep the plain average from swa_start_epoch on; used only where OOF says so",
+    )
+    swa_start_epoch: int = setting(
+        1,
+        "epochs before averaging starts; the learning rate stays constant from there",
+        at_least=1,
+    )
+    use_early_stopping: bool = setting(
+        False, "end a fold's training when its held-out accuracy no longer rises"
+    )
+    early_stopping_patience: int = setting(2, "epochs without a rise", at_least=1)
+    early_stopping_min_delta: float = setting(0.001, "accuracy; less is no rise", at_least=0)
+    mix_weights: bool = setting(
+        False,
+        "score with all kinds of weights, where OOF prefers their mean to each of them",
+        searched=False,
+    )
+    final_retrain: bool = setting(
+        False,
+        "one more model, on all rows; it joins the submission, and no OOF row can judge it",
+        searched=False,
+    )
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """Inference"""
+
+    use_tta: bool = setting(
+        True,
+        "score rows in several views (choice orders, image scales); "
+        "used only where OOF does not lose",
+        searched=False,
+    )
+    tta_rotations: int = setting(4, "choice orders", one_of=(1, 2, 4), searched=False)
+    tta_scales: tuple[float, ...] = setting((1.0,), "factors on the pixel budget", searched=False)
+    adaptive_tta: float | None = setting(
+        None,
+        "share of the last step of views' cost, spent on rows in doubt; None: all rows",
+        above=0,
+        below=1,
+        searched=False,
+    )
+    use_batch_inference: bool = setting(True, "False: one question at a time", searched=False)
+    infer_batch_size: int = setting(
+        16,
+        "questions per forward pass, each with all its choice orders",
+        at_least=1,
+        searched=False,
+    )
+    zeroshot_rows: int = setting(
+        256,
+        "training rows scored with the base model before training; 0: all of them",
+        at_least=0,
+        searched=False,
+    )
+    use_temperature_scaling: bool = setting(
+        True, "fit a temperature for each fold's probabilities", searched=False
+    )
+    ensemble_method: str = setting(
+        "auto",
+        "over folds; weighted: of views; auto: the mean, or weighted or stacked views "
+        "where OOF clearly prefers them",
+        one_of=("auto", "mean", "vote", "weighted"),
+        searched=False,
+    )
+
+
+@dataclass(frozen=True)
+class RandomnessSettings:
+    """Randomness"""
+
+    seed: int = setting(42, "of every random draw", at_least=0, searched=False)
+    deterministic: bool = setting(True, "deterministic cuDNN")
+    strict_determinism: bool = setting(
+        False, "the same bits on a GPU too: deterministic attention and sums, slower"
+    )
+
+
+@dataclass(frozen=True)
+class RunningSettings:
+    """Running"""
+
+    num_workers: int = setting(
+        2, "image decoding processes per worker", at_least=0, changes_result=False
+    )
+    time_budget_hours: float | None = setting(
+        None,
+        "hours from training's start, on Kaggle the notebook's; None: 11 on Kaggle",
+        above=0,
+        changes_result=False,
+    )
+    save_every_epoch: bool = setting(
+        True, "a checkpoint at the end of every epoch", changes_result=False
+    )
+    save_every_minutes: float = setting(
+        20.0, "minutes between checkpoints inside an epoch", above=0, changes_result=False
+    )
+    save_every_steps: int = setting(
+        500,
+        "optimizer steps, or batches of inference, between checkpoints: whichever is first",
+        at_least=1,
+        changes_result=False,
+    )
+    max_skipped_steps: int = setting(
+        10,
+        "optimizer steps with a non-finite loss or gradient, above which the fold stops",
+        at_least=0,
+        changes_result=False,
+    )
+    trust_remote_code: bool = setting(
+        False, "run Python code that comes with a model", changes_result=False
+    )
+
+
+@dataclass(frozen=True)
+class PlaceSettings:
+    """Places and logging"""
+
+    cache_dir: str | None = setting(
+        None,
+        "vision features on disk; None: the system's folder for temporary files",
+        changes_result=False,
+    )
+    resume_from: tuple[str, ...] = setting(
+        ("/kaggle/input", "/content/drive/MyDrive/vqa"),
+        "where earlier runs may lie",
+        changes_result=False,
+    )
+    backup_dir: str | None = setting(
+        None,
+        "a slow, lasting disk such as Drive: gets verified checkpoints and whatever is done",
+        changes_result=False,
+    )
+    log_level: str = setting(
+        "INFO",
+        "the least that is logged",
+        one_of=("DEBUG", "INFO", "WARNING", "ERROR"),
+        changes_result=False,
+    )
+    log_to_file: bool = setting(
+        True, "write run.log in the run directory, too", changes_result=False
+    )
+    output_dir: str = setting("outputs", "folder of the run directories", changes_result=False)
+    run_name: str | None = setting(
+        None,
+        "None: preset and fingerprint, the same in every session",
+        changes_result=False,
+    )
+
+
+# === Config =======================================================================================
+# Kinds by the first word of an annotation. A float may be written as a whole number.
+KINDS = {
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "str": str,
+    "tuple": tuple,
+    "Mapping": Mapping,
+}
+
+
+def _is_of_kind(value, annotation: str) -> bool:
+    """Whether a value fits an annotation such as "float | None"; elements are not looked at."""
+    if value is None:
+        return annotation.endswith("None")
+    if isinstance(value, bool):  # which Python takes for a whole number, too
+        return annotation == "bool"
+    first_word = re.match(r"\w+", annotation).group()
+    return isinstance(value, KINDS[first_word])
+
+
+def _refuse(config: Config, name: str, needs: str) -> None:
+    """Raise the ValueError about a field's value."""
+    value = getattr(config, name)
+    raise ValueError(f"Config field {name!r} is {value!r}; it needs {needs}")
+
+
+def _check_values(config: Config) -> None:
+    """Every field by itself: its kind and what is declared of it."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        declaration = item.metadata["declaration"]
+        if not _is_of_kind(value, item.type):
+            needs = declaration.needs if declaration.one_of else item.type
+            _refuse(config, item.name, needs)
+        if value is not None and not declaration.allows(value):
+            _refuse(config, item.name, declaration.needs)
+
+
+def _check_training(config: Config) -> None:
+    """The rules for model, images, data, folds and training that a single bound cannot say."""
+    if config.min_pixels and config.max_pixels and config.min_pixels > config.max_pixels:
+        _refuse(config, "min_pixels", f"at most max_pixels, {config.max_pixels}")
+
+    if not set(config.prompt_templates) <= set(QUESTION_TYPES):
+        _refuse(config, "prompt_templates", f"keys among {QUESTION_TYPES}")
+
+    if config.train_folds is not None:
+        folds = set(config.train_folds)
+        if not folds <= set(range(config.n_folds)):
+            _refuse(config, "train_folds", f"folds below {config.n_folds}")
+        if not folds or len(folds) < len(config.train_folds):
+            _refuse(config, "train_folds", "at least one fold, and none twice")
+
+    has_soft_targets = config.use_dev_votes or config.distill_from or config.pseudo_label_from
+    if has_soft_targets and config.loss != "choices":
+        needs = "'choices' where targets are soft (votes or another run's)"
+        _refuse(config, "loss", needs)
+
+    if config.use_swa and config.swa_start_epoch >= config.num_epochs:
+        needs = f"an epoch below num_epochs, {config.num_epochs}"
+        _refuse(config, "swa_start_epoch", needs)
+
+
+def _check_inference(config: Config) -> None:
+    """The rules for scoring that a single bound cannot say."""
+    if config.score_precision == "16bit" and config.quantization == "none":
+        needs = "'trained' where quantization is 'none': there is nothing else to score with"
+        _refuse(config, "score_precision", needs)
+
+    scales = config.tta_scales
+    if 1.0 not in scales or not all(0.25 <= scale <= 4 for scale in scales):
+        _refuse(config, "tta_scales", "factors in [0.25, 4] with 1.0")
+
+    if config.adaptive_tta is not None:
+        has_more_scales = len(set(scales)) > 1 or config.infer_max_pixels
+        has_more_views = config.tta_rotations > 1 or has_more_scales
+        if not (config.use_tta and has_more_views):
+            needs = "use_tta with rotations or scales to save on"
+            _refuse(config, "adaptive_tta", needs)
+        if config.score_precision == "16bit" or config.final_retrain:
+            needs = "score_precision 'trained' and no final_retrain"
+            _refuse(config, "adaptive_tta", f"{needs}: it reads OOF rows in every view")
+
+    has_averages = config.use_ema or config.use_swa
+    if config.mix_weights and (not has_averages or config.adaptive_tta is not None):
+        needs = "use_ema or use_swa, to mix with, and no adaptive_tta"
+        _refuse(config, "mix_weights", needs)
+
+
+def _require_known(kind: str, word: str, known: Sequence[str]) -> None:
+    """ValueError with the nearest known word, or else all of them, unless `word` is known."""
+    if word in known:
+        return
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    raise ValueError(f"Unknown {kind} {word!r}; {hint}")
+
+
+@dataclass(frozen=True)
+class Config(
+    # Fields come in reading order, because dataclasses collect them from the last base on.
+    PlaceSettings,
+    RunningSettings,
+    RandomnessSettings,
+    InferenceSettings,
+    AverageSettings,
+    SoftTargetSettings,
+    OptimisationSettings,
+    FoldSettings,
+    DataSettings,
+    ImageSettings,
+    ModelSettings,
+    PresetSettings,
+):
+    """All settings of one run; a ValueError names the field that is unknown or impossible."""
 
     def __post_init__(self):
-        for name in ("train_folds", "tta_scales", "resume_from"):  # JSON brings lists
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        for check, name, needs in _config_rules(self):
-            if not check:
-                raise ValueError(
-                    f"Config field {name!r} is {getattr(self, name)!r}; it needs {needs}"
-                )
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.type.startswith("tuple") and isinstance(value, list):  # JSON has no tuples
+                object.__setattr__(self, item.name, tuple(value))
+        _check_values(self)  # first, so that the other rules may compare values
+        _check_training(self)
+        _check_inference(self)
 
     @classmethod
     def preset(cls, name: str, **overrides) -> Config:
-        """The named preset with some fields replaced; "auto" picks one for the detected hardware."""
-        picked = {}
+        """The named preset with some fields replaced; "auto" picks one for the detected hardware.
+
+        Raises ValueError for an unknown preset, and for a field that is unknown or impossible.
+
+        >>> Config.preset("demo", num_epochs=3).num_epochs
+        3
+        """
+        fields = {"preset_name": name}
         if name == "auto":
             has_competition = locate_competition(overrides.get("data_dir")) != DEMO
-            name, picked["preset_reason"] = choose_preset(detect_runtime(), has_competition)
-        fields = [item.name for item in dataclasses.fields(cls)]
-        given = [
-            ("preset", name, [*PRESETS, "auto"]),
-            *(("config field", override, fields) for override in overrides),
-        ]
-        for kind, word, known in given:
-            if word not in known:
-                close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-                raise ValueError(f"Unknown {kind} {word!r}; {hint}")
-        return cls(**{"preset_name": name, **picked, **PRESETS[name], **overrides})
+            name, reason = choose_preset(detect_runtime(), has_competition)
+            fields = {"preset_name": name, "preset_reason": reason}
+        _require_known("preset", name, [*PRESETS, "auto"])
+        known = [item.name for item in dataclasses.fields(cls)]
+        for override in overrides:
+            _require_known("config field", override, known)
+        fields.update(PRESETS[name])
+        fields.update(overrides)
+        return cls(**fields)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over every field that can change a result; where files lie and how loudly we log cannot."""
-        relevant = {
-            name: value
-            for name, value in dataclasses.asdict(self).items()
-            if name not in BOOKKEEPING_FIELDS
-        }
-        teachers = {
-            name: relevant[name] for name in ("distill_from", "pseudo_label_from") if relevant[name]
-        }
-        relevant |= {
-            name: Path(folder).name for name, folder in teachers.items()
-        }  # wherever they lie
-        return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+        """SHA-256 of every field that can change a result, in hexadecimal."""
+        relevant = dataclasses.asdict(self)
+        for name in BOOKKEEPING_FIELDS:
+            del relevant[name]
+        for name in ("distill_from", "pseudo_label_from"):
+            if relevant[name]:  # the same run, wherever its folder lies
+                relevant[name] = Path(relevant[name]).name
+        text = json.dumps(relevant, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def rows_to_use(self) -> int | None:
+        """How many training rows are drawn; None: all."""
         return self.sample_size if self.use_sample else None
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.output_dir) / (
-            self.run_name or f"{self.preset_name}-{self.fingerprint[:8]}"
-        )
+        """The run's folder in `output_dir`: `run_name`, or preset and fingerprint."""
+        name = self.run_name or f"{self.preset_name}-{self.fingerprint[:8]}"
+        return Path(self.output_dir) / name
 
     @property
     def model_path(self) -> str:
-        """A local folder as an absolute path (also relative to this file), anything else as a hub id."""
-        folders = [
-            folder for folder in (Path(self.model_id), HERE / self.model_id) if folder.is_dir()
-        ]
-        return str(folders[0].resolve()) if folders else self.model_id
+        """A local folder as an absolute path (also relative to this file), else the hub id."""
+        for folder in (Path(self.model_id), HERE / self.model_id):
+            if folder.is_dir():
+                return str(folder.resolve())
+        return self.model_id
 
     @property
     def model_files(self) -> str:
-        """Names and sizes of a local model's files, so that a run is not continued on another one; "" for a hub id."""
-        files = sorted(
-            path
-            for path in Path(self.model_path).glob("*")
+        """Names and sizes of a local model's files; "" for a hub id.
+
+        By them a run is not continued on another model in the same folder.
+        """
+        files = [
+            f"{path.name} {path.stat().st_size}"
+            for path in sorted(Path(self.model_path).glob("*"))
             if path.suffix in (".safetensors", ".json")
-        )
-        return ", ".join(f"{path.name} {path.stat().st_size}" for path in files)
+        ]
+        return ", ".join(files)
 
     @property
     def folds_to_train(self) -> tuple[int, ...]:
         """`train_folds`, or every fold; only the first one where a single holdout is asked for."""
-        return (self.train_folds or tuple(range(self.n_folds))) if self.use_kfold else (0,)
+        if not self.use_kfold:
+            return (0,)
+        return self.train_folds or tuple(range(self.n_folds))
+
+    def _described(self) -> pd.DataFrame:
+        """Value, default and description of every field, as texts, in the order of declaration."""
+        defaults = Config()
+        rows = {
+            item.name: {
+                "value": str(getattr(self, item.name)),
+                "default": str(getattr(defaults, item.name)),
+                "what it is": item.metadata["declaration"].description,
+            }
+            for item in dataclasses.fields(self)
+        }
+        return pd.DataFrame.from_dict(rows, orient="index")
 
     def table(self) -> pd.DataFrame:
-        """Every field with its value and the default it differs from, those that differ first, for the notebook."""
-        both = (dataclasses.asdict(config).items() for config in (self, Config()))
-        values, defaults = (
-            pd.Series({name: str(value) for name, value in items}) for items in both
-        )
-        table = pd.DataFrame(
-            {"value": values, "default, where it differs": defaults.where(values != defaults, "")}
-        )
-        return table.loc[(values == defaults).sort_values(kind="stable").index]
+        """Every field with its value, the default where it differs, and what it is.
+
+        Those that differ from their default come first.
+        """
+        settings = self._described()
+        is_default = settings["value"] == settings["default"]
+        settings["default"] = settings["default"].mask(is_default, "")
+        order = is_default.sort_values(kind="stable").index
+        return settings.loc[order].rename(columns={"default": "default, where it differs"})
+
+    def changed_table(self) -> pd.DataFrame:
+        """The fields that differ from their default: value, default, and what they are.
+
+        >>> Config.preset("gpu_24gb").changed_table().index.tolist()
+        ['preset_name', 'max_pixels', 'infer_batch_size']
+        """
+        settings = self._described()
+        return settings[settings["value"] != settings["default"]]
 
 
-BOOKKEEPING_FIELDS = {  # fields that cannot change a result
-    *("data_dir", "output_dir", "run_name", "log_level", "log_to_file"),
-    *(
-        "num_workers",
-        "save_every_epoch",
-        "save_every_minutes",
-        "save_every_steps",
-        "time_budget_hours",
-    ),
-    *(
-        "cache_dir",
-        "resume_from",
-        "backup_dir",
-        "max_skipped_steps",
-        "trust_remote_code",
-        "preset_reason",
-    ),
+# Fields that cannot change a result.
+BOOKKEEPING_FIELDS = {
+    item.name
+    for item in dataclasses.fields(Config)
+    if not item.metadata["declaration"].changes_result
 }
-_KINDS = {
-    "int": int,
-    "float": (int, float),
-    "bool": bool,
-    "tuple": tuple,
-    "Mapping": Mapping,
-}  # others: str
-_RANGES = (  # what the fields need, its check, their names
-    ("at least 2", lambda x: x >= 2, "n_folds sample_size"),
-    (
-        "at least 1",
-        lambda x: x >= 1,
-        "lora_r lora_alpha num_epochs batch_size grad_accum_steps infer_batch_size",
-    ),
-    ("at least 1", lambda x: x >= 1, "early_stopping_patience swa_start_epoch save_every_steps"),
-    (
-        "at least 0",
-        lambda x: x >= 0,
-        "zeroshot_rows num_workers weight_decay early_stopping_min_delta seed",
-    ),
-    ("at least 0", lambda x: x >= 0, "max_skipped_steps augment_images"),
-    (
-        "0 <= value < 1",
-        lambda x: 0 <= x < 1,
-        "lora_dropout warmup_ratio label_smoothing ema_decay max_fallback_share",
-    ),
-    ("0 < value < 1", lambda x: 0 < x < 1, "adaptive_tta"),
-    (
-        "a positive number",
-        lambda x: x > 0,
-        "learning_rate max_grad_norm save_every_minutes time_budget_hours",
-    ),
-    ("a positive number", lambda x: x > 0, "image_size min_pixels max_pixels infer_max_pixels"),
-    ("1, 2 or 4", lambda x: x in (1, 2, 4), "tta_rotations"),
-    ("0 < value <= 1", lambda x: 0 < x <= 1, "distill_weight pseudo_label_confidence"),
-    ("1 to 4", lambda x: 1 <= x <= 4, "paraphrases"),
-)
+SETTINGS_TEXT_WIDTH = 96  # characters of a line
 
 
-def _config_rules(config: Config) -> Iterator[tuple[bool, str, str]]:
-    """Triples of (holds, field, what the field needs). Kinds come first, so that later rules may compare values."""
-    for name, hint in get_type_hints(Config).items():
-        value, written = getattr(config, name), Config.__annotations__[name]
-        kind = _KINDS.get(re.match(r"\w+", written).group(), str)
-        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        yield fits or (value is None and written.endswith("None")), name, written
-        if get_origin(hint) is Literal:
-            yield value in get_args(hint), name, f"one of {', '.join(get_args(hint))}"
-    for needs, holds, names in _RANGES:
-        for value, name in ((getattr(config, name), name) for name in names.split()):
-            yield value is None or holds(value), name, needs
-    if config.min_pixels and config.max_pixels:
-        yield (
-            config.min_pixels <= config.max_pixels,
-            "min_pixels",
-            f"at most max_pixels, {config.max_pixels}",
-        )
-    same = config.score_precision == "16bit" and config.quantization == "none"
-    yield (
-        not same,
-        "score_precision",
-        "'trained' where quantization is 'none': there is nothing else to score with",
+def _indented(text: str) -> str:
+    indent = " " * 6
+    return textwrap.fill(
+        text,
+        SETTINGS_TEXT_WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
     )
-    scales = config.tta_scales
-    yield (
-        all(0.25 <= scale <= 4 for scale in scales) and 1.0 in scales,
-        "tta_scales",
-        "factors in [0.25, 4] with 1.0",
-    )
-    further = config.use_tta and (
-        config.tta_rotations > 1 or len(set(scales)) > 1 or config.infer_max_pixels
-    )
-    yield (
-        config.adaptive_tta is None or bool(further),
-        "adaptive_tta",
-        "use_tta with rotations or scales to save on",
-    )
-    blind = config.adaptive_tta and (config.score_precision == "16bit" or config.final_retrain)
-    yield (
-        not blind,
-        "adaptive_tta",
-        "score_precision 'trained' and no final_retrain: it reads OOF rows in every view",
-    )
-    several = (config.use_ema or config.use_swa) and config.adaptive_tta is None
-    yield (
-        several or not config.mix_weights,
-        "mix_weights",
-        "use_ema or use_swa, to mix with, and no adaptive_tta",
-    )
-    folds = range(config.n_folds) if config.train_folds is None else config.train_folds
-    yield set(folds) <= set(range(config.n_folds)), "train_folds", f"folds below {config.n_folds}"
-    yield 0 < len(folds) == len(set(folds)), "train_folds", "at least one fold, and none twice"
-    soft = config.use_dev_votes or config.distill_from or config.pseudo_label_from
-    yield (
-        config.loss == "choices" or not soft,
-        "loss",
-        "'choices' where targets are soft (votes or another run's)",
-    )
-    late = config.use_swa and config.swa_start_epoch >= config.num_epochs
-    yield not late, "swa_start_epoch", f"an epoch below num_epochs, {config.num_epochs}"
-    yield (
-        set(config.prompt_templates) <= set(QUESTION_TYPES),
-        "prompt_templates",
-        f"keys among {QUESTION_TYPES}",
-    )
+
+
+def _setting_text(item: dataclasses.Field, default) -> str:
+    """Name, kind, default and needs of a field; below them, indented, what it is."""
+    declaration = item.metadata["declaration"]
+    declared = f"  {item.name}: {item.type} = {default!r}"
+    if declaration.needs:
+        declared = f"{declared}; needs {declaration.needs}"
+    explanation = declaration.description
+    if not declaration.changes_result:
+        explanation = f"{explanation} (changes no result)"
+    return f"{declared}\n{_indented(explanation)}"
+
+
+def _groups_text() -> str:
+    """All settings, group by group."""
+    defaults = Config()
+    groups = []
+    for group in reversed(Config.__bases__):
+        lines = [group.__doc__]
+        for item in dataclasses.fields(group):
+            lines.append(_setting_text(item, getattr(defaults, item.name)))
+        groups.append("\n".join(lines))
+    return "\n\n".join(groups)
+
+
+def _presets_text() -> str:
+    """In what each preset differs from the defaults."""
+    lines = ["Presets, and in what they differ from the defaults"]
+    for preset, changes in PRESETS.items():
+        differences = [f"{name}={value!r}" for name, value in changes.items()]
+        lines.append(f"  {preset}")
+        lines.append(_indented(", ".join(differences) or "in nothing"))
+    return "\n".join(lines)
+
+
+def settings_text() -> str:
+    """All settings by group, with default, meaning and what they need; then the presets.
+
+    >>> text = settings_text()
+    >>> "  lora_r: int = 16; needs at least 1\\n      rank of the adapter" in text
+    True
+    """
+    return f"{_groups_text()}\n\n{_presets_text()}"
+
+
+Config.__doc__ = f"{Config.__doc__}\n\n{_groups_text()}"  # for `vqa.Config?`
 
 
 # === Logging ======================================================================================
 def setup_logging(
     log_dir: str | Path, level: int | str = logging.INFO, to_file: bool = True
 ) -> logging.Logger:
-    """Log to the console and to `log_dir`/run.log with timestamps. Safe to call again: handlers are replaced."""
+    """Log to the console, and to run.log in `log_dir`, with the time of day; return the logger.
+
+    Safe to call again: handlers are replaced, not added.
+    """
     for handler in list(LOGGER.handlers):
         LOGGER.removeHandler(handler)
         handler.close()
     LOGGER.addHandler(logging.StreamHandler(sys.stdout))
     if to_file:
         Path(log_dir).mkdir(parents=True, exist_ok=True)
-        LOGGER.addHandler(logging.FileHandler(Path(log_dir) / "run.log", encoding="utf-8"))
+        path = Path(log_dir) / "run.log"
+        LOGGER.addHandler(logging.FileHandler(path, encoding="utf-8"))
+    formatter = logging.Formatter(
+        "%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
     for handler in LOGGER.handlers:
-        handler.setFormatter(
-            logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-        )
+        handler.setFormatter(formatter)
     LOGGER.setLevel(level)
-    LOGGER.propagate = False
+    LOGGER.propagate = False  # a notebook's root logger would print every line again
     return LOGGER
 
 
@@ -963,20 +1517,26 @@ def setup_logging(
 class MetricLogger:
     """Appends one JSON object a line, so that a killed run keeps every line it wrote."""
 
-    path: str | Path
+    path: str | Path  # the file; it and its folder are made when they are needed
 
     def log(self, **values) -> None:
+        """Append one record: the time in seconds since 1970, then `values`."""
+        record = {"time": round(time.time(), 3), **values}
+        line = json.dumps(record, ensure_ascii=False) + "\n"
         Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(
-                json.dumps({"time": round(time.time(), 3), **values}, ensure_ascii=False) + "\n"
-            )
+            file.write(line)
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The records that MetricLogger wrote; a line that a kill or a full disk has cut short is left out."""
+    """The records that MetricLogger wrote; [] where there is no such file.
+
+    A line that a kill or a full disk has cut short is left out.
+    """
+    if not path.exists():
+        return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records
@@ -984,16 +1544,21 @@ def read_json_lines(path: Path) -> list[dict]:
 
 # === Files ========================================================================================
 def _fsync_folder(path: Path) -> None:
-    if os.name != "nt":  # Windows cannot open a folder
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Make sure that a rename in this folder survives a loss of power."""
+    if os.name == "nt":  # Windows cannot open a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_file(path: Path, content: bytes, durable: bool = True) -> None:
-    """Write and sync a new file; a full disk becomes a CheckpointError with the bytes needed and free."""
+    """Write a new file, and sync it where it is `durable`.
+
+    Raises CheckpointError for a full disk, with the bytes needed and free.
+    """
     try:
         with path.open("wb") as file:
             file.write(content)
@@ -1005,20 +1570,23 @@ def _write_file(path: Path, content: bytes, durable: bool = True) -> None:
             raise
         path.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
-        problem = f"the disk is full: {len(content):,} bytes are needed, {free:,} are free"
         raise CheckpointError(
-            f"{path}: {problem}; free some space and run again to continue"
+            f"{path}: the disk is full: {len(content):,} bytes are needed, {free:,} are free; "
+            "free some space and run again to continue"
         ) from error
 
 
 def atomic_write(path: str | Path, content: bytes | str, durable: bool = True) -> None:
-    """Replace `path` by `content` so that a reader sees the old file or the new one, never half of it."""
+    """Replace a file whole: a reader sees the old one or the new one, never half of it.
+
+    A `durable` file also survives a loss of power. A text is written in UTF-8. Raises
+    CheckpointError for a full disk.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _write_file(
-        temporary, content.encode("utf-8") if isinstance(content, str) else content, durable
-    )
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    _write_file(temporary, data, durable)
     os.replace(temporary, path)
     if durable:
         _fsync_folder(path.parent)
@@ -1031,7 +1599,10 @@ def file_sha256(path: Path) -> str:
 
 
 def require_same_run(path: Path, found: str, expected: str) -> None:
-    """Raise CheckpointError unless the fingerprint stored in `path` is the run's."""
+    """Raise CheckpointError unless the fingerprint found in `path` is that of the run.
+
+    >>> require_same_run(Path("oof.npz"), found="538bc84b", expected="538bc84b")
+    """
     if found != expected:
         raise CheckpointError(
             f"{path} belongs to another configuration or data set; choose a new run_name"
@@ -1046,7 +1617,10 @@ def write_arrays(path: Path, fingerprint: str, **arrays: np.ndarray) -> None:
 
 
 def read_arrays(path: Path, fingerprint: str) -> dict[str, np.ndarray]:
-    """Load what `write_arrays` wrote. Raises CheckpointError for a damaged file, or one of another run."""
+    """Load what `write_arrays` wrote, by name; the fingerprint is among it.
+
+    Raises CheckpointError for a damaged file, or one of another run.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:  # checks each array's CRC
             content = {name: file[name] for name in file.files}
@@ -1059,150 +1633,220 @@ def read_arrays(path: Path, fingerprint: str) -> dict[str, np.ndarray]:
 
 
 # === Checkpoints ==================================================================================
+def _checkpoint_files(
+    step: int, tensors: Mapping, state: Mapping, metadata: Mapping
+) -> dict[str, bytes]:
+    """Name and content of a checkpoint's files; the manifest has the others' SHA-256."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    files = {
+        "tensors.safetensors": safetensors_torch.save(weights),
+        "state.pt": buffer.getvalue(),
+        "metadata.json": json.dumps({"step": step, **metadata}).encode(),
+    }
+    manifest = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    files["manifest.json"] = json.dumps(manifest).encode()
+    return files
+
+
 class CheckpointManager:
-    """Folders of one tensor file, one state file and metadata, each committed whole and verified before use."""
+    """Checkpoints in one folder, each committed whole and verified before use.
+
+    A checkpoint is a subfolder such as `step_00000012` that holds
+    `tensors.safetensors`, `state.pt`, `metadata.json`, and `manifest.json` with the
+    SHA-256 of these three.
+    """
 
     def __init__(self, directory: str | Path, keep: int = 2):
-        self.directory, self.keep = Path(directory), keep
+        self.directory = Path(directory)  # holds the checkpoints; the first `save` creates it
+        self.keep = keep  # number of verified checkpoints that `prune` leaves
 
     def save(self, step: int, tensors: Mapping, state: Mapping, metadata: Mapping) -> Path:
-        """Commit a checkpoint: `tensors` as safetensors, `state` for torch.load(weights_only=True), `metadata` JSON."""
-        weights = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        files = {
-            "tensors.safetensors": safetensors_torch.save(weights),
-            "state.pt": buffer.getvalue(),
-        }
-        files["metadata.json"] = json.dumps({"step": step, **metadata}).encode()
-        manifest = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        files["manifest.json"] = json.dumps(manifest).encode()
-        # The folder gets its name last, so that a kill at any point leaves the checkpoints before it intact.
+        """Commit a checkpoint, delete the outdated ones, and return the new one's folder.
+
+        `tensors` become a safetensors file, `state` a file for
+        torch.load(weights_only=True) and `metadata` JSON. Raises CheckpointError
+        where the disk is full.
+        """
+        files = _checkpoint_files(step, tensors, state, metadata)
         self.directory.mkdir(parents=True, exist_ok=True)
         final = self.directory / f"step_{step:08d}"
         while final.exists():  # saved twice at one step, or damaged: "+" sorts behind it
             final = final.with_name(final.name + "+")
+        # The folder gets its name last: a kill at any point leaves the earlier checkpoints intact.
         with tempfile.TemporaryDirectory(
-            prefix=".incomplete-", dir=self.directory, ignore_cleanup_errors=True
-        ) as new:
+            prefix=".incomplete-",
+            dir=self.directory,
+            ignore_cleanup_errors=True,  # after the renaming there is nothing to clean up
+        ) as unfinished:
             for name, content in files.items():
-                _write_file(Path(new) / name, content)
-            os.replace(new, final)
+                _write_file(Path(unfinished) / name, content)
+            os.replace(unfinished, final)
         _fsync_folder(self.directory)
         self.prune()
         return final
 
     @staticmethod
     def problem(path: Path) -> str | None:
-        """Why the checkpoint at `path` cannot be trusted, or None."""
+        """Why the checkpoint at `path` cannot be trusted; None where every hash is right."""
         try:
             manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-            damaged = [
-                name for name, digest in manifest.items() if file_sha256(path / name) != digest
-            ]
+            damaged = []
+            for name, digest in manifest.items():
+                if file_sha256(path / name) != digest:
+                    damaged.append(name)
         except (OSError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
-        return f"SHA-256 differs: {', '.join(damaged)}" if damaged else None
+        if damaged:
+            return f"SHA-256 differs: {', '.join(damaged)}"
+        return None
 
     def latest_verified(self) -> Path | None:
-        """The newest checkpoint whose manifest verifies; the ones passed over are logged with the reason."""
+        """The newest checkpoint whose manifest verifies, or None.
+
+        The ones passed over are logged with the reason.
+        """
         for path in sorted(self.directory.glob("step_*"), reverse=True):
-            if not (problem := self.problem(path)):
+            problem = self.problem(path)
+            if problem is None:
                 return path
             LOGGER.warning("Skipped checkpoint %s: %s", path, problem)
         return None
 
     def restore(self, path: Path) -> tuple[dict, dict, dict]:
-        """(tensors, state, metadata), all on the CPU. Raises CheckpointError if the manifest does not verify."""
-        if problem := self.problem(path):
+        """What `save` was given as (tensors, state, metadata), the tensors on the CPU.
+
+        `metadata` also holds the step. Raises CheckpointError if the manifest does
+        not verify.
+        """
+        problem = self.problem(path)
+        if problem is not None:
             raise CheckpointError(
                 f"{path} is damaged ({problem}); delete it to continue from an older one"
             )
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         metadata = json.loads((path / "metadata.json").read_text(encoding="utf-8"))
-        return safetensors_torch.load_file(path / "tensors.safetensors"), state, metadata
+        tensors = safetensors_torch.load_file(path / "tensors.safetensors")
+        return tensors, state, metadata
 
     def prune(self) -> None:
-        """Delete what is older than the newest `keep` verified checkpoints, and leftovers of killed writes."""
+        """Delete what is older than the newest `keep` verified checkpoints.
+
+        Leftovers of killed writes go too. A damaged checkpoint does not count as
+        kept.
+        """
         paths = sorted(self.directory.glob("step_*"))
         verified = [path for path in paths if self.problem(path) is None]
-        outdated = [path for path in paths if verified and path < verified[-self.keep :][0]]
-        for path in [*outdated, *self.directory.glob(".incomplete-*")]:
+        outdated = []
+        if verified:
+            oldest_kept = verified[-self.keep :][0]
+            outdated = [path for path in paths if path < oldest_kept]
+        leftovers = list(self.directory.glob(".incomplete-*"))
+        for path in outdated + leftovers:
             shutil.rmtree(path)
 
 
 def _checkpoint_weights(model) -> dict:
-    """Trainable parameters and buffers of the state dict; under every name, where two share one tensor."""
-    kept = {
-        name
-        for name, weight in model.named_parameters(remove_duplicate=False)
-        if weight.requires_grad
-    }
-    kept |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    return {name: value for name, value in model.state_dict().items() if name in kept}
+    """Trainable parameters and buffers of the state dict, by name.
+
+    Where two names share one tensor, it is there under both.
+    """
+    names = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            names.add(name)
+    for name, _ in model.named_buffers(remove_duplicate=False):
+        names.add(name)
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+
+
+def _state_dict_or_none(stateful) -> dict | None:
+    """State of an optimizer or a scheduler; None where there is none."""
+    return None if stateful is None else stateful.state_dict()
 
 
 def save_checkpoint(model, optimizer, scheduler, epoch, fold, metrics, path, logger=None) -> Path:
-    """Save any module's trainable weights and buffers with optimizer and scheduler (either may be None) in one file."""
-    # NumPy scalars would need unpickling.
-    metrics = {
-        name: value.item() if isinstance(value, np.generic) else value
-        for name, value in metrics.items()
-    }
+    """Save the state of a training in one file and return its path, for any torch module.
+
+    The file holds trainable weights and buffers, optimizer and scheduler (either
+    may be None), `epoch`, `fold` and `metrics` (name -> number). `load_checkpoint`
+    reads it. It is for your own training loops: no run uses it, because
+    `FoldState.save` writes what a fold continues from.
+    """
+    plain_metrics = {}
+    for name, value in metrics.items():
+        # A NumPy scalar would need unpickling, which could run code.
+        plain_metrics[name] = value.item() if isinstance(value, np.generic) else value
     content = {
         "model": _checkpoint_weights(model),
         "epoch": epoch,
         "fold": fold,
-        "metrics": metrics,
+        "metrics": plain_metrics,
+        "optimizer": _state_dict_or_none(optimizer),
+        "scheduler": _state_dict_or_none(scheduler),
     }
-    for name, part in (("optimizer", optimizer), ("scheduler", scheduler)):
-        content[name] = part.state_dict() if part is not None else None
     buffer = io.BytesIO()
     torch.save(content, buffer)
     atomic_write(path, buffer.getvalue())
     if logger is not None:
         logger.info(
-            "Saved checkpoint %s (epoch %s, fold %s, %d bytes)", path, epoch, fold, buffer.tell()
+            "Saved checkpoint %s (epoch %s, fold %s, %d bytes)",
+            path,
+            epoch,
+            fold,
+            buffer.tell(),
         )
     return Path(path)
 
 
 def load_checkpoint(model, optimizer, scheduler, path, logger=None) -> tuple:
-    """Load what `save_checkpoint` wrote; (epoch, fold, metrics), or CheckpointError, changing nothing, if unfit."""
+    """Load what `save_checkpoint` wrote, on the CPU, and return (epoch, fold, metrics).
+
+    Optimizer and scheduler may be None: theirs is then left unread. Raises
+    CheckpointError, and changes nothing, where the weights are not the model's or a
+    wanted state is missing.
+    """
     content = torch.load(path, map_location="cpu", weights_only=True)
-    if differing := sorted(set(_checkpoint_weights(model)) ^ set(content["model"])):
+    differing = sorted(set(_checkpoint_weights(model)) ^ set(content["model"]))
+    if differing:
         raise CheckpointError(f"{path} does not fit the model; differing keys: {differing}")
-    wanted = {
-        name: part
-        for name, part in {"optimizer": optimizer, "scheduler": scheduler}.items()
-        if part is not None
-    }
-    if absent := [name for name in wanted if content[name] is None]:
-        raise CheckpointError(f"{path} was saved without {' and '.join(absent)}")
-    model.load_state_dict(content["model"], strict=False)
-    for name, part in wanted.items():
-        part.load_state_dict(content[name])
+    wanted = {}
+    if optimizer is not None:
+        wanted["optimizer"] = optimizer
+    if scheduler is not None:
+        wanted["scheduler"] = scheduler
+    missing = [name for name in wanted if content[name] is None]
+    if missing:
+        raise CheckpointError(f"{path} was saved without {' and '.join(missing)}")
+    model.load_state_dict(content["model"], strict=False)  # the frozen weights are not in it
+    for name, stateful in wanted.items():
+        stateful.load_state_dict(content[name])
+    epoch, fold, metrics = content["epoch"], content["fold"], content["metrics"]
     if logger is not None:
-        logger.info(
-            "Loaded checkpoint %s (epoch %s, fold %s)", path, content["epoch"], content["fold"]
-        )
-    return content["epoch"], content["fold"], content["metrics"]
+        logger.info("Loaded checkpoint %s (epoch %s, fold %s)", path, epoch, fold)
+    return epoch, fold, metrics
 
 
 # === Memory =======================================================================================
 def _cuda_is_in_use() -> bool:
+    """Whether this process has initialised CUDA; asking does not initialise it."""
     return "torch" in sys.modules and torch.cuda.is_initialized()
 
 
 def memory_summary() -> dict[str, float]:
-    """Memory in GiB: this process's resident set and, with CUDA, allocated, reserved and peak of the fullest GPU."""
+    """Memory in use, in GiB rounded to two digits.
+
+    rss_gib: this process's resident set. With CUDA in use also gpu_gib (allocated),
+    gpu_reserved_gib and gpu_peak_gib, each of the GPU where it is largest.
+    """
     summary = {"rss_gib": psutil.Process().memory_info().rss / 2**30}
     if _cuda_is_in_use():
         gpus = range(torch.cuda.device_count())
         summary["gpu_gib"] = max(map(torch.cuda.memory_allocated, gpus)) / 2**30
         summary["gpu_reserved_gib"] = max(map(torch.cuda.memory_reserved, gpus)) / 2**30
         summary["gpu_peak_gib"] = max(map(torch.cuda.max_memory_allocated, gpus)) / 2**30
-    return {name: round(value, 2) for name, value in summary.items()}
+    return {name: round(gib, 2) for name, gib in summary.items()}
 
 
 def reset_peak_memory() -> None:
@@ -1212,7 +1856,10 @@ def reset_peak_memory() -> None:
 
 
 def clear_memory(logger: logging.Logger | None = None) -> dict[str, float]:
-    """Collect garbage and give cached GPU blocks back; returns and logs the summary afterwards."""
+    """Collect garbage, give cached GPU blocks back, and return the summary afterwards.
+
+    With a `logger` the summary is logged too.
+    """
     gc.collect()
     if _cuda_is_in_use():
         torch.cuda.empty_cache()
@@ -1224,122 +1871,188 @@ def clear_memory(logger: logging.Logger | None = None) -> dict[str, float]:
 
 @contextlib.contextmanager
 def track_peak_memory(label: str, logger: logging.Logger = LOGGER) -> Iterator[dict]:
-    """Yield a dict that holds, after the block, its wall time in seconds and its peak memory in GiB."""
+    """Yield a dict that the end of the block fills with what the block took, and log it.
+
+    label: the given one; seconds: wall time; and what `memory_summary` has, whose
+    gpu_peak_gib is then the block's.
+    """
     if _cuda_is_in_use():
         reset_peak_memory()
-    start, report = time.perf_counter(), {"label": label}
+    report = {"label": label}
+    start = time.perf_counter()
     yield report
-    report |= {"seconds": round(time.perf_counter() - start, 1), **memory_summary()}
-    logger.info("%s: %s", label, {name: value for name, value in report.items() if name != "label"})
+    report["seconds"] = round(time.perf_counter() - start, 1)
+    report.update(memory_summary())
+    measured = {name: value for name, value in report.items() if name != "label"}
+    logger.info("%s: %s", label, measured)
+
+
+def _allowed_memory_share(gpu: int) -> float:
+    """Share of a GPU's memory that this process may take; 1.0 where torch cannot tell."""
+    # torch 2.8 and later can.
+    if not hasattr(torch.cuda, "get_per_process_memory_fraction"):
+        return 1.0
+    return torch.cuda.get_per_process_memory_fraction(gpu)
 
 
 def memory_budget() -> float:
-    """Bytes that this process may allocate on each of its GPUs, less 8 % for fragmentation."""
+    """Bytes that this process may allocate on each of its GPUs, less 8 % for fragmentation.
+
+    What it already holds counts as available. The GPU with the least decides.
+    """
     budgets = []
     for gpu in range(torch.cuda.device_count()):
-        (free, total), reserved = torch.cuda.mem_get_info(gpu), torch.cuda.memory_reserved(gpu)
-        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(
-            gpu
-        )  # torch 2.8 can tell
-        budgets.append(0.92 * (reserved + min(free, total * share - reserved)))
+        free, total = torch.cuda.mem_get_info(gpu)
+        reserved = torch.cuda.memory_reserved(gpu)
+        obtainable = min(free, total * _allowed_memory_share(gpu) - reserved)
+        budgets.append(0.92 * (reserved + obtainable))
     return min(budgets)
 
 
 def free_gib() -> float:
     """GiB that this process may take of its fullest GPU, or of RAM without one."""
-    return (
-        memory_budget() if torch.cuda.is_available() else psutil.virtual_memory().available
-    ) / 2**30
+    if torch.cuda.is_available():
+        return memory_budget() / 2**30
+    return psutil.virtual_memory().available / 2**30
 
 
 # === Processes that work together =================================================================
-def rank_and_world_size() -> tuple[int, int]:
-    """(rank, size) of the processes that share the work of a fold; (0, 1) for one that works alone."""
-    joined = "torch" in sys.modules and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if joined else (0, 1)
+# The processes that share the work of one fold are a process group. Each holds the whole model
+# and takes its share of the rows; they meet where gradients and scores are added up.
+def _is_in_process_group() -> bool:
+    """Whether this process has met the others of a process group; asking does not import torch."""
+    return "torch" in sys.modules and torch.distributed.is_initialized()
+
+
+def process_rank() -> int:
+    """Number of this process in its process group, from 0; 0 for one that works alone."""
+    return torch.distributed.get_rank() if _is_in_process_group() else 0
+
+
+def process_count() -> int:
+    """How many processes share the work of a fold; 1 for one that works alone."""
+    return torch.distributed.get_world_size() if _is_in_process_group() else 1
 
 
 def init_process_group() -> None:
-    """Meet the other processes, where RANK and WORLD_SIZE say so: run_folds sets them, and `accelerate launch`."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
-        # One may score for long before the others meet it; launch_workers sees to it that nobody waits for the dead.
-        torch.distributed.init_process_group(
-            "nccl" if nccl else "gloo", timeout=datetime.timedelta(days=1)
-        )
+    """Meet the other processes of the process group, where WORLD_SIZE says that there are any.
+
+    run_folds sets it and RANK, and so does `accelerate launch`.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return
+    has_nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
+    # One process may score for long before the others meet it, so the limit is wide.
+    # Nobody waits that long for a dead one: launch_workers sees to it.
+    torch.distributed.init_process_group(
+        backend="nccl" if has_nccl else "gloo",
+        timeout=datetime.timedelta(days=1),
+    )
 
 
 def hide_other_gpus() -> None:
     """Hide the GPUs of the other processes that `accelerate launch` has started here."""
-    if "LOCAL_RANK" in os.environ:
-        number, visible = int(os.environ["LOCAL_RANK"]), os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
-        os.environ["LOCAL_RANK"] = "0"
+    if "LOCAL_RANK" not in os.environ:
+        return
+    local_rank = int(os.environ["LOCAL_RANK"])
+    gpu = str(local_rank)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        gpu = visible.split(",")[local_rank]
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    os.environ["LOCAL_RANK"] = "0"  # its only GPU is its first one now
 
 
 def all_reduce_sum(tensor):
-    """The sum over the team, in place."""
-    if rank_and_world_size()[1] > 1:
+    """The tensor, replaced in place by its sum over the process group."""
+    if process_count() > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
 
 
-def any_process(wish: bool) -> bool:
-    """Whether any process of the team wishes it; all must take the same turn, or they would wait for each other."""
-    if rank_and_world_size()[1] == 1:
-        return wish
+def any_process(condition: bool) -> bool:
+    """Whether the condition holds in any process of the process group.
+
+    Every process must call it at the same point, or they would wait for each other;
+    all get the same answer, so that all take the same turn.
+    """
+    if process_count() == 1:
+        return condition
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return bool(all_reduce_sum(torch.tensor(float(wish), device=device)) > 0)
+    count = all_reduce_sum(torch.tensor(float(condition), device=device))
+    return bool(count > 0)
 
 
 def all_reduce_gradients(parameters: Iterable) -> None:
-    """Replace every gradient by its sum over the team, in one message."""
-    if rank_and_world_size()[1] > 1:
-        gradients = []
-        for value in parameters:
-            value.grad = (
-                torch.zeros_like(value) if value.grad is None else value.grad
-            )  # a short step has no row for all
-            gradients.append(value.grad)
-        parts = all_reduce_sum(torch.cat([value.flatten() for value in gradients])).split(
-            [*map(torch.numel, gradients)]
-        )
-        for value, part in zip(gradients, parts, strict=True):
-            value.copy_(part.view_as(value))
+    """Replace every parameter's gradient by its sum over the process group, in one message."""
+    if process_count() == 1:
+        return
+    gradients = []
+    for parameter in parameters:
+        if parameter.grad is None:  # a short step has no row for every process
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
+    message = torch.cat([gradient.flatten() for gradient in gradients])
+    sizes = [gradient.numel() for gradient in gradients]
+    sums = all_reduce_sum(message).split(sizes)
+    for gradient, gradient_sum in zip(gradients, sums, strict=True):
+        gradient.copy_(gradient_sum.view_as(gradient))
 
 
 @dataclass
 class ProgressFile:
-    """What a worker is doing now, in a small JSON file that the notebook polls; written at most twice a second."""
+    """What a worker is doing now, in a small JSON file that the notebook polls.
+
+    It is written at most twice a second, apart from the end of a stage.
+    """
 
     path: Path
-    parent: int = 0  # id of the process that started this one; 0: do not mind its end
-    stop_reason: str = ""
-    written: float = 0.0
+    parent: int = 0  # id of the process that started this one; 0: its end does not matter
+    stop_reason: str = ""  # why to stop, set by `request_stop` or `update`; "": go on
+    last_write: float = 0.0  # time.monotonic() of it in seconds, set by `update`
 
     def request_stop(self, number: int, frame) -> None:
-        """A signal handler: the work stops at its next call of `update` that may do so, made at safe points only."""
+        """A signal handler: the work ends at the next call of `update` that may end it.
+
+        `update` is called at safe points only.
+        """
         self.stop_reason = signal.Signals(number).name
 
     def update(self, stage: str, done: int, total: int, together: bool = False, **details) -> None:
-        """Write the state. Interrupted after a signal or the parent's death; in a team only where it is `together`."""
+        """Write that `done` of `total` steps of `stage` are done, with any `details` for JSON.
+
+        Raises Interrupted after a signal or the parent's death. A process that
+        works alone stops at any call. A group must stop at the same step, because
+        one that stopped earlier would leave the others waiting for it: so its
+        processes ask each other, and only in calls with `together`, which says that
+        every process of the process group makes this very call.
+        """
         if self.parent and os.getppid() != self.parent:
             self.stop_reason = "the end of the notebook's process"
-        if done == total or self.stop_reason or time.monotonic() - self.written > 0.5:
-            self.written = time.monotonic()
+        if done == total or self.stop_reason or time.monotonic() - self.last_write > 0.5:
+            self.last_write = time.monotonic()
             state = {"stage": stage, "done": done, "total": total, **details}
             atomic_write(self.path, json.dumps(state), durable=False)
-        if (together or rank_and_world_size()[1] == 1) and any_process(bool(self.stop_reason)):
-            raise Interrupted(
-                f"stopped by {self.stop_reason or 'another process'} in {stage}; run again to continue"
-            )
+        may_stop = together or process_count() == 1
+        if may_stop and any_process(bool(self.stop_reason)):
+            reason = self.stop_reason or "another process"
+            raise Interrupted(f"stopped by {reason} in {stage}; run again to continue")
 
 
 def prefetch(batches: Iterator) -> Iterator:
-    """The same items; while one is used, a thread prepares the next two."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = deque(pool.submit(next, batches, None) for _ in range(2))
-        while (batch := waiting.popleft().result()) is not None:
+    """The same items; while one is used, a thread prepares the next two. None ends them.
+
+    >>> list(prefetch(iter("abc")))
+    ['a', 'b', 'c']
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting = deque()
+        for _ in range(2):
+            waiting.append(pool.submit(next, batches, None))
+        while True:
+            batch = waiting.popleft().result()
+            if batch is None:
+                return
             waiting.append(pool.submit(next, batches, None))
             yield batch
 
@@ -1350,42 +2063,79 @@ def prefetch(batches: Iterator) -> Iterator:
 MAX_MEMBERS = 2_000_000  # of an archive
 MAX_UNPACKED_BYTES = 64 * 2**30
 MAX_RATIO = 200  # of unpacked to packed bytes, from 100 MiB on
+_UNSAFE_MEMBER_NAME = re.compile(
+    r"""
+    ^/                # an absolute path
+    | ^[A-Za-z]:      # a drive of Windows
+    | \\              # a backslash, which Windows takes for a slash
+    | (^|/)\.\.(/|$)  # a step upwards
+    """,
+    re.VERBOSE,
+)
 
 
-def _check_members(opened, packed: int, free: int) -> None:
-    """ValueError about the first member that must not be unpacked from an archive of `packed` bytes."""
-    if isinstance(opened, tarfile.TarFile):
-        members = ((part.name, part.size, part.isfile() or part.isdir()) for part in opened)
-    else:  # the kind on Unix, where it is given: 4 for a folder, 8 for a file
-        members = (
-            (p.filename, p.file_size, p.external_attr >> 28 in (0, 4, 8)) for p in opened.infolist()
-        )
+def _check_end_of_tar(opened: tarfile.TarFile) -> None:
+    """Raise EOFError unless the zeros that end a .tar follow the last member that was read.
+
+    tarfile takes a damaged member for the end. Reading on also compares a .gz with
+    its checksum.
+    """
+    opened.fileobj.seek(opened.offset)
+    if not opened.fileobj.read(2**20).startswith(bytes(512)):
+        raise EOFError("the end of the archive is missing, or a member is damaged")
+
+
+def _check_members(
+    opened: zipfile.ZipFile | tarfile.TarFile, packed_bytes: int, free_bytes: int
+) -> None:
+    """Refuse an archive with a member that must not be unpacked.
+
+    Raises ValueError about the first such member.
+    """
     limits = {
-        free: "disk",
-        max(MAX_RATIO * packed, 100 * 2**20): "decompression bomb",
+        free_bytes: "disk",
+        max(MAX_RATIO * packed_bytes, 100 * 2**20): "decompression bomb",
         MAX_UNPACKED_BYTES: "archive",
     }
-    most, total = min(limits), 0
-    for number, (name, size, plain) in enumerate(members, start=1):
-        total += size
-        if not plain or re.search(r"^/|^[A-Za-z]:|\\|(^|/)\.\.(/|$)", name):
+    limit = min(limits)
+    total = 0
+    for number, member in enumerate(_archive_members(opened), start=1):
+        total += member.size
+        if not member.is_plain or _UNSAFE_MEMBER_NAME.search(member.name):
+            problem = "is a link or a device, or its name leads out of the folder"
+            raise ValueError(f"member {member.name!r} {problem}")
+        if number > MAX_MEMBERS or total > limit:
             raise ValueError(
-                f"member {name!r} is a link or a device, or its name leads out of the folder"
+                f"member {member.name!r} is number {number:,} and makes {total:,} bytes in all; "
+                f"the limit is {MAX_MEMBERS:,} and {limit:,} ({limits[limit]})"
             )
-        if number > MAX_MEMBERS or total > most:
-            found = f"member {name!r} is number {number:,} and makes {total:,} bytes in all"
-            raise ValueError(f"{found}; the limit is {MAX_MEMBERS:,} and {most:,} ({limits[most]})")
-    if isinstance(opened, tarfile.TarFile):
-        opened.fileobj.seek(opened.offset)  # tarfile takes a damaged member for the end
-        if not opened.fileobj.read(2**20).startswith(
-            bytes(512)
-        ):  # reading on, a .gz is compared with its checksum
-            raise EOFError("the end of the archive is missing, or a member is damaged")
+
+
+def _extract(archive: Path, folder: Path) -> None:
+    """Unpack an archive into a folder once all its members are known to be harmless.
+
+    Raises what `_check_members` and `_check_end_of_tar` raise.
+    """
+    with _open_archive(archive, zip_encoding="utf-8") as opened:
+        packed_bytes = archive.stat().st_size
+        free_bytes = shutil.disk_usage(folder).free
+        _check_members(opened, packed_bytes, free_bytes)
+        if isinstance(opened, tarfile.TarFile):
+            _check_end_of_tar(opened)
+            opened.extractall(folder, filter="data")
+        else:
+            opened.extractall(folder)
 
 
 def unpack_archive(archive: str | Path, folder: str | Path) -> Path:
-    """Unpack a .zip or .tar(.gz) into the new `folder`, whole or not at all; DataError names archive and member."""
-    archive, folder = Path(archive), Path(folder)
+    """Unpack a .zip or .tar(.gz) into the new `folder`, whole or not at all, and return it.
+
+    Raises DataError with archive and member for one that is damaged or unsafe
+    (links, names that lead out of the folder, too many bytes or members), or if
+    `folder` exists.
+    """
+    archive = Path(archive)
+    folder = Path(folder)
     if folder.exists():
         raise DataError(
             f"{folder}: exists already; delete it or unpack {archive.name} into a new folder"
@@ -1394,14 +2144,7 @@ def unpack_archive(archive: str | Path, folder: str | Path) -> Path:
     shutil.rmtree(unfinished, ignore_errors=True)  # what a killed process left
     unfinished.mkdir(parents=True)
     try:
-        is_zip = zipfile.is_zipfile(archive)
-        with (
-            zipfile.ZipFile(archive, metadata_encoding="utf-8")
-            if is_zip
-            else tarfile.open(archive) as opened
-        ):
-            _check_members(opened, archive.stat().st_size, shutil.disk_usage(unfinished).free)
-            opened.extractall(unfinished, **({} if is_zip else {"filter": "data"}))
+        _extract(archive, unfinished)
         return unfinished.rename(folder)
     except Exception as error:  # each format and each decoder raises its own
         reason = f"{type(error).__name__}: {error}"
@@ -1413,102 +2156,156 @@ def unpack_archive(archive: str | Path, folder: str | Path) -> Path:
 
 
 def unpack_competition(archive: Path) -> Path:
-    """The competition's folder, unpacked once into the system's folder for temporary files and then found again."""
-    facts = archive.stat()
-    key = hashlib.sha256(
-        f"{archive.name} {facts.st_size} {facts.st_mtime_ns}".encode()
-    ).hexdigest()[:12]
+    """The competition's folder, unpacked from an archive that holds it.
+
+    It goes into the system's folder for temporary files, once: the next call finds
+    it again by the archive's name, size and time.
+    """
+    status = archive.stat()
+    identity = f"{archive.name} {status.st_size} {status.st_mtime_ns}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()).resolve() / f"vqa-data-{key}"
-    LOGGER.info(
-        "Competition data: %s, %s %s",
-        folder,
-        "from" if folder.is_dir() else "being unpacked from",
-        archive,
-    )
-    return find_competition(folder if folder.is_dir() else unpack_archive(archive, folder))
+    if folder.is_dir():
+        LOGGER.info("Competition data: %s, from %s", folder, archive)
+    else:
+        LOGGER.info("Competition data: %s, being unpacked from %s", folder, archive)
+        unpack_archive(archive, folder)
+    return find_competition(folder)
 
 
 def find_competition(data_dir: str | Path | None = None) -> Path:
-    """The competition's folder, as `locate_competition` finds it; unpacked first where it is an archive."""
+    """The competition's folder, unpacked first where an archive holds it.
+
+    `locate_competition` says where it is looked for, and what is raised.
+    """
     found = locate_competition(data_dir)
-    return unpack_competition(found) if found.is_file() else found
+    if found.is_file():
+        return unpack_competition(found)
+    return found
 
 
 # === Settings of a session ========================================================================
-def load_config(
-    preset: str = "auto", overrides: Mapping | None = None, environ: Mapping = os.environ
-) -> Config:
-    """Preset, then `overrides`, then the VQA_ variables; ValueError for what is unknown, impossible or not JSON."""
-    variables = {
-        "data_dir": "DATA_DIR",
-        "model_id": "MODEL",
-        "output_dir": "OUTPUT_DIR",
-        "run_name": "RUN_NAME",
-    }
-    places = {name: environ.get(f"VQA_{variable}") for name, variable in variables.items()}
+# Settings that have an environment variable of their own.
+_FIELD_VARIABLES = {
+    "data_dir": "VQA_DATA_DIR",
+    "model_id": "VQA_MODEL",
+    "output_dir": "VQA_OUTPUT_DIR",
+    "run_name": "VQA_RUN_NAME",
+}
+
+
+def _environment_overrides(environ: Mapping) -> dict:
+    """The JSON object in VQA_OVERRIDES, empty without one; ValueError for anything else."""
     text = environ.get("VQA_OVERRIDES") or "{}"
     try:
-        parsed = json.loads(text)
+        overrides = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"VQA_OVERRIDES is not valid JSON ({error}): {text!r}") from error
-    if not isinstance(parsed, dict):
+    if not isinstance(overrides, dict):
         raise ValueError(
             f'VQA_OVERRIDES must be a JSON object such as {{"num_epochs": 1}}, not {text!r}'
         )
-    fields = {
-        **(overrides or {}),
-        **{name: place for name, place in places.items() if place},
-        **parsed,
-    }
+    return overrides
+
+
+def load_config(
+    preset: str = "auto", overrides: Mapping | None = None, environ: Mapping = os.environ
+) -> Config:
+    """The settings of a session, with the competition found.
+
+    Each of these wins over those before it: the preset (VQA_PRESET over `preset`),
+    `overrides`, the variables of single settings such as VQA_MODEL, and
+    VQA_OVERRIDES. Raises ValueError for what is unknown, impossible or not JSON.
+    """
+    fields = dict(overrides or {})
+    for name, variable in _FIELD_VARIABLES.items():
+        if environ.get(variable):
+            fields[name] = environ[variable]
+    fields.update(_environment_overrides(environ))
     fields["data_dir"] = str(find_competition(fields.get("data_dir")))
-    return fall_back_to_smaller_model(Config.preset(environ.get("VQA_PRESET") or preset, **fields))
+    config = Config.preset(environ.get("VQA_PRESET") or preset, **fields)
+    return fall_back_to_smaller_model(config)
 
 
 def fall_back_to_smaller_model(config: Config) -> Config:
-    """The 8B in place of preset "large"'s 30B, with the reason, where the GPUs together cannot hold that one."""
+    """The config, with the 8B in it where the GPUs together cannot hold the 30B, and the reason.
+
+    Only preset "large"'s own model, spread over the GPUs, is replaced.
+    """
     if config.model_id != PRESETS["large"]["model_id"] or not config.spread_model:
         return config
-    room = SPREAD_MEMORY_SHARE * sum(gpu["memory_gib"] for gpu in detect_runtime().gpus)
-    if room >= LARGE_MODEL_GIB:
+    total_gib = sum(gpu["memory_gib"] for gpu in detect_runtime().gpus)
+    available_gib = SPREAD_MEMORY_SHARE * total_gib
+    if available_gib >= LARGE_MODEL_GIB:
         return config
-    reason = f"stepped down to the 8B: the 30B needs {LARGE_MODEL_GIB} GiB for its weights, these GPUs have {room:.0f}"
+    reason = (
+        f"stepped down to the 8B: the 30B needs {LARGE_MODEL_GIB} GiB for its weights, "
+        f"these GPUs have {available_gib:.0f}"
+    )
     return dataclasses.replace(
-        config, model_id=Config.model_id, spread_model=False, preset_reason=reason
+        config,
+        model_id=Config.model_id,
+        spread_model=False,
+        preset_reason=reason,
     )
 
 
 # === Questions ====================================================================================
-# First match wins, so the narrow patterns stand before the wide ones: "what colour is the text" asks for a colour.
+# The first match wins, so the narrow patterns stand before the wide ones: "what colour is the
+# text" asks for a colour.
 _QUESTION_PATTERNS = {
-    "counting": r"몇\s*([개명대권장병채척잔번층줄칸쌍벌]|마리|송이|그루|켤레|가지|자루)|개수|how many|number of",
+    # "how many" with the word that counts people, animals, things, sheets, times, ...
+    "counting": r"몇\s*([개명대권장병채척잔번층줄칸쌍벌]|마리|송이|그루|켤레|가지|자루)"
+    r"|개수|how many|number of",
     "color": r"색|빛깔|colou?r",
+    # letters, digits, "written", "read", signs
     "ocr": r"글자|글씨|숫자|문자|적힌|적혀|쓰인|쓰여|써\s*있|읽|표지판|간판|텍스트|번호"
     r"|\btext\b|written|\bread\b|\bsays?\b|digit",
+    # "where", position, which side, left, right
     "location": r"어디|위치|어느\s*(쪽|방향|곳)|왼쪽|오른쪽|\bwhere\b|which side|located",
+    # no word that asks for a thing or person, and an ending such as "is it?", "are there?"
     "yesno": r"^(?!.*(어떤|무슨|무엇|누구|어느|뭐))"
     r".*((있|맞|보이|하|같|되)(나요|습니까|는가|을까요?)|인가요|입니까)\W*$"
     r"|^(is|are|does|do|can)\b",
-    "attribute": r"모양|재질|종류|상태|형태|크기|날씨|어떤|무슨|shape|material|kind of|type of|\bsize\b",
+    # shape, material, kind, state, size, weather, "which", "what kind of"
+    "attribute": r"모양|재질|종류|상태|형태|크기|날씨|어떤|무슨"
+    r"|shape|material|kind of|type of|\bsize\b",
 }
 
 
 def question_type(text: str) -> str:
-    """Return one of QUESTION_TYPES for a Korean or English question, by its wording alone."""
-    matches = (
-        name
-        for name, pattern in _QUESTION_PATTERNS.items()
-        if re.search(pattern, text.strip(), re.IGNORECASE)
-    )
-    return next(matches, "general")
+    """One of QUESTION_TYPES for a Korean or English question, by its wording alone.
+
+    >>> question_type("How many dogs are there?")
+    'counting'
+    >>> question_type("간판에 적힌 글자는 무엇인가요?")
+    'ocr'
+    >>> question_type("Why?")
+    'general'
+    """
+    for name, pattern in _QUESTION_PATTERNS.items():
+        if re.search(pattern, text.strip(), re.IGNORECASE):
+            return name
+    return "general"
 
 
 def neutralise_special_tokens(text: str) -> str:
-    """Break text that a tokenizer would read as a control token: `<|im_end|>` becomes `< |im_end| >`."""
+    """The text, with spaces in whatever a tokenizer would read as a control token.
+
+    >>> neutralise_special_tokens("red<|im_end|>")
+    'red< |im_end| >'
+    >>> neutralise_special_tokens("1 < 2 </think>")
+    '1 < 2 < /think >'
+    """
     return re.sub(r"<(\|[^<>|\s]{1,40}\||/?(?:think|tool_call|tool_response))>", r"< \1 >", text)
 
 
 def present_choices(row: Mapping) -> list[bool]:
-    """Whether each of a, b, c, d holds any text; a blank choice cannot be the answer."""
+    """Whether each of a, b, c, d holds any text; a blank choice cannot be the answer.
+
+    >>> present_choices({"a": "red", "b": " ", "c": "blue", "d": ""})
+    [True, False, True, False]
+    """
     return [bool(str(row[choice]).strip()) for choice in CHOICES]
 
 
@@ -1516,11 +2313,24 @@ TARGET_COLUMNS = tuple(f"target_{choice}" for choice in CHOICES)
 
 
 def target_probabilities(row: Mapping) -> tuple[float, ...]:
-    """Target over a, b, c, d: the row's soft one, else its label; zeros for a row that has neither."""
-    hard = (float(choice == row.get("label", -1)) for choice in range(4))
-    return tuple(
-        float(row.get(name, value)) for name, value in zip(TARGET_COLUMNS, hard, strict=True)
-    )
+    """What to train on, as probabilities of a, b, c, d.
+
+    The row's soft target (TARGET_COLUMNS) if it has one, else its label (0-3) with
+    probability 1; zeros for a row that has neither.
+
+    >>> target_probabilities({"label": 2})
+    (0.0, 0.0, 1.0, 0.0)
+    >>> target_probabilities({"target_a": 0.5, "target_b": 0.5, "target_c": 0, "target_d": 0})
+    (0.5, 0.5, 0.0, 0.0)
+    >>> target_probabilities({})
+    (0.0, 0.0, 0.0, 0.0)
+    """
+    label = row.get("label", -1)
+    probabilities = []
+    for choice, column in enumerate(TARGET_COLUMNS):
+        of_label = float(choice == label)
+        probabilities.append(float(row.get(column, of_label)))
+    return tuple(probabilities)
 
 
 # === Tables =======================================================================================
@@ -1537,341 +2347,538 @@ TABLE_COLUMNS = {
 def _raise_for_first_row(
     file: str, frame: pd.DataFrame, wrong: pd.Series, column: str, problem: str
 ) -> None:
-    """DataError about the first row of `frame` where `wrong` is true, if there is one."""
-    for line, value in frame.loc[wrong, ["line", column]].head(1).to_numpy():
-        raise DataError(f"{file}, line {line}, column {column!r}, value {value[:80]!r}: {problem}")
+    """Raise DataError about the first row of `frame` where `wrong` is true, if there is one.
+
+    The message has the file, the row's line, and its text in `column`.
+    """
+    wrong_rows = frame.loc[wrong, ["line", column]]
+    if wrong_rows.empty:
+        return
+    line, value = wrong_rows.to_numpy()[0]
+    raise DataError(f"{file}, line {line}, column {column!r}, value {value[:80]!r}: {problem}")
 
 
-def _read_csv_records(path: Path, fallbacks: Counter) -> list[tuple[int, list[str]]]:
-    """Line (1-based) and fields of the header and of every record that is not blank; UTF-8, else Korean cp949."""
+def _decode_csv(path: Path, fallbacks: Counter) -> str:
+    """A CSV file's text: UTF-8, else Korean cp949, which is counted; DataError for neither.
+
+    Never latin-1, which would read anything.
+    """
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        text = content.decode("cp949", errors="replace")
+        # Text in other encodings often decodes as cp949, but not to Korean.
+        is_korean = "\ufffd" not in text and re.search("[가-힣]", text)
+        if not is_korean:
+            line = 1 + content.count(b"\n", 0, error.start)
+            raise DataError(
+                f"{path.name}, line {line}: not UTF-8 ({error}) nor cp949; save it as UTF-8"
+            ) from error
+    fallbacks["csv_read_as_cp949"] += 1
+    return text
+
+
+@dataclass(frozen=True)
+class _CsvRecord:
+    """One record of a CSV file; it may span several lines."""
+
+    line: int  # where it begins, 1-based
+    fields: list[str]
+
+
+def _read_csv_records(path: Path, fallbacks: Counter) -> list[_CsvRecord]:
+    """The header and every record that is not blank; a blank file has a header without fields.
+
+    Raises DataError for a missing file, an unknown encoding or wrong quotes.
+    """
     if not path.is_file():
         raise DataError(
             f"{path}: no such file; set data_dir to the folder with {', '.join(COMPETITION_FILES)}"
         )
-    content, records, line = path.read_bytes(), [], 1
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:  # never as latin-1, which would read anything
-        text = content.decode("cp949", errors="replace")
-        if "\ufffd" in text or not re.search(
-            "[가-힣]", text
-        ):  # other encodings often decode, but not to Korean
-            line += content.count(b"\n", 0, error.start)
-            raise DataError(
-                f"{path.name}, line {line}: not UTF-8 ({error}) nor cp949; save it as UTF-8"
-            ) from error
-        fallbacks["csv_read_as_cp949"] += 1
+    text = _decode_csv(path, fallbacks)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    records = []
+    line = 1
     try:
         for fields in reader:
             if any("\0" in field for field in fields):
                 raise csv.Error("a NUL byte, as in a file that is not UTF-8")
             if fields:
-                records.append((line, fields))
+                records.append(_CsvRecord(line, fields))
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
             f"{path.name}, line {line}: {error}; check the quotes from here on and the encoding"
         ) from error
-    return records or [(1, [])]
+    return records or [_CsvRecord(line=1, fields=[])]
+
+
+def _normalise_column_name(name: str) -> str:
+    """The name in lower case, without spaces around it; `path` where a file says `image`."""
+    name = name.strip().casefold()
+    return "path" if name == "image" else name
+
+
+def _used_columns(file: str, header: _CsvRecord, columns: list[str]) -> list[str]:
+    """The columns that are used, in the order of COLUMNS, then in that of TABLE_COLUMNS.
+
+    `columns` are the header's normalised names. Raises DataError where one that is
+    used stands there twice, or one that is needed does not.
+    """
+    needed = TABLE_COLUMNS[file]
+    known = dict.fromkeys((*COLUMNS, *needed))
+    used = [name for name in known if name in needed or name in columns]
+    wrong = [name for name in used if columns.count(name) != 1]
+    if wrong:
+        raise DataError(
+            f"{file}, line {header.line}: columns {wrong} are missing or double "
+            f"('image' means 'path'); correct the header {str(header.fields)[:99]}"
+        )
+    return used
+
+
+def _check_record_lengths(file: str, records: Sequence[_CsvRecord], columns: list[str]) -> None:
+    """Raise DataError about the first record without exactly one field for each column."""
+    for record in records:
+        if len(record.fields) != len(columns):
+            raise DataError(
+                f"{file}, line {record.line}, row {record.fields[0][:80]!r}: "
+                f"{len(record.fields)} fields but {len(columns)} columns; "
+                "correct it, with quotes around commas"
+            )
 
 
 def _read_competition_table(path: Path, fallbacks: Counter) -> tuple[pd.DataFrame, list[str]]:
-    """The columns used, verbatim, plus `line`, and the header. (pandas would shift short rows and lose "None".)"""
-    (first, header), *records = _read_csv_records(path, fallbacks)
-    columns = [
-        "path" if name.strip().casefold() == "image" else name.strip().casefold() for name in header
-    ]
-    needed = TABLE_COLUMNS[path.name]
-    used = [name for name in dict.fromkeys((*COLUMNS, *needed)) if name in {*needed, *columns}]
-    wrong = [name for name in used if columns.count(name) != 1]
-    if wrong:
-        problem = f"columns {wrong} are missing or double ('image' means 'path'); correct the header {str(header)[:99]}"
-        raise DataError(f"{path.name}, line {first}: {problem}")
+    """(frame, header) of one of the competition's tables, whose ids are checked.
+
+    The frame has the columns that are used, verbatim as text, and `line`; the
+    header has the file's own names. (pandas would shift short rows and lose the
+    text "None".)
+    """
+    file = path.name
+    header, *records = _read_csv_records(path, fallbacks)
+    columns = [_normalise_column_name(name) for name in header.fields]
+    used = _used_columns(file, header, columns)
     if not records:
-        raise DataError(f"{path.name}, line {first}: a header but no rows; download the file again")
-    for line, fields in records:
-        if len(fields) != len(columns):
-            problem = f"{len(fields)} fields but {len(columns)} columns; correct it, with quotes around commas"
-            raise DataError(f"{path.name}, line {line}, row {fields[0][:80]!r}: {problem}")
-    frame = pd.DataFrame([fields for _, fields in records], columns=columns, dtype=object)
-    frame = frame[used].assign(line=[line for line, _ in records])
-    wrong = frame["id"].duplicated() | (frame["id"].str.strip() == "")
-    _raise_for_first_row(
-        path.name, frame, wrong, "id", "is blank or repeats an earlier row's; give each row its own"
-    )
-    return frame, [name.strip() for name in header]
+        raise DataError(
+            f"{file}, line {header.line}: a header but no rows; download the file again"
+        )
+    _check_record_lengths(file, records, columns)
+    rows = [record.fields for record in records]
+    frame = pd.DataFrame(rows, columns=columns, dtype=object)[used]
+    frame = frame.assign(line=[record.line for record in records])
+    is_blank = frame["id"].str.strip() == ""
+    wrong = frame["id"].duplicated() | is_blank
+    problem = "is blank or repeats an earlier row's; give each row its own"
+    _raise_for_first_row(file, frame, wrong, "id", problem)
+    return frame, [name.strip() for name in header.fields]
 
 
 def _check_questions(split: str, frame: pd.DataFrame, fallbacks: Counter) -> None:
-    """Every row needs two choices; a blank choice is masked later, repeated choices and blank questions are counted."""
+    """Raise DataError for a row with fewer than two choices; count what is odd but usable.
+
+    That is repeated choices, blank questions, and text that looks like control
+    tokens. A blank choice is masked later.
+    """
     choices = frame[[*CHOICES]].map(str.strip)
-    filled = (choices != "").sum(axis=1)
-    _raise_for_first_row(
-        f"{split}.csv",
-        frame,
-        filled < 2,
-        "id",
-        "fewer than two choices are filled; complete the row",
-    )
+    is_filled = choices != ""
+    filled_count = is_filled.sum(axis=1)
+    problem = "fewer than two choices are filled; complete the row"
+    _raise_for_first_row(f"{split}.csv", frame, filled_count < 2, "id", problem)
     text = frame["question"].str.cat(frame[[*CHOICES]], sep="\n")
-    taken = {
-        "repeated_choices": choices.where(choices != "").nunique(axis=1) < filled,
+    odd_rows = {
+        "repeated_choices": choices.where(is_filled).nunique(axis=1) < filled_count,
         "blank_question": frame["question"].str.strip() == "",
         "special_tokens_neutralised": text.map(neutralise_special_tokens) != text,
     }
-    fallbacks.update({f"{split}_{name}": int(rows.sum()) for name, rows in taken.items()})
+    for name, rows in odd_rows.items():
+        fallbacks[f"{split}_{name}"] += int(rows.sum())
+
+
+def _answer_marks(answers: pd.Series) -> pd.Series:
+    """The bare letter a-d or number 1-4 of every answer; NaN where it is another text."""
+    # NFKC turns letters and digits of full width into plain ones.
+    plain = answers.map(lambda text: unicodedata.normalize("NFKC", text)).str.casefold()
+    return plain.str.extract(r"^\(?([a-d1-4])[.)]?$", expand=False)
 
 
 def answer_labels(
     frame: pd.DataFrame, name: str = "train.csv", column: str = "answer"
 ) -> np.ndarray:
-    """Labels 0-3 from `column`: a-d or 1-4 as a, A, (a), a. or full width, else texts too; DataError where in doubt."""
-    texts = frame[[*CHOICES, column]].map(lambda text: unicodedata.normalize("NFC", text.strip()))
-    choices, answer = texts[[*CHOICES]], texts[column]
-    plain = answer.map(lambda text: unicodedata.normalize("NFKC", text)).str.casefold()
-    mark = plain.str.extract(r"^\(?([a-d1-4])[.)]?$", expand=False)
-    marks = "1234" if mark.isin([*"1234"]).all() else "abcd"
-    meant = pd.DataFrame(
-        {choice: mark == each for choice, each in zip(CHOICES, marks, strict=True)}
+    """Labels 0-3 (n,) of the choices that the texts in `column` mean.
+
+    The texts are letters a-d or numbers 1-4, written as a, A, (a), a. or in full
+    width, or else the choices' own texts. `frame` has a, b, c, d and `line` too;
+    `name` is its file, for the message. Raises DataError about the first row that
+    does not mean exactly one filled choice.
+
+    >>> frame = pd.DataFrame({"line": [2, 3], "a": "red", "b": "blue", "c": "tea", "d": ""})
+    >>> answer_labels(frame.assign(answer=["B", "(c)"])).tolist()
+    [1, 2]
+    >>> answer_labels(frame.assign(answer=["a", "tea"])).tolist()
+    [0, 2]
+    """
+    texts = frame[[*CHOICES, column]].map(str.strip)
+    texts = texts.map(lambda text: unicodedata.normalize("NFC", text))
+    choices = texts[[*CHOICES]]
+    answers = texts[column]
+    marks = _answer_marks(answers)
+    all_numbers = marks.isin(list("1234")).all()
+    all_letters = marks.isin(list("abcd")).all()
+    marks_of_choices = "1234" if all_numbers else "abcd"
+    # A column for each choice: whether the row's answer may mean it.
+    means = pd.DataFrame(
+        {choice: marks == mark for choice, mark in zip(CHOICES, marks_of_choices, strict=True)}
     )
-    if not mark.isin([*"abcd"]).all():
-        meant |= choices.eq(answer, axis=0)
-    unclear = (meant.sum(axis=1) != 1) | (meant & (choices == "")).any(axis=1)
-    for wrong in (
-        unclear & mark.isna(),
-        unclear,
-    ):  # a 5 among numbers is to blame, not the numbers before it
-        _raise_for_first_row(
-            name,
-            frame,
-            wrong,
-            column,
-            "does not mean exactly one filled choice; write its letter a-d",
-        )
-    return meant.to_numpy().argmax(axis=1)
+    if not all_letters:  # where all are, a choice that reads "b" leaves the answer b clear
+        means |= choices.eq(answers, axis=0)
+    is_blank = (means & (choices == "")).any(axis=1)
+    unclear = (means.sum(axis=1) != 1) | is_blank
+    problem = "does not mean exactly one filled choice; write its letter a-d"
+    # First an answer without a mark: a 5 among numbers is to blame, not the numbers before it.
+    _raise_for_first_row(name, frame, unclear & marks.isna(), column, problem)
+    _raise_for_first_row(name, frame, unclear, column, problem)
+    return means.to_numpy().argmax(axis=1)
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:
-    """Write a CSV, whole or not at all; text that a spreadsheet would run as a formula gets a quotation mark first."""
-    atomic_write(path, frame.replace(r"^([=+@\t\r'-])", r"'\1", regex=True).to_csv(index=False))
+    """Write a frame without its index as CSV, whole or not at all.
+
+    Text that a spreadsheet would run as a formula gets a quotation mark first;
+    `read_table` takes it off.
+    """
+    safe = frame.replace(r"^([=+@\t\r'-])", r"'\1", regex=True)
+    atomic_write(path, safe.to_csv(index=False))
+
+
+# Of the tables that we write ourselves.
+NUMBER_COLUMNS = {
+    "label": int,
+    "fold": int,
+    "width": int,
+    "height": int,
+    "teacher_fold": int,
+    **dict.fromkeys(TARGET_COLUMNS, float),
+}
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """What `write_table` wrote, as text but for the columns that hold numbers."""
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False).map(
-        lambda text: text.removeprefix("'")
-    )
-    kinds = dict.fromkeys(
-        ("label", "fold", "width", "height", "teacher_fold"), int
-    ) | dict.fromkeys(TARGET_COLUMNS, float)
-    return frame.astype({column: kind for column, kind in kinds.items() if column in frame})
+    """What `write_table` wrote, as text but for the NUMBER_COLUMNS."""
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    frame = frame.map(lambda text: text.removeprefix("'"))
+    kinds = {column: kind for column, kind in NUMBER_COLUMNS.items() if column in frame}
+    return frame.astype(kinds)
 
 
 # === Images =======================================================================================
-GREY_IMAGE = (
-    "<grey image>"  # image_path of a test row without a usable image; `load_image` knows it
-)
-MAX_IMAGE_SIDE = (
-    4096  # pixels; more than any pixel budget asks for, and it bounds the memory of one image
-)
-IMAGE_FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "PPM",
-)  # not EPS, for example: it starts Ghostscript
-VARIANT_MARK = (
-    "<variant>"  # in an image_path, between the file and how it is changed; `load_image` knows it
-)
+# The `image_path` of a test row without a usable image; `load_image` knows it.
+GREY_IMAGE = "<grey image>"
+# Between the file and how it is changed, in an `image_path`; `load_image` knows it.
+VARIANT_MARK = "<variant>"
+# Pixels; more than any pixel budget asks for, and it bounds the memory of one image.
+MAX_IMAGE_SIDE = 4096
+# Not EPS, for example: it starts Ghostscript.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+
+def _first_file(paths: Iterable[str]) -> str | None:
+    """The first of the paths at which there is a file."""
+    for path in paths:
+        if os.path.isfile(path):
+            return path
+    return None
+
+
+def _spelling(path: str) -> str:
+    """What two spellings of one path have in common: normalised Unicode, no capitals."""
+    return unicodedata.normalize("NFC", path).casefold()
+
+
+def _files_by_spelling(root: Path) -> dict[str, set[str]]:
+    """All files below `root`, by `_spelling`."""
+    files = defaultdict(set)
+    for path in root.rglob("*"):
+        if path.is_file():
+            files[_spelling(str(path))].add(str(path))
+    return files
+
+
+def _find_other_spelling(places: Sequence[str], files: Mapping, fallbacks: Counter) -> str:
+    """The file whose spelling is like that of one of the `places`; it is counted.
+
+    Without one, or with several between which it would be a guess, the first place.
+    `files` are those of `_files_by_spelling`.
+    """
+    similar = set()
+    for place in places:
+        similar |= files.get(_spelling(place), set())
+    is_found = len(similar) == 1
+    fallbacks["image_found_under_other_spelling"] += int(is_found)
+    return similar.pop() if is_found else places[0]
 
 
 def _find_images(frame: pd.DataFrame, root: Path, split: str, fallbacks: Counter) -> list[str]:
-    """Every row's image, first found in `root`, its images or its split; DataError for a URL or a way out of `root`."""
-    text = frame["path"].str.strip().str.replace("\\", "/")
-    places = [[str(root / folder / path) for folder in ("", "images", split)] for path in text]
-    found = [next(filter(os.path.isfile, paths), None) for paths in places]
-    files = defaultdict(set)  # listed only where it is needed
-    for file in filter(Path.is_file, root.rglob("*") if None in found else ()):
-        files[unicodedata.normalize("NFC", str(file)).casefold()].add(str(file))
-    for row in (row for row, path in enumerate(found) if path is None):
-        similar = set().union(
-            *(files[unicodedata.normalize("NFC", path).casefold()] for path in places[row])
-        )
-        fallbacks["image_found_under_other_spelling"] += len(similar) == 1
-        found[row] = (
-            similar.pop() if len(similar) == 1 else places[row][0]
-        )  # no guess between several
-    outside = np.array([not Path(os.path.realpath(path)).is_relative_to(root) for path in found])
-    outside |= text.str.match(r"[A-Za-z][\w+.-]*:").to_numpy()
-    _raise_for_first_row(
-        f"{split}.csv",
-        frame,
-        outside,
-        "path",
-        "is a URL or leads out of the data folder; copy it there",
-    )
+    """Path of every row's image, looked for in `root`, its `images` and the split's folder.
+
+    One that is not found keeps its path in `root`. Raises DataError for a URL or a
+    path that leads out of `root`.
+    """
+    paths = frame["path"].str.strip().str.replace("\\", "/")
+    places = []  # where each row's image may be
+    for path in paths:
+        places.append([str(root / folder / path) for folder in ("", "images", split)])
+    found = [_first_file(row_places) for row_places in places]
+    files = {}
+    if None in found:  # listing all files takes long
+        files = _files_by_spelling(root)
+    for row, row_places in enumerate(places):
+        if found[row] is None:
+            found[row] = _find_other_spelling(row_places, files, fallbacks)
+    is_url = paths.str.match(r"[A-Za-z][\w+.-]*:").to_numpy()
+    real_paths = [Path(os.path.realpath(path)) for path in found]
+    leads_out = np.array([not path.is_relative_to(root) for path in real_paths])
+    problem = "is a URL or leads out of the data folder; copy it there"
+    _raise_for_first_row(f"{split}.csv", frame, leads_out | is_url, "path", problem)
     return found
 
 
+def _grey_range(mode: str, lowest: float, highest: float) -> tuple[float, float]:
+    """The grey values of an image of more than 8 bits that become black and white.
+
+    From 0 to the smallest usual maximum that holds all values; the values' own
+    range where some are negative.
+    """
+    if lowest < 0:
+        return lowest, highest
+    if mode.startswith("I;16"):
+        return 0, 65535
+    for usual_maximum in (1, 255, 65535):
+        if highest <= usual_maximum:
+            return 0, usual_maximum
+    return 0, highest
+
+
+def _grey_to_8_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 or 32 bits or floats, scaled to 8 bits."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+    black, white = _grey_range(image.mode, values.min(), values.max())
+    width = (white - black) or 1  # all values are alike
+    scaled = (values - black) / width * 255
+    return Image.fromarray(np.rint(scaled).astype(np.uint8))
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB as a viewer shows it: grey of 16 or 32 bits or floats scaled to 8 bits, transparency laid on white."""
+    """RGB as a viewer shows it: deep greys scaled to 8 bits, transparency laid on white."""
     if image.mode[0] in "IF":  # PIL's own conversion would clip it to white or black
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
-        low, high = values.min(), values.max()
-        if low >= 0:  # the smallest usual range that holds all values
-            ranges = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535, high)
-            low, high = 0, next(top for top in ranges if high <= top)
-        image = Image.fromarray(
-            np.rint((values - low) / ((high - low) or 1) * 255).astype(np.uint8)
-        )
-    if (
-        image.has_transparency_data
-    ):  # plain conversion would paint transparent pixels in their hidden colour
+        image = _grey_to_8_bits(image)
+    if image.has_transparency_data:
+        # Plain conversion would paint transparent pixels in their hidden colour.
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 
 
 def grey_image(side: int = 224) -> Image.Image:
-    """The neutral image that stands in where a test row has none."""
+    """The neutral image, `side` pixels square, that stands in where a test row has none.
+
+    >>> grey_image(2).getcolors()
+    [(4, (128, 128, 128))]
+    """
     return Image.new("RGB", (side, side), (128, 128, 128))
 
 
 def apply_image_change(image: Image.Image, change: Mapping) -> Image.Image:
-    """The changed image: cropped, then mixed with black or white, its mean grey and its own greys, then as a JPEG."""
+    """The RGB image, mildly changed as `draw_image_change` says.
+
+    It is cropped to "box" (left, top, right, bottom in pixels), then mixed with
+    white (with black where "light" is negative), with its mean grey ("contrast")
+    and with its own greys ("colour"), each a share from 0 to 1, then stored as a
+    JPEG of "quality". Mixing with grey keeps every hue, unlike clipping.
+
+    >>> change = {"box": [1, 0, 4, 2], "light": 0.1, "contrast": 0, "colour": 0, "quality": 90}
+    >>> apply_image_change(grey_image(4), change).size
+    (3, 2)
+    """
     image = image.crop(change["box"])
     shade = Image.new("RGB", image.size, "white" if change["light"] > 0 else "black")
-    image = Image.blend(
-        image, shade, abs(change["light"])
-    )  # mixing with grey keeps every hue, unlike clipping
+    image = Image.blend(image, shade, abs(change["light"]))
     mean = round(np.asarray(image.convert("L")).mean())
-    image = Image.blend(image, Image.new("RGB", image.size, (mean, mean, mean)), change["contrast"])
-    image = Image.blend(image, image.convert("L").convert("RGB"), change["colour"])
+    mean_grey = Image.new("RGB", image.size, (mean, mean, mean))
+    image = Image.blend(image, mean_grey, change["contrast"])
+    own_greys = image.convert("L").convert("RGB")
+    image = Image.blend(image, own_greys, change["colour"])
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=change["quality"], subsampling=0)
     return Image.open(buffer).convert("RGB")
 
 
+def _decode_image(path: str | Path, max_side: int) -> Image.Image:
+    """The file's image, upright and in RGB.
+
+    A JPEG far larger than `max_side` is decoded at 1/2 to 1/8 of its size. Raises
+    ImageError for what cannot be read; PIL refuses a decompression bomb.
+    """
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:  # reads the header only
+            longer_side = max(image.size)
+            wanted_size = [math.ceil(side * max_side / longer_side) for side in image.size]
+            image.draft("RGB", wanted_size)
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # each decoder raises its own, and PIL passes them on
+        raise ImageError(
+            f"{path}: not a readable image ({type(error).__name__}: {error}); replace the file"
+        ) from error
+
+
 def load_image(path: str | Path, max_side: int = MAX_IMAGE_SIDE) -> Image.Image:
-    """Upright RGB, longer side at most `max_side`, transparency on white; ImageError for what cannot be used."""
+    """The upright RGB image, longer side at most `max_side` pixels, transparency on white.
+
+    `path` may also be GREY_IMAGE, or a file, VARIANT_MARK and the JSON of a change.
+    Raises ImageError for an image that cannot be used.
+
+    >>> load_image(GREY_IMAGE).size
+    (224, 224)
+    """
     if str(path) == GREY_IMAGE:
         return grey_image()
     if VARIANT_MARK in str(path):
         original, recipe = str(path).split(VARIANT_MARK)
         return apply_image_change(load_image(original, max_side), json.loads(recipe))
-    try:
-        with Image.open(
-            path, formats=IMAGE_FORMATS
-        ) as image:  # reads the header; PIL refuses a decompression bomb
-            image.draft(
-                "RGB", [math.ceil(n * max_side / max(image.size)) for n in image.size]
-            )  # JPEG at 1/2 to 1/8
-            rgb = _to_rgb(ImageOps.exif_transpose(image))
-    except (
-        Exception
-    ) as error:  # each decoder raises its own on damaged files, and PIL passes them on
-        raise ImageError(
-            f"{path}: not a readable image ({type(error).__name__}: {error}); replace the file"
-        ) from error
-    rgb.thumbnail((max_side, max_side))
-    if max(rgb.size) > 200 * min(rgb.size):  # the models' processors take no more
-        raise ImageError(f"{path}: its sides {rgb.size} differ more than 200 to 1; crop it")
-    return rgb
+    image = _decode_image(path, max_side)
+    image.thumbnail((max_side, max_side))
+    if max(image.size) > 200 * min(image.size):  # the models' processors take no more
+        raise ImageError(f"{path}: its sides {image.size} differ more than 200 to 1; crop it")
+    return image
+
+
+def _difference_hash(image: Image.Image) -> str:
+    """Perceptual hash, 64 bits in hexadecimal: where does the image get lighter to the right?
+
+    Images that look alike have hashes that differ in few bits.
+    """
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX))
+    gets_lighter = grey[:, 1:] > grey[:, :-1]  # (8, 8)
+    return np.packbits(gets_lighter).tobytes().hex()
 
 
 def _image_facts(path: str) -> dict:
-    """Size, content hash and perceptual hash of one image from one full decode; the problem where it is unusable."""
-    image, pixel_hash, dhash, problem = grey_image(), "", "", ""
+    """Size, content hash and perceptual hash of one image, from one full decode.
+
+    Where it is unusable, `problem` says why, the hashes are "" and the size is the
+    grey image's.
+    """
+    image = grey_image()
+    pixel_hash = ""
+    dhash = ""
+    problem = ""
     try:
         image = load_image(path)
         pixel_hash = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-        grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX))
-        dhash = (
-            np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes().hex()
-        )  # 64 bits: does it get lighter to the right?
+        dhash = _difference_hash(image)
     except ImageError as error:
         problem = str(error)
-    facts = {
+    return {
         "image_path": path,
         "image_ok": problem == "",
         "width": image.width,
         "height": image.height,
+        "pixel_hash": pixel_hash,
+        "dhash": dhash,
+        "problem": problem,
     }
-    return facts | {"pixel_hash": pixel_hash, "dhash": dhash, "problem": problem}
 
 
 # === Competition ==================================================================================
 @dataclass(frozen=True)
 class Competition:
-    """Validated tables of one competition; rows in the order of the files, index 0..n-1.
+    """Validated tables of one competition, filled by `load_competition`.
 
-    train and test: id, image_path, question, a, b, c, d, type, line (in the CSV), image_ok, width, height (as loaded),
-    pixel_hash, dhash; train also answer (letter) and label (0-3). sample: id and answer under the file's own names.
+    Rows are in the order of the files, with index 0..n-1. The columns of train and
+    test:
+
+    id, question, a, b, c, d    texts, verbatim
+    image_path                  the image's file, or GREY_IMAGE
+    type                        one of QUESTION_TYPES
+    line                        where the row begins in its CSV, 1-based
+    image_ok                    whether the image is usable; every training row's is
+    width, height               of the image as loaded, in pixels
+    pixel_hash, dhash           of its content and of its look; "" without a usable image
+
+    and of train also answer (a-d) and label (0-3).
     """
 
     train: pd.DataFrame
     test: pd.DataFrame
-    sample: pd.DataFrame
+    sample: pd.DataFrame  # sample_submission.csv: id and answer, under the file's own names
     fallbacks: Counter  # how often each fallback was taken; 0 for one that was not
-    fingerprint: str  # changes with any byte of the tables and any pixel
-    data_dir: Path
+    fingerprint: str  # SHA-256 that changes with any byte of the tables and any pixel
+    data_dir: Path  # the folder that everything was read from
 
 
 def _count_dropped_rows(
-    frame: pd.DataFrame, split: str, what: str, column: str, limit: float, fallbacks: Counter
+    frame: pd.DataFrame, split: str, fallback: str, column: str, limit: float, fallbacks: Counter
 ) -> None:
-    """Log and count the rows whose `problem` is not blank; DataError about the first above the share `limit`."""
-    lost = frame["problem"] != ""
-    fallbacks[f"{split}_{what}"] += int(lost.sum())
-    if lost.any():
-        text = (
-            f"{frame['problem'][lost].iloc[0][:400]}; {what} in {lost.sum()} of {len(frame)} rows"
-        )
-        LOGGER.warning("%s.csv, lines %s: %s", split, frame["line"][lost].tolist()[:20], text)
-        if lost.sum() > limit * len(frame):
-            _raise_for_first_row(
-                f"{split}.csv",
-                frame,
-                lost,
-                column,
-                f"{text}; repair it or raise max_fallback_share={limit}",
-            )
+    """Count and log the rows whose `problem` is not blank, as `fallback` of the split.
+
+    Raises DataError about the first, with its text in `column`, where they are more
+    than the share `limit` of all rows.
+    """
+    is_lost = frame["problem"] != ""
+    lost = int(is_lost.sum())
+    fallbacks[f"{split}_{fallback}"] += lost
+    if lost == 0:
+        return
+    first_problem = frame["problem"][is_lost].iloc[0][:400]
+    text = f"{first_problem}; {fallback} in {lost} of {len(frame)} rows"
+    lines = frame["line"][is_lost].tolist()
+    LOGGER.warning("%s.csv, lines %s: %s", split, lines[:20], text)
+    if lost > limit * len(frame):
+        problem = f"{text}; repair it or raise max_fallback_share={limit}"
+        _raise_for_first_row(f"{split}.csv", frame, is_lost, column, problem)
 
 
 def _attach_images(
     frame: pd.DataFrame, root: Path, split: str, limit: float, fallbacks: Counter
 ) -> pd.DataFrame:
-    """Add image_path and the facts of every image, each file decoded once, on all cores; unusable ones are counted."""
+    """The frame with image_path, the facts of every image, and the questions' types.
+
+    Each file is decoded once, on all cores. Unusable images are counted; raises
+    DataError where they are more than the share `limit`.
+    """
     frame = frame.assign(image_path=_find_images(frame, root, split, fallbacks))
     with (
-        warnings.catch_warnings(action="ignore"),
+        warnings.catch_warnings(action="ignore"),  # of PIL, whose errors suffice
         ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):  # PIL's errors suffice
+    ):
         facts = pd.DataFrame(pool.map(_image_facts, frame["image_path"].unique()))
     frame = frame.merge(facts, how="left", on="image_path")
     _count_dropped_rows(frame, split, "unusable_image", "path", limit, fallbacks)
-    return frame.drop(columns=["path", "problem"]).assign(type=frame["question"].map(question_type))
+    frame = frame.drop(columns=["path", "problem"])
+    return frame.assign(type=frame["question"].map(question_type))
 
 
 def _load_train(
     root: Path, limit: float, sample_size: int | None, seed: int, fallbacks: Counter
 ) -> pd.DataFrame:
-    """Training rows with labels; rows without an answer or a usable image are dropped and counted."""
+    """Training rows with labels.
+
+    Rows without an answer or a usable image are dropped and counted; raises
+    DataError where either are more than the share `limit`. With `sample_size` so
+    many rows are drawn by `seed`.
+    """
     frame, _ = _read_competition_table(root / "train.csv", fallbacks)
-    frame = frame.assign(
-        problem=frame["answer"].str.strip().map(lambda answer: "" if answer else "no answer")
-    )
+    is_blank = frame["answer"].str.strip() == ""
+    frame = frame.assign(problem=is_blank.map({True: "no answer", False: ""}))
     _count_dropped_rows(frame, "train", "blank_answer", "answer", limit, fallbacks)
-    frame = frame[frame["problem"] == ""].drop(columns="problem")
+    frame = frame[~is_blank].drop(columns="problem")
     _check_questions("train", frame, fallbacks)
     frame = frame.assign(label=answer_labels(frame))
     frame["answer"] = frame["label"].map(dict(enumerate(CHOICES)))
     if sample_size is not None:
-        frame = frame.sample(min(sample_size, len(frame)), random_state=seed).sort_index()
+        rows = min(sample_size, len(frame))
+        frame = frame.sample(rows, random_state=seed).sort_index()
     frame = _attach_images(frame, root, "train", limit, fallbacks)
     return frame[frame["image_ok"]].reset_index(drop=True)
 
@@ -1879,39 +2886,63 @@ def _load_train(
 def _load_test(root: Path, limit: float, fallbacks: Counter) -> pd.DataFrame:
     """Test rows, all of them; one without a usable image gets GREY_IMAGE and is counted."""
     frame, _ = _read_competition_table(root / "test.csv", fallbacks)
-    fallbacks["test_answer_ignored"] += sum(bool(text.strip()) for text in frame.get("answer", ()))
+    answers = frame.get("answer", ())  # a test table may have the column, which is not used
+    fallbacks["test_answer_ignored"] += sum(bool(text.strip()) for text in answers)
     _check_questions("test", frame, fallbacks)
     frame = _attach_images(frame, root, "test", limit, fallbacks)
     frame["image_path"] = frame["image_path"].where(frame["image_ok"], GREY_IMAGE)
     return frame.drop(columns="answer", errors="ignore")
 
 
-def load_competition(
-    data_dir, max_fallback_share=0.01, sample_size: int | None = None, seed=42
-) -> Competition:
-    """Validated tables and counts; DataError for what would need a guess or for losses above `max_fallback_share`."""
-    root, fallbacks = Path(data_dir).resolve(), Counter(csv_read_as_cp949=0)
-    train = _load_train(root, max_fallback_share, sample_size, seed, fallbacks)
-    test = _load_test(root, max_fallback_share, fallbacks)
+def _load_sample(root: Path, test: pd.DataFrame, fallbacks: Counter) -> pd.DataFrame:
+    """The sample submission, under its own column names.
+
+    Raises DataError unless its columns are id and answer, and its ids the test's.
+    """
     sample, header = _read_competition_table(root / "sample_submission.csv", fallbacks)
     if [name.casefold() for name in header] != ["id", "answer"]:
         raise DataError(
-            f"sample_submission.csv, line 1: the columns must be id, answer; correct {str(header)[:200]}"
+            "sample_submission.csv, line 1: the columns must be id, answer; "
+            f"correct {str(header)[:200]}"
         )
-    for file, frame, other in (("sample_submission.csv", sample, test), ("test.csv", test, sample)):
-        problem = "is only in this file; take test.csv and sample_submission.csv from one download"
-        _raise_for_first_row(file, frame, ~frame["id"].isin(other["id"]), "id", problem)
+    problem = "is only in this file; take test.csv and sample_submission.csv from one download"
+    unknown = ~sample["id"].isin(test["id"])
+    _raise_for_first_row("sample_submission.csv", sample, unknown, "id", problem)
+    absent = ~test["id"].isin(sample["id"])
+    _raise_for_first_row("test.csv", test, absent, "id", problem)
+    return sample[["id", "answer"]].set_axis(header, axis=1)
+
+
+def load_competition(
+    data_dir, max_fallback_share=0.01, sample_size: int | None = None, seed=42
+) -> Competition:
+    """The validated tables of the competition in `data_dir`, with counts of all fallbacks.
+
+    With `sample_size` only so many training rows, drawn with `seed`, are kept.
+    Raises DataError for what would need a guess, and for more losses than the share
+    `max_fallback_share`.
+    """
+    root = Path(data_dir).resolve()
+    fallbacks = Counter(csv_read_as_cp949=0)
+    train = _load_train(root, max_fallback_share, sample_size, seed, fallbacks)
+    test = _load_test(root, max_fallback_share, fallbacks)
+    sample = _load_sample(root, test, fallbacks)
     LOGGER.info(
         "Loaded %d training and %d test rows; fallbacks: %s",
         len(train),
         len(test),
-        dict(+fallbacks),
+        dict(+fallbacks),  # without those of count 0
     )
-    pixels = "".join(digest for frame in (train, test) for digest in frame["pixel_hash"])
     tables = b"".join((root / name).read_bytes() for name in COMPETITION_FILES)
+    pixels = "".join(train["pixel_hash"]) + "".join(test["pixel_hash"])
     fingerprint = hashlib.sha256(tables + pixels.encode()).hexdigest()
     return Competition(
-        train, test, sample[["id", "answer"]].set_axis(header, axis=1), fallbacks, fingerprint, root
+        train=train,
+        test=test,
+        sample=sample,
+        fallbacks=fallbacks,
+        fingerprint=fingerprint,
+        data_dir=root,
     )
 
 
@@ -1920,155 +2951,268 @@ def load_competition(
 class LeakageReport:
     """Copies of images within train and between train and test."""
 
-    copies: (
-        pd.DataFrame
-    )  # a pair per row: kind (exact, near), split/id/image_path _a and _b, difference (of 255)
-    image_group: pd.Series  # one group number per training row
-    test_group: pd.Series  # of each test row with a usable image, numbered alike
+    # Each row is a pair of rows that show copies. Columns: split_a, id_a, image_path_a of the
+    # first one, split_b, id_b, image_path_b of the second one, kind ("exact" or "near"),
+    # difference (mean over the thumbnails, in grey levels of 255; 0 for exact copies).
+    copies: pd.DataFrame
+    # Group number of each training row, with the index of train; rows in one group show copies.
+    image_group: pd.Series
+    # The same of each test row that has a usable image; the numbers are those of `image_group`.
+    test_group: pd.Series
     groups_in_train: int  # groups with at least two training rows
     test_rows_in_train: int  # test rows whose image has a copy in train
     alarm: str  # why near copies were not used for grouping; "" where they were
 
 
-def _near_pairs(
-    images: pd.DataFrame, max_bits: int, max_difference: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (p, 2) in `images` whose hashes and thumbnails agree, and the thumbnails' mean difference (p,)."""
+@dataclass(frozen=True)
+class _NearCopies:
+    """Pairs of different images that look alike."""
+
+    pairs: np.ndarray  # (pairs, 2): row numbers of both images in a table
+    # (pairs,): mean difference of both thumbnails, in grey levels of 255.
+    differences: np.ndarray
+
+
+def _near_pairs_by_hash(dhashes: pd.Series, max_bits: int) -> np.ndarray:
+    """Positions (pairs, 2) of the hashes that differ in at most `max_bits` of their 64 bits."""
+    # Here, not at the top of the file: importing sklearn draws from the global generator.
     from sklearn.neighbors import radius_neighbors_graph
 
-    codes = np.frombuffer(bytes.fromhex("".join(images["dhash"])), dtype=np.uint8)
+    codes = np.frombuffer(bytes.fromhex("".join(dhashes)), dtype=np.uint8)
     bits = np.unpackbits(codes.reshape(-1, 8), axis=1).astype(np.float32)
-    graph = radius_neighbors_graph(
-        bits, radius=(max_bits + 0.5) ** 0.5
-    )  # squared distance = bits that differ
-    pairs = np.column_stack(triu(graph).nonzero())
+    # The squared distance of two rows of bits is the number of bits that differ.
+    graph = radius_neighbors_graph(bits, radius=(max_bits + 0.5) ** 0.5)
+    return np.column_stack(triu(graph).nonzero())
+
+
+def _thumbnail(path: str) -> np.ndarray:
+    """The image in 32 x 32 pixels, (32, 32, 3), in integers that can hold a difference."""
+    return np.asarray(load_image(path).resize((32, 32)), dtype=np.int16)
+
+
+def _find_near_copies(images: pd.DataFrame, max_bits: int, max_difference: float) -> _NearCopies:
+    """Pairs of rows of `images` whose hashes agree, and the pixels of their thumbnails too."""
+    pairs = _near_pairs_by_hash(images["dhash"], max_bits)
     involved = np.unique(pairs)
+    paths = images["image_path"].iloc[involved]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        small = pool.map(
-            lambda path: load_image(path).resize((32, 32)), images["image_path"].iloc[involved]
+        thumbnails = dict(zip(involved, pool.map(_thumbnail, paths), strict=True))
+    differences = np.array(
+        [np.abs(thumbnails[first] - thumbnails[second]).mean() for first, second in pairs]
+    )
+    is_near = differences <= max_difference
+    return _NearCopies(pairs[is_near], differences[is_near])
+
+
+def _linked_groups(pairs: np.ndarray, count: int) -> np.ndarray:
+    """Group number (count,) of each image, where the images of a pair belong together."""
+    links = coo_matrix((np.ones(len(pairs)), pairs.T), shape=(count, count))
+    _, group_of_image = connected_components(links, directed=False)
+    return group_of_image
+
+
+def _alarm_about_groups(pixel_hash: pd.Series, group: np.ndarray) -> str:
+    """Why these groups of rows are implausible; "" where they are not."""
+    largest = pixel_hash.groupby(group).nunique().max()
+    if largest > max(10, 0.01 * pixel_hash.nunique()):
+        return (
+            f"near copies would link {largest} different images into one group: "
+            "only exact copies are grouped"
         )
-        thumbnails = {
-            number: np.asarray(image, dtype=np.int16)
-            for number, image in zip(involved, small, strict=True)
-        }
-    gaps = np.array([np.abs(thumbnails[a] - thumbnails[b]).mean() for a, b in pairs])
-    return pairs[gaps <= max_difference], gaps[gaps <= max_difference]
+    return ""
+
+
+def _table_of_copies(rows: pd.DataFrame, exact: np.ndarray, near: _NearCopies) -> pd.DataFrame:
+    """The report's table of copies; both kinds of pairs (pairs, 2) are positions in `rows`."""
+    pairs = np.concatenate([exact, near.pairs])
+    columns = ["split", "id", "image_path"]
+    first = rows.loc[pairs[:, 0], columns].reset_index(drop=True)
+    second = rows.loc[pairs[:, 1], columns].reset_index(drop=True)
+    copies = first.add_suffix("_a").join(second.add_suffix("_b"))
+    copies["kind"] = ["exact"] * len(exact) + ["near"] * len(near.pairs)
+    copies["difference"] = np.concatenate([np.zeros(len(exact)), near.differences])
+    return copies
 
 
 def leakage_report(
-    train: pd.DataFrame, test: pd.DataFrame, max_bits=4, max_difference=3.0
+    train: pd.DataFrame,
+    test: pd.DataFrame,
+    max_bits: int = 4,
+    max_difference: float = 3.0,
 ) -> LeakageReport:
-    """Copies of images: exact by pixels, near by `max_bits` of 64 hash bits and `max_difference` of 255 grey levels."""
-    rows = (
-        pd.concat([train.assign(split="train"), test.assign(split="test")])
-        .query("image_ok")
-        .reset_index(drop=True)
-    )
-    image, hashes = pd.factorize(rows["pixel_hash"])  # number of the image in each row
-    first = np.unique(image, return_index=True)[1]  # the first row with each image
-    near, gaps = _near_pairs(rows.iloc[first], max_bits, max_difference)
-    links = coo_matrix((np.ones(len(near)), near.T), shape=(len(hashes), len(hashes)))
-    group, alarm = connected_components(links, directed=False)[1][image], ""
-    largest = rows.groupby(group)["pixel_hash"].nunique().max()
-    if largest > max(10, 0.01 * len(hashes)):  # implausible
-        alarm = f"near copies would link {largest} different images into one group: only exact copies are grouped"
+    """Copies of images in both tables of `load_competition`, and the groups that they form.
+
+    Exact copies have the same pixels. Near copies have perceptual hashes that
+    differ in at most `max_bits` of 64 bits, and thumbnails whose mean difference
+    is at most `max_difference` grey levels of 255. Where near copies would link
+    implausibly many images, a warning says so: they are still listed, but only
+    exact copies form groups.
+    """
+    splits = [train.assign(split="train"), test.assign(split="test")]
+    rows = pd.concat(splits).query("image_ok").reset_index(drop=True)
+    image_of_row, hashes = pd.factorize(rows["pixel_hash"])
+    _, first_row_of_image = np.unique(image_of_row, return_index=True)
+
+    near_images = _find_near_copies(rows.iloc[first_row_of_image], max_bits, max_difference)
+    group = _linked_groups(near_images.pairs, len(hashes))[image_of_row]
+    alarm = _alarm_about_groups(rows["pixel_hash"], group)
+    if alarm:
         LOGGER.warning("Leakage: %s", alarm)
-        group = image
-    exact = np.column_stack([first[image], rows.index])[first[image] != rows.index]
-    pairs = np.concatenate([exact, first[near]])
-    ends = [rows.loc[end, ["split", "id", "image_path"]].reset_index(drop=True) for end in pairs.T]
-    copies = ends[0].add_suffix("_a").join(ends[1].add_suffix("_b"))
-    copies["kind"] = ["exact"] * len(exact) + ["near"] * len(near)
-    copies["difference"] = np.concatenate([np.zeros(len(exact)), gaps])
+        group = image_of_row
+
+    first_row_of_copy = first_row_of_image[image_of_row]
+    is_copy = first_row_of_copy != rows.index
+    exact = np.column_stack([first_row_of_copy, rows.index])[is_copy]
+    near = _NearCopies(first_row_of_image[near_images.pairs], near_images.differences)
+
     in_train = (rows["split"] == "train").to_numpy()
+    test_index = test.index[test["image_ok"]]
     image_group = pd.Series(group[in_train], index=train.index, name="image_group")
-    test_group = pd.Series(group[~in_train], index=test.index[test["image_ok"]], name="image_group")
-    groups_in_train = int((image_group.value_counts() > 1).sum())
-    test_rows_in_train = int(test_group.isin(image_group).sum())
+    test_group = pd.Series(group[~in_train], index=test_index, name="image_group")
     return LeakageReport(
-        copies, image_group, test_group, groups_in_train, test_rows_in_train, alarm
+        copies=_table_of_copies(rows, exact, near),
+        image_group=image_group,
+        test_group=test_group,
+        groups_in_train=int((image_group.value_counts() > 1).sum()),
+        test_rows_in_train=int(test_group.isin(image_group).sum()),
+        alarm=alarm,
     )
+
+
+def _replace_rare_strata(strata: pd.Series, at_least: int, substitute) -> pd.Series:
+    """`strata`, with `substitute` in each row whose stratum has fewer than `at_least` rows."""
+    rows_in_stratum = strata.map(strata.value_counts())
+    return strata.where(rows_in_stratum >= at_least, substitute)
+
+
+def _fold_strata(train: pd.DataFrame, n_folds: int) -> pd.Series:
+    """What folds shall be even in: answer and question type of each row.
+
+    A stratum with fewer rows than folds cannot be spread over them. Its rows count
+    by their answer alone, and where that is still too few, as the most common stratum.
+    """
+    strata = train["answer"] + " " + train["type"]
+    most_common = strata.mode()[0]
+    strata = _replace_rare_strata(strata, n_folds, train["answer"])
+    return _replace_rare_strata(strata, n_folds, most_common)
 
 
 def make_folds(train: pd.DataFrame, n_folds: int = 3, seed: int = 42, groups=None) -> np.ndarray:
-    """Fold (n,) of each row, even in answer and type, groups (default: exact copies) whole; ValueError for too few."""
-    from sklearn.model_selection import (
-        StratifiedGroupKFold,
-    )  # importing sklearn draws from the global generator
+    """Fold number (n,) of each row, even in answer and question type; no group is split.
 
-    groups = pd.factorize(np.asarray(train["pixel_hash"] if groups is None else groups))[0]
-    if groups.max() + 1 < n_folds:
+    `groups` (n,): a label for each row; by default rows with the same pixels are a group.
+    Raises ValueError where there are fewer groups than folds.
+
+    >>> train = pd.DataFrame({"answer": [*"aabbaabb"], "pixel_hash": [*"11223456"]})
+    >>> folds = make_folds(train.assign(type="color"), n_folds=2).tolist()
+    >>> folds[0] == folds[1], folds[2] == folds[3]
+    (True, True)
+    >>> sorted(folds)
+    [0, 0, 0, 0, 1, 1, 1, 1]
+    """
+    # Here, not at the top of the file: importing sklearn draws from the global generator.
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    labels = train["pixel_hash"] if groups is None else groups
+    group_numbers, _ = pd.factorize(np.asarray(labels))
+    group_count = group_numbers.max() + 1
+    if group_count < n_folds:
         raise ValueError(
-            f"{groups.max() + 1} groups of images cannot fill n_folds={n_folds}; use fewer folds"
+            f"{group_count} groups of images cannot fill n_folds={n_folds}; use fewer folds"
         )
-    strata = train["answer"] + " " + train["type"]
-    for wider in (train["answer"], strata.mode()[0]):  # for strata with fewer rows than folds
-        strata = strata.where(strata.map(strata.value_counts()) >= n_folds, wider)
-    folds = np.full(len(train), -1)
+    strata = _fold_strata(train, n_folds)
     splitter = StratifiedGroupKFold(n_splits=n_folds, shuffle=True, random_state=seed)
-    for fold, (_, held_out) in enumerate(splitter.split(train, strata, groups)):
+    folds = np.full(len(train), -1)
+    for fold, (_, held_out) in enumerate(splitter.split(train, strata, group_numbers)):
         folds[held_out] = fold
     return folds
 
 
 # === Augmentation =================================================================================
-def image_variants(frame: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
-    """`frame`, then `count` copies of it that show mildly changed images; `variant` is 0, then the copy's number.
-
-    A change is a function of (seed, number, image). It never turns or flips an image or changes a hue, and it crops
-    none that any of the questions reads text from."""
-    is_read = (frame["type"] == "ocr").groupby(frame["pixel_hash"]).transform("any")
-    images = [
-        *zip(
-            frame["pixel_hash"],
-            frame["image_path"],
-            frame["width"],
-            frame["height"],
-            ~is_read,
-            strict=True,
-        )
-    ]
-    parts = [frame.assign(variant=0)]
-    for number in range(1, count + 1):
-        changes = [
-            draw_image_change(seeded_generator(seed, number, image[0]), *image[2:])
-            for image in images
-        ]
-        recipes = [json.dumps(change) for change in changes]
-        boxes = np.array([change["box"] for change in changes])
-        columns = {
-            "width": boxes[:, 2] - boxes[:, 0],
-            "height": boxes[:, 3] - boxes[:, 1],
-            "variant": number,
-        }
-        columns["image_path"] = [
-            f"{image[1]}{VARIANT_MARK}{recipe}"
-            for image, recipe in zip(images, recipes, strict=True)
-        ]
-        columns["pixel_hash"] = [
-            f"{image[0]} {recipe}" for image, recipe in zip(images, recipes, strict=True)
-        ]
-        parts.append(frame.assign(**columns))
-    return pd.concat(parts, ignore_index=True)
-
-
 def draw_image_change(
     generator: np.random.Generator, width: int, height: int, may_crop: bool
 ) -> dict:
-    """How one image is changed: box in pixels, at least 95 % of each side; shares of mixing; JPEG quality."""
-    left, top, right, bottom = (
-        (generator.uniform(0, 0.025, 4) * [width, height, width, height]).astype(int).tolist()
+    """How one image of `width` x `height` pixels is changed: what `apply_image_change` takes.
+
+    box: left, top, right, bottom in pixels, at least 95 % of each side; the whole
+    image where it must not be cropped.
+    light, contrast, colour: shares in which the image is mixed with something else:
+    light (-0.1 to 0.1) with black below 0 and with white above, contrast (0 to 0.15)
+    with its mean grey, colour (0 to 0.2) with its own greys.
+    quality: of the JPEG, 70 to 95.
+
+    >>> change = draw_image_change(np.random.default_rng(0), 100, 80, may_crop=False)
+    >>> change["box"]
+    [0, 0, 100, 80]
+    >>> abs(change["light"]) <= 0.1, 70 <= change["quality"] <= 95
+    (True, True)
+    """
+    # Everything is drawn in any case and in this order: one draw less would change the next.
+    margins = generator.uniform(0, 0.025, 4) * [width, height, width, height]
+    light = generator.uniform(-0.1, 0.1)
+    contrast = generator.uniform(0, 0.15)
+    colour = generator.uniform(0, 0.2)
+    quality = generator.integers(70, 96)
+
+    box = [0, 0, int(width), int(height)]
+    if may_crop:
+        left, top, right, bottom = margins.astype(int).tolist()
+        box = [left, top, int(width) - right, int(height) - bottom]
+    return {
+        "box": box,
+        "light": round(light, 3),
+        "contrast": round(contrast, 3),
+        "colour": round(colour, 3),
+        "quality": int(quality),
+    }
+
+
+def _change_images(
+    frame: pd.DataFrame, number: int, seed: int, may_crop: Iterable[bool]
+) -> pd.DataFrame:
+    """A copy of `frame` in which every row shows its image in variant `number`.
+
+    `may_crop` (n,): whether the image of each row may be cropped. The change is a function
+    of (seed, number, image): it is the same in all rows that show the image.
+    """
+    widths = []
+    heights = []
+    image_paths = []
+    pixel_hashes = []
+    for row, row_may_crop in zip(frame.itertuples(), may_crop, strict=True):
+        generator = seeded_generator(seed, number, row.pixel_hash)
+        change = draw_image_change(generator, row.width, row.height, row_may_crop)
+        left, top, right, bottom = change["box"]
+        recipe = json.dumps(change)
+        widths.append(right - left)
+        heights.append(bottom - top)
+        image_paths.append(f"{row.image_path}{VARIANT_MARK}{recipe}")
+        pixel_hashes.append(f"{row.pixel_hash} {recipe}")
+    return frame.assign(
+        width=widths,
+        height=heights,
+        variant=number,
+        image_path=image_paths,
+        pixel_hash=pixel_hashes,
     )
-    light, contrast, colour = (
-        round(generator.uniform(*ends), 3) for ends in ((-0.1, 0.1), (0, 0.15), (0, 0.2))
-    )
-    box = (
-        [left, top, int(width) - right, int(height) - bottom]
-        if may_crop
-        else [0, 0, int(width), int(height)]
-    )
-    quality = int(generator.integers(70, 96))
-    return {"box": box, "light": light, "contrast": contrast, "colour": colour, "quality": quality}
+
+
+def image_variants(frame: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
+    """`frame`, then `count` copies of it that show mildly changed images.
+
+    The new column `variant` is 0 in the rows of `frame`, then the number of the copy.
+    image_path and pixel_hash end in the change as JSON: `load_image` makes the changed
+    image from it. width and height (pixels) are those of the changed image.
+
+    A change is a function of (seed, number, image). It never turns or flips an image or
+    changes a hue, and it never crops an image that any of its questions reads text from.
+    """
+    asks_for_text = frame["type"] == "ocr"
+    is_read = asks_for_text.groupby(frame["pixel_hash"]).transform("any")
+    variants = [frame.assign(variant=0)]
+    for number in range(1, count + 1):
+        variants.append(_change_images(frame, number, seed, may_crop=~is_read))
+    return pd.concat(variants, ignore_index=True)
 
 
 # ======= 3. Model =================================================================================
@@ -2079,29 +3223,40 @@ def draw_image_change(
 class Family:
     """What differs between families of models and cannot be read from the model itself."""
 
-    is_attention_only: bool = (
-        True  # a mask can keep choice orders apart; a recurrent layer would carry them over
-    )
+    # A mask keeps the choice orders of one question apart; a recurrent layer would carry
+    # what it has read of one order over to the next.
+    is_attention_only: bool = True
     is_compiled: bool = True  # torch.compile is used for its decoder layers
-    experts: str | None = (
-        None  # pattern of the parameters that hold all experts of a layer in one tensor
-    )
+    # Regular expression for the parameters that hold all experts of a layer in one tensor.
+    experts: str | None = None
+    # Whether `memory_costs` holds for it: what its layers keep has been measured.
+    is_memory_computed: bool = False
 
 
-FAMILIES = {  # transformers' model_type -> what to know about it; all others are refused
-    "qwen2_5_vl": Family(),
-    "qwen3_vl": Family(),
-    # Which experts a token needs is known on the GPU only, so that nothing is gained by compiling.
-    "qwen3_vl_moe": Family(is_compiled=False, experts=r"\.mlp\.experts\.(gate_up|down)_proj$"),
+# transformers' model_type -> what to know about it; all others are refused. Where the parts of a
+# family have other names or shapes: the constants below, `Session.decoder_layers`, the section
+# Vision cache, `memory_costs` and `activation_bytes`.
+FAMILIES = {
+    "qwen2_5_vl": Family(is_memory_computed=True),
+    "qwen3_vl": Family(is_memory_computed=True),
+    # Which experts a token needs is known on the GPU only: nothing is gained by compiling.
+    "qwen3_vl_moe": Family(
+        is_compiled=False,
+        experts=r"\.mlp\.experts\.(gate_up|down)_proj$",
+    ),
     "qwen3_5": Family(is_attention_only=False, is_compiled=False),
 }
-# Projections of the language model's decoder layers and nothing else: the vision tower stays as it was pretrained,
-# and so do the experts of a mixture, which are no linear layers.
+# Projections of the language model's decoder layers and nothing else: the vision tower stays
+# as it was pretrained, and so do the experts of a mixture, which are no linear layers.
 LORA_TARGETS = (
-    r"(?:.*\.)?language_model\.layers\.\d+\.(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj|"
+    r"(?:.*\.)?language_model\.layers\.\d+\."
+    r"(?:self_attn\.(?:q|k|v|o)_proj|"
+    r"mlp\.(?:gate|up|down)_proj|"
     r"linear_attn\.(?:in_proj_qkv|in_proj_z|out_proj))"
 )
+# The vision tower's name inside the model, and so the start of its parameters' names.
 VISION_PREFIX = "visual"
+# Entries of a batch that the model's forward pass takes as they are.
 MODEL_INPUTS = (
     "input_ids",
     "attention_mask",
@@ -2124,116 +3279,184 @@ _QUESTION_HINTS = {
     "attribute": "대상의 모양, 크기와 상태를 살펴보세요.",
     "general": "이미지를 자세히 살펴보세요.",
 }
-# Choices come last: all orders of one question then share one long prefix. The first wording is that of inference;
-# the others, for training, are about as long.
+# Choices come last: all orders of one question then share one long prefix. The first wording
+# is that of inference; the others, for training, are about as long.
 _INSTRUCTIONS = (
     " 알맞은 보기의 글자(a, b, c, d) 하나만 답하세요.\n질문: {question}\n보기:\n{choices}",
     " 맞는 보기를 글자(a, b, c, d) 하나로만 쓰세요.\n질문: {question}\n보기:\n{choices}",
     " 정답인 보기의 글자(a, b, c, d)만 쓰세요.\n문제: {question}\n선택:\n{choices}",
     " a, b, c, d 중 알맞은 글자를 고르세요.\n{question}\n{choices}",
 )
+# Question type -> template with the places {question} and {choices}.
 PROMPT_TEMPLATES = {name: hint + _INSTRUCTIONS[0] for name, hint in _QUESTION_HINTS.items()}
 
 
 def prompt_templates(config: Config, wording: int = 0) -> dict[str, str]:
-    """Question type -> template; the config's own ones have a single wording."""
-    return {name: hint + _INSTRUCTIONS[wording] for name, hint in _QUESTION_HINTS.items()} | dict(
-        config.prompt_templates
-    )
+    """Question type -> template; the config's own templates have a single wording."""
+    instruction = _INSTRUCTIONS[wording]
+    templates = {name: hint + instruction for name, hint in _QUESTION_HINTS.items()}
+    templates.update(config.prompt_templates)
+    return templates
 
 
 def permute_choices(values, order):
-    """Values in prompt order: position p shows values[order[p]]."""
+    """Values in prompt order: position p shows values[order[p]].
+
+    >>> permute_choices(["cat", "dog", "cow", "hen"], (2, 0, 3, 1))
+    ['cow', 'cat', 'hen', 'dog']
+    """
     return [values[original] for original in order]
 
 
 def build_messages(row, order=(0, 1, 2, 3), templates=PROMPT_TEMPLATES) -> list[dict]:
-    """Chat messages of one question: system, image, hint, instruction, question, choices in `order` without blanks."""
+    """Chat messages of one question: system, image, hint, instruction, question, choices.
+
+    The choices come in `order`, without those that are blank. The letters stay with their
+    positions, so that a blank choice leaves its letter out.
+
+    >>> row = {"image_path": "1.png", "question": "How many dogs?"}
+    >>> row |= {"a": "1", "b": "2", "c": " ", "d": "4"}
+    >>> system, user = build_messages(row, order=(3, 0, 1, 2))
+    >>> user["content"][0]
+    {'type': 'image', 'image': '1.png'}
+    >>> user["content"][1]["text"].splitlines()[1:]
+    ['질문: How many dogs?', '보기:', 'a. 4', 'b. 1', 'c. 2']
+    """
     texts = [neutralise_special_tokens(str(row[choice])) for choice in CHOICES]
-    shown = zip(CHOICES, permute_choices(texts, order), strict=True)
-    choices = "\n".join(f"{letter}. {text}" for letter, text in shown if text.strip())
+    lines = []
+    for letter, text in zip(CHOICES, permute_choices(texts, order), strict=True):
+        if text.strip():
+            lines.append(f"{letter}. {text}")
     question = neutralise_special_tokens(str(row["question"]))
-    text = templates[question_type(question)].format(question=question, choices=choices)
-    content = [{"type": "image", "image": row["image_path"]}, {"type": "text", "text": text}]
-    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": content}]
+    template = templates[question_type(question)]
+    text = template.format(question=question, choices="\n".join(lines))
+    content = [
+        {"type": "image", "image": row["image_path"]},
+        {"type": "text", "text": text},
+    ]
+    return [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": content},
+    ]
 
 
 def render_prompt(processor, messages: list[dict]) -> str:
-    """The chat prompt that ends where the answer's letter belongs; the one text for training and inference."""
+    """The chat prompt that ends where the answer's letter belongs.
+
+    It is the one text for training and inference.
+    """
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def choice_token_ids(processor, prompt: str) -> tuple[tuple[int, ...], ...]:
-    """Each letter's single-token ids (`a`, `A`, ` a`) after `prompt`, the plain one first; TemplateError if unclear."""
-    prefix = processor.tokenizer(prompt)["input_ids"]
-    letters = []
-    for choice in CHOICES:
-        variants = (choice, choice.upper(), f" {choice}")
-        continued = [processor.tokenizer(prompt + variant)["input_ids"] for variant in variants]
-        single = [
-            ids[-1] for ids in continued if len(ids) == len(prefix) + 1 and ids[:-1] == prefix
-        ]
-        if not single or continued[0][-1] != single[0]:
-            raise TemplateError(
-                f"The letter {choice!r} is not one token after the prompt; token ids: {continued[0]}"
-            )
-        letters.append(tuple(dict.fromkeys(single)))
-    if len({token for variants in letters for token in variants}) != sum(map(len, letters)):
+def _single_token_ids(processor, prompt: str, letter: str) -> tuple[int, ...]:
+    """Ids of the letter's variants that are one token after `prompt`, the plain one first."""
+    prompt_ids = processor.tokenizer(prompt)["input_ids"]
+    variants = (letter, letter.upper(), f" {letter}")
+    continued = [processor.tokenizer(prompt + variant)["input_ids"] for variant in variants]
+    single = []
+    for ids in continued:
+        if ids[:-1] == prompt_ids:
+            single.append(ids[-1])
+    plain = continued[0]
+    if not single or plain[-1] != single[0]:
         raise TemplateError(
-            f"Two letters share a token: {dict(zip(CHOICES, letters, strict=True))}"
+            f"The letter {letter!r} is not one token after the prompt; token ids: {plain}"
         )
-    return tuple(letters)
+    return tuple(dict.fromkeys(single))
+
+
+def choice_token_ids(processor, prompt: str) -> tuple[tuple[int, ...], ...]:
+    """Ids of each letter's single-token variants (`a`, `A`, ` a`) after `prompt`.
+
+    The plain letter's id comes first. Raises TemplateError where a plain letter is not one
+    token, or where two letters share one.
+
+    >>> characters = SimpleNamespace(
+    ...     tokenizer=lambda text: {"input_ids": [ord(character) for character in text]}
+    ... )
+    >>> choice_token_ids(characters, "Answer: ")
+    ((97, 65), (98, 66), (99, 67), (100, 68))
+    """
+    letter_token_ids = tuple(_single_token_ids(processor, prompt, letter) for letter in CHOICES)
+    all_ids = list(itertools.chain.from_iterable(letter_token_ids))
+    if len(set(all_ids)) != len(all_ids):
+        shared = dict(zip(CHOICES, letter_token_ids, strict=True))
+        raise TemplateError(f"Two letters share a token: {shared}")
+    return letter_token_ids
 
 
 def check_template(processor, messages: list[dict]) -> tuple[tuple[int, ...], ...]:
-    """The letters' token ids; TemplateError, with both texts, unless "prompt + letter" begins the training text."""
+    """The letters' token ids, of a template that training and inference can share.
+
+    Raises TemplateError, with both texts, unless "prompt + letter" begins the text of the
+    conversation in which the assistant has answered with that letter.
+    """
     prompt = render_prompt(processor, messages)
-    letters = choice_token_ids(processor, prompt)
-    for choice in CHOICES:
-        answered = [*messages, {"role": "assistant", "content": choice}]
-        full = processor.apply_chat_template(answered, tokenize=False, add_generation_prompt=False)
-        if not full.startswith(prompt + choice):
+    letter_token_ids = choice_token_ids(processor, prompt)
+    for letter in CHOICES:
+        answered = [*messages, {"role": "assistant", "content": letter}]
+        training_text = processor.apply_chat_template(
+            answered, tokenize=False, add_generation_prompt=False
+        )
+        if not training_text.startswith(prompt + letter):
             raise TemplateError(
-                "The chat template puts something between the prompt and the answer, so that a model trained on one "
-                f"would be read at the other.\n--- inference prompt:\n{prompt}\n--- training text:\n{full}"
+                "The chat template puts something between the prompt and the answer, so that "
+                "a model trained on one would be read at the other.\n"
+                f"--- inference prompt:\n{prompt}\n--- training text:\n{training_text}"
             )
-    return letters
+    return letter_token_ids
 
 
 # === Loading ======================================================================================
+def _attached_model_folders() -> list[str]:
+    """Folders among the attached data that hold a model's config.json and safetensors."""
+    folders = []
+    for folder, _, files in walk_mounts():
+        endings = {Path(name).suffix for name in files}
+        if "config.json" in files and ".safetensors" in endings:
+            folders.append(str(folder))
+    return folders
+
+
 def explain_missing_model(config: Config, cause: Exception) -> OSError:
-    """The error about a model that was not loaded: what to check, and which model folders are attached."""
-    wanted = {"config.json", ".safetensors"}  # a file's name, a file's ending
-    folders = [
-        str(place)
-        for place, _, files in walk_mounts()
-        if wanted <= {*files, *(Path(f).suffix for f in files)}
-    ]
-    attached = (
-        f"set model_id (or VQA_MODEL) to one of {folders}"
-        if folders
-        else "attach the model and give its folder"
-    )
+    """The error about a model that was not loaded, with what to check.
+
+    It names the model folders that are attached.
+    """
+    advice = "attach the model and give its folder"
+    folders = _attached_model_folders()
+    if folders:
+        advice = f"set model_id (or VQA_MODEL) to one of {folders}"
     return OSError(
-        f"{config.model_path} could not be loaded. Check the spelling of model_id, the internet switch of the session "
-        f"(or {attached}), and the free disk space. Cause: {cause}"
+        f"{config.model_path} could not be loaded. Check the spelling of model_id, "
+        f"the internet switch of the session (or {advice}), and the free disk space. "
+        f"Cause: {cause}"
     )
+
+
+def _refuse_python_code(model_path: str) -> None:
+    """ValueError where a model's folder asks to run its own Python code."""
+    # A hub id is no folder and has no such files: transformers refuses its code itself.
+    for path in Path(model_path).glob("*.json"):
+        if '"auto_map"' in path.read_text(encoding="utf-8"):
+            raise ValueError(
+                f"{path} asks to run Python code from that folder (auto_map): "
+                "trust_remote_code=True?"
+            )
 
 
 def load_processor(config: Config):
-    """The model's processor, padding on the left so that the last position is the answer's for every row."""
-    trusted = config.trust_remote_code
-    if not trusted:
-        for path in Path(config.model_path).glob(
-            "*.json"
-        ):  # none for a hub id, whose code transformers refuses itself
-            if '"auto_map"' in path.read_text(encoding="utf-8"):
-                raise ValueError(
-                    f"{path} asks to run Python code from that folder (auto_map): trust_remote_code=True?"
-                )
+    """The model's processor, padding on the left: the last position is every row's answer.
+
+    Raises ValueError for a folder with Python code of its own that the config does not
+    trust, and OSError, with what to check, where there is no processor.
+    """
+    if not config.trust_remote_code:
+        _refuse_python_code(config.model_path)
     try:
         processor = transformers.AutoProcessor.from_pretrained(
-            config.model_path, trust_remote_code=trusted
+            config.model_path,
+            trust_remote_code=config.trust_remote_code,
         )
     except OSError as error:
         raise explain_missing_model(config, error) from error
@@ -2242,117 +3465,205 @@ def load_processor(config: Config):
 
 
 def quantization_config(quantization: str, precision: str):
-    """bitsandbytes settings for the language model, or None; vision tower and head stay in 16 bits."""
+    """bitsandbytes settings for the language model, or None for "none".
+
+    The vision tower and the head stay in 16 bits. 4-bit is NF4 with double quantisation
+    (Dettmers et al. 2023, QLoRA); `precision` is that of the arithmetic.
+    """
     if quantization == "none":
         return None
-    settings = {"load_in_4bit": quantization == "4bit", "load_in_8bit": quantization == "8bit"}
-    settings |= {
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-    }  # quantises the scales too
-    settings |= {"bnb_4bit_compute_dtype": getattr(torch, DTYPES[precision])}
-    settings |= {"llm_int8_skip_modules": [VISION_PREFIX, f"model.{VISION_PREFIX}", "lm_head"]}
-    return transformers.BitsAndBytesConfig(**settings)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=quantization == "4bit",
+        load_in_8bit=quantization == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,  # quantises the scales too
+        bnb_4bit_compute_dtype=getattr(torch, DTYPES[precision]),
+        llm_int8_skip_modules=[VISION_PREFIX, f"model.{VISION_PREFIX}", "lm_head"],
+    )
 
 
-@contextlib.contextmanager
-def quantising_experts(pattern: str) -> Iterator[None]:
-    """Let transformers load parameters that match `pattern` in 4-bit, too: by itself it takes linear layers only."""
-    known, name = quantizers.AUTO_QUANTIZER_MAPPING, "bitsandbytes_4bit"
-    plain = known[name]
+def _expert_quantizer_class(pattern: str, plain_quantizer: type) -> type:
+    """A 4-bit quantizer of transformers that also takes parameters that match `pattern`."""
 
     class QuantiseExperts(bnb_loading.Bnb4bitQuantize):
+        """Packs one parameter while it is loaded."""
+
         def convert(self, input_dict, **options):
-            ((parameter, value),) = input_dict.items()
-            if not re.search(pattern, parameter):
+            ((name, value),) = input_dict.items()
+            if not re.search(pattern, name):
                 return super().convert(input_dict, **options)
-            value = value[0] if isinstance(value, list) else value
+            if isinstance(value, list):
+                value = value[0]
             packed, state = bnb_functional.quantize_4bit(
                 value, compress_statistics=True, quant_type="nf4"
             )
-            self.hf_quantizer.states[parameter] = state
-            return {parameter: torch.nn.Parameter(packed, requires_grad=False)}
+            self.hf_quantizer.states[name] = state
+            return {name: torch.nn.Parameter(packed, requires_grad=False)}
 
-    class ExpertQuantizer(plain):
+    class ExpertQuantizer(plain_quantizer):
+        """Collects what is needed to unpack the experts, and gives it to their modules."""
+
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
-            self.states = {}
+            self.states = {}  # parameter's name -> bitsandbytes' quantisation state
 
         def param_needs_quantization(self, model, param_name, **options) -> bool:
-            return bool(re.search(pattern, param_name)) or super().param_needs_quantization(
-                model, param_name
-            )
+            is_expert = bool(re.search(pattern, param_name))
+            return is_expert or super().param_needs_quantization(model, param_name)
 
         def get_quantize_ops(self):
             return QuantiseExperts(self)
 
         def _process_model_after_weight_loading(self, model, **options):
-            for parameter, state in self.states.items():
-                module, _, own_name = parameter.rpartition(".")
-                arguments = own_name, state.as_dict(), state.absmax.device
+            for name, state in self.states.items():
+                module_name, _, parameter_name = name.rpartition(".")
                 bnb_parametrize.replace_parameter_4bit_prequantized(
-                    model.get_submodule(module), *arguments
+                    model.get_submodule(module_name),
+                    parameter_name,
+                    state.as_dict(),
+                    state.absmax.device,
                 )
             return super()._process_model_after_weight_loading(model, **options)
 
-    known[name] = ExpertQuantizer
+    return ExpertQuantizer
+
+
+@contextlib.contextmanager
+def quantising_experts(pattern: str) -> Iterator[None]:
+    """Let transformers load parameters that match `pattern` in 4-bit, too.
+
+    By itself it takes linear layers only, and the experts of a mixture are none.
+    """
+    quantizers_by_name = quantizers.AUTO_QUANTIZER_MAPPING
+    plain_quantizer = quantizers_by_name["bitsandbytes_4bit"]
+    quantizers_by_name["bitsandbytes_4bit"] = _expert_quantizer_class(pattern, plain_quantizer)
     try:
         yield
     finally:
-        known[name] = plain
+        quantizers_by_name["bitsandbytes_4bit"] = plain_quantizer
+
+
+def _read_model_config(config: Config):
+    """The model's own config.json. Raises ValueError where its family is not known here."""
+    model_config = transformers.AutoConfig.from_pretrained(
+        config.model_path,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if model_config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(
+            f"{config.model_path} is of the family {model_config.model_type!r}; known are {known}"
+        )
+    return model_config
+
+
+def _loading_options(config: Config, runtime: Runtime) -> dict:
+    """Options of from_pretrained: number format, attention, quantisation and devices."""
+    options = {
+        "dtype": getattr(torch, DTYPES[runtime.precision]),
+        "attn_implementation": runtime.attention,
+        "device_map": {"": 0} if runtime.gpus else None,
+        "trust_remote_code": config.trust_remote_code,
+        "use_safetensors": True,  # never a pickle
+    }
+    quantization = quantization_config(config.quantization, runtime.precision)
+    if quantization is not None:  # None would undo the checkpoint's own
+        options["quantization_config"] = quantization
+    if config.spread_model:
+        # The rest of each card is for activations, and for one layer's experts in 16 bits.
+        max_memory = {}
+        for number, gpu in enumerate(runtime.gpus):
+            max_memory[number] = f"{SPREAD_MEMORY_SHARE * gpu['memory_gib']:.2f}GiB"
+        options["device_map"] = "auto"
+        options["max_memory"] = max_memory
+    return options
+
+
+def _stored_format_options(config: Config, model_config) -> dict:
+    """More options of from_pretrained for a checkpoint that is quantised already.
+
+    Raises ValueError for all but fp8, and where it should be quantised once more.
+    """
+    stored = getattr(model_config, "quantization_config", None)
+    if not stored:
+        return {}
+    method = stored["quant_method"]
+    if config.quantization != "none" or method != "fp8":
+        raise ValueError(
+            f"{config.model_path} is stored in {method} already: "
+            "only fp8 is read, with quantization='none'"
+        )
+    # Also on cards with FP8: its kernels come from the hub, and LoRA would train through none.
+    return {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)}
+
+
+def _check_weight_names(config: Config, report: Mapping) -> None:
+    """RuntimeError for weights that are missing or not understood; a warning for extra ones.
+
+    `report` is what from_pretrained returns with output_loading_info=True.
+    """
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        names = sorted(map(str, report[kind]))
+        if not names:
+            continue
+        problem = (
+            f"{config.model_path} and its config.json differ: "
+            f"{kind} {names[:3]} ({len(names)} in all)"
+        )
+        # A scale that nobody asked for: its weight was read as numbers without their scale.
+        has_unused_scale = any("scale" in name for name in names)
+        if kind != "unexpected_keys" or has_unused_scale:
+            raise RuntimeError(f"{problem}; download it again, or update transformers")
+        LOGGER.warning("%s", problem)
+
+
+def _check_loading(config: Config, model, report: Mapping) -> None:
+    """RuntimeError for weights that are missing, not understood or not on the GPUs."""
+    _check_weight_names(config, report)
+    device_map = getattr(model, "hf_device_map", {})
+    outside = [name for name, device in device_map.items() if device in ("cpu", "disk")]
+    if outside:
+        raise RuntimeError(
+            f"{config.model_id} does not fit into the GPUs: "
+            f"{outside[0]} and {len(outside) - 1} more parts do not; "
+            "choose a smaller model_id, quantization='4bit' or larger GPUs"
+        )
+
+
+def _load_model_once(config: Config, options: Mapping):
+    """The model, loaded with these options of from_pretrained and checked; one attempt."""
+    model_config = _read_model_config(config)
+    stored_format = _stored_format_options(config, model_config)
+    experts = FAMILIES[model_config.model_type].experts
+    loading = contextlib.nullcontext()
+    if experts and config.quantization == "4bit":
+        loading = quantising_experts(experts)
+    with loading:
+        model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+            config.model_path,
+            **{**options, **stored_format},
+            output_loading_info=True,
+        )
+    _check_loading(config, model, report)
+    return model
 
 
 def load_model(config: Config, runtime: Runtime, attempts: int = 3):
-    """The frozen base model on this process's GPU, its GPUs or the CPU; after `attempts` an OSError says what to do."""
+    """The frozen base model on this process's GPU, its GPUs or the CPU.
+
+    Raises ValueError for a family, quantisation or stored format that cannot be used
+    here, RuntimeError for a checkpoint that is not whole or does not fit into the GPUs,
+    and after `attempts` an OSError that says what to do.
+    """
     if config.quantization != "none" and not runtime.gpus:
         raise ValueError(
             f"quantization {config.quantization!r} needs a GPU; on a CPU set quantization='none'"
         )
-    options = {
-        "dtype": getattr(torch, DTYPES[runtime.precision]),
-        "attn_implementation": runtime.attention,
-    }
-    if quantised := quantization_config(
-        config.quantization, runtime.precision
-    ):  # None would undo the checkpoint's own
-        options |= {"quantization_config": quantised}
-    options |= {
-        "device_map": {"": 0} if runtime.gpus else None,
-        "trust_remote_code": config.trust_remote_code,
-    }
-    options |= {"use_safetensors": True}  # never a pickle
-    if (
-        config.spread_model
-    ):  # the rest of each card is for activations, and for the experts of one layer in 16 bits
-        room = {
-            number: f"{SPREAD_MEMORY_SHARE * gpu['memory_gib']:.2f}GiB"
-            for number, gpu in enumerate(runtime.gpus)
-        }
-        options |= {"device_map": "auto", "max_memory": room}
+    options = _loading_options(config, runtime)
     for attempt in range(attempts):  # downloads from the hub break off
         time.sleep(2 * attempt)
         try:
-            settings = transformers.AutoConfig.from_pretrained(
-                config.model_path, trust_remote_code=config.trust_remote_code
-            )
-            if settings.model_type not in FAMILIES:
-                known = ", ".join(FAMILIES)
-                raise ValueError(
-                    f"{config.model_path} is of the family {settings.model_type!r}; known are {known}"
-                )
-            if stored := getattr(settings, "quantization_config", None):
-                if config.quantization != "none" or stored["quant_method"] != "fp8":
-                    kind = f"{config.model_path} is stored in {stored['quant_method']} already"
-                    raise ValueError(f"{kind}: only fp8 is read, with quantization='none'")
-                # Also on cards with FP8: its kernels come from the hub, and LoRA would train through none of them.
-                options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
-            experts = (
-                FAMILIES[settings.model_type].experts if config.quantization == "4bit" else None
-            )
-            with quantising_experts(experts) if experts else contextlib.nullcontext():
-                load = transformers.AutoModelForImageTextToText.from_pretrained
-                model, report = load(config.model_path, **options, output_loading_info=True)
-            _check_loading(config, model, report)
+            model = _load_model_once(config, options)
             return model.requires_grad_(False).eval()
         except OSError as error:
             LOGGER.warning(
@@ -2367,71 +3678,28 @@ def load_model(config: Config, runtime: Runtime, attempts: int = 3):
 
 
 def remove_gpu_syncs(model) -> None:
-    """Replace the two places of the forward pass at which the CPU would wait for the GPU; the sums stay the same."""
-    inner, tokens = model.model, (model.config.image_token_id, model.config.video_token_id)
+    """Replace the two places of the forward pass at which the CPU would wait for the GPU.
 
-    def get_placeholder_mask(
-        input_ids, *_, **__
-    ):  # `answer_hidden_states` counts the image tokens, on the CPU
-        return tuple((input_ids == token)[..., None] for token in tokens)
+    The sums stay the same.
+    """
+    token_ids = (model.config.image_token_id, model.config.video_token_id)
+    language_model = model.model.language_model
+
+    # It need not count the image tokens: `answer_hidden_states` does, on the CPU.
+    def get_placeholder_mask(input_ids, *_, **__):
+        return tuple((input_ids == token_id)[..., None] for token_id in token_ids)
 
     def add_deepstack(hidden_states, visual_pos_masks, visual_embeds):
-        embeds, mask = (
-            visual_embeds.to(hidden_states),
-            visual_pos_masks.to(hidden_states.device)[..., None],
-        )
+        embeds = visual_embeds.to(hidden_states)
+        mask = visual_pos_masks.to(hidden_states.device)[..., None]
         return hidden_states + torch.zeros_like(hidden_states).masked_scatter(mask, embeds)
 
-    inner.get_placeholder_mask = get_placeholder_mask
-    if hasattr(inner.language_model, "_deepstack_process"):
-        inner.language_model._deepstack_process = add_deepstack
-
-
-def _check_loading(config: Config, model, report: Mapping) -> None:
-    """RuntimeError for weights that are missing or not understood, or that do not fit into the GPUs."""
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if names := sorted(map(str, report[kind])):
-            problem = f"{config.model_path} and its config.json differ: {kind} {names[:3]} ({len(names)} in all)"
-            if kind != "unexpected_keys" or any(
-                "scale" in name for name in names
-            ):  # numbers without their scale
-                raise RuntimeError(f"{problem}; download it again, or update transformers")
-            LOGGER.warning("%s", problem)
-    if aside := [
-        name
-        for name, place in getattr(model, "hf_device_map", {}).items()
-        if place in ("cpu", "disk")
-    ]:
-        problem = f"{config.model_id} does not fit into the GPUs: {aside[0]} and {len(aside) - 1} more parts do not"
-        raise RuntimeError(
-            f"{problem}; choose a smaller model_id, quantization='4bit' or larger GPUs"
-        )
+    model.model.get_placeholder_mask = get_placeholder_mask
+    if hasattr(language_model, "_deepstack_process"):
+        language_model._deepstack_process = add_deepstack
 
 
 # === Adapters =====================================================================================
-def attach_lora(model, config: Config, seed: int):
-    """A fresh LoRA adapter around `model`, a function of `seed`; asserted to be fp32 and outside the vision tower."""
-    torch.manual_seed(seed)
-    lora = {
-        "r": config.lora_r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-    }
-    adapted = peft.get_peft_model(
-        model, peft.LoraConfig(target_modules=LORA_TARGETS, task_type="CAUSAL_LM", **lora)
-    )
-    trainable = trainable_parameters(adapted)
-    wrong = [
-        name
-        for name, value in trainable.items()
-        if f".{VISION_PREFIX}." in name or value.dtype != torch.float32
-    ]
-    assert trainable and not wrong, (
-        f"LoRA weights must be fp32 and outside the vision tower, unlike {wrong[:3]}"
-    )
-    return adapted
-
-
 def trainable_parameters(model) -> dict:
     """Name -> parameter of everything the optimizer may change."""
     return {
@@ -2439,20 +3707,47 @@ def trainable_parameters(model) -> dict:
     }
 
 
+def attach_lora(model, config: Config, seed: int):
+    """`model` with a fresh LoRA adapter (Hu et al. 2021), a function of `seed`.
+
+    Asserts that its weights are fp32 and outside the vision tower.
+    """
+    torch.manual_seed(seed)
+    lora_config = peft.LoraConfig(
+        target_modules=LORA_TARGETS,
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+    )
+    adapted = peft.get_peft_model(model, lora_config)
+    trainable = trainable_parameters(adapted)
+    wrong = []
+    for name, parameter in trainable.items():
+        if f".{VISION_PREFIX}." in name or parameter.dtype != torch.float32:
+            wrong.append(name)
+    assert trainable and not wrong, (
+        f"LoRA weights must be fp32 and outside the vision tower, unlike {wrong[:3]}"
+    )
+    return adapted
+
+
 def load_adapter(model, folder: Path):
-    """The base model with a saved adapter. Raises CheckpointError unless every stored weight arrived unchanged."""
+    """The base model with a saved adapter.
+
+    Raises CheckpointError unless every stored weight arrived unchanged.
+    """
     adapted = peft.PeftModel.from_pretrained(model, str(folder))
     stored = safetensors_torch.load_file(folder / "adapter_model.safetensors")
     loaded = peft.get_peft_model_state_dict(adapted)
-    differing = [
-        name
-        for name in stored
-        if name not in loaded or not torch.equal(stored[name], loaded[name].cpu())
-    ]
-    if differing or set(loaded) != set(stored):
-        raise CheckpointError(
-            f"{folder} was not loaded completely: {differing[:3] or set(loaded) ^ set(stored)}"
-        )
+    differing = []
+    for name, weight in stored.items():
+        if name not in loaded or not torch.equal(weight, loaded[name].cpu()):
+            differing.append(name)
+    in_one_only = set(loaded) ^ set(stored)
+    if differing or in_one_only:
+        shown = differing[:3] or in_one_only
+        raise CheckpointError(f"{folder} was not loaded completely: {shown}")
     return adapted
 
 
@@ -2476,309 +3771,518 @@ def swapped_weights(parameters: Mapping, values: Mapping) -> Iterator[None]:
 
 # === Image tokens =================================================================================
 def merged_patch_area(processor) -> int:
-    """Pixels that become one image token: (patch size x merge size) squared, 28 x 28 or 32 x 32."""
+    """Pixels that become one image token: (patch size x merge size) squared.
+
+    >>> merged_patch_area(
+    ...     SimpleNamespace(image_processor=SimpleNamespace(patch_size=14, merge_size=2))
+    ... )
+    784
+    """
     images = processor.image_processor
     return (images.patch_size * images.merge_size) ** 2
 
 
 def pixel_budget(config: Config, processor, scale: float = 1.0) -> tuple[int, int]:
-    """(min_pixels, max_pixels) of one view; the only place where the budget is decided."""
+    """(min_pixels, max_pixels) of one view; the only place where the budget is decided.
+
+    `scale` multiplies max_pixels, which is never less than one image token takes.
+
+    >>> qwen = SimpleNamespace(image_processor=SimpleNamespace(patch_size=16, merge_size=2))
+    >>> pixel_budget(Config(image_size=448), qwen)
+    (4096, 200704)
+    """
     area = merged_patch_area(processor)
-    upper = config.image_size**2 if config.image_size else config.max_pixels or 768 * area
-    upper = max(int(upper * scale), area)
-    return min(config.min_pixels or 4 * area, upper), upper
+    max_pixels = config.max_pixels or 768 * area
+    if config.image_size:
+        max_pixels = config.image_size**2
+    max_pixels = max(int(max_pixels * scale), area)
+    min_pixels = min(config.min_pixels or 4 * area, max_pixels)
+    return min_pixels, max_pixels
 
 
 def image_grid(width: int, height: int, processor, budget: tuple[int, int]) -> tuple[int, int, int]:
-    """(1, rows, columns) of patches for an image of that size within `budget`; aspect ratio kept."""
+    """(1, rows, columns) of patches for an image of that size in pixels.
+
+    `budget` is (min_pixels, max_pixels). The aspect ratio is kept, but for the rounding
+    to whole image tokens.
+
+    >>> qwen = SimpleNamespace(image_processor=SimpleNamespace(patch_size=16, merge_size=2))
+    >>> image_grid(640, 320, qwen, budget=(4096, 786432))
+    (1, 20, 40)
+    """
     images = processor.image_processor
-    rows, columns = vision_process.smart_resize(
-        height, width, images.patch_size * images.merge_size, *budget
+    min_pixels, max_pixels = budget
+    resized_height, resized_width = vision_process.smart_resize(
+        height,
+        width,
+        factor=images.patch_size * images.merge_size,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
     )
-    return 1, rows // images.patch_size, columns // images.patch_size
+    rows = resized_height // images.patch_size
+    columns = resized_width // images.patch_size
+    return 1, rows, columns
 
 
 def prepare_image(image, processor, budget: tuple[int, int]):
-    """(pixel_values (patches, values), grid) of a PIL image, resized once; the processor does not resize again."""
-    patch = processor.image_processor.patch_size
-    content = [{"type": "image", "image": image, "min_pixels": budget[0], "max_pixels": budget[1]}]
+    """(pixel_values (patches, values), grid (1, rows, columns)) of a PIL image.
+
+    The image is resized once; the processor does not resize it again.
+    """
+    min_pixels, max_pixels = budget
+    content = {
+        "type": "image",
+        "image": image,
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
+    }
     resized, _ = vision_process.process_vision_info(
-        [{"role": "user", "content": content}], image_patch_size=patch
+        [{"role": "user", "content": [content]}],
+        image_patch_size=processor.image_processor.patch_size,
     )
     inputs = processor.image_processor(images=resized, do_resize=False, return_tensors="pt")
-    return inputs["pixel_values"], tuple(inputs["image_grid_thw"][0].tolist())
+    grid = tuple(inputs["image_grid_thw"][0].tolist())
+    return inputs["pixel_values"], grid
 
 
 def encode_prompt(processor, messages: list[dict], grid: tuple[int, int, int]) -> np.ndarray:
-    """Token ids (length,) of a prompt whose image takes `grid`: what the processor returns, without the pixels."""
-    tokens = math.prod(grid) // processor.image_processor.merge_size**2
-    text = render_prompt(processor, messages).replace(
-        processor.image_token, processor.image_token * tokens, 1
-    )
+    """Token ids (length,) of a prompt whose image takes `grid`.
+
+    They are what the processor returns, without the work on the pixels.
+    """
+    patches = math.prod(grid)
+    image_tokens = patches // processor.image_processor.merge_size**2
+    placeholder = processor.image_token
+    text = render_prompt(processor, messages)
+    text = text.replace(placeholder, placeholder * image_tokens, 1)
     return np.array(processor.tokenizer(text)["input_ids"])
 
 
 # === Vision cache =================================================================================
+# What the features of an image are stored under: its pixel_hash, min_pixels, max_pixels.
+ImageKey = tuple[str, int, int]
+
+
+@dataclass(frozen=True, order=True)
+class ShardEntry:
+    """Where on disk the features of one image lie."""
+
+    path: Path  # the shard: a safetensors file, named by the hash of its content
+    # Of the image in the shard, from 0. Image 3 has the tensors "3.00", "3.01", ...
+    number: int
+
+
+@dataclass(frozen=True)
+class _ImageBatch:
+    """Images that go through the vision tower together."""
+
+    keys: list[ImageKey]  # of each image
+    paths: list[str]  # image_path of each image
+
+
+def _image_batches(
+    frame: pd.DataFrame,
+    budget: tuple[int, int],
+    batch_size: int,
+) -> list[_ImageBatch]:
+    """All images of `frame`, each once, in batches of at most `batch_size`.
+
+    The last bits of a feature may depend on its batch. So the batches are fixed:
+    they depend neither on where an earlier process stopped nor on other variants.
+    """
+    rows = frame.drop_duplicates("pixel_hash")
+    # Images of one size lie beside each other.
+    rows = rows.sort_values(["height", "width", "pixel_hash"])
+    variant_of_row = rows.get("variant", pd.Series(0, rows.index))
+    batches = []
+    for _, variant in rows.groupby(variant_of_row, sort=True):
+        keys = [(pixel_hash, *budget) for pixel_hash in variant["pixel_hash"]]
+        paths = variant["image_path"].tolist()
+        for start in range(0, len(keys), batch_size):
+            end = start + batch_size
+            batches.append(_ImageBatch(keys[start:end], paths[start:end]))
+    return batches
+
+
+def _map_features(function: Callable, features: Iterable[tuple]) -> list[tuple]:
+    """The features with `function` applied to every tensor of every image."""
+    return [tuple(map(function, image)) for image in features]
+
+
 class VisionCache:
-    """Features of the frozen vision tower, once per image and pixel budget: on disk, for later processes, or in RAM."""
+    """Features of the frozen vision tower, once per image and pixel budget.
+
+    They lie on disk, where later processes find them, or in RAM. The features of one
+    image are a tuple of tensors: (tokens, hidden), and for a model with DeepStack one
+    of the same shape for each of its layers.
+    """
 
     def __init__(self, model, processor, cache_dir: str | None = None):
-        self.model, self.processor, self.device = model, processor, model.device
-        scratch = Path(tempfile.gettempdir()) / f"vqa_features_{getattr(os, 'getuid', int)()}"
-        self.folder = (Path(cache_dir) if cache_dir else scratch) / self.identity()
-        self.shards: dict[tuple, tuple[Path, int]] = {}  # key -> file and the image's number in it
-        self.store: dict[tuple, tuple] = {}  # key -> features, where the disk is too small
+        self.model = model  # the base model, with its vision tower
+        self.processor = processor  # the model's
+        self.device = model.device  # where features are computed and used
+        if cache_dir:
+            parent = Path(cache_dir)
+        else:
+            user = os.getuid() if hasattr(os, "getuid") else 0  # Windows has no such number
+            parent = Path(tempfile.gettempdir()) / f"vqa_features_{user}"
+        self.folder = parent / self.folder_hash()  # of the shards; `fill` makes it
+        # Where the features of each image on disk lie; filled by `register_shard`.
+        self.shards: dict[ImageKey, ShardEntry] = {}
+        # Features, on the CPU, where the disk is too small; filled by `add`.
+        self.features_in_memory: dict[ImageKey, tuple] = {}
+        # Images whose features overflowed; counted by `compute_features`, set back to 0 by
+        # `write_notes`.
         self.recomputed_in_fp32 = 0
 
-    def identity(self) -> str:
-        """A hash of what features depend on besides image and budget: the tower's weights, the processor, torch."""
-        settings = f"{self.processor.image_processor.to_json_string()} {torch.__version__} {self.device.type}"
-        digest = hashlib.sha256(settings.encode())
-        for value in self.model.get_submodule(f"model.{VISION_PREFIX}").state_dict().values():
-            digest.update(value.cpu().flatten().view(torch.uint8).numpy())
+    def folder_hash(self) -> str:
+        """The hash that names the cache folder: 16 hexadecimal digits.
+
+        It covers what features depend on besides image and budget: the tower's
+        weights, the processor's settings, torch's version and the kind of device.
+        """
+        settings = self.processor.image_processor.to_json_string()
+        environment = f"{settings} {torch.__version__} {self.device.type}"
+        digest = hashlib.sha256(environment.encode())
+        for weight in self.vision_tower.state_dict().values():
+            digest.update(weight.cpu().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
-    def has_all(self, keys: Iterable[tuple]) -> bool:
-        return all(key in self.shards or key in self.store for key in keys)
+    @property
+    def vision_tower(self):
+        """The model's vision tower: on the device, or on the CPU after `offload_tower`."""
+        return self.model.get_submodule(f"model.{VISION_PREFIX}")
+
+    def offload_tower(self) -> None:
+        """Move the tower to the CPU until it is needed: activations get its memory."""
+        self.vision_tower.to("cpu")
+
+    def has_all(self, keys: Iterable[ImageKey]) -> bool:
+        """Whether the features of all these images are known to this process."""
+        return all(key in self.shards or key in self.features_in_memory for key in keys)
 
     def fill(
-        self, frame: pd.DataFrame, budget: tuple[int, int], progress: Callable, batch_size: int = 16
+        self,
+        frame: pd.DataFrame,
+        budget: tuple[int, int],
+        progress: Callable,
+        batch_size: int = 16,
     ) -> bool:
-        """Store the features of all images of `frame`; False, with the reason logged, where nothing can hold them."""
-        rows = frame.drop_duplicates("pixel_hash").sort_values(
-            ["height", "width", "pixel_hash"]
-        )  # like beside like
-        batches = []  # fixed, so that no feature depends on where an earlier process stopped, nor on other variants
-        for _, part in rows.groupby(rows.get("variant", pd.Series(0, rows.index)), sort=True):
-            distinct = [((row.pixel_hash, *budget), row.image_path) for row in part.itertuples()]
-            batches += [
-                distinct[start : start + batch_size]
-                for start in range(0, len(distinct), batch_size)
-            ]
+        """Store the features of all images of `frame` within `budget` (min, max pixels).
+
+        Calls progress(stage, done, total) after each batch that had to be computed.
+        Returns False, with the reason logged, where nothing can hold the features.
+        """
+        batches = _image_batches(frame, budget, batch_size)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(
-            self.folder / "lock"
-        ):  # one worker computes, the others wait and read
-            for path in set(self.folder.glob("*.safetensors")) - {
-                path for path, _ in self.shards.values()
-            }:
-                if file_sha256(path) == path.stem:
-                    with safe_open(path, "pt") as file:
-                        self.index(
-                            path, [tuple(key) for key in json.loads(file.metadata()["keys"])]
-                        )
-                else:
-                    LOGGER.warning("Vision features recomputed: %s was damaged", path)
-                    path.unlink()
-            missing = [batch for batch in batches if not self.has_all(key for key, _ in batch)]
-            pixels = prefetch(
-                self.prepare([path for _, path in batch], budget) for batch in missing
-            )
-            for done, (batch, prepared) in enumerate(zip(missing, pixels, strict=True), 1):
-                keys = [key for key, _ in batch]
-                features = [
-                    tuple(tensor.cpu() for tensor in image) for image in self.compute(*prepared)
-                ]
-                size = sum(tensor.nbytes for image in features for tensor in image) * (
-                    len(missing) - done + 1
-                )
-                if not self.keep(keys, features, size):
-                    return False
-                progress("vision features", done, len(missing))
+        # One worker computes, the others wait and read.
+        with filelock.FileLock(self.folder / "lock"):
+            self._register_new_shards()
+            missing = [batch for batch in batches if not self.has_all(batch.keys)]
+            return self._fill_missing(missing, budget, progress)
+
+    def _register_new_shards(self) -> None:
+        """Note what other processes have written; a damaged shard is deleted, with a warning."""
+        known = {entry.path for entry in self.shards.values()}
+        for path in set(self.folder.glob("*.safetensors")) - known:
+            if file_sha256(path) != path.stem:
+                LOGGER.warning("Vision features recomputed: %s was damaged", path)
+                path.unlink()
+                continue
+            with safe_open(path, "pt") as file:
+                keys = json.loads(file.metadata()["keys"])
+            self.register_shard(path, [tuple(key) for key in keys])
+
+    def _fill_missing(
+        self,
+        missing: Sequence[_ImageBatch],
+        budget: tuple[int, int],
+        progress: Callable,
+    ) -> bool:
+        """Compute and store the features of these batches; False where they find no room."""
+        prepared = prefetch(self.prepare(batch.paths, budget) for batch in missing)
+        for done, (batch, inputs) in enumerate(zip(missing, prepared, strict=True)):
+            pixel_values, grids = inputs
+            features = self.compute_features(pixel_values, grids)
+            features = _map_features(lambda tensor: tensor.cpu(), features)
+            batch_bytes = sum(tensor.nbytes for image in features for tensor in image)
+            # As if each batch that is still to come took as much as this one.
+            expected_bytes = batch_bytes * (len(missing) - done)
+            if not self.add(batch.keys, features, expected_bytes):
+                return False
+            progress("vision features", done + 1, len(missing))
         return True
 
     def prepare(self, paths: Sequence[str], budget: tuple[int, int]) -> tuple[tuple, tuple]:
-        """Pixel values and grids of images, decoded side by side."""
+        """(pixel values, grids), an entry per image; images are decoded side by side."""
+
+        def prepare_one(path: str):
+            return prepare_image(load_image(path), self.processor, budget)
+
         with ThreadPoolExecutor() as pool:
-            images = pool.map(
-                lambda path: prepare_image(load_image(path), self.processor, budget), paths
-            )
-            return tuple(zip(*images, strict=True))
+            prepared = list(pool.map(prepare_one, paths))
+        pixel_values, grids = zip(*prepared, strict=True)
+        return pixel_values, grids
 
-    def offload_tower(self) -> None:
-        """Move the tower to the CPU until it is needed: its memory is the activations'."""
-        self.model.get_submodule(f"model.{VISION_PREFIX}").to("cpu")
+    def add(
+        self, keys: Sequence[ImageKey], features: Sequence[tuple], expected_bytes: float
+    ) -> bool:
+        """Store the features of images on disk, else in RAM.
 
-    def keep(self, keys: Sequence[tuple], features: Sequence[tuple], size: float) -> bool:
-        """Write a shard, or use RAM; False, with a warning, where the expected bytes of all, `size`, fit in neither."""
-        disk, memory = shutil.disk_usage(self.folder).free, psutil.virtual_memory().available
-        if size <= disk / 2:
-            tensors = {
-                f"{n}.{k:02}": tensor
-                for n, image in enumerate(features)
-                for k, tensor in enumerate(image)
-            }
-            content = safetensors_torch.save(
-                tensors, {"keys": json.dumps(keys)}
-            )  # two entries would swap at random
-            path = self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
-            atomic_write(path, content, durable=False)
-            self.index(path, keys)
-        elif size <= memory / 4:  # a quarter, because there may be two workers
-            self.store |= zip(keys, features, strict=True)
-        else:
-            free = f"{disk / 2**30:.2f} GiB of disk and {memory / 2**30:.2f} GiB of memory are free"
-            LOGGER.warning("Vision cache skipped: it needs %.2f GiB, only %s", size / 2**30, free)
-            return False
-        return True
-
-    def index(self, path: Path, keys: Sequence[tuple]) -> None:
-        """Note where images lie; of two places the first by name, so that every process reads the same one."""
-        for number, key in enumerate(keys):
-            self.shards[key] = min((path, number), self.shards.get(key, (path, number)))
-
-    def read(self, key: tuple) -> tuple:
-        """The features of one image: (tokens, hidden), then DeepStack's layers."""
-        if key in self.store:
-            return self.store[key]
-        path, number = self.shards[key]
-        with safe_open(path, "pt") as file:  # memory-mapped
-            return tuple(
-                file.get_tensor(name)
-                for name in sorted(file.keys())
-                if name.startswith(f"{number}.")
-            )
-
-    def compute(self, pixel_values: Sequence, grids: Sequence) -> list[tuple]:
-        """One tuple per image: features (tokens, hidden), then DeepStack; by fp32, and clamped, after an overflow."""
-        visual, device = (
-            self.model.get_submodule(f"model.{VISION_PREFIX}").to(self.device),
-            self.device,
+        `expected_bytes` is what these and all that will follow take. Returns False,
+        with a warning, where that is more than half of the free disk and more than a
+        quarter of the free RAM.
+        """
+        free_disk = shutil.disk_usage(self.folder).free
+        free_memory = psutil.virtual_memory().available
+        if expected_bytes <= free_disk / 2:
+            self._write_shard(keys, features)
+            return True
+        if expected_bytes <= free_memory / 4:  # a quarter, because there may be two workers
+            self.features_in_memory.update(zip(keys, features, strict=True))
+            return True
+        LOGGER.warning(
+            "Vision cache skipped: it needs %.2f GiB, "
+            "only %.2f GiB of disk and %.2f GiB of memory are free",
+            expected_bytes / 2**30,
+            free_disk / 2**30,
+            free_memory / 2**30,
         )
-        dtype = visual.dtype
-        inputs = torch.cat(list(pixel_values)).to(device), torch.tensor(grids, device=device)
+        return False
+
+    def _write_shard(self, keys: Sequence[ImageKey], features: Sequence[tuple]) -> None:
+        """Write the features of images into a shard, and note where they lie."""
+        tensors = {}
+        for number, image in enumerate(features):
+            for layer, tensor in enumerate(image):
+                tensors[f"{number}.{layer:02}"] = tensor
+        # One entry only: safetensors writes several in random order, and so with other hashes.
+        metadata = {"keys": json.dumps(keys)}
+        content = safetensors_torch.save(tensors, metadata)
+        path = self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
+        atomic_write(path, content, durable=False)
+        self.register_shard(path, keys)
+
+    def register_shard(self, path: Path, keys: Sequence[ImageKey]) -> None:
+        """Note that the shard holds the images of these keys, in this order.
+
+        Where two shards hold an image, the first by name counts: every process then
+        reads the same one.
+        """
+        for number, key in enumerate(keys):
+            entry = ShardEntry(path, number)
+            self.shards[key] = min(entry, self.shards.get(key, entry))
+
+    def load(self, key: ImageKey) -> tuple:
+        """The stored features of one image, on the CPU."""
+        if key in self.features_in_memory:
+            return self.features_in_memory[key]
+        entry = self.shards[key]
+        with safe_open(entry.path, "pt") as file:  # memory-mapped: only this image is read
+            all_names = sorted(file.keys())
+            names = [name for name in all_names if name.startswith(f"{entry.number}.")]
+            return tuple(file.get_tensor(name) for name in names)
+
+    def run_vision_tower(self, pixels, grids) -> list[tuple]:
+        """Features of each image as the model computes them.
+
+        pixels: (patches of all images, values); grids: (images, 3), in patches.
+        """
+        output = self.model.get_image_features(pixels, grids, return_dict=True)
+        deepstack_layers = getattr(output, "deepstack_features", None) or []
+        return list(zip(output.pooler_output, *deepstack_layers, strict=True))
+
+    def compute_features(self, pixel_values: Sequence, grids: Sequence) -> list[tuple]:
+        """Features of each image, finite, on the device, in the tower's number format.
+
+        pixel_values: (patches, values) of each image; grids: (1, rows, columns) of each.
+        After an overflow all are computed again in fp32, and clamped to what the format
+        can hold.
+        """
+        tower = self.vision_tower.to(self.device)
+        dtype = tower.dtype
+        largest = torch.finfo(dtype).max
+        pixels = torch.cat(list(pixel_values)).to(self.device)
+        grid_tensor = torch.tensor(grids, device=self.device)
         with torch.no_grad():
-            features = self._tower(*inputs)
-            if not torch.stack(
-                [tensor.isfinite().all() for image in features for tensor in image]
-            ).all():
+            features = self.run_vision_tower(pixels, grid_tensor)
+            is_finite = [tensor.isfinite().all() for image in features for tensor in image]
+            if not torch.stack(is_finite).all():  # one question to the GPU, not one a tensor
                 self.recomputed_in_fp32 += len(grids)
                 LOGGER.warning(
                     "Non-finite vision features: %d images recomputed in fp32", len(grids)
                 )
                 try:
-                    visual.float()
-                    with torch.autocast(device.type, enabled=False):
-                        features = self._tower(*inputs)
+                    tower.float()
+                    with torch.autocast(self.device.type, enabled=False):
+                        features = self.run_vision_tower(pixels, grid_tensor)
                 finally:
-                    visual.to(dtype)
-        limit = torch.finfo(dtype).max
-        return [
-            tuple(tensor.clamp(-limit, limit).to(dtype) for tensor in image) for image in features
-        ]
-
-    def tower(self, batch: Mapping) -> list[tuple]:
-        """Fresh features of a batch's pixels."""
-        return self.compute(batch["pixel_values"], batch["image_grid_thw"].tolist())
-
-    def _tower(self, pixels, grid) -> list[tuple]:
-        output = self.model.get_image_features(pixels, grid, return_dict=True)
-        return list(
-            zip(
-                output.pooler_output,
-                *(getattr(output, "deepstack_features", None) or []),
-                strict=True,
-            )
+                    tower.to(dtype)
+        return _map_features(
+            lambda tensor: tensor.clamp(-largest, largest).to(dtype),
+            features,
         )
+
+    def compute_for_batch(self, batch: Mapping) -> list[tuple]:
+        """Fresh features of the images of a batch that `collate` gave pixels."""
+        return self.compute_features(batch["pixel_values"], batch["image_grid_thw"].tolist())
 
     def encoder_outputs(self, batch: Mapping) -> SimpleNamespace:
-        """What `mm_encoder_outputs["image"]` takes for `batch`: cached features, or fresh ones from its pixels."""
-        images = batch.get("features") or self.tower(batch)
-        layers = zip(*images, strict=True)
-        pooled, *deepstack = (
-            [tensor.to(self.device, non_blocking=True) for tensor in layer] for layer in layers
-        )
-        return SimpleNamespace(pooler_output=pooled, deepstack_features=deepstack)
+        """What `mm_encoder_outputs["image"]` takes for `batch`, on the device.
+
+        pooler_output: a tensor (tokens, hidden) per image; deepstack_features:
+        [layer][image], of that shape. They are the batch's cached features, or fresh
+        ones from its pixels.
+        """
+        features = batch.get("features") or self.compute_for_batch(batch)
+        layers = []
+        for layer in zip(*features, strict=True):
+            layers.append([tensor.to(self.device, non_blocking=True) for tensor in layer])
+        return SimpleNamespace(pooler_output=layers[0], deepstack_features=layers[1:])
 
 
 # === Session ======================================================================================
 @dataclass
 class Session:
-    """What a worker loads once: configuration, base model, processor, letter tokens and the vision cache."""
+    """What a worker process loads once and shares between its stages and folds.
 
-    config: Config
-    runtime: Runtime
-    processor: object
-    model: object
+    `open_session` fills everything up to `device`; the rest is state with a default, and
+    each entry says who changes it.
+    """
+
+    config: Config  # the run's settings; without quantisation in stage "rescore"
+    runtime: Runtime  # this machine, and the decisions on number format and attention
+    processor: object  # the model's: template, tokenizer (padding on the left), images
+    model: object  # the frozen base model; an adapter is attached to it fold by fold
+    # Token ids of each letter's variants (`a`, `A`, ` a`), in the order of CHOICES.
     letter_token_ids: tuple[tuple[int, ...], ...]
-    vision_cache: VisionCache
-    letter_head_weights: object  # the head's rows (variants of all letters, hidden), fp32
-    device: object  # where the model computes; parts that rest may lie elsewhere
+    vision_cache: VisionCache  # the vision tower's features; filled by `fill_vision_cache`
+    # The head's rows for the variants of all letters in turn: (variants, hidden), fp32,
+    # on `device`.
+    letter_head_weights: object
+    # torch.device where the model computes; parts that rest may lie elsewhere.
+    device: object
+    # Called as progress(stage, done, total, **details); set by `open_stage_session`, for the
+    # notebook's progress bars. It may raise Interrupted.
     progress: Callable = lambda stage, done, total, **details: None
-    notes: list[str] = field(default_factory=list)  # departures from the plan, for the report
-    inference_batch_limit: int | None = (
-        None  # questions per forward pass that memory has allowed since it ran out
-    )
-    seconds_per_question: float = (
-        0.0  # of the last inference, in this process or an earlier one; 0: unknown
-    )
-    assigned_folds: Sequence[int] = ()  # those that this worker trains and scores
-    memory_plan: MemoryPlan | None = None  # measured once
+    # Departures from the plan, in words, for the report; added by `add_note`, moved into
+    # events.jsonl by `write_notes`.
+    notes: list[str] = field(default_factory=list)
+    # Questions per forward pass that memory has allowed since it ran out in `score_batch`;
+    # None until then.
+    inference_batch_limit: int | None = None
+    # Of the last inference, in this process or an earlier one; 0: unknown. Set by
+    # `open_stage_session`, then by `predict_logits`.
+    seconds_per_question: float = 0.0
+    # Folds that this worker trains and scores; set by `open_stage_session`.
+    assigned_folds: Sequence[int] = ()
+    # How a training step is spread over passes; measured by the first fold that trains, replaced
+    # where memory runs out. None until then.
+    memory_plan: MemoryPlan | None = None
 
     @property
     def decoder_layers(self):
+        """The language model's decoder layers, from the first to the last."""
         return self.model.model.language_model.layers
 
     @property
     def family(self) -> Family:
+        """What is known about models of this kind."""
         return FAMILIES[self.model.config.model_type]
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether several choice orders go behind one prefix: it takes a mask that other kinds of attention refuse."""
+        """Whether several choice orders of a question go behind one prefix.
+
+        That takes a mask which other kinds of attention refuse.
+        """
         return self.runtime.attention == "sdpa" and self.family.is_attention_only
 
     def add_note(self, text: str) -> None:
+        """Log a departure from the plan as a warning, and keep it for the report."""
         LOGGER.warning("%s", text)
         self.notes.append(text)
 
 
+def _check_wordings(processor, config: Config, example: Mapping) -> tuple[tuple[int, ...], ...]:
+    """The letters' token ids behind the first wording; TemplateError if any wording fails."""
+    letter_token_ids = []
+    for wording in range(config.paraphrases):
+        templates = prompt_templates(config, wording)
+        messages = build_messages(example, templates=templates)
+        letter_token_ids.append(check_template(processor, messages))
+    return letter_token_ids[0]
+
+
 def open_session(config: Config, example: Mapping) -> Session:
-    """Load processor and model, check the template on `example` (a row) and log every decision with its reason."""
+    """A session with processor and model loaded and every decision logged with its reason.
+
+    `example` is a row of train or test. Raises TemplateError where the processor's chat
+    template does not suit it, and what `load_processor` and `load_model` raise.
+    """
     runtime = detect_runtime(config.precision, config.attn_implementation)
     for reason in runtime.reasons:
         LOGGER.info("Decision: %s", reason)
     seed_everything(config.seed, config.deterministic, config.strict_determinism)
     processor = load_processor(config)
-    wordings = [prompt_templates(config, number) for number in range(config.paraphrases)]
-    letters = [
-        check_template(processor, build_messages(example, templates=wording))
-        for wording in wordings
-    ][0]
+    letter_token_ids = _check_wordings(processor, config, example)
     with track_peak_memory("model loaded"):
         model = load_model(config, runtime)
     remove_gpu_syncs(model)
-    device, head, cache = (
-        model.device,
-        model.get_output_embeddings(),
-        VisionCache(model, processor, config.cache_dir),
+    device = model.device
+    vision_cache = VisionCache(model, processor, config.cache_dir)
+
+    head = model.get_output_embeddings()
+    all_letter_tokens = list(itertools.chain.from_iterable(letter_token_ids))
+    letter_head_weights = head.weight[all_letter_tokens].float().to(device)
+    shares_embeddings = head.weight is model.get_input_embeddings().weight
+    if config.loss == "choices" and not shares_embeddings:
+        # Only the letters' rows are ever multiplied: an 8B then has 1.2 GiB more for activations.
+        head.to("cpu")
+    return Session(
+        config=config,
+        runtime=runtime,
+        processor=processor,
+        model=model,
+        letter_token_ids=letter_token_ids,
+        vision_cache=vision_cache,
+        letter_head_weights=letter_head_weights,
+        device=device,
     )
-    rows = head.weight[[token for variants in letters for token in variants]].float().to(device)
-    if config.loss == "choices" and head.weight is not model.get_input_embeddings().weight:
-        head.to(
-            "cpu"
-        )  # only these rows are ever multiplied: on an 8B that leaves 1.2 GiB for activations
-    return Session(config, runtime, processor, model, letters, cache, rows, device)
 
 
 # === Batches ======================================================================================
 @dataclass(frozen=True)
 class Prompt:
-    """One question at one pixel budget, tokenised: what its choice orders have in common, then the rest of each."""
+    """One question at one pixel budget, tokenised in one or several choice orders.
 
-    row: int  # position in the frame it was made from
-    orders: tuple[tuple[int, ...], ...]  # order[position] = original choice, of each answer
+    What the orders have in common, the prefix, stands once in front; behind it follows
+    what is left of each order. `length` counts the tokens of all that. `make_prompt`
+    fills every field.
+    """
+
+    # Number of the question's row in the table that it was made from.
+    row: int
+    # One tuple an order: order[position] = the original choice (0 to 3) shown there.
+    orders: tuple[tuple[int, ...], ...]
+    # The image's file.
     image_path: str
-    image_key: tuple  # content hash and pixel budget, the key in the vision cache
+    # Content hash, least and most pixels of the image: its key in the vision cache.
+    image_key: tuple
+    # Patches of the image: frames (1), rows, columns.
     grid: tuple[int, int, int]
-    input_ids: np.ndarray  # (length,)
-    segments: np.ndarray  # (length,): 0 in the common prefix, then the number of the order, from 1
-    position_ids: np.ndarray  # (3, length): time, height and width
-    answer_positions: np.ndarray  # (orders,): where the letter of each order is predicted
-    present_choices: tuple[bool, ...]  # original choices that hold text
-    target: tuple[
-        float, ...
-    ]  # probability of each original choice to be trained on, see `target_probabilities`
+    # Token ids (length,).
+    input_ids: np.ndarray
+    # (length,): 0 in the common prefix, then the number of the order, counted from 1.
+    segments: np.ndarray
+    # (3, length): the model's positions in time, height and width, in tokens.
+    position_ids: np.ndarray
+    # (orders,): index of each order's last token, where its letter is predicted.
+    answer_positions: np.ndarray
+    # Whether each of the 4 original choices holds text.
+    present_choices: tuple[bool, ...]
+    # Target probability of each of the 4 original choices: `target_probabilities`.
+    target: tuple[float, ...]
 
 
 def make_prompt(
@@ -2788,110 +4292,143 @@ def make_prompt(
     orders: Sequence[tuple[int, ...]],
     scale: float = 1.0,
 ) -> Prompt:
-    """Tokenise row number `row` of `frame` in several orders. Raises DataError naming the row's id and image."""
+    """Row number `row` of `frame` as one `Prompt` in these choice orders.
+
+    `scale` multiplies the pixel budget. Raises DataError naming the row's id and image
+    where it cannot be prepared.
+    """
     record = frame.iloc[row]
     try:
         budget = pixel_budget(session.config, session.processor, scale)
         grid = image_grid(record["width"], record["height"], session.processor, budget)
         templates = prompt_templates(session.config, record.get("wording", 0))
         messages = [build_messages(record, order, templates) for order in orders]
-        texts = [encode_prompt(session.processor, message, grid) for message in messages]
+        encoded = [encode_prompt(session.processor, message, grid) for message in messages]
     except Exception as error:
         raise DataError(
             f"Row {record['id']} (image {record['image_path']}) cannot be prepared: {error}"
         ) from error
-    common = len(os.path.commonprefix([ids.tolist() for ids in texts]))
-    shared = min(
-        [common, *(len(ids) - 1 for ids in texts)]
-    )  # every order keeps at least its last token
-    lengths = [len(ids) - shared for ids in texts]
-    segments = np.repeat(np.arange(len(texts) + 1), [shared, *lengths])
-    prefix = rope_positions(session, texts[0][:shared], grid)
+    shared = shared_prefix_length(encoded)
+    prefix = encoded[0][:shared]
+    suffixes = [ids[shared:] for ids in encoded]
+    suffix_lengths = [len(suffix) for suffix in suffixes]
+    prefix_positions = rope_positions(session, prefix, grid)
     # Behind the image, text counts up by one in every dimension.
-    rest = [prefix.max() + 1 + np.tile(np.arange(length), (3, 1)) for length in lengths]
+    first = prefix_positions.max() + 1
+    suffix_positions = [first + np.tile(np.arange(length), (3, 1)) for length in suffix_lengths]
     return Prompt(
-        row,
-        tuple(orders),
-        record["image_path"],
-        (record["pixel_hash"], *budget),
-        grid,
-        np.concatenate([texts[0][:shared], *(ids[shared:] for ids in texts)]),
-        segments,
-        np.concatenate([prefix, *rest], axis=1),
-        shared + np.cumsum(lengths) - 1,
-        tuple(present_choices(record)),
-        target_probabilities(record),
+        row=row,
+        orders=tuple(orders),
+        image_path=record["image_path"],
+        image_key=(record["pixel_hash"], *budget),
+        grid=grid,
+        input_ids=np.concatenate([prefix, *suffixes]),
+        segments=np.repeat(np.arange(len(encoded) + 1), [shared, *suffix_lengths]),
+        position_ids=np.concatenate([prefix_positions, *suffix_positions], axis=1),
+        answer_positions=shared + np.cumsum(suffix_lengths) - 1,
+        present_choices=tuple(present_choices(record)),
+        target=target_probabilities(record),
     )
+
+
+def shared_prefix_length(sequences: Sequence[np.ndarray]) -> int:
+    """How many tokens all sequences (length,) begin with, at most all but the last one.
+
+    The last token of each stays out of the prefix: its letter is predicted there.
+
+    >>> shared_prefix_length([np.array([7, 8, 1, 2]), np.array([7, 8, 2, 1])])
+    2
+    >>> shared_prefix_length([np.array([7, 8, 9])])
+    2
+    """
+    common = os.path.commonprefix([ids.tolist() for ids in sequences])
+    shortest = min(len(ids) for ids in sequences)
+    return min(len(common), shortest - 1)
 
 
 def rope_positions(
     session: Session, input_ids: np.ndarray, grid: tuple[int, int, int]
 ) -> np.ndarray:
-    """The model's own 3-D positions (3, length) of one sequence with one image."""
-    inputs = {
-        "input_ids": torch.from_numpy(input_ids)[None],
-        "image_grid_thw": torch.tensor([grid]),
-    }
-    inputs |= {"mm_token_type_ids": (inputs["input_ids"] == session.processor.image_token_id).int()}
-    return session.model.model.get_rope_index(**inputs)[0][:, 0].numpy()
+    """The model's own positions (3, length) in time, height and width of one sequence.
+
+    `input_ids` (length,) hold one image of `grid` patches.
+    """
+    token_ids = torch.from_numpy(input_ids)[None]  # (1, length)
+    is_image = (token_ids == session.processor.image_token_id).int()
+    outputs = session.model.model.get_rope_index(
+        input_ids=token_ids,
+        image_grid_thw=torch.tensor([grid]),
+        mm_token_type_ids=is_image,
+    )
+    positions = outputs[0]  # (3, 1, length)
+    return positions[:, 0].numpy()
+
+
+def pad_left(arrays: Sequence[np.ndarray], length: int, value: int):
+    """One tensor (arrays, length, ...) of shorter arrays, filled up with `value` in front.
+
+    >>> pad_left([np.array([1, 2]), np.array([3])], length=3, value=0).tolist()
+    [[0, 1, 2], [0, 0, 3]]
+    """
+    padded = np.full((len(arrays), length, *arrays[0].shape[1:]), value)
+    for row, array in zip(padded, arrays, strict=True):
+        row[length - len(array) :] = array
+    return torch.from_numpy(padded)
 
 
 def collate(session: Session, prompts: Sequence[Prompt]) -> dict:
-    """Left-padded model inputs on the CPU, with the images as cache keys or as pixels, and one target per answer."""
+    """One batch of left-padded model inputs on the CPU, with one target for each answer.
+
+    The images come as "features" (those in the vision cache) or as "pixel_values". A
+    question in several orders has as many answers.
+    """
     lengths = {len(prompt.input_ids) for prompt in prompts}
     length = max(lengths)
     if len(lengths) > 1 and session.device.type == "cuda":
         length += -length % 16  # attention kernels want the rows of a mask aligned
-
-    def pad(arrays: Sequence[np.ndarray], value: int):
-        padded = np.full((len(arrays), length, *arrays[0].shape[1:]), value)
-        for row, array in zip(padded, arrays, strict=True):
-            row[length - len(array) :] = array
-        return torch.from_numpy(padded)
-
-    input_ids = pad(
-        [prompt.input_ids for prompt in prompts], session.processor.tokenizer.pad_token_id
-    )
-    segments = pad([prompt.segments for prompt in prompts], -1)
-    inputs = {
-        "input_ids": input_ids,
-        "segments": segments,
-        "attention_mask": (segments >= 0).long(),
+    padding_id = session.processor.tokenizer.pad_token_id
+    input_ids = pad_left([prompt.input_ids for prompt in prompts], length, padding_id)
+    segments = pad_left([prompt.segments for prompt in prompts], length, -1)
+    positions = pad_left([prompt.position_ids.T for prompt in prompts], length, 1)
+    answer_rows = []
+    answer_columns = []
+    targets = []
+    present = []
+    for number, prompt in enumerate(prompts):
+        padding = length - len(prompt.input_ids)
+        for order, position in zip(prompt.orders, prompt.answer_positions, strict=True):
+            answer_rows.append(number)
+            answer_columns.append(padding + position)
+            targets.append(permute_choices(prompt.target, order))
+            present.append(permute_choices(prompt.present_choices, order))
+    batch = {
+        "input_ids": input_ids,  # (questions, length)
+        "segments": segments,  # (questions, length): as in `Prompt`, -1 in padding
+        "attention_mask": (segments >= 0).long(),  # (questions, length): 0 in padding
+        "mm_token_type_ids": (input_ids == session.processor.image_token_id).int(),
+        "image_grid_thw": torch.tensor([prompt.grid for prompt in prompts]),  # (questions, 3)
+        "position_ids": positions.permute(2, 0, 1),  # (3, questions, length)
+        "answers": torch.from_numpy(np.array([answer_rows, answer_columns])),  # (2, answers)
+        "targets": torch.tensor(targets),  # (answers, 4), in prompt positions
+        "present": torch.tensor(present),  # (answers, 4), in prompt positions
+        "prompts": list(prompts),
+        "padded": len(lengths) > 1,  # whether any question has padding
     }
-    inputs |= {"mm_token_type_ids": (input_ids == session.processor.image_token_id).int()}
-    inputs |= {"image_grid_thw": torch.tensor([prompt.grid for prompt in prompts])}
-    inputs |= {
-        "position_ids": pad([prompt.position_ids.T for prompt in prompts], 1).permute(2, 0, 1)
-    }
-    answers = [(prompt, order) for prompt in prompts for order in prompt.orders]
-    ends = [
-        length - len(prompt.input_ids) + end
-        for prompt in prompts
-        for end in prompt.answer_positions
-    ]
-    rows = np.repeat(np.arange(len(prompts)), [len(prompt.orders) for prompt in prompts])
-    inputs |= {
-        "answers": torch.from_numpy(np.stack([rows, ends]))
-    }  # (2, answers): row and position
-    targets = [permute_choices(prompt.target, order) for prompt, order in answers]
-    inputs |= {"targets": torch.tensor(targets)}  # (answers, 4), in prompt positions
-    inputs |= {
-        "present": torch.tensor(
-            [permute_choices(prompt.present_choices, order) for prompt, order in answers]
-        )
-    }
-    inputs |= {"prompts": list(prompts), "padded": len(lengths) > 1}
     if session.vision_cache.has_all(prompt.image_key for prompt in prompts):
-        inputs["features"] = [session.vision_cache.read(prompt.image_key) for prompt in prompts]
+        batch["features"] = [session.vision_cache.load(prompt.image_key) for prompt in prompts]
     else:
-        inputs["pixel_values"] = [_load_pixels(session, prompt) for prompt in prompts]
-    return inputs
+        batch["pixel_values"] = [_load_pixels(session, prompt) for prompt in prompts]
+    return batch
 
 
 def _load_pixels(session: Session, prompt: Prompt):
-    pixels, grid = prepare_image(
-        load_image(prompt.image_path), session.processor, prompt.image_key[1:]
-    )
+    """Pixel values (patches, values) of a prompt's image.
+
+    Raises DataError where they form another grid than the prompt has room for.
+    """
+    image = load_image(prompt.image_path)
+    budget = prompt.image_key[1:]
+    pixels, grid = prepare_image(image, session.processor, budget)
     if grid != prompt.grid:
         raise DataError(
             f"Image {prompt.image_path} gives the patch grid {grid}, not the planned {prompt.grid}"
@@ -2900,122 +4437,185 @@ def _load_pixels(session: Session, prompt: Prompt):
 
 
 def split_batches(session: Session, batches: Iterable[Mapping], size: int) -> Iterator[Mapping]:
-    """The same questions in batches of at most `size`."""
+    """The same questions in batches of at most `size`, collated anew where one was larger."""
     for batch in batches:
         prompts = batch["prompts"]
-        parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-        yield from [batch] if len(parts) == 1 else (collate(session, part) for part in parts)
+        if len(prompts) <= size:
+            yield batch
+            continue
+        for start in range(0, len(prompts), size):
+            yield collate(session, prompts[start : start + size])
 
 
 def iterate_batches(
     session: Session, prompts: Sequence[Prompt], batches: Sequence[Sequence[int]]
 ) -> Iterator[dict]:
-    """Collated batches in order, two ahead of the GPU; images that are not in the cache are decoded by processes."""
+    """Collated batches in order, prepared ahead of the GPU.
+
+    `batches` holds the numbers of the prompts of each. Images that are not in the
+    vision cache are decoded by `num_workers` processes.
+    """
     is_cached = session.vision_cache.has_all(prompt.image_key for prompt in prompts)
-    # Only a forked process shares the session; another kind would have to pickle the model.
-    workers = session.config.num_workers if hasattr(os, "fork") and not is_cached else 0
-    options = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
-    chosen, on_gpu = (
-        [[prompts[item] for item in batch] for batch in batches],
-        session.device.type == "cuda",
-    )
-    collate_fn = functools.partial(collate, session)
+    # Only a forked process shares the session; another kind would pickle the model.
+    can_fork = hasattr(os, "fork")
+    workers = session.config.num_workers if can_fork and not is_cached else 0
+    is_on_gpu = session.device.type == "cuda"
+    chosen = [[prompts[number] for number in batch] for batch in batches]
     loader = torch.utils.data.DataLoader(
-        chosen, None, collate_fn=collate_fn, pin_memory=on_gpu, **options
+        chosen,
+        batch_size=None,  # each item is a batch already
+        collate_fn=functools.partial(collate, session),
+        pin_memory=is_on_gpu,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
     )
-    return prefetch(iter(loader)) if on_gpu and not workers else iter(loader)
+    collated = iter(loader)
+    return prefetch(collated) if is_on_gpu and not workers else collated
 
 
 # === Scores and loss ==============================================================================
 def shared_prefix_mask(segments):
-    """Attention mask (batch, 1, length, length): causal, and no order of a question looks at another one."""
-    # A padded position looks at everything: a row with nothing to look at may be NaN in an SDPA kernel. No real
-    # position looks at padding, so that no score changes.
+    """Attention mask (batch, 1, length, length): no order of a question sees another one.
+
+    True where the position of a row may look at the position of a column: at no later
+    one, and only at the common prefix and at its own order. `segments` (batch, length)
+    is -1 in padding, 0 in the prefix, then the number of the order.
+
+    >>> shared_prefix_mask(torch.tensor([[0, 1, 2]])).int().tolist()
+    [[[[1, 0, 0], [1, 1, 0], [1, 0, 1]]]]
+    """
     length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    query, key = segments[:, :, None], segments[:, None, :]
-    return ((causal & ((key == 0) | (key == query))) | (query < 0))[:, None]
+    ones = torch.ones(length, length, dtype=torch.bool, device=segments.device)
+    is_causal = ones.tril()
+    query = segments[:, :, None]
+    key = segments[:, None, :]
+    is_visible = (key == 0) | (key == query)
+    # A padded position looks at everything: a row with nothing to look at may be NaN in
+    # an SDPA kernel. No real position looks at padding, so that no score changes.
+    is_padding = query < 0
+    return ((is_causal & is_visible) | is_padding)[:, None]
+
+
+def _model_inputs(session: Session, batch: Mapping) -> dict:
+    """The model's inputs but the image, on its device, with the mask that attention needs."""
+    inputs = {name: batch[name].to(session.device, non_blocking=True) for name in MODEL_INPUTS}
+    # Before capability 8.0 the fast kernel refuses grouped queries without a mask.
+    is_turing = any(gpu["capability"] < 8.0 for gpu in session.runtime.gpus)
+    has_several_orders = len(batch["present"]) > len(batch["prompts"])
+    needs_mask = is_turing or has_several_orders or batch["padded"]
+    if session.shares_prefixes and needs_mask:
+        segments = batch["segments"].to(session.device, non_blocking=True)
+        inputs["attention_mask"] = shared_prefix_mask(segments)
+    elif not batch["padded"]:
+        del inputs["attention_mask"]  # it says nothing, and asking it would wait for the GPU
+    return inputs
+
+
+def _check_image_tokens(session: Session, batch: Mapping, features: Sequence) -> None:
+    """Raise DataError, naming the images, unless there is a feature for each image token.
+
+    `features`: one tensor (tokens, hidden) an image.
+    """
+    image_token = session.processor.image_token_id
+    token_count = sum(
+        np.count_nonzero(prompt.input_ids == image_token) for prompt in batch["prompts"]
+    )
+    feature_count = sum(len(image) for image in features)
+    if token_count != feature_count:
+        paths = sorted({prompt.image_path for prompt in batch["prompts"]})
+        raise DataError(
+            f"{token_count} image tokens but {feature_count} image features, for the images {paths}"
+        )
 
 
 def answer_hidden_states(session: Session, batch: Mapping):
-    """Last hidden states (answers, hidden) where the letters are predicted; with the adapter, if one is attached."""
-    inputs = {name: batch[name].to(session.device, non_blocking=True) for name in MODEL_INPUTS}
-    turing = any(
-        gpu["capability"] < 8.0 for gpu in session.runtime.gpus
-    )  # its fast kernel refuses GQA without a mask
-    several = len(batch["present"]) > len(batch["prompts"])
-    if session.shares_prefixes and (turing or several or batch["padded"]):
-        inputs["attention_mask"] = shared_prefix_mask(
-            batch["segments"].to(session.device, non_blocking=True)
-        )
-    elif not batch["padded"]:
-        del inputs["attention_mask"]  # it says nothing, and asking it would wait for the GPU
+    """Last hidden states (answers, hidden) where the letters are predicted.
+
+    With the adapter, if one is attached. `batch` comes from `collate`. Raises DataError
+    where image tokens and features differ in number.
+    """
+    inputs = _model_inputs(session, batch)
     encoded = session.vision_cache.encoder_outputs(batch)
-    tokens = sum(
-        np.count_nonzero(prompt.input_ids == session.processor.image_token_id)
-        for prompt in batch["prompts"]
-    )
-    features = sum(map(len, encoded.pooler_output))
-    if tokens != features:
-        paths = sorted({prompt.image_path for prompt in batch["prompts"]})
-        raise DataError(
-            f"{tokens} image tokens but {features} image features, for the images {paths}"
-        )
+    _check_image_tokens(session, batch, encoded.pooler_output)
     inputs["mm_encoder_outputs"] = {"image": encoded}
     states = session.model.model(**inputs, use_cache=False).last_hidden_state
-    answers = tuple(batch["answers"].to(states.device, non_blocking=True))
-    return states[answers].to(
-        session.device
-    )  # a model on several GPUs ends on another one than it began
+    rows_and_columns = tuple(batch["answers"].to(states.device, non_blocking=True))
+    # A model on several GPUs ends on another one than it began.
+    return states[rows_and_columns].to(session.device)
 
 
 def choice_logits(logits, letters: Sequence[Sequence[int]]):
-    """Scores (batch, 4) from vocabulary logits (batch, vocabulary): log-sum-exp over each letter's variants."""
-    # One column at a time: a list of columns would go to the GPU first, and the CPU wait for that.
-    columns = [
-        torch.stack([logits[:, token] for token in variants], dim=-1) for variants in letters
-    ]
-    return torch.stack([values.logsumexp(dim=-1) for values in columns], dim=-1)
+    """Scores (batch, 4) of the letters, from vocabulary logits (batch, vocabulary).
+
+    A letter's score is the log-sum-exp over its variants' columns, `letters[choice]`.
+
+    >>> logits = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
+    >>> choice_logits(logits, [[4], [3], [2], [1]]).tolist()
+    [[5.0, 4.0, 3.0, 2.0]]
+    """
+    scores = []
+    for variants in letters:
+        # One column at a time: a list of columns would go to the GPU first, and the CPU
+        # wait for that.
+        columns = [logits[:, token] for token in variants]
+        scores.append(torch.stack(columns, dim=-1).logsumexp(dim=-1))
+    return torch.stack(scores, dim=-1)
 
 
 def answer_scores(session: Session, states):
-    """Scores (answers, 4) in prompt positions from `answer_hidden_states`: only the letters' rows of the head, in fp32."""
-    columns = itertools.count()
-    letters = [[next(columns) for _ in variants] for variants in session.letter_token_ids]
-    return choice_logits(states.float() @ session.letter_head_weights.T, letters)
+    """Scores (answers, 4) in prompt positions, from hidden states (answers, hidden).
+
+    Only the letters' rows of the model's head are multiplied, in fp32.
+    """
+    # The weights hold a row for each variant of a, then of b, and so on.
+    letters = []
+    first = 0
+    for variants in session.letter_token_ids:
+        letters.append(range(first, first + len(variants)))
+        first += len(variants)
+    logits = states.float() @ session.letter_head_weights.T  # (answers, all variants)
+    return choice_logits(logits, letters)
 
 
 def choice_loss(scores, targets, present, label_smoothing: float = 0.0):
-    """Mean cross-entropy with (batch, 4) target probabilities, smoothed over the `present` ones of (batch, 4) scores.
+    """Mean cross-entropy of the scores (batch, 4) with target probabilities (batch, 4).
 
-    A hard label is a target of ones and zeros; everything is in prompt positions.
+    Smoothed over the choices that are `present` (batch, 4); the others take no part. A
+    hard label is a target of ones and zeros. Everything is in prompt positions.
+
+    >>> scores = torch.zeros(1, 4)
+    >>> targets = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    >>> present = torch.tensor([[True, True, False, False]])
+    >>> round(choice_loss(scores, targets, present).item(), 4)  # ln 2: two choices, one score
+    0.6931
     """
-    log_probabilities = (
-        scores.masked_fill(~present, -math.inf).log_softmax(dim=-1).masked_fill(~present, 0.0)
-    )
-    hit = (targets * log_probabilities).sum(-1)
-    mean = log_probabilities.sum(-1) / present.sum(-1)
-    return -((1 - label_smoothing) * hit + label_smoothing * mean).mean()
+    log_probabilities = scores.masked_fill(~present, -math.inf).log_softmax(dim=-1)
+    # Zero instead of minus infinity: zero times infinity would be NaN.
+    log_probabilities = log_probabilities.masked_fill(~present, 0.0)
+    on_target = (targets * log_probabilities).sum(-1)
+    on_average = log_probabilities.sum(-1) / present.sum(-1)
+    return -((1 - label_smoothing) * on_target + label_smoothing * on_average).mean()
 
 
 def training_loss(session: Session, states, batch: Mapping):
-    """The configured loss of a batch, from the hidden states (answers, hidden) of its answers."""
-    targets, present = (
-        batch[name].to(session.device, non_blocking=True) for name in ("targets", "present")
-    )
+    """The configured loss of a batch, from its answers' hidden states (answers, hidden).
+
+    "choices": cross-entropy over the letters' scores, see `choice_loss`. "vocabulary":
+    over all tokens, with the plain letter of the most probable choice as the label.
+    """
+    targets = batch["targets"].to(session.device, non_blocking=True)
+    present = batch["present"].to(session.device, non_blocking=True)
     if session.config.loss == "vocabulary":
-        plain = torch.tensor(
-            [variants[0] for variants in session.letter_token_ids], device=session.device
-        )
+        plain_letters = [variants[0] for variants in session.letter_token_ids]
+        tokens = torch.tensor(plain_letters, device=session.device)
         logits = session.model.get_output_embeddings()(states).float()
-        return torch.nn.functional.cross_entropy(logits, plain[targets.argmax(-1)])
-    return choice_loss(
-        answer_scores(session, states), targets, present, session.config.label_smoothing
-    )
+        return torch.nn.functional.cross_entropy(logits, tokens[targets.argmax(-1)])
+    scores = answer_scores(session, states)
+    return choice_loss(scores, targets, present, session.config.label_smoothing)
 
 
 def out_of_memory_error(cause: Exception) -> RuntimeError:
-    """What to do when not even one question fits into the GPU's memory."""
+    """The error that says what to do when not even one question fits into the GPU's memory."""
     remedy = "set max_pixels=400 * 32 * 32, gradient_checkpointing=True or a smaller model_id"
     return RuntimeError(
         f"Out of GPU memory with one question per forward pass: {remedy}. Cause: {cause}"
@@ -3023,34 +4623,63 @@ def out_of_memory_error(cause: Exception) -> RuntimeError:
 
 
 # === Fast layers ==================================================================================
-# Bytes that the scales of all 4-bit blocks may take on a GPU in fp32. Those of a 3B take 0.16 GiB: its products are so
-# short that the GPU would wait for the launches that unpack the scales every time. An 8B has other use for 0.4 GiB.
+# Bytes that the scales of all 4-bit blocks may take on a GPU in fp32. Those of a 3B
+# take 0.16 GiB: its products are so short that the GPU would wait for the launches that
+# unpack the scales every time. An 8B has other use for 0.4 GiB.
 MAX_UNPACKED_SCALE_BYTES = 2**28
 
 
 def dequantize_weight(weight, scales: Sequence, shape: Sequence[int], dtype):
-    """The frozen weight in `dtype`, out of NF4 where it has `scales`: `shape` then ends with the two block sizes."""
+    """The frozen weight (out, in) in `dtype`.
+
+    Without `scales`, `weight` is plain. With them it is packed in NF4, and `shape` is
+    (out, in, weights in a block, blocks that share a scale of the scales). One tensor
+    in `scales`: each block's scale in fp32. Four: the scales in 8 bits, as
+    `dequantize_scales` takes them.
+    """
     if not scales:
         return weight.to(dtype)
     scale = scales[0] if len(scales) == 1 else dequantize_scales(scales, shape)
-    return torch.ops.bitsandbytes.dequantize_4bit(weight, scale, shape[2], "nf4", shape[:2], dtype)
-
-
-def dequantize_scales(scales: Sequence, shape: Sequence[int]):
-    """The scale of each block of 4-bit numbers in fp32, out of its own 8 bits (Dettmers et al. 2023, double)."""
-    absmax, code, group_scale, offset = scales
-    return (
-        torch.ops.bitsandbytes.dequantize_blockwise(
-            absmax, group_scale, code, shape[3], torch.float32
-        )
-        + offset
+    block_size = shape[2]
+    return torch.ops.bitsandbytes.dequantize_4bit(
+        weight, scale, block_size, "nf4", shape[:2], dtype
     )
 
 
-def lora_linear(x, dropped, lora_a, lora_b, scaling, weight, bias, scales, shape) -> tuple:
-    """(W x + scaling * B A dropped, A dropped) in the number format of x (..., in); `dropped`: None without dropout."""
+def dequantize_scales(scales: Sequence, shape: Sequence[int]):
+    """The scale of each block of 4-bit numbers in fp32, (blocks,), out of its own 8 bits.
+
+    `scales`: 8-bit scales (blocks,), their code book, the scale of each group of them,
+    and the offset that was taken from all of them. Double quantisation of Dettmers et
+    al. (2023), QLoRA.
+    """
+    absmax, code, group_scale, offset = scales
+    group_size = shape[3]
+    centred = torch.ops.bitsandbytes.dequantize_blockwise(
+        absmax, group_scale, code, group_size, torch.float32
+    )
+    return centred + offset
+
+
+def lora_linear(
+    x,  # (..., in)
+    dropped,  # x after dropout, (..., in); None without dropout
+    lora_a,  # A, (rank, in), fp32
+    lora_b,  # B, (out, rank), fp32
+    scaling,  # alpha / rank
+    weight,  # W with `scales` and `shape`, as `dequantize_weight` takes them
+    bias,  # (out,), or None
+    scales,
+    shape,
+) -> tuple:
+    """W x + bias + scaling * B A dropped, (..., out), and A dropped, (rows, rank).
+
+    Both are in the number format of x; `rows` counts x's vectors.
+    """
     rows = x.flatten(0, -2)
-    inner = (rows if dropped is None else dropped.flatten(0, -2)) @ lora_a.to(x.dtype).T
+    adapter_rows = rows if dropped is None else dropped.flatten(0, -2)
+    inner = adapter_rows @ lora_a.to(x.dtype).T
+    # The dequantised weight gets no name: its memory is free again after this product.
     result = torch.nn.functional.linear(
         rows, dequantize_weight(weight, scales, shape, x.dtype), bias
     )
@@ -3059,35 +4688,51 @@ def lora_linear(x, dropped, lora_a, lora_b, scaling, weight, bias, scales, shape
 
 
 def lora_backward(
-    gradient, used, inner, lora_a, lora_b, scaling, weight, scales, shape, dropout
+    gradient,  # of the output, (..., out)
+    used,  # what went through A: x, or its dropped copy, (..., in)
+    inner,  # A used, (rows, rank)
+    lora_a,  # (rank, in), fp32
+    lora_b,  # (out, rank), fp32
+    scaling,
+    weight,  # W with `scales` and `shape`, as `dequantize_weight` takes them
+    scales,
+    shape,
+    dropout,  # whether `used` is a dropped copy
 ) -> tuple:
-    """Gradients of x, of its dropped copy (empty without dropout), and in fp32 of A and B; `used` went through A."""
+    """Gradients of x and of its dropped copy, (..., in), and in fp32 of A and B.
+
+    Without dropout the second is empty, and x's holds what comes through A, too.
+    """
     rows = gradient.flatten(0, -2)
-    scaled = functools.partial(
-        torch.addmm, rows.new_empty(1), beta=0, alpha=scaling
-    )  # one kernel, not two
-    inner_gradient = scaled(rows, lora_b.to(rows.dtype))
-    to_x, to_dropped = (
-        rows @ dequantize_weight(weight, scales, shape, rows.dtype),
-        rows.new_empty(0),
-    )
+    # With beta=0 addmm ignores this operand: it scales the product in the same kernel.
+    ignored = rows.new_empty(1)
+    inner_gradient = torch.addmm(ignored, rows, lora_b.to(rows.dtype), beta=0, alpha=scaling)
+    to_x = rows @ dequantize_weight(weight, scales, shape, rows.dtype)
     if dropout:
         to_dropped = (inner_gradient @ lora_a.to(rows.dtype)).view_as(used)
     else:
+        to_dropped = rows.new_empty(0)
         to_x.addmm_(inner_gradient, lora_a.to(rows.dtype))
-    to_a, to_b = inner_gradient.T @ used.flatten(0, -2), scaled(rows.T, inner)
+    to_a = inner_gradient.T @ used.flatten(0, -2)
+    to_b = torch.addmm(ignored, rows.T, inner, beta=0, alpha=scaling)
     return to_x.view_as(used), to_dropped, to_a.float(), to_b.float()
 
 
 def _save_for_lora_backward(ctx, inputs, output) -> None:
-    x, dropped, lora_a, lora_b, ctx.scaling, weight, _, scales, ctx.shape = inputs
+    """Keep what `_run_lora_backward` needs of `lora_linear`'s inputs and output."""
+    x, dropped, lora_a, lora_b, scaling, weight, _, scales, shape = inputs
+    _, inner = output
+    ctx.scaling = scaling
+    ctx.shape = shape
     ctx.dropout = dropped is not None
-    ctx.save_for_backward(dropped if ctx.dropout else x, output[1], lora_a, lora_b, weight, *scales)
+    used = dropped if ctx.dropout else x
+    ctx.save_for_backward(used, inner, lora_a, lora_b, weight, *scales)
 
 
 def _run_lora_backward(ctx, gradient, _):
+    """One gradient for each input of `lora_linear`; None for those that are not trained."""
     used, inner, lora_a, lora_b, weight, *scales = ctx.saved_tensors
-    arguments = (
+    to_x, to_dropped, to_a, to_b = torch.ops.vqa.lora_backward(
         gradient.contiguous(),
         used,
         inner,
@@ -3097,168 +4742,226 @@ def _run_lora_backward(ctx, gradient, _):
         weight,
         scales,
         ctx.shape,
+        ctx.dropout,
     )
-    to_x, to_dropped, to_a, to_b = torch.ops.vqa.lora_backward(*arguments, ctx.dropout)
     return (
         to_x,
         to_dropped if ctx.dropout else None,
         to_a,
         to_b,
-        None,
-        None,
-        None,
+        None,  # scaling
+        None,  # weight
+        None,  # bias
         [None] * len(scales),
-        None,
+        None,  # shape
     )
 
 
 LORA_SCHEMA = (
-    "(Tensor x, Tensor? dropped, Tensor lora_a, Tensor lora_b, float scaling, Tensor weight, Tensor? bias, "
-    "Tensor[] scales, int[] shape) -> (Tensor, Tensor)"
+    "(Tensor x, Tensor? dropped, Tensor lora_a, Tensor lora_b, float scaling, "
+    "Tensor weight, Tensor? bias, Tensor[] scales, int[] shape) -> (Tensor, Tensor)"
 )
 LORA_BACKWARD_SCHEMA = (
-    "(Tensor gradient, Tensor used, Tensor inner, Tensor lora_a, Tensor lora_b, float scaling, Tensor weight, "
-    "Tensor[] scales, int[] shape, bool dropout) -> (Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor gradient, Tensor used, Tensor inner, Tensor lora_a, Tensor lora_b, float scaling, "
+    "Tensor weight, Tensor[] scales, int[] shape, bool dropout) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
+
+
+def _empty_lora_outputs(x, dropped, lora_a, lora_b, scaling, weight, bias, scales, shape):
+    """Outputs of `lora_linear` by shape only, for torch.compile to plan with."""
+    row_count = math.prod(x.shape[:-1])
+    result = x.new_empty(*x.shape[:-1], len(lora_b))
+    inner = x.new_empty(row_count, len(lora_a))
+    return result, inner
+
+
+def _empty_lora_gradients(
+    gradient, used, inner, lora_a, lora_b, scaling, weight, scales, shape, dropout
+):
+    """Outputs of `lora_backward` by shape only, for torch.compile to plan with."""
+    to_dropped = torch.empty_like(used) if dropout else used.new_empty(0)
+    return torch.empty_like(used), to_dropped, torch.empty_like(lora_a), torch.empty_like(lora_b)
 
 
 @functools.cache
 def register_lora_operators() -> None:
-    """Make both functions operators that torch.compile calls as they are, so that it keeps no dequantised weight."""
+    """Make `lora_linear` and `lora_backward` operators of torch, named vqa::...
 
-    def shapes(x, dropped, lora_a, lora_b, *_):
-        return x.new_empty(*x.shape[:-1], len(lora_b)), x.new_empty(
-            math.prod(x.shape[:-1]), len(lora_a)
-        )
-
-    def backward_shapes(gradient, used, inner, lora_a, lora_b, *others):
-        to_dropped = torch.empty_like(used) if others[-1] else used.new_empty(0)
-        return (
-            torch.empty_like(used),
-            to_dropped,
-            torch.empty_like(lora_a),
-            torch.empty_like(lora_b),
-        )
-
-    make = functools.partial(torch.library.custom_op, mutates_args=())
-    forward = make("vqa::lora_linear", lora_linear, schema=LORA_SCHEMA)
-    forward.register_fake(shapes)
-    forward.register_autograd(_run_lora_backward, setup_context=_save_for_lora_backward)
-    make("vqa::lora_backward", lora_backward, schema=LORA_BACKWARD_SCHEMA).register_fake(
-        backward_shapes
+    torch.compile calls an operator as it is, so that it keeps no dequantised weight.
+    """
+    forward = torch.library.custom_op(
+        "vqa::lora_linear", lora_linear, mutates_args=(), schema=LORA_SCHEMA
     )
+    forward.register_fake(_empty_lora_outputs)
+    forward.register_autograd(_run_lora_backward, setup_context=_save_for_lora_backward)
+    backward = torch.library.custom_op(
+        "vqa::lora_backward", lora_backward, mutates_args=(), schema=LORA_BACKWARD_SCHEMA
+    )
+    backward.register_fake(_empty_lora_gradients)
 
 
 def lora_forward(layer, x):
-    """W x + scaling * B A dropout(x), as PEFT's layer computes it (Hu et al. 2021), without its fp32 copies of x."""
-    dropout, base = layer.lora_dropout["default"], layer.base_layer
-    dropped = dropout(x) if layer.training and isinstance(dropout, torch.nn.Dropout) else None
-    lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    weight, scales = base.weight, []
+    """W x + bias + scaling * B A dropout(x), (..., out), of a PEFT layer and x (..., in).
+
+    As PEFT's own layer (Hu et al. 2021, LoRA), but without its fp32 copies of x.
+    """
+    base = layer.base_layer
+    dropout = layer.lora_dropout["default"]
+    drops = layer.training and isinstance(dropout, torch.nn.Dropout)
     if layer.packed_shape:
-        weight, scales = layer.packed, [getattr(layer, name) for name in layer.scale_names]
-    shape = layer.packed_shape or [*weight.shape]
-    return torch.ops.vqa.lora_linear(
-        x, dropped, lora_a, lora_b, layer.scaling["default"], weight, base.bias, scales, shape
-    )[0]
+        weight = layer.packed
+        scales = [getattr(layer, name) for name in layer.scale_names]
+        shape = layer.packed_shape
+    else:
+        weight = base.weight
+        scales = []
+        shape = [*weight.shape]
+    result, _ = torch.ops.vqa.lora_linear(
+        x,
+        dropout(x) if drops else None,
+        layer.lora_A["default"].weight,
+        layer.lora_B["default"].weight,
+        layer.scaling["default"],
+        weight,
+        base.bias,
+        scales,
+        shape,
+    )
+    return result
 
 
 @functools.cache
 def fast_lora_class(kind: type) -> type:
-    """The subclass of a PEFT layer that computes `lora_forward`; a class, because torch.compile traces it once."""
+    """The subclass of a PEFT layer's class that computes `lora_forward`.
+
+    One class for all layers of a kind, because torch.compile then traces it once.
+    """
     return type(f"Fast{kind.__name__}", (kind,), {"forward": lora_forward})
 
 
+def _is_double_nf4(state) -> bool:
+    """Whether bitsandbytes' `quant_state` of a weight, or None, is NF4 with 8-bit scales."""
+    return state is not None and state.quant_type == "nf4" and state.nested
+
+
+def _add_packed_weight(layer, state, unpack_scales: bool) -> None:
+    """Give a layer its 4-bit weight and scales as plain buffers, for `lora_forward`.
+
+    `unpack_scales`: keep the scales in fp32, instead of what they are computed from.
+    """
+    layer.packed_shape = [*state.shape, state.blocksize, state.state2.blocksize]
+    scales = {
+        "absmax": state.absmax,
+        "code": state.state2.code,
+        "group_scale": state.state2.absmax,
+        "offset": state.offset,
+    }
+    if unpack_scales:
+        scales = {"scale": dequantize_scales([*scales.values()], layer.packed_shape)}
+    layer.scale_names = tuple(scales)
+    packed = layer.base_layer.weight.detach().as_subclass(torch.Tensor)
+    for name, tensor in {"packed": packed, **scales}.items():
+        layer.register_buffer(name, tensor, persistent=False)
+
+
 def use_fast_lora(adapted) -> None:
-    """Let all LoRA layers of a PEFT model compute `lora_forward`; their weights and files stay PEFT's."""
+    """Let all LoRA layers of a PEFT model compute `lora_forward`.
+
+    Their weights and files stay PEFT's. From the first layer of another kind on, layers
+    stay as they are, and the log says so.
+    """
     register_lora_operators()
-    layers = [layer for layer in adapted.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
+    kind = peft.tuners.lora.LoraLayer
+    layers = [layer for layer in adapted.modules() if isinstance(layer, kind)]
     states = [getattr(layer.base_layer.weight, "quant_state", None) for layer in layers]
-    unpack = (
-        4 * sum(state.absmax.numel() for state in states if state is not None)
-        <= MAX_UNPACKED_SCALE_BYTES
-    )
+    blocks = sum(state.absmax.numel() for state in states if state is not None)
+    unpack_scales = 4 * blocks <= MAX_UNPACKED_SCALE_BYTES  # 4 bytes a scale in fp32
+    plain_dtypes = (torch.float32, torch.float16, torch.bfloat16)
     for layer, state in zip(layers, states, strict=True):
-        weight, kind = layer.base_layer.weight, type(layer.base_layer)
-        if state is not None and state.quant_type == "nf4" and state.nested:
-            layer.packed_shape = [*state.shape, state.blocksize, state.state2.blocksize]
-            scales = {"absmax": state.absmax, "code": state.state2.code}
-            scales |= {"group_scale": state.state2.absmax, "offset": state.offset}
-            scales = (
-                {"scale": dequantize_scales([*scales.values()], layer.packed_shape)}
-                if unpack
-                else scales
-            )
-            layer.scale_names = tuple(scales)
-            for name, tensor in {
-                "packed": weight.detach().as_subclass(torch.Tensor),
-                **scales,
-            }.items():
-                layer.register_buffer(name, tensor, persistent=False)
-        elif kind is torch.nn.Linear and weight.dtype in (
-            torch.float32,
-            torch.float16,
-            torch.bfloat16,
-        ):
+        base_kind = type(layer.base_layer)
+        if _is_double_nf4(state):
+            _add_packed_weight(layer, state, unpack_scales)
+        elif base_kind is torch.nn.Linear and layer.base_layer.weight.dtype in plain_dtypes:
             layer.packed_shape = []
-        else:  # 8-bit, FP8, other kinds of 4-bit: what their numbers mean is known to their own layer only
-            LOGGER.info("Decision: %s layers of PEFT stay as they are", kind.__name__)
+        else:
+            # 8-bit, FP8, other 4-bit: only their own layer knows what they mean.
+            LOGGER.info("Decision: %s layers of PEFT stay as they are", base_kind.__name__)
             return
         layer.__class__ = fast_lora_class(type(layer))
 
 
 def forward_with_checkpointing(layer, compute: Callable, hidden_states, **options):
-    """A decoder layer's pass by `compute`; where `recompute` is set, its activations are made again in the backward."""
-    if layer.training and not hidden_states.requires_grad:
-        hidden_states = (
-            hidden_states.detach().requires_grad_()
-        )  # the first layer like the others: one trace for all
-    if layer.training and layer.recompute:
-        again = torch.utils.checkpoint.checkpoint
-        return again(compute, layer, hidden_states, use_reentrant=False, **options)
-    return compute(layer, hidden_states, **options)
+    """The pass of a decoder layer by `compute`, its own forward or a compiled one.
+
+    Where the layer's `recompute` is set, its activations are not kept: they are
+    computed again in the backward pass (Chen et al. 2016, gradient checkpointing).
+    """
+    if not layer.training:
+        return compute(layer, hidden_states, **options)
+    if not hidden_states.requires_grad:
+        # The first layer like the others: one trace for all.
+        hidden_states = hidden_states.detach().requires_grad_()
+    if not layer.recompute:
+        return compute(layer, hidden_states, **options)
+    return torch.utils.checkpoint.checkpoint(
+        compute, layer, hidden_states, use_reentrant=False, **options
+    )
 
 
 def decide_compile(wish: str, device: str, questions: int) -> tuple[bool, str]:
-    """Whether torch.compile pays for itself on `questions` questions to come; with the reason."""
+    """Whether torch.compile pays on `questions` questions to come; with the reason.
+
+    `wish` is the setting: "on", "off" or "auto".
+
+    >>> decide_compile("auto", "cpu", 10_000)
+    (False, 'torch.compile off: it needs a GPU, triton and a C compiler')
+    """
     if wish != "auto":
         return wish == "on", f"torch.compile {wish}: set in the config, or by the model's family"
-    if (
-        device != "cuda"
-        or importlib.util.find_spec("triton") is None
-        or shutil.which("gcc") is None
-    ):
+    can_compile = (
+        device == "cuda"
+        and importlib.util.find_spec("triton") is not None
+        and shutil.which("gcc") is not None
+    )
+    if not can_compile:
         return False, "torch.compile off: it needs a GPU, triton and a C compiler"
     if questions < 2000:
         return False, f"torch.compile off: {questions} questions take less time than compiling"
     return True, f"torch.compile on: {questions} questions to come"
 
 
+def _compile_forward(forward: Callable) -> Callable:
+    """A decoder layer's forward, compiled once for all layers and lengths."""
+    # The floats are constants of a layer; what changes are lengths.
+    torch._dynamo.config.specialize_float = True
+    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+    # Sets the number in autograd's thread, too: else it would compile once more.
+    torch.set_num_threads(torch.get_num_threads())
+    return torch.compile(forward, dynamic=True)
+
+
 def use_fast_layers(session: Session, adapted, questions: int):
-    """Give the adapter's layers `lora_forward` and, where it pays for that many questions, compile the decoder."""
+    """`adapted`, the PEFT model, computing `lora_forward` in compiled decoder layers.
+
+    They are compiled only where `decide_compile` says that it pays for `questions` questions to
+    come. All layers keep their activations until `recompute_layers` says otherwise.
+    """
     use_fast_lora(adapted)
     wish = session.config.compile_layers if session.family.is_compiled else "off"
-    use, reason = decide_compile(wish, session.device.type, questions)
+    is_compiled, reason = decide_compile(wish, session.device.type, questions)
     LOGGER.info("Decision: %s", reason)
     compute = type(session.decoder_layers[0]).forward
-    if use:
-        torch._dynamo.config.specialize_float = (
-            True  # of the constants in a layer; lengths are what changes
-        )
-        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-        torch.set_num_threads(
-            torch.get_num_threads()
-        )  # in autograd's thread, too: else it would compile once more
-        compute = torch.compile(compute, dynamic=True)
+    if is_compiled:
+        compute = _compile_forward(compute)
     for layer in session.decoder_layers:
-        # On several GPUs accelerate's forward fetches the inputs, then calls the one it found. On one GPU a 4-bit model
-        # has it too, and there is nothing to fetch.
-        fetches = session.config.spread_model and hasattr(layer, "_hf_hook")
-        setattr(
-            layer,
-            "_old_forward" if fetches else "forward",
-            functools.partial(forward_with_checkpointing, layer, compute),
-        )
+        forward = functools.partial(forward_with_checkpointing, layer, compute)
+        # On several GPUs accelerate's forward fetches the inputs, then calls the one it
+        # found. On one GPU a 4-bit model has it too, and there is nothing to fetch.
+        if session.config.spread_model and hasattr(layer, "_hf_hook"):
+            layer._old_forward = forward
+        else:
+            layer.forward = forward
         layer.recompute = False
     return adapted
 
@@ -3266,52 +4969,86 @@ def use_fast_layers(session: Session, adapted, questions: int):
 # === Memory plan ==================================================================================
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a training step is spread over passes, and the peak that it is expected to reach."""
+    """How a training step is spread over passes; chosen by `plan_memory`."""
 
     micro_batch: int  # questions per forward and backward pass
-    stored_layers: int  # decoder layers, the last ones, that keep their activations; the others compute them again
-    peak_gib: float = 0.0  # allocated; 0 on a CPU, where nothing is measured
+    # So many decoder layers, the last ones, keep their activations; those before recompute them.
+    stored_layers: int
+    # GiB allocated at the expected peak; 0 on a CPU, where nothing is measured.
+    peak_gib: float = 0.0
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """What one forward and backward pass takes, in bytes; measured by `measured_candidates`.
+
+    A pass takes fixed + questions * (question + max(1, stored_layers) * stored_layer). The
+    1 is the layer that is being recomputed: one at a time holds its activations again.
+    """
+
+    fixed: float  # bytes for any number of questions
+    question: float  # bytes for each question, beside its stored layers
+    stored_layer: float  # bytes for each question and each layer that keeps its activations
 
 
 def recompute_layers(session: Session, stored: int) -> None:
-    """Let all decoder layers but the last `stored` compute their activations again in the backward pass."""
-    # The last ones keep theirs, because the backward pass frees them before it needs room to compute others again.
+    """Let all decoder layers but the last `stored` recompute their activations."""
+    # The last ones keep theirs, because the backward pass frees them before it needs
+    # room to compute others again.
+    recomputed = len(session.decoder_layers) - stored
     for number, layer in enumerate(session.decoder_layers):
-        layer.recompute = number < len(session.decoder_layers) - stored
+        layer.recompute = number < recomputed
 
 
 def candidate_plans(
-    costs: tuple[float, float, float], budget: float, layers: int, step: int, recompute: bool
+    costs: PassCosts, budget: float, layers: int, step: int, recompute: bool
 ) -> list[tuple[int, int]]:
-    """(micro_batch, stored_layers) that fit into `budget` bytes: a step in 1, 2, 4, ... passes, each with what it can
-    store. `costs` in bytes (fixed, question, layer): a pass takes fixed + micro_batch * (question + stored * layer)."""
-    fixed, question, layer = costs
-    plans = {}
-    sizes = {math.ceil(step / 2**halvings) for halvings in range(step.bit_length())}
-    for micro_batch in sorted(sizes - {1}, reverse=True) or [
-        1
-    ]:  # a pass over one question is the last resort
-        room = (budget - fixed - micro_batch * question) / (micro_batch * layer)
-        stored = min(layers, math.floor(room))
-        if stored >= (1 if recompute else layers):
-            plans[micro_batch] = (
-                stored if stored > 1 else 0
-            )  # one layer at a time is computed again anyway
-    return list(plans.items())
+    """(micro_batch, stored_layers) of the plans that fit into `budget` bytes.
+
+    The `step` questions of an optimizer step are taken in 1, 2, 4, ... passes, each
+    with as many of the `layers` stored as there is room for. Without `recompute` all
+    have to be.
+
+    >>> costs = PassCosts(fixed=10.0, question=1.0, stored_layer=0.5)
+    >>> candidate_plans(costs, budget=60, layers=36, step=8, recompute=True)
+    [(8, 10), (4, 23), (2, 36)]
+    """
+    halvings = range(step.bit_length())  # until one or two questions are left
+    micro_batches = {math.ceil(step / 2**halving) for halving in halvings}
+    # One question a pass is `plan_memory`'s last resort; here only a step of one has it.
+    micro_batches.discard(1)
+    plans = []
+    for micro_batch in sorted(micro_batches, reverse=True) or [1]:
+        room = budget - costs.fixed - micro_batch * costs.question
+        room_in_layers = room / (micro_batch * costs.stored_layer)
+        stored = min(layers, math.floor(room_in_layers))
+        needed = 1 if recompute else layers  # one layer at a time is computed again anyway
+        if stored >= needed:
+            # With room for one layer none is stored: the one that is being recomputed takes it.
+            # (A model of a single layer gets 0, too, even without `recompute`.)
+            plans.append((micro_batch, stored if stored > 1 else 0))
+    return plans
 
 
 def measure_pass(session: Session, prompts: Sequence[Prompt], stored: int) -> tuple[float, float]:
-    """Seconds, and peak bytes on the fullest GPU, of one forward and backward pass; infinite where memory runs out."""
+    """Seconds, and peak bytes on the fullest GPU, of one forward and backward pass.
+
+    All decoder layers but the last `stored` recompute. Where memory runs out, seconds
+    and bytes are infinite. No gradient stays behind.
+    """
     recompute_layers(session, stored)
     reset_peak_memory()
     batch = collate(session, prompts)
     batch["padded"] = True  # attention then takes a mask, as it does in training
     try:
         start = time.perf_counter()
+        # The hidden states get no name, which would keep them during the backward pass.
         training_loss(session, answer_hidden_states(session, batch), batch).backward()
         torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
         gpus = range(torch.cuda.device_count())
-        return time.perf_counter() - start, max(map(torch.cuda.max_memory_allocated, gpus))
+        peak = max(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
+        return seconds, peak
     except torch.OutOfMemoryError as error:
         LOGGER.info(
             "%d questions with %d stored layers do not fit: %s", len(prompts), stored, error
@@ -3321,78 +5058,133 @@ def measure_pass(session: Session, prompts: Sequence[Prompt], stored: int) -> tu
         session.model.zero_grad(set_to_none=True)
 
 
+def measured_candidates(
+    session: Session, longest: Prompt, step: int, state_bytes: int
+) -> list[tuple[int, int]]:
+    """(micro_batch, stored_layers) of the plans that should fit.
+
+    From the peaks of three passes over two or four copies of the prompt `longest`. Empty
+    where one of them runs out of memory (with gradient_checkpointing: one of the first
+    two). `step` is as in `candidate_plans`, `state_bytes` as in `plan_memory`.
+    """
+    config = session.config
+    layers = len(session.decoder_layers)
+    stored = max(2, layers // 4)
+    # The first pass compiles, and fills the workspaces of the libraries.
+    measure_pass(session, [longest] * 2, 0)
+    _, peak_of_two = measure_pass(session, [longest] * 2, 0)
+    _, peak_of_four = measure_pass(session, [longest] * 4, 0)
+    _, peak_of_stored = measure_pass(session, [longest] * 2, stored)
+    # Two more questions, while one layer at a time holds what it has computed again.
+    question = (peak_of_four - peak_of_two) / 2
+    # Per question and per stored layer beyond the one that is held anyway. At least one
+    # byte, because `candidate_plans` divides by it.
+    stored_layer = max(1.0, (peak_of_stored - peak_of_two) / 2 / (stored - 1))
+    most_stored = layers
+    if math.isinf(peak_of_stored) and config.gradient_checkpointing:
+        # Storing layers takes too much memory, as where experts are unpacked from 4 bits:
+        # all layers recompute. All of a question's bytes are then counted as those of the
+        # one layer that is being recomputed.
+        stored_layer = question
+        most_stored = 1
+    if not math.isfinite(peak_of_two + peak_of_four + stored_layer):
+        return []
+    costs = PassCosts(
+        # The peak of two questions, less what these two add.
+        fixed=2 * peak_of_two - peak_of_four + state_bytes,
+        # `candidate_plans` counts the layer that is computed again as a stored one.
+        question=question - stored_layer,
+        stored_layer=stored_layer,
+    )
+    recompute = config.gradient_checkpointing
+    return candidate_plans(costs, memory_budget(), most_stored, step, recompute)
+
+
 def plan_memory(session: Session, prompts: Sequence[Prompt], state_bytes: int) -> MemoryPlan:
-    """The fastest of the plans that fit, by trying each on the longest prompt; the optimizer will add `state_bytes`."""
-    config, layers = session.config, len(session.decoder_layers)
-    if session.device.type != "cuda" or config.memory_plan == "config" or config.strict_determinism:
-        return MemoryPlan(config.batch_size, 0 if config.gradient_checkpointing else layers)
+    """The fastest of the plans that fit, by trying each on the longest prompt.
+
+    The optimizer will add `state_bytes` to every peak. Nothing is measured, and the
+    config's plan is taken, on a CPU, or with memory_plan="config", or with
+    strict_determinism.
+    """
+    config = session.config
+    layers = len(session.decoder_layers)
+    stored_by_config = 0 if config.gradient_checkpointing else layers
+    is_fixed = config.memory_plan == "config" or config.strict_determinism
+    if session.device.type != "cuda" or is_fixed:
+        return MemoryPlan(config.batch_size, stored_by_config)
     longest = max(prompts, key=lambda prompt: len(prompt.input_ids))
-    step, some = (
-        math.ceil(config.batch_size * config.grad_accum_steps / rank_and_world_size()[1]),
-        max(2, layers // 4),
-    )
-    measure_pass(session, [longest] * 2, 0)  # compiles, and fills the workspaces of the libraries
-    two, four, more = (
-        measure_pass(session, [longest] * n, stored)[1] for n, stored in ((2, 0), (4, 0), (2, some))
-    )
-    candidates, tried = [], {MemoryPlan(1, 0 if config.gradient_checkpointing else layers): 0.0}
-    question, layer, most = (four - two) / 2, max(1.0, (more - two) / 2 / (some - 1)), layers
-    if math.isinf(more) and config.gradient_checkpointing:
-        layer, most = (
-            question,
-            1,
-        )  # no layer can keep what it computes, as with experts that are out of their 4 bits
-    if math.isfinite(two + four + layer):
-        costs = (2 * two - four + state_bytes, question - layer, layer)
-        candidates = candidate_plans(
-            costs, memory_budget(), most, step, config.gradient_checkpointing
-        )
-    for micro_batch, stored in candidates:
+    step = math.ceil(config.batch_size * config.grad_accum_steps / process_count())
+    # Questions a second; the last resort counts only where nothing else fits.
+    speeds = {MemoryPlan(1, stored_by_config): 0.0}
+    for micro_batch, stored in measured_candidates(session, longest, step, state_bytes):
         measure_pass(session, [longest] * micro_batch, stored)  # the allocator grows
-        seconds, peak = measure_pass(session, [longest] * micro_batch, stored)
+        seconds, pass_peak = measure_pass(session, [longest] * micro_batch, stored)
         clear_memory()
-        plan = MemoryPlan(micro_batch, stored, (peak + state_bytes) / 2**30)
-        LOGGER.info("%s: %.1f questions/s", plan, micro_batch / seconds)
-        if peak + state_bytes < memory_budget():
-            tried[plan] = micro_batch / seconds
-    plan = max(tried, key=tried.get)
-    LOGGER.info("Decision: of %d questions in a step and %d layers, %s", step, layers, plan)
-    return plan
+        peak = pass_peak + state_bytes
+        plan = MemoryPlan(micro_batch, stored, peak / 2**30)
+        speed = micro_batch / seconds
+        LOGGER.info("%s: %.1f questions/s", plan, speed)
+        if peak < memory_budget():
+            speeds[plan] = speed
+    fastest = max(speeds, key=speeds.get)
+    LOGGER.info("Decision: of %d questions in a step and %d layers, %s", step, layers, fastest)
+    return fastest
 
 
 # === Filling the vision cache =====================================================================
 def vision_cache_gain(session: Session, frame: pd.DataFrame, uses: int, passes: int) -> float:
-    """Share of the time that cached features save, measured on at most eight rows that have none: each is used `uses`
-    times, and the language model then does the work of `passes` forward passes."""
-    prompts = (make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(len(frame)))
-    missing = (prompt for prompt in prompts if not session.vision_cache.has_all([prompt.image_key]))
-    if not (chosen := [*itertools.islice(missing, 8)]):
-        return 1.0  # another process of the team asks
-    batch = collate(session, chosen)
+    """Share of the time, 0 to 1, that cached features save.
+
+    Measured on at most eight rows. Only rows of `frame` that have no features yet are
+    taken; 1 where all have them. Each is used `uses` times, and the language model then
+    does the work of `passes` forward passes.
+    """
+    uncached = []
+    for row in range(len(frame)):
+        prompt = make_prompt(session, frame, row, [(0, 1, 2, 3)])
+        if not session.vision_cache.has_all([prompt.image_key]):
+            uncached.append(prompt)
+        if len(uncached) == 8:
+            break
+    if not uncached:
+        return 1.0  # another process of the process group asks
+    batch = collate(session, uncached)
     with torch.inference_mode():
         for _ in range(2):  # the second one counts
             start = time.perf_counter()
+            # On the CPU, as the cache holds them; copying them waits for the GPU.
             batch["features"] = [
-                [*map(torch.Tensor.cpu, image)] for image in session.vision_cache.tower(batch)
+                [tensor.cpu() for tensor in image]
+                for image in session.vision_cache.compute_for_batch(batch)
             ]
             middle = time.perf_counter()
             answer_hidden_states(session, batch).cpu()
             end = time.perf_counter()
-    return (1 - 1 / uses) * (middle - start) / (middle - start + passes * (end - middle))
+    tower_seconds = middle - start
+    language_seconds = end - middle
+    total_seconds = tower_seconds + passes * language_seconds
+    return (1 - 1 / uses) * tower_seconds / total_seconds
 
 
 def fill_vision_cache(session: Session, frame: pd.DataFrame, uses: int, passes: int) -> None:
-    """Store the features of a frame's images where that saves at least 15 % of the time; say so where it does not."""
+    """Store the features of a frame's images where that saves at least 15 % of the time.
+
+    On a GPU the gain is measured first, see `vision_cache_gain`, and the log says what
+    it is. On a CPU they are always stored. What all processes of a process group do is decided
+    together.
+    """
     budget = pixel_budget(session.config, session.processor)
     is_cached = session.vision_cache.has_all((digest, *budget) for digest in frame["pixel_hash"])
     if session.device.type == "cuda" and any_process(not is_cached):
         gain = vision_cache_gain(session, frame, uses, passes)
+        pays = gain >= 0.15
         LOGGER.info(
             "Decision: vision cache %s: it would save %.0f %% of the time",
-            "on" if gain >= 0.15 else "off",
+            "on" if pays else "off",
             100 * gain,
         )
-        if not any_process(gain >= 0.15):
+        if not any_process(pays):
             return
     if session.vision_cache.fill(frame, budget, session.progress):
         session.vision_cache.offload_tower()
@@ -3412,72 +5204,116 @@ STAGE_FILES = {  # the file that a stage writes last: where it is, the stage is 
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory: the configuration, the rows with their folds, and where everything else is written."""
+    """One run directory: the configuration, the rows with their folds, and all other files.
 
+    `start_run` makes it and `Run.open` reads it; a `Run` itself never changes. The
+    final model, on all rows, has a folder like a fold, under the first number that is
+    no fold's. KIND is raw, ema or swa. What writes each file, `start_run` or a stage,
+    and what is in it:
+
+    | file                           | written by    | content
+    | ------------------------------ | ------------- | -----------------------------------------
+    | config.json                    | start_run     | settings, libraries, fingerprints
+    | folds.csv                      | start_run     | `train`
+    | test_rows.csv, sample_rows.csv | start_run     | `test`, `sample`
+    | extra_rows.csv                 | start_run     | `extra_rows`, where there are any
+    | session.json                   | run_folds     | when the time budget began to run
+    | worker_W.log, run.log          | all workers   | what they print; the log, with times
+    | progress_W.json                | all workers   | what worker W is doing now
+    | stages.jsonl                   | all stages    | seconds and peak memory of each fold
+    | events.jsonl                   | all stages    | what did not go to plan
+    | zeroshot.npz                   | zeroshot      | scores of the untouched base model
+    | fold_N/checkpoints/            | train         | where to go on with the training
+    | fold_N/metrics.jsonl           | train         | the steps of the optimizer
+    | fold_N/history.csv             | train         | a row an epoch
+    | fold_N/adapter_KIND/           | train         | LoRA weights in PEFT's format
+    | fold_N/validation_KIND.npz     | train         | scores of the held-out rows, one view
+    | fold_N/result.json             | train         | best epoch, metrics, adapters' hashes
+    | selection.json                 | predict       | which kinds of weights score
+    | fold_N/oof.npz, test.npz       | predict       | scores of held-out and test rows, all views
+    | fold_N/oof_16bit.npz           | rescore       | the same by the unquantised base model
+    | fold_N/test_16bit.npz          | rescore       | the same by the unquantised base model
+    | tables/, figures/, report.md   | notebook      | the evaluation
+    | submission_NAME.csv            | notebook      | the answers
+    """
+
+    # The settings, as config.json has them.
     config: Config
+    # Where all of these files lie.
     directory: Path
-    train: pd.DataFrame  # with fold
+    # Training rows: the columns of `Competition.train`, and `fold`, the one that
+    # validates the row. With soft targets also target_a to target_d and teacher_fold.
+    train: pd.DataFrame
+    # Test rows: the columns of `Competition.test`.
     test: pd.DataFrame
+    # The sample submission's rows: id and answer.
     sample: pd.DataFrame
+    # How often each fallback was taken while the tables were read.
     fallbacks: dict[str, int]
-    fingerprint: str  # of configuration, data, folds and targets together
-    extra_rows: (
-        pd.DataFrame
-    )  # further training rows: source (dev, test), and fold, the one that trains on them
+    # A hash of configuration, data, folds, model and targets together.
+    fingerprint: str
+    # Further training rows, filled by `add_soft_targets`: the columns of `train`,
+    # `source` (dev or test), and `fold`, here the one that trains on the row.
+    extra_rows: pd.DataFrame
 
     def fold_dir(self, fold: int) -> Path:
+        """The folder of a fold's files, whether it exists or not."""
         return self.directory / f"fold_{fold}"
 
     @classmethod
     def open(cls, directory: str | Path) -> Run:
+        """The run that `start_run` has written to this directory."""
         directory = Path(directory)
         content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        tables = [
-            read_table(directory / name)
-            for name in ("folds.csv", "test_rows.csv", "sample_rows.csv")
-        ]
-        path = directory / "extra_rows.csv"
-        extra = read_table(path) if path.exists() else _no_rows(tables[0])
+        train = read_table(directory / "folds.csv")
+        extra_path = directory / "extra_rows.csv"
         return cls(
-            Config(**content["config"]),
-            directory,
-            *tables,
-            content["fallbacks"],
-            content["fingerprint"],
-            extra,
+            config=Config(**content["config"]),
+            directory=directory,
+            train=train,
+            test=read_table(directory / "test_rows.csv"),
+            sample=read_table(directory / "sample_rows.csv"),
+            fallbacks=content["fallbacks"],
+            fingerprint=content["fingerprint"],
+            extra_rows=read_table(extra_path) if extra_path.exists() else _no_rows(train),
         )
 
     def is_done(self, stage: str, fold: int) -> bool:
+        """Whether the file is there that the stage writes last."""
         return (self.directory / STAGE_FILES[stage].format(fold=fold)).exists()
 
     @property
     def finished_folds(self) -> list[int]:
-        """The folds that are trained; fewer than the configuration asks for when the time was up."""
+        """The trained folds; fewer than the configured ones when the time was up."""
         return [fold for fold in self.config.folds_to_train if self.is_done("train", fold)]
 
     def unfinished_folds(self, stage: str, folds: Sequence[int]) -> list[int]:
-        """The folds that wait for `stage`: not done, and trained where it scores."""
-        trained = [
-            fold for fold in folds if stage in ("zeroshot", "train") or self.is_done("train", fold)
-        ]
-        return [fold for fold in trained if not self.is_done(stage, fold)]
+        """Those of `folds` that wait for `stage`.
+
+        It is not done for them, and they are trained where the stage scores.
+        """
+        needs_training = stage not in ("zeroshot", "train")
+        unfinished = []
+        for fold in folds:
+            is_ready = not needs_training or self.is_done("train", fold)
+            if is_ready and not self.is_done(stage, fold):
+                unfinished.append(fold)
+        return unfinished
 
     @property
     def selected_weights(self) -> list[str]:
-        """The kinds of weights that score, of raw, ema and swa; none before they are selected."""
+        """The kinds of weights that score: raw, ema, swa; empty before they are selected."""
         path = self.directory / "selection.json"
-        return (
-            json.loads(path.read_text(encoding="utf-8"))["weights"].split("+")
-            if path.exists()
-            else []
-        )
+        if not path.exists():
+            return []
+        selection = json.loads(path.read_text(encoding="utf-8"))
+        return selection["weights"].split("+")
 
     @property
     def is_rescored(self) -> bool:
-        """Whether all members have 16-bit scores, too."""
-        return bool(self.submission_models) and all(
-            self.is_done("rescore", fold) for fold in self.submission_models
-        )
+        """Whether all models behind the submission have 16-bit scores, too."""
+        models = self.submission_models
+        return bool(models) and all(self.is_done("rescore", model) for model in models)
 
     @property
     def final_fold(self) -> int:
@@ -3487,173 +5323,228 @@ class Run:
     @property
     def models_to_train(self) -> list[int]:
         """The folds that the configuration asks for, and the final model where it does."""
-        return [*self.config.folds_to_train, *[self.final_fold] * self.config.final_retrain]
+        if self.config.final_retrain:
+            return [*self.config.folds_to_train, self.final_fold]
+        return [*self.config.folds_to_train]
 
     @property
     def submission_models(self) -> list[int]:
-        """The models behind the submission: the finished folds and, once it has scored as they have, the final one."""
+        """The models behind the submission: the finished folds, and the final one.
+
+        It counts once it has scored as the folds have: in 16 bits if all of them did.
+        """
         folds = self.finished_folds
-        rescored = bool(folds) and all(self.is_done("rescore", fold) for fold in folds)
-        return folds + [self.final_fold] * self.is_done(
-            "rescore" if rescored else "predict", self.final_fold
-        )
+        are_rescored = bool(folds) and all(self.is_done("rescore", fold) for fold in folds)
+        scoring = "rescore" if are_rescored else "predict"
+        if self.is_done(scoring, self.final_fold):
+            return [*folds, self.final_fold]
+        return folds
 
     @property
     def uses_per_image(self) -> int:
-        """How often a training image is needed, about: in each fold's epochs, validations and final scores."""
-        epochs = self.config.num_epochs // (
-            1 + self.config.augment_images
-        )  # the others show a variant of it
+        """How often a training image is needed, about.
+
+        In each fold's epochs, in its validations and in its final scores.
+        """
+        versions = 1 + self.config.augment_images
+        epochs = self.config.num_epochs // versions  # the others show a variant of it
         return len(self.config.folds_to_train) * (epochs + 2)
 
     def seconds_left(self) -> float:
-        """Seconds of the time budget that remain; infinite without one."""
-        hours = self.config.time_budget_hours or (
-            11 if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else math.inf
-        )
+        """Seconds of the time budget that remain; infinite without one.
+
+        Without a setting it is 11 hours on Kaggle, and unlimited elsewhere.
+        """
+        hours = self.config.time_budget_hours
+        if not hours:
+            hours = 11 if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else math.inf
         path = self.directory / "session.json"
-        started = (
-            json.loads(path.read_text(encoding="utf-8"))["started"]
-            if path.exists()
-            else time.time()
-        )
+        if path.exists():
+            started = json.loads(path.read_text(encoding="utf-8"))["started"]
+        else:
+            started = time.time()
         return started + 3600 * hours - time.time()
 
     def seconds_per_question(self) -> float:
-        """Of the last inference that a worker has logged; 0 before the first one."""
-        logged = (
-            record.get("seconds_per_question")
-            for record in read_json_lines(self.directory / "stages.jsonl")
-        )
-        return next(filter(None, reversed(list(logged))), 0.0)
+        """Seconds a question of the last inference that is logged; 0 before the first one."""
+        for record in reversed(read_json_lines(self.directory / "stages.jsonl")):
+            if record.get("seconds_per_question"):
+                return record["seconds_per_question"]
+        return 0.0
 
     def scoring_seconds(self, cost: float) -> float:
-        """What the test rows cost all models, one after the other, at the speed of the last inference; NaN before it.
+        """What the test rows cost all models, one after the other; in seconds.
 
-        `cost` of a row in questions with one view."""
-        return round(
-            cost
-            * (self.seconds_per_question() or math.nan)
-            * len(self.test)
-            * len(self.submission_models),
-            1,
-        )
+        `cost` is that of a row, in questions with one view. At the speed of the last
+        inference; NaN before there was one.
+        """
+        seconds_per_question = self.seconds_per_question() or math.nan
+        rows = len(self.test)
+        models = len(self.submission_models)
+        return round(cost * seconds_per_question * rows * models, 1)
 
     @contextlib.contextmanager
     def lock_folds(self, folds: Sequence[int]) -> Iterator[None]:
-        """Keep other processes off these folds; CheckpointError if one is at work. A dead owner's lock is free."""
+        """Keep other processes off these folds while the block runs.
+
+        Raises CheckpointError if one works on them. The lock of a dead process is free.
+        """
         with contextlib.ExitStack() as locks:
             for fold in folds:
+                lock = filelock.FileLock(self.directory / f".fold_{fold}.lock", LOCK_SECONDS)
                 try:
-                    locks.enter_context(
-                        filelock.FileLock(self.directory / f".fold_{fold}.lock", LOCK_SECONDS)
-                    )
+                    locks.enter_context(lock)
                 except filelock.Timeout as error:
-                    problem = f"another process is working on fold {fold} of {self.directory}"
                     raise CheckpointError(
-                        f"{problem}; wait for it, stop it, or choose a new run_name"
+                        f"another process is working on fold {fold} of {self.directory}; "
+                        "wait for it, stop it, or choose a new run_name"
                     ) from error
             yield
 
 
 def _no_rows(train: pd.DataFrame) -> pd.DataFrame:
-    """`extra` of a run that trains on nothing but its training rows."""
+    """The `extra_rows` of a run that trains on nothing but its training rows `train`."""
     return train.head(0).assign(source="")
 
 
 def _differing_ids(rows: pd.DataFrame, others: pd.DataFrame) -> list[str]:
-    """Ids of the rows that only one of two tables has."""
+    """Sorted ids of the rows that only one of two tables has, in just that form.
+
+    >>> rows = pd.DataFrame({"id": ["q1", "q2"], "label": [0, 1]})
+    >>> _differing_ids(rows, rows.assign(label=[0, 3]))
+    ['q2']
+    """
     both = pd.concat([rows.astype(str), others.astype(str)])
     return sorted(set(both.drop_duplicates(keep=False)["id"]))
 
 
 def all_rows(run: Run) -> pd.DataFrame:
-    """What any fold trains on; `fold` is the one that a training row validates, or that an extra row is for."""
+    """The rows that any fold trains on: the run's training rows, then its extra rows.
+
+    `source` is train, dev or test. `fold` is the fold that validates a training row, or
+    that an extra row is for.
+    """
     return pd.concat([run.train.assign(source="train"), run.extra_rows], ignore_index=True)
 
 
 def training_rows(run: Run, fold: int, rows: pd.DataFrame | None = None) -> pd.DataFrame:
-    """What a fold trains on, of all rows or of `rows`: the training rows of other folds, and the extra rows for it."""
+    """The rows that a fold trains on.
+
+    Of `all_rows`, or of `rows`, which has the same columns. They are the training rows
+    of other folds, and the extra rows for this one.
+    """
     rows = all_rows(run) if rows is None else rows
-    return rows[(rows["source"] == "train") != (rows["fold"] == fold)].reset_index(drop=True)
+    is_training_row = rows["source"] == "train"
+    is_of_this_fold = rows["fold"] == fold
+    return rows[is_training_row != is_of_this_fold].reset_index(drop=True)
 
 
 def source_table(run: Run) -> pd.DataFrame:
-    """How many rows of each file (train, dev, test) every fold trains on."""
-    counts = {
-        fold: training_rows(run, fold)["source"].value_counts() for fold in run.models_to_train
-    }
+    """How many rows of each file (train, dev, test) every model trains on; a row a fold."""
+    counts = {}
+    for fold in run.models_to_train:
+        counts[fold] = training_rows(run, fold)["source"].value_counts()
     return pd.DataFrame(counts).T.fillna(0).astype(int).rename_axis("fold")
 
 
 # === Backup =======================================================================================
 def back_up(run: Run, fold: int | None = None) -> None:
-    """Copy what is new of the run, or of one fold, to `backup_dir`; what fails there is reported and costs no run.
+    """Copy what is new of the run, without its folds, or of one fold, to `backup_dir`.
 
-    Every file and every checkpoint appears there whole, in the order in which they were finished here."""
-    if run.config.backup_dir is None or rank_and_world_size()[0] > 0:
+    Every file and every checkpoint appears there whole, in the order in which they were
+    finished here. What fails is reported in the log and in events.jsonl, and costs no
+    run. Of several processes that share a fold only the first one copies.
+    """
+    rank = process_rank()
+    if run.config.backup_dir is None or rank > 0:
         return
-    place, folder = (
-        Path(run.config.backup_dir) / run.directory.name,
-        run.fold_dir(fold) if fold is not None else None,
-    )
-    files = (folder or run.directory).rglob("*")
+    backup = Path(run.config.backup_dir)
+    place = backup / run.directory.name
     try:
-        if not place.parent.parent.is_dir():  # making it anew would fill this session's own disk
-            raise OSError(f"{place.parent.parent} is gone")
-        if folder:
-            _back_up_checkpoint(folder / "checkpoints", place / folder.name / "checkpoints")
-        chosen = [
-            path
-            for path in files
-            if path.is_file() and _belongs_in_backup(path.relative_to(run.directory), fold)
-        ]
-        for path in sorted(chosen, key=lambda path: path.stat().st_mtime_ns):
-            target = place / path.relative_to(run.directory)
-            size, changed = path.stat().st_size, path.stat().st_mtime
-            if not (
-                target.exists()
-                and target.stat().st_size == size
-                and target.stat().st_mtime >= changed
-            ):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                new = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-                shutil.copyfile(path, new)
-                os.replace(new, target)
+        if not backup.parent.is_dir():  # making it anew would fill this session's own disk
+            raise OSError(f"{backup.parent} is gone")
+        if fold is None:
+            folder = run.directory
+        else:
+            folder = run.fold_dir(fold)
+            checkpoints = folder / "checkpoints"
+            _back_up_checkpoint(checkpoints, place / folder.name / "checkpoints")
+        finished = []
+        for path in folder.rglob("*"):
+            name = path.relative_to(run.directory)
+            if path.is_file() and _belongs_in_backup(name, fold):
+                finished.append(path)
+        for path in sorted(finished, key=lambda path: path.stat().st_mtime_ns):
+            _back_up_file(path, place / path.relative_to(run.directory))
     except OSError as error:  # the disk is full, or Drive was taken away
         LOGGER.warning("Not backed up: %s", error)
-        MetricLogger(run.directory / "events.jsonl").log(event=f"not backed up to {place}: {error}")
+        events = MetricLogger(run.directory / "events.jsonl")
+        events.log(event=f"not backed up to {place}: {error}")
+
+
+def _back_up_file(path: Path, target: Path) -> None:
+    """Copy a file unless `target` has its size and is no older; it appears there whole."""
+    source = path.stat()
+    if target.exists():
+        copy = target.stat()
+        if copy.st_size == source.st_size and copy.st_mtime >= source.st_mtime:
+            return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.copyfile(path, unfinished)
+    os.replace(unfinished, target)
 
 
 def delete_outputs(run: Run, paths: Sequence[Path]) -> None:
-    """Delete files of the run, here and in its backup: a later session must not take them for finished ones."""
+    """Delete files of the run, here and in its backup.
+
+    `paths` are relative to the run directory; missing files are passed over. A later
+    session must not take those of the backup for finished ones.
+    """
     for path in paths:
         (run.directory / path).unlink(missing_ok=True)
         if run.config.backup_dir:
-            (Path(run.config.backup_dir) / run.directory.name / path).unlink(missing_ok=True)
+            backup = Path(run.config.backup_dir) / run.directory.name
+            (backup / path).unlink(missing_ok=True)
 
 
 def _belongs_in_backup(path: Path, fold: int | None) -> bool:
-    """Whether a file of the run directory belongs into the backup of `fold`, or of everything but the folds."""
-    foreign = (path.parts[0].startswith("fold_") and fold is None) or "checkpoints" in path.parts
-    return not (
-        foreign
-        or path.suffix in (".lock", ".tmp")
-        or path.name.startswith(("progress_", "session."))
-    )
+    """Whether a file belongs into the backup of `fold`; None: of all but the folds.
+
+    `path` is relative to the run directory, and for a fold inside its folder. Locks,
+    unfinished files and what is only true of this session do not belong there;
+    `_back_up_checkpoint` copies the checkpoints.
+
+    >>> _belongs_in_backup(Path("fold_0/oof.npz"), fold=0)
+    True
+    >>> _belongs_in_backup(Path("fold_0/oof.npz"), fold=None)
+    False
+    >>> _belongs_in_backup(Path("progress_0.json"), fold=None)
+    False
+    """
+    is_in_a_fold = path.parts[0].startswith("fold_")
+    if "checkpoints" in path.parts or (is_in_a_fold and fold is None):
+        return False
+    is_unfinished = path.suffix in (".lock", ".tmp")
+    is_of_this_session = path.name.startswith(("progress_", "session."))
+    return not (is_unfinished or is_of_this_session)
 
 
 def _back_up_checkpoint(source: Path, place: Path) -> None:
-    """Copy the newest verified checkpoint under a name that counts only when it is whole; OSError if it is damaged."""
+    """Copy the newest verified checkpoint of the folder `source` into `place`.
+
+    It gets a name that counts once the copy is whole. Raises OSError if it is damaged.
+    """
     newest = CheckpointManager(source).latest_verified()
     if newest is None or (place / newest.name).exists():
         return
-    new = place / f".incomplete-{newest.name}"
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.copytree(newest, new)
-    if problem := CheckpointManager.problem(new):
+    unfinished = place / f".incomplete-{newest.name}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(newest, unfinished)
+    problem = CheckpointManager.problem(unfinished)
+    if problem:
         raise OSError(f"the copy of {newest} is damaged: {problem}")
-    os.replace(new, place / newest.name)
+    os.replace(unfinished, place / newest.name)
     CheckpointManager(place).prune()
 
 
@@ -3665,6 +5556,7 @@ PROBABILITY_FLOOR = 1e-12  # keeps a logarithm finite where a probability has un
 
 
 def _as_array(values) -> np.ndarray:
+    """Numbers of any kind (lists, arrays, torch tensors) as float64."""
     if hasattr(values, "detach"):  # a torch tensor: numpy knows neither gradients nor bfloat16
         values = values.detach().cpu().double().numpy()
     return np.asarray(values, dtype=np.float64)
@@ -3686,119 +5578,201 @@ def _as_probabilities(values, ndim=2) -> np.ndarray:
 
 def _as_labels(labels, shape) -> np.ndarray:
     """Checked int labels for an array whose last two axes are (n, choices)."""
-    labels, (n_rows, n_choices) = _as_array(labels), shape[-2:]
+    labels = _as_array(labels)
+    n_rows, n_choices = shape[-2:]
     if labels.shape != (n_rows,) or not n_rows:
         raise ValueError(f"{n_rows} rows but labels of shape {labels.shape}")
-    bad = ~np.isin(labels, np.arange(n_choices))
-    if bad.any():
-        row = bad.argmax()
+    unlabelled = ~np.isin(labels, np.arange(n_choices))
+    if unlabelled.any():
+        row = unlabelled.argmax()
         raise ValueError(
-            f"{bad.sum()} unlabelled rows, the first is row {row} with label {labels[row]:g}: drop them"
+            f"{unlabelled.sum()} unlabelled rows, "
+            f"the first is row {row} with label {labels[row]:g}: drop them"
         )
     return labels.astype(np.int64)
 
 
 def softmax(logits) -> np.ndarray:
-    """Probabilities over the last axis; a masked choice (-inf) gets exactly 0."""
+    """Probabilities over the last axis; a masked choice (-inf) gets exactly 0.
+
+    >>> softmax([[0.0, 0.0, -np.inf]]).tolist()
+    [[0.5, 0.5, 0.0]]
+    """
     return special.softmax(_as_array(logits), axis=-1)
 
 
 def combine_views(logits) -> np.ndarray:
-    """(n, views, choices) logits, or (n, choices), -> (n, choices) mean log-probabilities over a row's views."""
-    # Over all four rotations this cancels any additive letter preference: each choice has then met each letter once.
+    """(n, choices) mean log-probabilities over the views of each row.
+
+    `logits`: (n, views, choices), or (n, choices) for one view. A view of NaN does not count;
+    -inf masks a choice. Raises ValueError, naming the row, where a row has no view, where a view
+    is partly NaN, and where a choice is masked in some views only.
+
+    Over all four rotations this cancels any additive letter preference: each choice has then
+    met each letter once.
+
+    >>> view_1 = np.log([0.6, 0.2, 0.1, 0.1])
+    >>> view_2 = np.log([0.2, 0.6, 0.1, 0.1])
+    >>> softmax(combine_views([[view_1, view_2]])).round(2).tolist()
+    [[0.39, 0.39, 0.11, 0.11]]
+    """
     logits = _as_array(logits)
-    logits = logits[:, None] if logits.ndim == 2 else logits
-    exists = ~np.isnan(logits).all(axis=2, keepdims=True)
-    combined = special.log_softmax(logits, axis=2).mean(axis=1, where=exists)
+    if logits.ndim == 2:
+        logits = logits[:, None]
+    view_exists = ~np.isnan(logits).all(axis=2, keepdims=True)
+    combined = special.log_softmax(logits, axis=2).mean(axis=1, where=view_exists)
     # One -inf would mask the choice in the mean although other views have scored it.
-    uneven = np.isneginf(combined) & np.isfinite(logits).any(axis=1)
-    bad = (np.isnan(combined) | uneven).any(axis=1)
-    if bad.any():
+    partly_masked = np.isneginf(combined) & np.isfinite(logits).any(axis=1)
+    is_bad_row = (np.isnan(combined) | partly_masked).any(axis=1)
+    if is_bad_row.any():
         raise ValueError(
-            f"row {bad.argmax()}: no view, a view with NaN, or a choice masked in some views only"
+            f"row {is_bad_row.argmax()}: no view, a view with NaN, "
+            "or a choice masked in some views only"
         )
     return combined
 
 
 def negative_log_likelihood(probabilities, labels) -> float:
-    """Mean -log p(label): the score that calibration is judged by. A zero counts as PROBABILITY_FLOOR."""
+    """Mean -log p(label): the score that calibration is judged by; 0 is best.
+
+    A probability of zero counts as PROBABILITY_FLOOR.
+
+    >>> round(negative_log_likelihood([[0.5, 0.5, 0, 0], [1, 0, 0, 0]], [0, 0]), 4)
+    0.3466
+    """
     probabilities = _as_probabilities(probabilities)
-    chosen = probabilities[np.arange(len(probabilities)), _as_labels(labels, probabilities.shape)]
-    return float(-np.log(np.maximum(chosen, PROBABILITY_FLOOR)).mean())
+    labels = _as_labels(labels, probabilities.shape)
+    of_label = probabilities[np.arange(len(probabilities)), labels]
+    return float(-np.log(np.maximum(of_label, PROBABILITY_FLOOR)).mean())
 
 
 def brier_score(probabilities, labels) -> float:
-    """Mean squared distance of probabilities and truth, summed over choices (Brier 1950): 0 is best, 2 is worst."""
+    """Mean squared distance of probabilities and truth, summed over choices (Brier 1950).
+
+    0 is best, 2 is worst.
+
+    >>> brier_score([[1, 0, 0, 0], [0.5, 0.5, 0, 0]], [0, 0])
+    0.25
+    """
     probabilities = _as_probabilities(probabilities)
-    truth = np.eye(probabilities.shape[1])[_as_labels(labels, probabilities.shape)]
+    labels = _as_labels(labels, probabilities.shape)
+    truth = np.eye(probabilities.shape[1])[labels]
     return float(((probabilities - truth) ** 2).sum(axis=1).mean())
 
 
 def accuracy(probabilities, labels) -> float:
-    """Share of rows whose most probable choice is the label."""
+    """Share of rows whose most probable choice is the label.
+
+    >>> accuracy([[0.7, 0.1, 0.1, 0.1], [0.4, 0.3, 0.2, 0.1]], [0, 1])
+    0.5
+    """
     probabilities = _as_probabilities(probabilities)
-    return float((probabilities.argmax(axis=1) == _as_labels(labels, probabilities.shape)).mean())
+    labels = _as_labels(labels, probabilities.shape)
+    return float((probabilities.argmax(axis=1) == labels).mean())
 
 
 def _confidence_bins(confidence: np.ndarray, n_bins: int) -> np.ndarray:
-    """(n,) the number of the bin; a value on an edge belongs to the bin that it ends."""
-    return (
-        np.ceil(np.round(confidence * n_bins, 9)).clip(1, n_bins).astype(int) - 1
-    )  # 0.6 * 15 is a hair above 9
+    """(n,) each row's bin, from 0; a value on an edge belongs to the bin that it ends."""
+    # Rounded first, because 0.6 * 15 is a hair above 9.
+    bins_from_1 = np.ceil(np.round(confidence * n_bins, 9)).clip(1, n_bins)
+    return bins_from_1.astype(int) - 1
 
 
 def reliability_curve(probabilities, labels, n_bins=15) -> pd.DataFrame:
-    """Mean confidence, accuracy and count per confidence bin; an empty bin has count 0 and NaN elsewhere."""
+    """Mean confidence, accuracy and count of rows in `n_bins` equal bins of confidence.
+
+    One row per bin. Confidence is the probability of the answer. An empty bin has count 0 and
+    NaN elsewhere.
+
+    >>> probabilities = [[0.9, 0.1], [0.9, 0.1], [0.6, 0.4]]
+    >>> curve = reliability_curve(probabilities, labels=[0, 1, 0], n_bins=5)
+    >>> curve["count"].tolist()
+    [0, 0, 1, 0, 2]
+    >>> curve["accuracy"].tolist()
+    [nan, nan, 1.0, nan, 0.5]
+    """
     probabilities = _as_probabilities(probabilities)
     labels = _as_labels(labels, probabilities.shape)
     confidence = probabilities.max(axis=1)
+    is_right = probabilities.argmax(axis=1) == labels
     bins = _confidence_bins(confidence, n_bins)
-    rows = pd.DataFrame(
-        {"confidence": confidence, "accuracy": probabilities.argmax(axis=1) == labels}
-    ).astype(float)
+    rows = pd.DataFrame({"confidence": confidence, "accuracy": is_right}).astype(float)
     curve = rows.groupby(bins).mean().reindex(range(n_bins))
-    return curve.assign(count=np.bincount(bins, minlength=n_bins)).rename_axis("bin")
+    curve["count"] = np.bincount(bins, minlength=n_bins)
+    return curve.rename_axis("bin")
 
 
 def expected_calibration_error(probabilities, labels, n_bins=ECE_BINS) -> float:
-    """Mean gap of confidence and accuracy over equal bins (Guo et al. 2017); read beside `calibration_error_null`."""
+    """Mean gap of confidence and accuracy over equal bins (Guo et al. 2017); 0 is best.
+
+    Each bin counts by its rows. Chance alone makes it larger than 0: read it beside
+    `calibration_error_null`.
+
+    >>> four_rows = [[0.75, 0.25, 0, 0]] * 4
+    >>> expected_calibration_error(four_rows, [0, 0, 0, 1])
+    0.0
+    >>> expected_calibration_error(four_rows, [0, 0, 0, 0])
+    0.25
+    """
     curve = reliability_curve(probabilities, labels, n_bins).dropna()
-    return float(
-        np.average((curve["confidence"] - curve["accuracy"]).abs(), weights=curve["count"])
-    )
+    gaps = (curve["confidence"] - curve["accuracy"]).abs()
+    return float(np.average(gaps, weights=curve["count"]))
 
 
 def calibration_error_null(probabilities) -> np.ndarray:
-    """(3,) expected calibration error under labels drawn from these very probabilities: mean, 5 % and 95 % quantile."""
+    """(3,) calibration error that chance alone gives to honest probabilities.
+
+    The expected calibration error under 200 draws of labels from these very probabilities: its
+    mean, its 5 % and its 95 % quantile.
+
+    >>> mean, low, high = calibration_error_null(np.full((100, 4), 0.25))
+    >>> bool(0 <= low < mean < high < 0.2)
+    True
+    """
     probabilities = _as_probabilities(probabilities)
-    confidence, draws = (
-        probabilities.max(axis=1),
-        np.random.default_rng(0).random((200, len(probabilities))),
-    )
+    confidence = probabilities.max(axis=1)
+    draws = np.random.default_rng(0).random((200, len(probabilities)))
     gaps = confidence - (draws < confidence)  # the answer is right as often as it is probable
     in_bin = np.eye(ECE_BINS)[_confidence_bins(confidence, ECE_BINS)]
     errors = np.abs(gaps @ in_bin).sum(axis=1) / len(probabilities)
     return np.array([np.mean(errors), *np.quantile(errors, [0.05, 0.95])])
 
 
+# The scores that tables have, in the order of their columns; `score_row` computes them.
+SCORES = ("accuracy", "nll", "brier", "ece")
+
+
 def score_row(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, NLL, Brier score and ECE of probabilities (n, 4)."""
-    metrics = {"accuracy": accuracy, "nll": negative_log_likelihood, "brier": brier_score}
-    metrics["ece"] = expected_calibration_error
-    return {name: metric(probabilities, labels) for name, metric in metrics.items()}
+    """Accuracy, NLL, Brier score and expected calibration error of probabilities (n, 4).
+
+    >>> scores = score_row([[0.5, 0.5, 0, 0], [1, 0, 0, 0]], [1, 0])
+    >>> scores["accuracy"]
+    0.5
+    >>> tuple(scores) == SCORES
+    True
+    """
+    return {
+        "accuracy": accuracy(probabilities, labels),
+        "nll": negative_log_likelihood(probabilities, labels),
+        "brier": brier_score(probabilities, labels),
+        "ece": expected_calibration_error(probabilities, labels),
+    }
 
 
 def calibration_row(probabilities, labels) -> dict[str, float]:
-    """`score_row`, and the ECE in excess of what chance alone gives honest probabilities, with its 90 % interval.
+    """`score_row`, and by how much its ECE exceeds `calibration_error_null`.
 
-    An interval above zero says that the probabilities are not honest; one that holds it, that these rows cannot tell.
+    The excess over what chance alone gives to honest probabilities comes with its 90 % interval.
+    An interval above zero says that the probabilities are not honest; one that holds zero, that
+    these rows cannot tell.
     """
-    scores, null = score_row(probabilities, labels), calibration_error_null(probabilities)
-    excess = dict(
-        zip(("ece_excess", "excess_high", "excess_low"), scores["ece"] - null, strict=True)
-    )
-    return scores | {
-        name: float(excess[name]) for name in ("ece_excess", "excess_low", "excess_high")
+    scores = score_row(probabilities, labels)
+    null_mean, null_low, null_high = calibration_error_null(probabilities)
+    return {
+        **scores,
+        "ece_excess": float(scores["ece"] - null_mean),
+        "excess_low": float(scores["ece"] - null_high),
+        "excess_high": float(scores["ece"] - null_low),
     }
 
 
@@ -3811,213 +5785,316 @@ def _letter_indices(values) -> np.ndarray:
     return _as_labels(values, (len(values), len(CHOICES)))
 
 
+def _letter_shares(indices: np.ndarray) -> np.ndarray:
+    """(4,) share of each letter."""
+    return np.bincount(indices, minlength=4) / len(indices)
+
+
+def _normalised_entropy(shares: np.ndarray) -> float:
+    """Entropy of the letters' shares: 1 where they are even, 0 for a single letter."""
+    return float(special.entr(shares).sum() / math.log(4))
+
+
 def prediction_diversity(predictions, validation_labels) -> dict:
-    """Mode-collapse alarm on (n, 4) probabilities or (n,) letters; `entropy` is 1 for even letters, 0 for a single."""
-    predicted, labels = _letter_indices(predictions), _letter_indices(validation_labels)
-    shares, label_shares = (
-        np.bincount(indices, minlength=4) / len(indices) for indices in (predicted, labels)
-    )
-    entropy, label_entropy = (
-        float(special.entr(share).sum() / math.log(4)) for share in (shares, label_shares)
-    )
+    """Whether a model answers one letter to almost everything: the mode-collapse alarm.
+
+    Both arguments may be (n, 4) probabilities, (n,) letters or (n,) indices. `entropy` is that
+    of the predicted letters, 1 where they are even and 0 for a single one; `label_share` is the
+    top letter's share of the labels.
+
+    >>> alarm = prediction_diversity(["b"] * 50, ["a", "b", "c", "d"] * 10)
+    >>> alarm["top_letter"], alarm["top_share"], alarm["label_share"], alarm["collapsed"]
+    ('b', 1.0, 0.25, True)
+    """
+    predicted = _letter_indices(predictions)
+    labels = _letter_indices(validation_labels)
+    shares = _letter_shares(predicted)
+    label_shares = _letter_shares(labels)
+    entropy = _normalised_entropy(shares)
     top = int(shares.argmax())
-    top_share, label_share = float(shares[top]), float(label_shares[top])
-    # Collapsed is an excess of the top letter that chance does not explain and that is also large.
-    test = binomtest(
-        int((predicted == top).sum()), len(predicted), label_share, alternative="greater"
-    )
-    large = top_share - label_share > 0.3 or entropy < 0.6 * label_entropy
-    alarm = {
+    top_share = float(shares[top])
+    label_share = float(label_shares[top])
+    # Collapsed: an excess of the top letter that chance does not explain and that is large.
+    n_top = int((predicted == top).sum())
+    test = binomtest(n_top, len(predicted), label_share, alternative="greater")
+    is_uneven = entropy < 0.6 * _normalised_entropy(label_shares)
+    is_large = top_share - label_share > 0.3 or is_uneven
+    return {
         "entropy": entropy,
         "top_letter": CHOICES[top],
         "top_share": top_share,
         "label_share": label_share,
+        "collapsed": bool(test.pvalue < 0.001 and is_large),
     }
-    return alarm | {"collapsed": bool(test.pvalue < 0.001 and large)}
 
 
 # === Views ========================================================================================
-SUFFIX_16_BIT = " in 16 bits"  # end of the name of a view, or a set of them, that an unquantised base model scored
+# End of the name of a view, or of a set of views, that an unquantised base model scored.
+SUFFIX_16_BIT = " in 16 bits"
 
 
 @dataclass(frozen=True)
 class TTAView:
-    """One way to show a question: a cyclic rotation of its choices and a factor on the pixel budget."""
+    """One way to show a question: an order of its choices and a size of its image."""
 
     name: str
-    rotation: int = 0
-    scale: float = 1.0
+    rotation: int = 0  # places, 0 to 3, by which the choices are turned
+    scale: float = 1.0  # factor on the pixel budget
 
     @property
     def order(self) -> tuple[int, ...]:
+        """order[position] = original choice.
+
+        >>> TTAView("rotation 1", rotation=1).order
+        (1, 2, 3, 0)
+        """
         return tuple((position + self.rotation) % 4 for position in range(4))
 
 
+def view_kind(name: str) -> str:
+    """What a view changes, by the first word of its name: "rotation" or "scale".
+
+    >>> view_kind("rotation 0"), view_kind("scale 0.9 in 16 bits")
+    ('rotation', 'scale')
+    """
+    return name.split()[0]
+
+
 def all_views(config: Config, processor) -> list[TTAView]:
-    """Every view the configuration asks for, the plain one first; `infer_max_pixels` adds one more scale."""
+    """Every view the configuration asks for, the plain one first.
+
+    `infer_max_pixels` adds one more scale.
+    """
     if not config.use_tta:
         return [TTAView("rotation 0")]
     scales = {1.0, *config.tta_scales}
     if config.infer_max_pixels:
-        scales.add(round(config.infer_max_pixels / pixel_budget(config, processor)[1], 3))
-    rotations = [
-        TTAView(f"rotation {turn}", turn) for turn in range(0, 4, 4 // config.tta_rotations)
-    ]
-    return rotations + [TTAView(f"scale {scale:g}", 0, scale) for scale in sorted(scales - {1.0})]
+        _, max_pixels = pixel_budget(config, processor)
+        scales.add(round(config.infer_max_pixels / max_pixels, 3))
+    views = []
+    for rotation in range(0, 4, 4 // config.tta_rotations):
+        views.append(TTAView(f"rotation {rotation}", rotation))
+    for scale in sorted(scales - {1.0}):
+        views.append(TTAView(f"scale {scale:g}", 0, scale))
+    return views
 
 
 def tta_views(row: Mapping, views: Sequence[TTAView]) -> list[TTAView]:
-    """The views that make sense for one question: no scale below 1 where text is read, and no flip or turn at all."""
-    return [view for view in views if not (row["type"] == "ocr" and view.scale < 1)]
+    """The views that make sense for one question: no scale below 1 where text is read.
+
+    No view ever flips or turns an image.
+
+    >>> views = [TTAView("rotation 0"), TTAView("scale 0.5", scale=0.5)]
+    >>> [view.name for view in tta_views({"type": "ocr"}, views)]
+    ['rotation 0']
+    """
+    reads_text = row["type"] == "ocr"
+    return [view for view in views if not (reads_text and view.scale < 1)]
 
 
 def view_sets(view_names: Sequence[str]) -> dict[str, list[int]]:
-    """The candidate sets, each wider than the one before: one view, all rotations, and scales; then in 16 bits."""
-    sets = {}
+    """The candidate sets of views by name, as positions in `view_names`.
+
+    Each is wider than the one before: one view, all rotations, and scales; then the same in
+    16 bits. A set that is empty, or equal to an earlier one, is left out.
+
+    >>> view_sets(["rotation 0", "rotation 2", "scale 1.5"])
+    {'single view': [0], 'rotations': [0, 1], 'rotations and scales': [0, 1, 2]}
+    """
+    sets: dict[str, list[int]] = {}
     for ending in ("", SUFFIX_16_BIT):
-        own = [
-            index
-            for index, name in enumerate(view_names)
-            if name.endswith(SUFFIX_16_BIT) == bool(ending)
-        ]
-        rotations = [index for index in own if view_names[index].startswith("rotation")]
-        for name, wider in {
-            "single view": own[:1],
+        every_view = []
+        rotations = []
+        for position, name in enumerate(view_names):
+            if name.endswith(SUFFIX_16_BIT) != bool(ending):
+                continue
+            every_view.append(position)
+            if view_kind(name) == "rotation":
+                rotations.append(position)
+        candidates = {
+            "single view": every_view[:1],
             "rotations": rotations,
-            "rotations and scales": own,
-        }.items():
-            if wider and wider not in sets.values():
-                sets[name + ending] = wider
+            "rotations and scales": every_view,
+        }
+        for name, positions in candidates.items():
+            if positions and positions not in sets.values():
+                sets[name + ending] = positions
     return sets
 
 
-# The last step of `view_sets` changes few answers. With `adaptive_tta` only the test rows whose answer is in doubt are
-# scored in its views, in a second pass, whose prompts repeat the prefix: the costs below count that.
+# The last step of `view_sets` changes few answers. With `adaptive_tta` only the test rows
+# whose answer is in doubt are scored in its views, in a second pass, whose prompts repeat the
+# prefix: the costs below count that.
 def split_views(view_names: Sequence[str]) -> tuple[list[int], list[int]]:
-    """The views that every row is scored in, and what the last step of `view_sets` adds; none where it has one step."""
-    *before, widest = view_sets(view_names).values()
-    first = before[-1] if before else widest
-    return first, [view for view in widest if view not in first]
+    """(views that every row is scored in, views that the last step of `view_sets` adds).
+
+    Both are positions in `view_names`; the second list is empty where there is one step only.
+
+    >>> split_views(["rotation 0", "rotation 2", "scale 1.5"])
+    ([0, 1], [2])
+    """
+    *narrower, widest = view_sets(view_names).values()
+    first = narrower[-1] if narrower else widest
+    added = [view for view in widest if view not in first]
+    return first, added
 
 
 def scoring_cost(prompts: int, answers: int) -> float:
-    """Time in prompts with one answer: a further choice order is a short text behind the common prefix."""
+    """Time to score so many prompts with so many answers, in prompts with one answer.
+
+    A further choice order is a short text behind the common prefix: a seventh of a prompt.
+
+    >>> scoring_cost(prompts=1, answers=8)
+    2.0
+    """
     return prompts + (answers - prompts) / 7
 
 
 def views_cost(session: Session, views: Sequence[TTAView]) -> float:
-    """Time to score a question in all `views` and each kind of weights, in questions with one view and kind."""
+    """Time to score a question in all `views` and each kind of weights.
+
+    The unit is a question with one view and one kind.
+    """
     config = session.config
-    kinds = (
-        1 + config.use_ema + config.use_swa if config.mix_weights else 1
-    )  # at most: OOF may prefer a single one
-    return kinds * scoring_cost(
-        len({view.scale if session.shares_prefixes else view for view in views}), len(views)
-    )
+    kinds = 1
+    if config.mix_weights:  # at most: OOF may prefer a single one
+        kinds = 1 + config.use_ema + config.use_swa
+    # Orders of one scale share a prompt, where they can share a prefix. A new field of TTAView
+    # would belong beside the scale.
+    prompts = {view.scale if session.shares_prefixes else view for view in views}
+    return kinds * scoring_cost(len(prompts), len(views))
 
 
 def adaptive_cost(session: Session, views: Sequence[TTAView]) -> float:
-    """As views_cost, for a test row: `adaptive_tta` spends a part of what the last step of views would cost."""
+    """As views_cost, for a test row.
+
+    `adaptive_tta` spends a part of what the last step of views would cost.
+    """
+    all_cost = views_cost(session, views)
+    share = session.config.adaptive_tta
+    if share is None:
+        return all_cost
     first, _ = split_views([view.name for view in views])
-    once, every = views_cost(session, [views[view] for view in first]), views_cost(session, views)
-    return (
-        every
-        if session.config.adaptive_tta is None
-        else once + session.config.adaptive_tta * (every - once)
-    )
+    first_cost = views_cost(session, [views[number] for number in first])
+    return first_cost + share * (all_cost - first_cost)
 
 
 def inference_seconds(
     run: Run, seconds_per_question: float, session: Session, training: int
 ) -> float:
-    """Estimated time to validate `training` folds and to score the worker's folds that wait for it, with margin."""
-    waiting = [
-        fold
-        for fold in session.assigned_folds
-        if fold in run.finished_folds and not run.is_done("predict", fold)
-    ]
-    held_out, views = len(run.train) / run.config.n_folds, all_views(run.config, session.processor)
-    scored = held_out * views_cost(session, views) + len(run.test) * adaptive_cost(session, views)
-    questions = (len(waiting) + training) * scored + 3 * training * held_out
-    return 1.25 * seconds_per_question * questions / rank_and_world_size()[1]
+    """Estimated seconds of the inference that is still to be done by this worker, with margin.
+
+    It is to validate `training` folds that are being trained, and to score these and the
+    worker's folds that wait for it, on their held-out rows and the test rows.
+    `seconds_per_question` is for a question with one view.
+    """
+    waiting = 0
+    for fold in session.assigned_folds:
+        if fold in run.finished_folds and not run.is_done("predict", fold):
+            waiting += 1
+    held_out = len(run.train) / run.config.n_folds
+    views = all_views(run.config, session.processor)
+    oof_questions = held_out * views_cost(session, views)
+    test_questions = len(run.test) * adaptive_cost(session, views)
+    scored = oof_questions + test_questions  # for a fold
+    validated = 3 * training * held_out
+    questions = (waiting + training) * scored + validated
+    world_size = process_count()
+    return 1.25 * seconds_per_question * questions / world_size
 
 
 # === Prediction ===================================================================================
 def unpermute_scores(scores, order: Sequence[int]) -> np.ndarray:
-    """Scores (..., 4) by prompt position, moved to the original choices: result[..., order[p]] = scores[..., p]."""
+    """Scores (..., 4) by prompt position, moved to the original choices.
+
+    result[..., order[position]] = scores[..., position]
+
+    >>> unpermute_scores([9, 0, 0, 0], order=(2, 0, 3, 1)).tolist()
+    [0, 0, 9, 0]
+    """
     return np.asarray(scores)[..., np.argsort(order)]
 
 
 @dataclass
 class InferenceCheckpoint:
-    """Where inference keeps what it has done, to be continued by a later process of the same run."""
+    """The file in which inference keeps what it has done, for a later process of the run."""
 
     path: Path
-    fingerprint: str
-    config: Config
-    written: float = field(default_factory=time.monotonic)
+    fingerprint: str  # of what is scored; a file with another one is not continued
+    config: Config  # says how often to save
+    last_save: float = field(default_factory=time.monotonic)  # seconds of that clock
 
     def read(self) -> tuple[int, np.ndarray | None]:
         """(batches done, their logits); nothing, said aloud, where the file is damaged."""
-        if self.path.exists():
-            try:
-                content = read_arrays(self.path, self.fingerprint)
-                LOGGER.info("Inference continues after %d batches: %s", content["done"], self.path)
-                return int(content["done"]), content["logits"]
-            except CheckpointError as error:
-                LOGGER.warning("Inference starts again: %s", error)
-        return 0, None
+        if not self.path.exists():
+            return 0, None
+        try:
+            content = read_arrays(self.path, self.fingerprint)
+        except CheckpointError as error:
+            LOGGER.warning("Inference starts again: %s", error)
+            return 0, None
+        LOGGER.info("Inference continues after %d batches: %s", content["done"], self.path)
+        return int(content["done"]), content["logits"]
 
     def save(self, done: int, logits: np.ndarray, now: bool = False) -> None:
-        """Write what `done` batches gave, where the config's steps or minutes say so, or `now`."""
-        late = time.monotonic() - self.written > 60 * self.config.save_every_minutes
-        if now or late or done % self.config.save_every_steps == 0:
+        """Write what `done` batches gave, when the config's steps or minutes say so, or `now`.
+
+        `logits`: (n, views, 4), NaN where nothing is scored yet.
+        """
+        seconds = time.monotonic() - self.last_save
+        by_time = seconds > 60 * self.config.save_every_minutes
+        by_steps = done % self.config.save_every_steps == 0
+        if now or by_time or by_steps:
             write_arrays(self.path, self.fingerprint, done=np.array(done), logits=logits)
-            self.written = time.monotonic()
+            self.last_save = time.monotonic()
 
 
 def score_batch(session: Session, batch: Mapping):
-    """Scores (answers, 4) on the device; in smaller parts, from here on, when memory runs out."""
+    """Scores (answers, 4) on the device, by prompt position.
+
+    In smaller parts, from here on, when memory runs out. Raises RuntimeError, as
+    `out_of_memory_error` words it, where one question is too much.
+    """
     while True:
         size = session.inference_batch_limit or len(batch["prompts"])
         try:
-            parts = split_batches(session, [batch], size)
-            scores = [answer_scores(session, answer_hidden_states(session, part)) for part in parts]
+            scores = []
+            for small_batch in split_batches(session, [batch], size):
+                scores.append(answer_scores(session, answer_hidden_states(session, small_batch)))
             return torch.cat(scores)
         except torch.OutOfMemoryError as error:
             if size == 1:
                 raise out_of_memory_error(error) from error
-        scores = None
+        scores = None  # they hold memory
         clear_memory(LOGGER)
         session.inference_batch_limit = math.ceil(size / 2)
         session.add_note(
-            f"out of memory: inference goes on with {session.inference_batch_limit} questions per forward pass"
+            f"out of memory: inference goes on with {session.inference_batch_limit} "
+            "questions per forward pass"
         )
 
 
 def score_batches(session: Session, batches: Iterable[Mapping]) -> Iterator[np.ndarray]:
-    """Scores (answers, 4) of each batch in prompt positions, handed over while the GPU is at the next batch."""
-    waiting = deque()
+    """Scores (answers, 4) of each batch, by prompt position.
+
+    They are handed over while the GPU is at the next batch.
+    """
+    on_gpu = session.device.type == "cuda"
+    under_way = deque()  # (scores on the CPU, event that says when they have arrived)
 
     def receive() -> np.ndarray:
-        scores, copied = waiting.popleft()
+        scores, copied = under_way.popleft()
         if copied is not None:
             copied.synchronize()
         return scores.numpy()
 
     for batch in batches:
         scores = score_batch(session, batch).to("cpu", non_blocking=True)
-        waiting.append(
-            (
-                scores,
-                torch.cuda.current_stream().record_event()
-                if session.device.type == "cuda"
-                else None,
-            )
-        )
-        if len(waiting) > 1:
+        copied = torch.cuda.current_stream().record_event() if on_gpu else None
+        under_way.append((scores, copied))
+        if len(under_way) > 1:
             yield receive()
-    while waiting:
+    while under_way:
         yield receive()
 
 
@@ -4026,221 +6103,393 @@ def group_views_by_prompt(
 ) -> list[list[TTAView]]:
     """The distinct views of a question, in one list those that one prompt shows."""
     groups = defaultdict(dict)
-    for view in tta_views(
-        row, views
-    ):  # of views with the same grid and order the first; one prefix a grid
+    for view in tta_views(row, views):
         budget = pixel_budget(session.config, session.processor, view.scale)
         grid = image_grid(row["width"], row["height"], session.processor, budget)
-        groups[grid, None if session.shares_prefixes else view.order].setdefault(view.order, view)
+        # Orders of one grid share a prompt, where they can share a prefix. A new field of
+        # TTAView would belong into this key, or into the one below.
+        prompt_key = (grid, None if session.shares_prefixes else view.order)
+        # Of views with the same grid and order the first stands for all.
+        groups[prompt_key].setdefault(view.order, view)
     return [list(group.values()) for group in groups.values()]
 
 
+@dataclass(frozen=True)
+class PlannedPrompt:
+    """A prompt that is to be scored, and the views that its answers belong to."""
+
+    prompt: Prompt  # a question at one scale, in one or several choice orders
+    view_numbers: list[int]  # (orders,): the number of the view of each order
+
+
 def plan_prompts(
-    session: Session, frame: pd.DataFrame, views: Sequence[TTAView], known: Sequence[TTAView] = ()
-) -> list:
-    """Pairs of a prompt and the numbers of its views: every row in all its distinct views but those `known`."""
+    session: Session,
+    frame: pd.DataFrame,
+    views: Sequence[TTAView],
+    scored_views: Sequence[TTAView] = (),
+) -> list[PlannedPrompt]:
+    """Prompts of every row of `frame` in all its distinct views but the `scored_views`."""
     planned = []
     for row in range(len(frame)):
         for group in group_views_by_prompt(session, frame.iloc[row], views):
-            if shown := [view for view in group if view not in known]:
-                prompt = make_prompt(
-                    session, frame, row, [view.order for view in shown], shown[0].scale
-                )
-                planned.append((prompt, [*map(views.index, shown)]))
+            shown = [view for view in group if view not in scored_views]
+            if shown:
+                orders = [view.order for view in shown]
+                prompt = make_prompt(session, frame, row, orders, shown[0].scale)
+                view_numbers = [views.index(view) for view in shown]
+                planned.append(PlannedPrompt(prompt, view_numbers))
     return planned
+
+
+def plan_inference_batches(session: Session, planned: Sequence[PlannedPrompt]) -> list[np.ndarray]:
+    """Positions in `planned` of the prompts that share a forward pass, longest first."""
+    config = session.config
+    size = config.infer_batch_size if config.use_batch_inference else 1
+    lengths = [len(item.prompt.input_ids) for item in planned]
+    by_length = np.argsort([-length for length in lengths], kind="stable")
+    return [by_length[start : start + size] for start in range(0, len(planned), size)]
+
+
+def store_scores(
+    result: np.ndarray,
+    scores: np.ndarray,
+    planned: Sequence[PlannedPrompt],
+    frame: pd.DataFrame,
+    present: np.ndarray,
+) -> None:
+    """Write the scores (answers, 4) of `planned` prompts into `result` (n, views, 4).
+
+    Columns of `result` are the original choices; one that is not `present` (n, 4) gets -inf.
+    Raises FloatingPointError naming the row of a score that is not finite.
+    """
+    answers = [
+        (item.prompt.row, order, view)
+        for item in planned
+        for order, view in zip(item.prompt.orders, item.view_numbers, strict=True)
+    ]
+    for (row, order, view), by_position in zip(answers, scores, strict=True):
+        by_choice = unpermute_scores(by_position, order)
+        if not np.isfinite(by_choice[present[row]]).all():
+            raise FloatingPointError(
+                f"Non-finite scores for row {frame['id'].iloc[row]}: {by_choice}"
+            )
+        result[row, view] = np.where(present[row], by_choice, -np.inf)
+
+
+def score_planned(
+    session: Session,
+    frame: pd.DataFrame,
+    planned: Sequence[PlannedPrompt],
+    result: np.ndarray,
+    done: int,
+    label: str,
+    checkpoint: InferenceCheckpoint | None,
+) -> None:
+    """Score this process's batches of `planned` prompts, but the first `done`, into `result`.
+
+    What is done is reported as `label`, and kept in the `checkpoint`; Interrupted leaves there
+    what was done till then.
+    """
+    batches = plan_inference_batches(session, planned)
+    rank = process_rank()
+    world_size = process_count()
+    common = len(batches) // world_size  # so many batches each process has at least
+    batches = batches[rank::world_size]
+    present = np.array([present_choices(row) for _, row in frame.iterrows()])
+    prompts = [item.prompt for item in planned]
+    start = time.perf_counter()
+    cost = 0.0  # of what has been scored since, in prompts with one answer
+    loader = iterate_batches(session, prompts, batches[done:])
+    for scores in score_batches(session, loader):
+        shown = [planned[number] for number in batches[done]]
+        store_scores(result, scores, shown, frame, present)
+        done += 1
+        cost += scoring_cost(len(shown), len(scores))
+        session.seconds_per_question = (time.perf_counter() - start) / cost
+        if checkpoint:
+            checkpoint.save(done, result)
+        try:
+            session.progress(label, done, len(batches), together=done <= common)
+        except Interrupted:
+            if checkpoint:
+                checkpoint.save(done, result, now=True)
+            raise
+    if checkpoint:  # another pass may follow, and this one need not be done again
+        checkpoint.save(len(batches), result, now=True)
 
 
 def predict_logits(
     session: Session,
     frame: pd.DataFrame,
-    views: Sequence,
-    label="inference",
-    partial=None,
-    known=(),
-):
-    """Scores (n, views, 4) of original a-d; -inf: blank choice, NaN: no such view; FloatingPointError names the row.
+    views: Sequence[TTAView],
+    label: str = "inference",
+    checkpoint: InferenceCheckpoint | None = None,
+    scored_views: Sequence[TTAView] = (),
+) -> np.ndarray:
+    """Scores (n, views, 4) of the rows of `frame` in `views`; columns are the original a-d.
 
-    Views that are `known` already stay NaN."""
-    planned = plan_prompts(session, frame, views, known)
-    size = session.config.infer_batch_size if session.config.use_batch_inference else 1
-    by_length = np.argsort([-len(prompt.input_ids) for prompt, _ in planned], kind="stable")
-    rank, processes = rank_and_world_size()
-    batches = [by_length[start : start + size] for start in range(0, len(planned), size)]
-    everyone, batches = (
-        len(batches) // processes,
-        batches[rank::processes],
-    )  # so many each process has at least
-    present = np.array([present_choices(row) for _, row in frame.iterrows()])
-    first, result = (
-        partial.read() if partial else (0, None)
-    )  # a Partial: where an earlier process stopped
-    result = (
-        np.full((len(frame), len(views), 4), np.nan, dtype=np.float32) if result is None else result
-    )
-    was_training, start, scored = session.model.training, time.perf_counter(), 0.0
+    float32. A blank choice gets -inf. NaN stands where a row has no such view (see
+    `tta_views`), where a view shows the same as an earlier one, and in `scored_views`, those
+    that are scored already. With a `checkpoint` the scores continue where an earlier process
+    stopped. Raises FloatingPointError naming the row of a score that is not finite.
+    """
+    planned = plan_prompts(session, frame, views, scored_views)
+    done, result = checkpoint.read() if checkpoint else (0, None)
+    if result is None:
+        result = np.full((len(frame), len(views), 4), np.nan, dtype=np.float32)
+    was_training = session.model.training
     session.model.eval()
     with torch.inference_mode():
-        loader = iterate_batches(session, [prompt for prompt, _ in planned], batches[first:])
-        for done, scores in enumerate(score_batches(session, loader), first + 1):
-            shown = [planned[item] for item in batches[done - 1]]
-            answers = [
-                (prompt, order, view)
-                for prompt, views_of in shown
-                for order, view in zip(prompt.orders, views_of, strict=True)
-            ]
-            for (prompt, order, view), score in zip(answers, scores, strict=True):
-                original = unpermute_scores(score, order)
-                if not np.isfinite(original[present[prompt.row]]).all():
-                    raise FloatingPointError(
-                        f"Non-finite scores for row {frame['id'].iloc[prompt.row]}: {original}"
-                    )
-                result[prompt.row, view] = np.where(present[prompt.row], original, -np.inf)
-            scored += scoring_cost(len(shown), len(answers))
-            session.seconds_per_question = (time.perf_counter() - start) / scored
-            if partial:
-                partial.save(done, result)
-            try:
-                session.progress(label, done, len(batches), together=done <= everyone)
-            except Interrupted:
-                if partial:
-                    partial.save(done, result, now=True)
-                raise
-    if partial:  # another pass may follow, and this one need not be done again
-        partial.save(len(batches), result, now=True)
+        score_planned(session, frame, planned, result, done, label, checkpoint)
     session.model.train(was_training)
-    return gather_scores(session, result) if processes > 1 else result
+    world_size = process_count()
+    return gather_scores(session, result) if world_size > 1 else result
 
 
-def gather_scores(session: Session, own: np.ndarray) -> np.ndarray:
-    """The scores of all processes of a team: where one has a number, the others have NaN."""
-    known = ~np.isnan(own)
-    scores, count = (
-        torch.from_numpy(values).to(session.device)
-        for values in (np.where(known, own, 0.0), known * 1.0)
-    )
-    return np.where(all_reduce_sum(count).cpu() > 0, all_reduce_sum(scores).cpu(), np.nan).astype(
-        np.float32
-    )
+def gather_scores(session: Session, scores: np.ndarray) -> np.ndarray:
+    """The scores of all processes of a group, from each one's own.
+
+    Where one process has a number, the others have NaN.
+    """
+    is_scored = ~np.isnan(scores)
+    total = torch.from_numpy(np.where(is_scored, scores, 0.0)).to(session.device)
+    count = torch.from_numpy(is_scored * 1.0).to(session.device)
+    count = all_reduce_sum(count).cpu()
+    total = all_reduce_sum(total).cpu()
+    return np.where(count > 0, total, np.nan).astype(np.float32)
+
+
+def parse_letter(text: str) -> str | None:
+    """The letter that a generated text consists of, or None when it is anything else.
+
+    >>> parse_letter(" (B)."), parse_letter("d"), parse_letter("a or b")
+    ('b', 'd', None)
+    """
+    match = re.fullmatch(r"\s*\(?([a-d])\)?\.?\s*", text, re.IGNORECASE)
+    return match.group(1).lower() if match else None
 
 
 def generate_baseline(
     session: Session, frame: pd.DataFrame, max_new_tokens: int = 4
 ) -> list[str | None]:
-    """Greedy generation with a strict parser, the usual baseline: a letter, or None when the text is anything else."""
+    """The usual baseline: greedy generation with a strict parser.
+
+    For each row the letter, or None where the text is anything else, see `parse_letter`.
+    """
     session.model.get_output_embeddings().to(session.device)
     session.model.get_submodule(f"model.{VISION_PREFIX}").to(session.device)
     answers: list[str | None] = []
     for row in range(len(frame)):
-        batch = collate(session, [make_prompt(session, frame, row, [(0, 1, 2, 3)])])
-        inputs = {
-            name: batch[name].to(session.device) for name in MODEL_INPUTS if name != "position_ids"
-        }
-        pixels = torch.cat([_load_pixels(session, prompt) for prompt in batch["prompts"]]).to(
-            session.device
-        )
+        prompt = make_prompt(session, frame, row, [(0, 1, 2, 3)])
+        batch = collate(session, [prompt])
+        inputs = {}
+        for name in MODEL_INPUTS:
+            if name != "position_ids":  # `generate` computes them itself
+                inputs[name] = batch[name].to(session.device)
+        pixels = _load_pixels(session, prompt).to(session.device)
         with torch.inference_mode():
             output = session.model.generate(
-                **inputs, pixel_values=pixels, max_new_tokens=max_new_tokens, do_sample=False
+                **inputs,
+                pixel_values=pixels,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
             )
+        prompt_length = inputs["input_ids"].shape[1]
         text = session.processor.tokenizer.decode(
-            output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            output[0, prompt_length:], skip_special_tokens=True
         )
-        match = re.fullmatch(r"\s*\(?([a-d])\)?\.?\s*", text, re.IGNORECASE)
-        answers.append(match.group(1).lower() if match else None)
+        answers.append(parse_letter(text))
     return answers
 
 
 def prompt_tokens(session: Session, frame: pd.DataFrame) -> np.ndarray:
-    """(n,) tokens of each row's prompt with the choices in their order, those of the image included."""
+    """(n,) tokens of each row's prompt, its image's included, with the choices in their order."""
     order = tuple(range(len(CHOICES)))
-    return np.array(
-        [len(make_prompt(session, frame, row, [order]).input_ids) for row in range(len(frame))]
-    )
+    lengths = []
+    for row in range(len(frame)):
+        prompt = make_prompt(session, frame, row, [order])
+        lengths.append(len(prompt.input_ids))
+    return np.array(lengths)
 
 
 def write_logits(
-    path: Path, frame: pd.DataFrame, logits, view_names: Sequence, fingerprint: str, **more
+    path: Path,
+    frame: pd.DataFrame,
+    logits,
+    view_names: Sequence,
+    fingerprint: str,
+    **row_arrays,
 ) -> None:
-    """Save logits in the run's schema: ids, logits (n, views, 4), view_names, labels (or -1) and the fingerprint.
+    """Save logits in the run's schema.
 
-    `more`: further arrays of what is known of each row."""
-    labels = frame["label"].to_numpy(np.int64) if "label" in frame else np.full(len(frame), -1)
-    content = {
-        "ids": frame["id"].to_numpy(dtype=str),
-        "logits": logits.astype(np.float32),
-        "labels": labels,
-    }
-    write_arrays(path, fingerprint, **content, **more, view_names=np.array(view_names, dtype=str))
+    That is ids (n,), logits (n, views, 4), labels (n,) or -1, view_names (views,) and the
+    fingerprint. `row_arrays`: further arrays of what is known of each row.
+    """
+    labels = np.full(len(frame), -1)
+    if "label" in frame:
+        labels = frame["label"].to_numpy(np.int64)
+    write_arrays(
+        path,
+        fingerprint,
+        ids=frame["id"].to_numpy(dtype=str),
+        logits=logits.astype(np.float32),
+        labels=labels,
+        **row_arrays,
+        view_names=np.array(view_names, dtype=str),
+    )
 
 
 # === Rows in doubt ================================================================================
-def letter_preference(first: np.ndarray, every: np.ndarray) -> np.ndarray:
-    """(4,) how much more (n, 4) scores of the first views like each choice, on average, than those of all views."""
-    known = np.isfinite(first)
-    return np.subtract(first, every, out=np.zeros(first.shape), where=known).sum(
-        axis=0
-    ) / np.maximum(1, known.sum(0))
+def letter_preference(first_scores: np.ndarray, all_scores: np.ndarray) -> np.ndarray:
+    """(4,) how much more the first views like each choice, on average, than all views do.
+
+    Both arguments: (n, 4) scores as `combine_views` gives them. A masked choice (-inf) does not
+    count.
+
+    >>> first_scores = np.array([[3.0, 0.0, 0.0, 0.0], [5.0, 0.0, 0.0, -np.inf]])
+    >>> all_scores = np.array([[2.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, -np.inf]])
+    >>> letter_preference(first_scores, all_scores).tolist()
+    [2.0, 0.0, 0.0, 0.0]
+    """
+    is_known = np.isfinite(first_scores)
+    zeros = np.zeros(first_scores.shape)
+    differences = np.subtract(first_scores, all_scores, out=zeros, where=is_known)
+    return differences.sum(axis=0) / np.maximum(1, is_known.sum(axis=0))
 
 
 def answer_margins(scores: np.ndarray, preference: np.ndarray) -> np.ndarray:
-    """(n,) lead of each row's answer over its best rival, less the letters' preference; negative: the rival's."""
-    answers, corrected = (np.arange(len(scores)), scores.argmax(axis=1)), scores - preference
-    own = corrected[answers]
+    """(n,) lead of each row's answer over its best rival, less the letters' preference.
+
+    `scores`: (n, 4); `preference`: (4,), see `letter_preference`. A margin below zero says that
+    the rival would lead without that preference.
+
+    >>> scores = np.array([[2.0, 1.0, 0.0, 0.0]])
+    >>> answer_margins(scores, np.zeros(4)).tolist()
+    [1.0]
+    >>> answer_margins(scores, np.array([3.0, 0.0, 0.0, 0.0])).tolist()
+    [-2.0]
+    """
+    answers = (np.arange(len(scores)), scores.argmax(axis=1))
+    corrected = scores - preference
+    of_answer = corrected[answers]
     corrected[answers] = -np.inf
-    return own - corrected.max(axis=1)
+    of_rival = corrected.max(axis=1)
+    return of_answer - of_rival
 
 
 def rows_in_doubt(margins: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
-    """Sorted numbers of the rows of smallest margin that together cost at most `budget`, without those that cost 0."""
+    """Sorted numbers of the rows of smallest margin that together cost at most `budget`.
+
+    `margins` and `costs`: (n,), the latter and `budget` in one unit. Rows that cost 0 are left
+    out.
+
+    >>> margins = np.array([0.3, 0.1, 0.0])
+    >>> rows_in_doubt(margins, costs=np.array([1.0, 2.0, 0.0]), budget=2.5).tolist()
+    [1]
+    """
     order = np.argsort(margins, kind="stable")
     order = order[costs[order] > 0]
-    return np.sort(order[np.cumsum(costs[order]) <= budget + 1e-9])
+    fits = np.cumsum(costs[order]) <= budget + 1e-9
+    return np.sort(order[fits])
 
 
 def pass_costs(
-    session: Session, frame: pd.DataFrame, views: Sequence[TTAView], first: Sequence[TTAView]
+    session: Session,
+    frame: pd.DataFrame,
+    views: Sequence[TTAView],
+    first: Sequence[TTAView],
 ) -> np.ndarray:
-    """(n, 3) time of each row in the first views, in its others in a second pass, and in all of them in one pass."""
+    """(n, 3) time of each row, in prompts with one answer.
+
+    The columns: in the `first` views; in its others, in a second pass; and in all views in one
+    pass.
+    """
     costs = np.zeros((len(frame), 3))
-    for row, groups in enumerate(
-        group_views_by_prompt(session, record, views) for _, record in frame.iterrows()
-    ):
-        for size, known in ((len(group), sum(view in first for view in group)) for group in groups):
-            costs[row] += [scoring_cost(count > 0, count) for count in (known, size - known, size)]
+    for row, (_, record) in enumerate(frame.iterrows()):
+        for group in group_views_by_prompt(session, record, views):
+            in_first = sum(view in first for view in group)
+            answers_of_passes = (in_first, len(group) - in_first, len(group))
+            for column, answers in enumerate(answers_of_passes):
+                prompts = 1 if answers else 0
+                costs[row, column] += scoring_cost(prompts, answers)
     return costs
 
 
-def predict_in_doubt(
-    session: Session, frame: pd.DataFrame, views: Sequence[TTAView], oof, label: str, partial
-):
-    """As predict_logits, but NaN in the last step's views except for the rows in doubt that `adaptive_tta` pays for.
-
-    `oof`: (n, views, 4) logits of the fold's held-out rows, which show the letters' preference."""
-    first, _ = split_views([view.name for view in views])
-    shown, result = (
-        [views[view] for view in first],
-        np.full((len(frame), len(views), 4), np.nan, dtype=np.float32),
+def _checkpoint_of_rows(checkpoint: InferenceCheckpoint, rows: np.ndarray) -> InferenceCheckpoint:
+    """A file of its own beside `checkpoint`, which is good for these very rows only."""
+    name = checkpoint.path.name.replace(".partial", ".doubt.partial")
+    digest = hashlib.sha256(rows.tobytes()).hexdigest()
+    return dataclasses.replace(
+        checkpoint,
+        path=checkpoint.path.with_name(name),
+        fingerprint=f"{checkpoint.fingerprint} {digest}",
     )
-    result[:, first] = predict_logits(session, frame, shown, label, partial)
-    preference = letter_preference(combine_views(oof[:, first]), combine_views(oof))
+
+
+def predict_in_doubt(
+    session: Session,
+    frame: pd.DataFrame,
+    views: Sequence[TTAView],
+    oof_logits: np.ndarray,
+    label: str,
+    checkpoint: InferenceCheckpoint | None,
+) -> np.ndarray:
+    """As predict_logits, but with the last step of views for the rows in doubt only.
+
+    The other rows have NaN there. As many rows are in doubt as `adaptive_tta` pays for.
+    `oof_logits`: (held-out rows, views, 4), which show the letters' preference.
+    """
+    first, _ = split_views([view.name for view in views])
+    first_views = [views[number] for number in first]
+    result = np.full((len(frame), len(views), 4), np.nan, dtype=np.float32)
+    result[:, first] = predict_logits(session, frame, first_views, label, checkpoint)
+    first_oof = combine_views(oof_logits[:, first])
+    preference = letter_preference(first_oof, combine_views(oof_logits))
     margins = answer_margins(combine_views(result[:, first]), preference)
-    once, again, together = pass_costs(session, frame, views, shown).T
-    rows = rows_in_doubt(margins, again, session.config.adaptive_tta * (together - once).sum())
-    LOGGER.info("%s: %d of %d rows are in doubt and get more views", label, len(rows), len(frame))
-    doubt = frame.iloc[rows].reset_index(drop=True)
-    if len(doubt):
-        if partial:  # a file of its own, which is good for these very rows only
-            path = partial.path.with_name(partial.path.name.replace(".partial", ".doubt.partial"))
-            fingerprint = f"{partial.fingerprint} {hashlib.sha256(rows.tobytes()).hexdigest()}"
-            partial = dataclasses.replace(partial, path=path, fingerprint=fingerprint)
-        more = predict_logits(session, doubt, views, f"{label}, in doubt", partial, known=shown)
-        result[rows] = np.where(np.isnan(more), result[rows], more)
+    first_pass, second_pass, one_pass = pass_costs(session, frame, views, first_views).T
+    budget = session.config.adaptive_tta * (one_pass - first_pass).sum()
+    rows = rows_in_doubt(margins, second_pass, budget)
+    LOGGER.info(
+        "%s: %d of %d rows are in doubt and get more views",
+        label,
+        len(rows),
+        len(frame),
+    )
+    if not len(rows):
+        return result
+    doubtful = frame.iloc[rows].reset_index(drop=True)
+    if checkpoint:
+        checkpoint = _checkpoint_of_rows(checkpoint, rows)
+    added = predict_logits(
+        session,
+        doubtful,
+        views,
+        f"{label}, in doubt",
+        checkpoint,
+        scored_views=first_views,
+    )
+    result[rows] = np.where(np.isnan(added), result[rows], added)
     return result
 
 
 # === Early stopping and weight averages ===========================================================
 class EarlyStopping:
-    """Stop when the value has not improved by more than `min_delta` for `patience` calls: `if stopping(acc): break`."""
+    """Says when a value has not improved for `patience` calls: `if early_stopping(acc): break`.
+
+    Improved is better by more than `min_delta`; better is larger with mode="max", smaller with
+    mode="min". Raises ValueError for any other mode.
+
+    >>> early_stopping = EarlyStopping(patience=2, min_delta=0.01)
+    >>> [early_stopping(value) for value in (0.5, 0.6, 0.605, 0.6)]
+    [False, False, False, True]
+    """
+
+    patience: int  # calls without improvement after which to stop
+    min_delta: float  # in units of the value
+    logger: logging.Logger | None  # is told about a stop
+    sign: int  # 1 where larger is better, else -1
+    best: float  # the best value so far; infinitely bad before the first call
+    waited: int  # calls since the best value
 
     def __init__(
         self,
@@ -4251,13 +6500,18 @@ class EarlyStopping:
     ):
         if mode not in ("max", "min"):
             raise ValueError(f"mode must be 'max' or 'min', not {mode!r}")
-        self.patience, self.min_delta, self.logger = patience, min_delta, logger
+        self.patience = patience
+        self.min_delta = min_delta
+        self.logger = logger
         self.sign = 1 if mode == "max" else -1
-        self.best, self.waited = -self.sign * math.inf, 0
+        self.best = -self.sign * math.inf
+        self.waited = 0
 
     def __call__(self, value: float) -> bool:
+        """Whether to stop, now that the value is this one."""
         if self.sign * (value - self.best) > self.min_delta:  # never true for NaN
-            self.best, self.waited = float(value), 0
+            self.best = float(value)
+            self.waited = 0
         else:
             self.waited += 1
         stop = self.waited >= self.patience
@@ -4271,94 +6525,459 @@ class EarlyStopping:
         return {"best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state: Mapping) -> None:
-        self.best, self.waited = state["best"], state["waited"]
+        self.best = state["best"]
+        self.waited = state["waited"]
 
 
 class WeightAverager:
-    """Average of parameters over optimizer steps, by torch.optim.swa_utils: "ema" or "swa" (the plain mean)."""
+    """Average of parameters over optimizer steps, by torch.optim.swa_utils.
+
+    kind="ema": the exponential moving average with `decay`. kind="swa": the plain mean
+    (stochastic weight averaging). Raises ValueError for any other kind.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> averager = WeightAverager("swa", {"weight": weight})
+    >>> averager.update()
+    >>> weight.data.fill_(3.0).tolist()
+    [3.0]
+    >>> averager.update()
+    >>> averager.average["weight"].tolist()
+    [2.0]
+    """
+
+    kind: str  # "ema" or "swa"
+    parameters: dict  # name -> the parameter that is trained; only read
+    decay: float  # of "ema": the weight of the average before an update, at most
+    updates: int  # calls of `update`
+    average: dict  # name -> average, on the parameter's device; empty before the first update
 
     def __init__(self, kind: str, parameters: Mapping, decay: float = 0.999):
         if kind not in ("ema", "swa"):
             raise ValueError(f"kind must be 'ema' or 'swa', not {kind!r}")
-        self.kind, self.parameters, self.decay = kind, dict(parameters), decay
-        self.updates, self.average = 0, {}
+        self.kind = kind
+        self.parameters = dict(parameters)
+        self.decay = decay
+        self.updates = 0
+        self.average = {}
 
     def update(self) -> None:
+        """Take the present parameters into the average."""
         if self.updates == 0:
-            self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
+            for name, value in self.parameters.items():
+                self.average[name] = value.detach().clone()
         else:
-            tools = torch.optim.swa_utils
-            # Less than `decay` at first, so that a short run does not keep its initial weights.
-            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-            combine = (
-                tools.get_ema_multi_avg_fn(decay)
-                if self.kind == "ema"
-                else tools.get_swa_multi_avg_fn()
-            )
-            combine(list(self.average.values()), list(self.parameters.values()), self.updates)
+            averages = list(self.average.values())
+            parameters = list(self.parameters.values())
+            combine = self._averaging_function()
+            combine(averages, parameters, self.updates)
         self.updates += 1
+
+    def _averaging_function(self) -> Callable:
+        """From (averages, parameters, number of updates) to the averages, in place."""
+        if self.kind == "swa":
+            return torch.optim.swa_utils.get_swa_multi_avg_fn()
+        # Less than `decay` at first, so that a short run does not keep its initial weights.
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        return torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
 
     def state_dict(self) -> dict:
         return {"average": self.average, "updates": self.updates}
 
     def load_state_dict(self, state: Mapping) -> None:
-        self.updates, average = state["updates"], state["average"]
-        # In the order of the parameters: the averages are combined list by list.
-        self.average = {
-            name: average[name].to(own.device)
-            for name, own in self.parameters.items()
-            if self.updates
-        }
+        self.updates = state["updates"]
+        self.average = {}
+        if self.updates:
+            # In the order of the parameters: the averages are combined list by list.
+            for name, parameter in self.parameters.items():
+                self.average[name] = state["average"][name].to(parameter.device)
 
 
 # === Epochs =======================================================================================
+WINDOW_STEPS = 8  # optimizer steps whose rows are sorted by length together
+
+
 def padding_share(lengths: Sequence[int], batches: Iterable[Sequence[int]]) -> float:
-    """Share of padded positions among all that batches of rows of these lengths hold."""
-    batches = [[lengths[row] for row in batch] for batch in batches]
-    held = sum(len(batch) * max(batch) for batch in batches)
-    return (
-        1 - sum(map(sum, batches)) / held if held else 0.0
-    )  # a process of a team may have no row at all
+    """Share of padded positions among all that the batches hold, 0 to 1.
+
+    `lengths`: tokens of each row; `batches`: numbers of the rows that are padded together.
+
+    >>> padding_share([2, 4], [[0, 1]])
+    0.25
+    """
+    tokens = 0
+    positions = 0
+    for batch in batches:
+        batch_lengths = [lengths[row] for row in batch]
+        tokens += sum(batch_lengths)
+        positions += len(batch_lengths) * max(batch_lengths)
+    if not positions:  # a process of a group may have no row at all
+        return 0.0
+    return 1 - tokens / positions
 
 
 def training_order(config: Config, epoch: int, sample_id: str) -> tuple[int, ...]:
-    """The choice order in which one question is shown in one epoch, a function of (seed, epoch, sample id)."""
-    shuffled = seeded_generator(config.seed, epoch, sample_id).permutation(4).tolist()
-    return tuple(shuffled) if config.shuffle_choices else (0, 1, 2, 3)
+    """The choice order in which one question is shown in one epoch.
+
+    order[position] = original choice; a function of (seed, epoch, sample id).
+
+    >>> training_order(Config.preset("demo", shuffle_choices=False), 0, "train_0001")
+    (0, 1, 2, 3)
+    >>> sorted(training_order(Config.preset("demo"), 0, "train_0001"))
+    [0, 1, 2, 3]
+    """
+    if not config.shuffle_choices:
+        return (0, 1, 2, 3)
+    generator = seeded_generator(config.seed, epoch, sample_id)
+    return tuple(generator.permutation(4).tolist())
 
 
 def training_variant(config: Config, epoch: int, sample_id: str) -> tuple[int, int]:
-    """Variant of the image and wording of the instruction of a question in one epoch: of (seed, epoch, sample id)."""
+    """(variant of the image, wording of the instruction) of one question in one epoch.
+
+    A function of (seed, epoch, sample id).
+
+    >>> config = Config.preset("demo", augment_images=0, paraphrases=1)
+    >>> training_variant(config, 0, "train_0001")
+    (0, 0)
+    """
     generator = seeded_generator(config.seed, epoch, sample_id, "look")
-    return int(generator.integers(config.augment_images + 1)), int(
-        generator.integers(config.paraphrases)
+    variant = int(generator.integers(config.augment_images + 1))
+    wording = int(generator.integers(config.paraphrases))
+    return variant, wording
+
+
+def plan_epoch(lengths: Sequence[int], step_size: int, seed_keys: Sequence) -> list[np.ndarray]:
+    """The row numbers of each optimizer step of an epoch.
+
+    A shuffle seeded by `seed_keys`: every row once, `step_size` rows a step, and the short tail
+    kept. `lengths`: tokens of each row. Within a window of WINDOW_STEPS steps, rows of similar
+    length share a step and stand in order, so that little is padded.
+
+    >>> steps = plan_epoch([9, 5, 8, 4], step_size=2, seed_keys=(42, 0, 1))
+    >>> sorted(step.tolist() for step in steps)
+    [[2, 0], [3, 1]]
+    """
+    generator = seeded_generator(*seed_keys)
+    steps = []
+    shuffled = generator.permutation(len(lengths))
+    window_size = step_size * WINDOW_STEPS
+    for window_start in range(0, len(shuffled), window_size):
+        rows = shuffled[window_start : window_start + window_size]
+        rows = rows[np.argsort(np.asarray(lengths)[rows], kind="stable")]
+        starts = range(0, len(rows), step_size)
+        window_steps = [rows[first : first + step_size] for first in starts]
+        for number in generator.permutation(len(window_steps)):
+            steps.append(window_steps[number])
+    return steps
+
+
+def split_steps(
+    steps: Sequence[np.ndarray], micro_batch: int, rank: int, world_size: int
+) -> list[list[np.ndarray]]:
+    """For each optimizer step the rows of this process, at most `micro_batch` to a forward pass.
+
+    Each process takes every n-th row of a step, so that all have about the same lengths.
+
+    >>> [first_step] = split_steps([np.arange(6)], micro_batch=2, rank=1, world_size=2)
+    >>> [rows.tolist() for rows in first_step]
+    [[1, 3], [5]]
+    """
+    split = []
+    for step in steps:
+        own_rows = step[rank::world_size]
+        starts = range(0, len(own_rows), micro_batch)
+        split.append([own_rows[start : start + micro_batch] for start in starts])
+    return split
+
+
+def training_prompts(
+    session: Session, variants: pd.DataFrame, n_rows: int, epoch: int
+) -> list[Prompt]:
+    """Every training row as the epoch shows it: image, wording and choice order.
+
+    `variants`: the `n_rows` training rows, once for each variant of their images: all rows of
+    the originals first, then all of the next variant.
+    """
+    config = session.config
+    ids = variants["id"].iloc[:n_rows]
+    drawn = [training_variant(config, epoch, sample_id) for sample_id in ids]
+    variant, wording = np.array(drawn).T
+    frame = variants.iloc[variant * n_rows + np.arange(n_rows)].assign(wording=wording)
+    prompts = []
+    for row, sample_id in enumerate(ids):
+        order = training_order(config, epoch, sample_id)
+        prompts.append(make_prompt(session, frame, row, [order]))
+    return prompts
+
+
+# === Optimizer steps ==============================================================================
+def make_optimizer(session: Session, parameters: Mapping):
+    """AdamW over the trainable `parameters` (by name)."""
+    return torch.optim.AdamW(
+        parameters.values(),
+        lr=session.config.learning_rate,
+        weight_decay=session.config.weight_decay,
+        fused=session.device.type == "cuda",
     )
 
 
-def plan_epoch(
-    lengths: Sequence[int], step_size: int, seed_keys: Sequence, window: int = 8
-) -> list[np.ndarray]:
-    """Optimizer steps of row numbers: a seeded shuffle, every row once, the short tail kept.
+def make_averagers(config: Config, parameters: Mapping) -> dict[str, WeightAverager]:
+    """By kind ("ema", "swa"), the averages that the configuration asks for."""
+    kinds = []
+    if config.use_ema:
+        kinds.append("ema")
+    if config.use_swa:
+        kinds.append("swa")
+    return {kind: WeightAverager(kind, parameters, config.ema_decay) for kind in kinds}
 
-    Within a window of some steps, rows of similar length share a step and stand in order, so that little is padded.
+
+def seed_dropout(config: Config, fold: int, epoch: int, step: int) -> None:
+    """Make dropout a function of the step, so that a resumed run draws the same masks."""
+    rank = process_rank()
+    generator = seeded_generator(config.seed, fold, epoch, step, f"dropout {rank}")
+    torch.manual_seed(int(generator.integers(2**31)))
+
+
+class ReplayableBatches:
+    """Batches that can be gone through again, from the first, after a failure on the way.
+
+    They are taken one by one, so that the next is prepared meanwhile.
+
+    >>> batches = ReplayableBatches(["first", "second"])
+    >>> next(iter(batches)), list(batches)
+    ('first', ['first', 'second'])
     """
-    generator, steps = seeded_generator(*seed_keys), []
-    shuffled = generator.permutation(len(lengths))
-    for start in range(0, len(shuffled), step_size * window):
-        rows = shuffled[start : start + step_size * window]
-        rows = rows[np.argsort(np.asarray(lengths)[rows], kind="stable")]
-        together = [rows[first : first + step_size] for first in range(0, len(rows), step_size)]
-        steps += [together[number] for number in generator.permutation(len(together))]
-    return steps
+
+    waiting: Iterator  # batches that nobody has asked for yet
+    taken: list  # batches that `__iter__` has handed out
+
+    def __init__(self, batches: Iterable):
+        self.waiting = iter(batches)
+        self.taken = []
+
+    def __iter__(self) -> Iterator:
+        yield from tuple(self.taken)
+        for batch in self.waiting:
+            self.taken.append(batch)
+            yield batch
+
+
+def smaller_memory_plan(plan: MemoryPlan, may_recompute: bool) -> MemoryPlan | None:
+    """The plan to go on with when memory has run out: half the questions in a forward pass.
+
+    With `may_recompute` (gradient checkpointing) no layer keeps its activations any more. None
+    where nothing is left to give up.
+
+    >>> smaller_memory_plan(MemoryPlan(micro_batch=8, stored_layers=2), may_recompute=True)
+    MemoryPlan(micro_batch=4, stored_layers=0, peak_gib=0.0)
+    >>> smaller_memory_plan(MemoryPlan(micro_batch=1, stored_layers=0), may_recompute=True)
+    """
+    gives_up_layers = may_recompute and plan.stored_layers > 0
+    if plan.micro_batch == 1 and not gives_up_layers:
+        return None
+    stored_layers = 0 if gives_up_layers else plan.stored_layers
+    return MemoryPlan(math.ceil(plan.micro_batch / 2), stored_layers)
+
+
+# === Fold state ===================================================================================
+class FoldState:
+    """What one fold's training has in memory, and its checkpoints.
+
+    A fresh adapter, its optimizer, and how far the training is. Epochs and steps count from 0.
+    """
+
+    # Given to the constructor.
+    session: Session  # base model, processor, letter tokens
+    run: Run  # directory, tables, fingerprint
+    fold: int
+    config: Config  # the session's
+
+    # Filled by `_choose_rows`.
+    variants: pd.DataFrame  # training rows, all with one variant of the images, then the next
+    train: pd.DataFrame  # the training rows with the original images
+    validation: pd.DataFrame  # the held-out rows
+
+    # Filled by `_attach_adapter`.
+    model: object  # the base model with the adapter attached
+    parameters: dict  # name -> weight of the adapter, fp32, on the device
+
+    # Filled by `_prepare_steps`.
+    step_size: int  # rows of an optimizer step, over all processes
+    steps_per_epoch: int
+    epochs: int  # to be trained at most
+    total_steps: int  # of the learning rate's schedule
+    optimizer: object
+    scheduler: object  # of the learning rate: warm-up, then cosine
+    scaler: object  # of the loss, against underflow in fp16; disabled in other precisions
+    averagers: dict[str, WeightAverager]  # "ema", "swa" -> average of `parameters`
+    early_stopping: EarlyStopping  # on the validation accuracy
+    stateful_parts: dict[str, object]  # by name in a checkpoint: all with a state_dict
+
+    # Filled by `_open_files`.
+    checkpoints: CheckpointManager
+    metrics: MetricLogger  # one line per optimizer step
+
+    # Begun by `_reset_progress`. A checkpoint also holds history, losses, best and skipped:
+    # `save` and `resume` name them.
+    history: list[dict]  # one record per finished epoch; by `end_epoch`
+    losses: list[float]  # of the current epoch's steps, NaN: skipped; by `train_epoch`
+    best: dict  # "score" [accuracy, -nll] or None, "epoch", "tensors"; by `end_epoch`
+    skipped: int  # steps without an update, in the whole fold; by `skip_step`
+    next_step: int  # the next one of the current epoch; by `train_epoch`
+    padding: float  # share of padded positions in the current epoch; by `train_epoch`
+    gradient_norm: float  # of the last step, before clipping; by `optimizer_step`
+    last_save: float  # seconds on the monotonic clock; by `save`
+
+    def __init__(self, session: Session, run: Run, fold: int):
+        self.session = session
+        self.run = run
+        self.fold = fold
+        self.config = session.config
+        self._choose_rows()
+        self._attach_adapter()
+        self._prepare_steps()
+        self._open_files()
+        self._reset_progress()
+
+    def _choose_rows(self) -> None:
+        config = self.config
+        variants = image_variants(all_rows(self.run), config.augment_images, config.seed)
+        self.variants = training_rows(self.run, self.fold, variants)
+        self.train = self.variants.query("variant == 0")
+        is_held_out = self.run.train["fold"] == self.fold
+        self.validation = self.run.train[is_held_out].reset_index(drop=True)
+
+    def _attach_adapter(self) -> None:
+        config = self.config
+        self.model = attach_lora(self.session.model, config, config.seed + self.fold)
+        use_fast_layers(self.session, self.model, len(self.train) * config.num_epochs)
+        self.parameters = trainable_parameters(self.model)
+
+    def _prepare_steps(self) -> None:
+        config = self.config
+        self.step_size = config.batch_size * config.grad_accum_steps
+        self.steps_per_epoch = math.ceil(len(self.train) / self.step_size)
+        self.epochs = config.num_epochs
+        self.total_steps = self.steps_per_epoch * config.num_epochs
+        self.optimizer = make_optimizer(self.session, self.parameters)
+        warmup_steps = round(self.total_steps * config.warmup_ratio)
+        self.scheduler = transformers.get_cosine_schedule_with_warmup(
+            self.optimizer, warmup_steps, self.total_steps
+        )
+        is_fp16 = self.session.runtime.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.session.device.type, enabled=is_fp16)
+        self.averagers = make_averagers(config, self.parameters)
+        self.early_stopping = EarlyStopping(
+            config.early_stopping_patience,
+            min_delta=config.early_stopping_min_delta,
+            logger=LOGGER,
+        )
+        self.stateful_parts = {
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "scaler": self.scaler,
+            "early_stopping": self.early_stopping,
+            **self.averagers,
+        }
+
+    def _open_files(self) -> None:
+        folder = self.run.fold_dir(self.fold)
+        self.checkpoints = CheckpointManager(folder / "checkpoints")
+        self.metrics = MetricLogger(folder / "metrics.jsonl")
+
+    def _reset_progress(self) -> None:
+        self.history = []
+        self.losses = []
+        self.best = {"score": None, "epoch": -1, "tensors": {}}
+        self.skipped = 0
+        self.next_step = 0
+        self.padding = 0.0
+        self.gradient_norm = math.nan
+        self.last_save = time.monotonic()
+
+    def save(self, epoch: int, step: int) -> None:
+        """Commit the state before optimizer step `step` of `epoch`."""
+        # No random state: every draw is a function of (seed, epoch, sample id or step).
+        state = {name: part.state_dict() for name, part in self.stateful_parts.items()}
+        state["best"] = self.best
+        metadata = {
+            "epoch": epoch,
+            "step_in_epoch": step,
+            "fingerprint": self.run.fingerprint,
+            "history": self.history,
+            "losses": self.losses,
+            "skipped": self.skipped,
+            "plan": dataclasses.asdict(self.plan),
+        }
+        steps_done = epoch * self.steps_per_epoch + step
+        self.checkpoints.save(steps_done, self.parameters, state, metadata)
+        back_up(self.run, self.fold)
+        self.last_save = time.monotonic()
+
+    def resume(self) -> tuple[int, int]:
+        """The (epoch, step) to do next, by the newest verified checkpoint.
+
+        Raises CheckpointError for a checkpoint of another run.
+        """
+        path = self.checkpoints.latest_verified()
+        if path is None:
+            return 0, 0
+        tensors, state, metadata = self.checkpoints.restore(path)
+        require_same_run(path, metadata["fingerprint"], self.run.fingerprint)
+        set_weights(self.parameters, tensors)
+        for name, part in self.stateful_parts.items():
+            part.load_state_dict(state[name])
+        self.best = state["best"]
+        self.history = metadata["history"]
+        self.losses = metadata["losses"]
+        self.skipped = metadata["skipped"]
+        self.plan = MemoryPlan(**metadata["plan"])
+        epoch = metadata["epoch"]
+        step = metadata["step_in_epoch"]
+        LOGGER.info("Fold %d continues at epoch %d, step %d", self.fold, epoch + 1, step)
+        return epoch, step
+
+    @functools.cached_property
+    def plan(self) -> MemoryPlan:
+        """The checkpoint's, else the session's, measured by its first fold.
+
+        `use_smaller_plan` replaces it when memory runs out.
+        """
+        if self.session.memory_plan is None:
+            copies = 2 + len(self.averagers)  # AdamW's two moments
+            weight_bytes = sum(value.nbytes for value in self.parameters.values())
+            state_bytes = copies * weight_bytes
+            self.model.train()
+            # Lengths differ between epochs where images or wordings do.
+            differ = self.config.augment_images or self.config.paraphrases > 1
+            prompts = []
+            for epoch in range(self.config.num_epochs if differ else 1):
+                prompts += self.epoch_prompts(epoch)
+            self.session.memory_plan = plan_memory(self.session, prompts, state_bytes)
+        return self.session.memory_plan
+
+    def use_smaller_plan(self, plan: MemoryPlan, n_rows: int) -> None:
+        """Go on with `plan`, here and in later folds; steps keep their `n_rows` questions."""
+        self.plan = plan
+        self.session.memory_plan = plan
+        recompute_layers(self.session, plan.stored_layers)
+        self.session.add_note(
+            f"fold {self.fold}: out of memory, {plan.micro_batch} questions per forward pass "
+            f"from here on; an optimizer step still takes {n_rows}"
+        )
+
+    def epoch_prompts(self, epoch: int) -> list[Prompt]:
+        """Every training row as that epoch shows it, see `training_prompts`."""
+        return training_prompts(self.session, self.variants, len(self.train), epoch)
 
 
 # === Fold training ================================================================================
 @dataclass(frozen=True)
 class FoldResult:
-    """What a trained fold leaves behind: best epoch, learning curve and the weight kinds it offers."""
+    """What a trained fold leaves behind: best epoch, learning curve, the kinds of weights."""
 
     fold: int
-    best_epoch: int
+    best_epoch: int  # from 1
     history: pd.DataFrame  # one row per epoch
     kinds: dict[str, dict]  # "raw", "ema", "swa" -> validation accuracy and nll
     adapters: dict[str, str]  # "raw", "ema", "swa" -> SHA-256 of its weights
@@ -4367,116 +6986,35 @@ class FoldResult:
 def read_fold_result(run: Run, fold: int) -> FoldResult:
     """The result.json of a finished fold."""
     content = json.loads((run.fold_dir(fold) / "result.json").read_text(encoding="utf-8"))
-    return FoldResult(**content | {"history": pd.DataFrame(content["history"])})
+    content["history"] = pd.DataFrame(content["history"])
+    return FoldResult(**content)
 
 
 _NO_TIME = "because the rest of the time budget is needed for inference"
 
 
-class FoldTrainer:
-    """One fold's training: a fresh adapter, its optimizer and everything a checkpoint holds."""
+class FoldTrainer(FoldState):
+    """One fold's training, from its state to its result: `fit` does it all.
 
-    def __init__(self, session: Session, run: Run, fold: int):
-        config = self.config = session.config
-        self.session, self.run, self.fold = session, run, fold
-        variants = image_variants(all_rows(run), config.augment_images, config.seed)
-        self.variants = training_rows(run, fold, variants)  # all of one variant, then the next
-        self.train = self.variants.query("variant == 0")
-        self.validation = run.train[run.train["fold"] == fold].reset_index(drop=True)
-        self.model = attach_lora(session.model, config, config.seed + fold)
-        use_fast_layers(session, self.model, len(self.train) * config.num_epochs)
-        self.parameters = trainable_parameters(self.model)
-        weights = self.parameters.values()
-        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        self.optimizer = torch.optim.AdamW(weights, **options, fused=session.device.type == "cuda")
-        self.step_size = config.batch_size * config.grad_accum_steps
-        self.steps_per_epoch, self.epochs = (
-            math.ceil(len(self.train) / self.step_size),
-            config.num_epochs,
-        )
-        self.total_steps = self.steps_per_epoch * config.num_epochs
-        warmup = round(self.total_steps * config.warmup_ratio)
-        self.scheduler = transformers.get_cosine_schedule_with_warmup(
-            self.optimizer, warmup, self.total_steps
-        )
-        self.scaler = torch.amp.GradScaler(
-            session.device.type, enabled=session.runtime.precision == "fp16"
-        )
-        kinds = [
-            kind for kind, use in {"ema": config.use_ema, "swa": config.use_swa}.items() if use
-        ]
-        self.averagers = {
-            kind: WeightAverager(kind, self.parameters, config.ema_decay) for kind in kinds
-        }
-        patience, min_delta = config.early_stopping_patience, config.early_stopping_min_delta
-        self.early_stopping = EarlyStopping(patience, min_delta=min_delta, logger=LOGGER)
-        stateful = (
-            "optimizer",
-            "scheduler",
-            "scaler",
-            "early_stopping",
-        )  # in a checkpoint, beside the weights
-        self.parts = {name: getattr(self, name) for name in stateful} | self.averagers
-        self.checkpoints = CheckpointManager(run.fold_dir(fold) / "checkpoints")
-        self.metrics = MetricLogger(run.fold_dir(fold) / "metrics.jsonl")
-        self.history, self.losses = [], []  # of the epochs, and of the steps of the current one
-        self.best: dict = {"score": None, "epoch": -1, "tensors": {}}
-        self.gradient_norm = math.nan  # of the last step, before clipping
-        self.padding = 0.0  # share of padded positions in the current epoch
-        self.skipped, self.next_step = (
-            0,
-            0,
-        )  # steps without an update; the next one of the current epoch
-        self.last_save = time.monotonic()
-
-    def save(self, epoch: int, step: int) -> None:
-        """Commit the state before optimizer step `step` of `epoch`."""
-        # No random state is stored, because every draw is a function of (seed, epoch, sample id or step).
-        state = {name: part.state_dict() for name, part in self.parts.items()} | {"best": self.best}
-        metadata = {
-            "epoch": epoch,
-            "step_in_epoch": step,
-            "fingerprint": self.run.fingerprint,
-            "history": self.history,
-        }
-        metadata |= {"losses": self.losses, "skipped": self.skipped}
-        metadata["plan"] = dataclasses.asdict(self.plan)
-        self.checkpoints.save(epoch * self.steps_per_epoch + step, self.parameters, state, metadata)
-        back_up(self.run, self.fold)
-        self.last_save = time.monotonic()
-
-    def resume(self) -> tuple[int, int]:
-        """The (epoch, step) to do next, by the newest verified checkpoint; CheckpointError for one of another run."""
-        path = self.checkpoints.latest_verified()
-        if path is None:
-            return 0, 0
-        tensors, state, metadata = self.checkpoints.restore(path)
-        require_same_run(path, metadata["fingerprint"], self.run.fingerprint)
-        set_weights(self.parameters, tensors)
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.best, self.history, self.losses = (
-            state["best"],
-            metadata["history"],
-            metadata["losses"],
-        )
-        self.plan, self.skipped = MemoryPlan(**metadata["plan"]), metadata["skipped"]
-        epoch, step = metadata["epoch"], metadata["step_in_epoch"]
-        LOGGER.info("Fold %d continues at epoch %d, step %d", self.fold, epoch + 1, step)
-        return epoch, step
+    Accuracy and NLL choose the best epoch; EMA and SWA weights are scored once, at the end.
+    """
 
     def fit(self) -> FoldResult:
-        """Train from the newest checkpoint to the end and write adapters, validation logits and result.json."""
+        """Train from the newest checkpoint to the end and write what a finished fold has.
+
+        That is adapters, validation logits and result.json.
+        """
         epoch, step = self.resume()
         recompute_layers(self.session, self.plan.stored_layers)
-        while epoch < self.epochs and self.early_stopping.waited < self.early_stopping.patience:
+        while epoch < self.epochs and not self.has_stopped_early():
             try:
                 speed = self.train_epoch(epoch, step)
                 self.end_epoch(epoch, speed)
             except Interrupted:
                 self.save(epoch, self.next_step)
                 raise
-            epoch, step = epoch + 1, 0
+            epoch += 1
+            step = 0
             if self.config.save_every_epoch or epoch == self.epochs:
                 self.save(epoch, step)
             if epoch < self.epochs and any_process(self.time_is_up(speed)):
@@ -4486,162 +7024,141 @@ class FoldTrainer:
                 break
         return self.finish()
 
-    @functools.cached_property
-    def plan(self) -> MemoryPlan:
-        """The checkpoint's, else the session's, measured by its first fold; halved when memory runs out."""
-        if self.session.memory_plan is None:
-            copies = 2 + len(self.averagers)  # AdamW's two moments
-            state_bytes = copies * sum(value.nbytes for value in self.parameters.values())
-            self.model.train()
-            differ = (
-                self.config.augment_images or self.config.paraphrases > 1
-            )  # between epochs, in length
-            epochs = range(self.config.num_epochs if differ else 1)
-            prompts = [*itertools.chain.from_iterable(map(self.prompts, epochs))]
-            self.session.memory_plan = plan_memory(self.session, prompts, state_bytes)
-        return self.session.memory_plan
-
-    def prompts(self, epoch: int) -> list[Prompt]:
-        """Every training row as that epoch shows it: image, wording and choice order."""
-        ids = self.train["id"]
-        variant, wording = np.array(
-            [training_variant(self.config, epoch, sample_id) for sample_id in ids]
-        ).T
-        frame = self.variants.iloc[variant * len(ids) + np.arange(len(ids))].assign(wording=wording)
-        orders = [training_order(self.config, epoch, sample_id) for sample_id in ids]
-        return [make_prompt(self.session, frame, row, [order]) for row, order in enumerate(orders)]
+    def has_stopped_early(self) -> bool:
+        """Whether early stopping has said so, here or before the checkpoint."""
+        return self.early_stopping.waited >= self.early_stopping.patience
 
     def time_is_up(self, speed: float) -> bool:
-        """Whether the time left is needed for inference; training `speed` in questions per second."""
-        seconds = self.session.seconds_per_question or 1 / max(
-            3 * speed, 1e-9
-        )  # scoring is three times as fast
-        return self.run.seconds_left() < inference_seconds(
-            self.run, seconds, self.session, training=1
-        )
+        """Whether the time left is needed for inference.
+
+        `speed` of the training in questions per second.
+        """
+        seconds = self.session.seconds_per_question
+        if not seconds:  # unknown: scoring is three times as fast as training
+            seconds = 1 / max(3 * speed, 1e-9)
+        needed = inference_seconds(self.run, seconds, self.session, training=1)
+        return self.run.seconds_left() < needed
 
     def train_epoch(self, epoch: int, first_step: int) -> float:
-        """Optimizer steps `first_step`.. of one epoch (none, where only its validation is left); samples per second."""
-        config = self.config
+        """Do the optimizer steps from `first_step` on of one epoch; questions per second.
+
+        There is none to do where only the epoch's validation is left.
+        """
         self.model.train()
-        prompts, size = self.prompts(epoch), self.plan.micro_batch
+        prompts = self.epoch_prompts(epoch)
+        micro_batch = self.plan.micro_batch
         lengths = [len(prompt.input_ids) for prompt in prompts]
-        steps = plan_epoch(lengths, self.step_size, (config.seed, self.fold, epoch))
-        rank, processes = (
-            rank_and_world_size()
-        )  # each takes every n-th row of a step, so that all have about the same lengths
-        own_rows = [step[rank::processes] for step in steps]
-        plan = [
-            [rows[start : start + size] for start in range(0, len(rows), size)] for rows in own_rows
-        ]
-        self.padding = padding_share(lengths, itertools.chain.from_iterable(plan))
-        batches = iterate_batches(
-            self.session, prompts, [*itertools.chain.from_iterable(plan[first_step:])]
-        )
-        start, seen, speed, self.next_step = time.perf_counter(), 0, 0.0, first_step
-        for step in range(first_step, len(plan)):
-            own = itertools.islice(batches, len(plan[step]))
-            self.losses.append(self.optimizer_step(epoch, step, own, steps[step]))
+        steps = plan_epoch(lengths, self.step_size, (self.config.seed, self.fold, epoch))
+        passes = split_steps(steps, micro_batch, process_rank(), process_count())
+        self.padding = padding_share(lengths, itertools.chain.from_iterable(passes))
+        passes_to_do = list(itertools.chain.from_iterable(passes[first_step:]))
+        batches = iterate_batches(self.session, prompts, passes_to_do)
+        start = time.perf_counter()
+        questions = 0
+        speed = 0.0
+        self.next_step = first_step
+        for step in range(first_step, len(steps)):
+            step_batches = itertools.islice(batches, len(passes[step]))
+            loss = self.optimizer_step(epoch, step, step_batches, steps[step])
+            self.losses.append(loss)
             self.next_step = step + 1
-            seen += len(steps[step])
-            speed = seen / (time.perf_counter() - start)
-            due = time.monotonic() - self.last_save > config.save_every_minutes * 60
-            if due or (epoch * len(plan) + step + 1) % config.save_every_steps == 0:
+            questions += len(steps[step])
+            speed = questions / (time.perf_counter() - start)
+            if self.is_save_due(epoch * len(steps) + step + 1):
                 self.save(epoch, step + 1)
-            self.report(epoch, step, speed)
-            settled = (
-                self.session.seconds_per_question or step - first_step >= 20
-            )  # the first steps are slow
-            if step + 1 < len(plan) and any_process(bool(settled) and self.time_is_up(speed)):
-                text = f"fold {self.fold}: training stopped in epoch {epoch + 1} after step {step + 1} of {len(plan)}"
-                self.session.add_note(f"{text}, {_NO_TIME}")
+            self.log_step(epoch, step, speed)
+            if step + 1 == len(steps):
+                break
+            # The first steps are slow: their speed says nothing about scoring.
+            is_settled = bool(self.session.seconds_per_question or step - first_step >= 20)
+            if any_process(is_settled and self.time_is_up(speed)):
+                self.session.add_note(
+                    f"fold {self.fold}: training stopped in epoch {epoch + 1} "
+                    f"after step {step + 1} of {len(steps)}, {_NO_TIME}"
+                )
                 break
         return speed
+
+    def is_save_due(self, steps_done: int) -> bool:
+        """Whether the config's minutes or steps ask for a checkpoint."""
+        seconds = time.monotonic() - self.last_save
+        by_time = seconds > self.config.save_every_minutes * 60
+        return by_time or steps_done % self.config.save_every_steps == 0
 
     def optimizer_step(
         self, epoch: int, step: int, batches: Iterable[Mapping], rows: Sequence[int]
     ) -> float:
-        """Update by the mean gradient; the mean loss, NaN for a skipped step, FloatingPointError for one too many."""
-        total = all_reduce_sum(self.accumulate(epoch, step, batches, len(rows)))
+        """Update by the mean gradient over `rows`; their mean loss, NaN for a skipped step.
+
+        Raises FloatingPointError for one skipped step too many.
+        """
+        loss = self.accumulate_gradients(epoch, step, batches, len(rows))
+        loss = all_reduce_sum(loss)
         all_reduce_gradients(self.parameters.values())
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
-        total, norm = torch.stack([total, norm]).tolist()  # waits for the GPU
+        loss, norm = torch.stack([loss, norm]).tolist()  # waits for the GPU
         self.gradient_norm = norm
-        if math.isfinite(total) and math.isfinite(norm):
+        if math.isfinite(loss) and math.isfinite(norm):
             self.scaler.step(self.optimizer)
-            self.after_step(epoch)
-        elif not (
-            math.isfinite(total) and self.scaler.is_enabled() and self.scaler.get_scale() > 1e-3
-        ):
+            self.update_schedule_and_averages(epoch)
+        elif not (math.isfinite(loss) and self.can_lower_scale()):
             ids = self.train["id"].iloc[rows].tolist()
-            problem = (
-                f"loss {total}, gradient norm {norm} at epoch {epoch + 1}, step {step}, rows {ids}"
+            self.skip_step(
+                f"loss {loss}, gradient norm {norm} at epoch {epoch + 1}, step {step}, rows {ids}"
             )
-            self.session.add_note(f"fold {self.fold}: skipped a step: {problem}")
-            self.skipped += 1
-            if self.skipped > self.config.max_skipped_steps:
-                remedy = "lower learning_rate, or set precision='fp32' where memory allows"
-                raise FloatingPointError(
-                    f"{self.skipped} steps were not finite, the last: {problem}; {remedy}"
-                )
         self.scaler.update()  # lowers its scale after gradients that overflowed
         self.optimizer.zero_grad(set_to_none=True)
-        return total if math.isfinite(norm) else math.nan
+        return loss if math.isfinite(norm) else math.nan
 
-    def accumulate(self, epoch: int, step: int, batches: Iterable[Mapping], rows: int):
-        """Add up the gradients of the mean loss over `rows` questions; returns it. Without memory, in smaller parts."""
-        waiting, taken = iter(batches), []
+    def can_lower_scale(self) -> bool:
+        """Whether gradients that overflowed in fp16 may fit with a smaller scale of the loss."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1e-3
 
-        def all_batches():  # one by one, so that the next is prepared meanwhile; again from the first after a failure
-            yield from tuple(taken)
-            for batch in waiting:
-                taken.append(batch)
-                yield batch
-
-        while True:
-            # Dropout is a function of the step, so that a resumed run draws the same masks.
-            torch.manual_seed(
-                int(
-                    seeded_generator(
-                        self.config.seed,
-                        self.fold,
-                        epoch,
-                        step,
-                        f"dropout {rank_and_world_size()[0]}",
-                    ).integers(2**31)
-                )
+    def skip_step(self, problem: str) -> None:
+        """Count and note a step without an update; FloatingPointError for one too many."""
+        self.session.add_note(f"fold {self.fold}: skipped a step: {problem}")
+        self.skipped += 1
+        if self.skipped > self.config.max_skipped_steps:
+            raise FloatingPointError(
+                f"{self.skipped} steps were not finite, the last: {problem}; "
+                "lower learning_rate, or set precision='fp32' where memory allows"
             )
-            total = torch.zeros((), device=self.session.device)
-            self.scaler.scale(
-                total
-            )  # makes its scale, also in a process of a team that has no row of this step
+
+    def accumulate_gradients(self, epoch: int, step: int, batches: Iterable[Mapping], n_rows: int):
+        """Add up the gradients of the mean loss over `n_rows` questions; that loss, a tensor.
+
+        In smaller parts, from here on, when memory runs out.
+        """
+        batches = ReplayableBatches(batches)
+        while True:
+            seed_dropout(self.config, self.fold, epoch, step)
+            loss = torch.zeros((), device=self.session.device)
+            # Makes its scale, also in a process of a group that has no row of this step.
+            self.scaler.scale(loss)
             try:
-                for batch in split_batches(self.session, all_batches(), self.plan.micro_batch):
-                    states = answer_hidden_states(self.session, batch)
-                    loss = training_loss(self.session, states, batch) * (
-                        len(batch["prompts"]) / rows
-                    )
-                    self.scaler.scale(loss).backward()
-                    total += loss.detach()
-                return total
+                for batch in split_batches(self.session, batches, self.plan.micro_batch):
+                    loss += self.backward_batch(batch, n_rows)
+                return loss
             except torch.OutOfMemoryError as error:
-                recompute = self.config.gradient_checkpointing and self.plan.stored_layers > 0
-                if self.plan.micro_batch == 1 and not recompute:
+                plan = smaller_memory_plan(self.plan, self.config.gradient_checkpointing)
+                if plan is None:
                     raise out_of_memory_error(error) from error
-            states = loss = None  # they hold the activations
+            # The activations went with the error, whose traceback held them.
             self.optimizer.zero_grad(set_to_none=True)
             clear_memory(LOGGER)
-            stored = 0 if recompute else self.plan.stored_layers
-            self.session.memory_plan = self.plan = MemoryPlan(
-                math.ceil(self.plan.micro_batch / 2), stored
-            )
-            recompute_layers(self.session, stored)
-            text = f"fold {self.fold}: out of memory, {self.plan.micro_batch} questions per forward pass from here on"
-            self.session.add_note(f"{text}; an optimizer step still takes {rows}")
+            self.use_smaller_plan(plan, n_rows)
 
-    def after_step(self, epoch: int) -> None:
-        """Advance the schedule and the averages; SWA averages over a tail of constant learning rate."""
+    def backward_batch(self, batch: Mapping, n_rows: int):
+        """Add the gradients of a batch's part of the mean loss over `n_rows`; that part."""
+        states = answer_hidden_states(self.session, batch)
+        share = len(batch["prompts"]) / n_rows
+        loss = training_loss(self.session, states, batch) * share
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def update_schedule_and_averages(self, epoch: int) -> None:
+        """Advance both by a step; SWA averages over a tail of constant learning rate."""
         in_tail = "swa" in self.averagers and epoch >= self.config.swa_start_epoch
         if not in_tail:
             self.scheduler.step()
@@ -4649,40 +7166,35 @@ class FoldTrainer:
             if kind == "ema" or in_tail:
                 averager.update()
 
-    def report(self, epoch: int, step: int, speed: float) -> None:
+    def log_step(self, epoch: int, step: int, speed: float) -> None:
+        """Report a step in metrics.jsonl and as progress; Interrupted where that says so."""
         memory = memory_summary()
+        loss = self.losses[-1]
         details = {
-            "loss": round(self.losses[-1], 4),
+            "loss": round(loss, 4),
             "lr": f"{self.optimizer.param_groups[0]['lr']:.1e}",
-        }
-        details |= {
             "samples/s": round(speed, 1),
             "GiB": memory.get("gpu_peak_gib", memory["rss_gib"]),
         }
-        self.metrics.log(
-            epoch=epoch,
-            step=step,
-            gradient_norm=self.gradient_norm,
-            **details | {"loss": self.losses[-1]},
-        )
-        done = epoch * self.steps_per_epoch + step + 1
-        self.session.progress(
-            f"fold {self.fold} training", done, self.total_steps, together=True, **details
-        )
+        in_full = {**details, "loss": loss}
+        self.metrics.log(epoch=epoch, step=step, gradient_norm=self.gradient_norm, **in_full)
+        label = f"fold {self.fold} training"
+        steps_done = epoch * self.steps_per_epoch + step + 1
+        self.session.progress(label, steps_done, self.total_steps, together=True, **details)
 
     def validate(self) -> tuple[np.ndarray, dict]:
-        """Logits (n, 1, 4) of the held-out rows through the inference path, with accuracy and NLL."""
+        """Logits (n, 1, 4) of the held-out rows through the inference path; accuracy and NLL."""
         label = f"fold {self.fold} validation"
-        logits = predict_logits(self.session, self.validation, [TTAView("rotation 0")], label)
+        views = [TTAView("rotation 0")]
+        logits = predict_logits(self.session, self.validation, views, label)
         probabilities = softmax(logits[:, 0])
         labels = self.validation["label"].to_numpy()
         diversity = prediction_diversity(probabilities, labels)
         if diversity["collapsed"]:
-            letter = diversity["top_letter"]
             LOGGER.warning(
                 "Fold %d: the model answers %r to almost everything: %s",
                 self.fold,
-                letter,
+                diversity["top_letter"],
                 diversity,
             )
         scores = {
@@ -4692,144 +7204,210 @@ class FoldTrainer:
         return logits, scores
 
     def end_epoch(self, epoch: int, speed: float) -> None:
-        _, metrics = self.validate()
-        score = (
-            [metrics["accuracy"], -metrics["nll"]] if metrics else None
-        )  # without held-out rows the last is best
+        """Validate, keep the best weights, and record the epoch in history.csv and the log."""
+        _, scores = self.validate()
+        # Without held-out rows there are no scores, and the last epoch is the best.
+        score = [scores["accuracy"], -scores["nll"]] if scores else None
         if self.best["score"] is None or score > self.best["score"]:
-            tensors = {
-                name: value.detach().cpu().clone() for name, value in self.parameters.items()
-            }
+            tensors = {}
+            for name, value in self.parameters.items():
+                tensors[name] = value.detach().cpu().clone()
             self.best = {"score": score, "epoch": epoch, "tensors": tensors}
-        loss, self.losses = float(np.nanmean(self.losses)), []
-        self.history.append(
-            {"epoch": epoch + 1, "loss": loss, "samples_per_second": round(speed, 1), **metrics}
-        )
-        self.history[-1]["padding_share"] = round(self.padding, 3)
-        write_table(pd.DataFrame(self.history), self.run.fold_dir(self.fold) / "history.csv")
-        rounded = {name: round(value, 4) for name, value in self.history[-1].items()}
+        record = {
+            "epoch": epoch + 1,
+            "loss": float(np.nanmean(self.losses)),
+            "samples_per_second": round(speed, 1),
+            **scores,
+            "padding_share": round(self.padding, 3),
+        }
+        self.losses = []
+        self.history.append(record)
+        path = self.run.fold_dir(self.fold) / "history.csv"
+        write_table(pd.DataFrame(self.history), path)
+        rounded = {name: round(value, 4) for name, value in record.items()}
         LOGGER.info("Fold %d epoch %d: %s", self.fold, epoch + 1, rounded)
-        if self.config.use_early_stopping and metrics:
-            self.early_stopping(metrics["accuracy"])
+        if self.config.use_early_stopping and scores:
+            self.early_stopping(scores["accuracy"])
 
     def finish(self) -> FoldResult:
-        """Score each kind of weights once on the held-out rows and save its adapter in PEFT's format."""
-        averages = {
-            kind: averager.average for kind, averager in self.averagers.items() if averager.updates
-        }
-        folder, kinds, adapters = self.run.fold_dir(self.fold), {}, {}
-        for kind, tensors in {"raw": self.best["tensors"], **averages}.items():
-            with swapped_weights(self.parameters, tensors):
-                logits, kinds[kind] = self.validate()
-                self.model.save_pretrained(folder / f"adapter_{kind}")
-            adapters[kind] = file_sha256(folder / f"adapter_{kind}" / "adapter_model.safetensors")
-            path = folder / f"validation_{kind}.npz"
-            write_logits(path, self.validation, logits, ["rotation 0"], self.run.fingerprint)
+        """Score each kind of weights on the held-out rows, save its adapter, write result.json."""
+        weights = {"raw": self.best["tensors"]}
+        for kind, averager in self.averagers.items():
+            if averager.updates:
+                weights[kind] = averager.average
+        kinds = {}
+        adapters = {}
+        for kind, tensors in weights.items():
+            kinds[kind], adapters[kind] = self.save_weights(kind, tensors)
+        folder = self.run.fold_dir(self.fold)
+        best_epoch = self.best["epoch"] + 1
         result = {
             "fold": self.fold,
-            "best_epoch": self.best["epoch"] + 1,
+            "best_epoch": best_epoch,
             "kinds": kinds,
             "history": self.history,
+            "adapters": adapters,
         }
-        atomic_write(folder / "result.json", json.dumps(result | {"adapters": adapters}))
-        LOGGER.info("Fold %d: best epoch %d, held-out %s", self.fold, result["best_epoch"], kinds)
+        atomic_write(folder / "result.json", json.dumps(result))
+        LOGGER.info("Fold %d: best epoch %d, held-out %s", self.fold, best_epoch, kinds)
         return read_fold_result(self.run, self.fold)
+
+    def save_weights(self, kind: str, tensors: Mapping) -> tuple[dict, str]:
+        """Write an adapter, in PEFT's format, and its validation logits.
+
+        Returns its scores on the held-out rows and the SHA-256 of its weights.
+        """
+        folder = self.run.fold_dir(self.fold)
+        adapter = folder / f"adapter_{kind}"
+        with swapped_weights(self.parameters, tensors):
+            logits, scores = self.validate()
+            self.model.save_pretrained(adapter)
+        path = folder / f"validation_{kind}.npz"
+        write_logits(path, self.validation, logits, ["rotation 0"], self.run.fingerprint)
+        return scores, file_sha256(adapter / "adapter_model.safetensors")
 
 
 # ======= 6. Evidence ==============================================================================
 
 # === Calibration ==================================================================================
-# Columns are always the original choices a, b, c, d. In logits -inf marks a choice that is absent from the row, and a
-# view of NaN only marks a view the row does not have. Labels are 0-3. Lists, arrays and torch tensors are all welcome.
+# Columns are always the original choices a, b, c, d. In logits, -inf marks a choice that is absent
+# from the row, and a view of NaN only marks a view that the row does not have. Labels are 0-3.
+# Lists, arrays and torch tensors are all welcome.
 TEMPERATURE_BOUNDS = (0.05, 20.0)
+CALIBRATION_PARTS = 5  # of the rows; each part is scaled by temperatures fitted on the others
+SHRINKAGE_ROWS = 50  # a fold of so many rows keeps half of its own log-temperature
 
 
 class TemperatureScaler:
-    """Temperature scaling, softmax(logits / T), which changes no answer. Guo et al. 2017, arXiv:1706.04599."""
+    """Temperature scaling, softmax(logits / T), which changes no answer.
 
-    temperature: float | None = None  # set by fit
-    at_bound: bool = False  # whether the data asked for a temperature outside TEMPERATURE_BOUNDS
+    Guo et al. 2017, arXiv:1706.04599. Below, half of the answers are right:
 
-    def fit(self, logits, labels, logger=None):
-        """Choose T by negative log-likelihood on (n, choices) or (n, views, choices) logits and (n,) labels."""
+    >>> logits = [[2.0, 0.0, 0.0, 0.0]] * 4
+    >>> scaler = TemperatureScaler().fit(logits, labels=[0, 0, 1, 2])
+    >>> scaler.transform(logits)[0].round(2).tolist()
+    [0.5, 0.17, 0.17, 0.17]
+    """
+
+    temperature: float | None = None  # T, set by `fit`
+    at_bound: bool = False  # set by `fit`: the data asked for a T outside TEMPERATURE_BOUNDS
+
+    def fit(self, logits, labels, logger=None) -> TemperatureScaler:
+        """Choose the T of the least negative log-likelihood, and return the scaler itself.
+
+        `logits`: (n, choices) or (n, views, choices); `labels`: (n,). Raises ValueError
+        for a row that is labelled with a masked choice.
+        """
         logits = combine_views(logits)
         labels = _as_labels(labels, logits.shape)
+        self._refuse_masked_labels(logits, labels)
         rows = np.arange(len(labels))
-        masked = np.isneginf(logits[rows, labels])
-        if masked.any():
-            raise ValueError(
-                f"row {masked.argmax()} is labelled with a masked choice: drop the row or unmask it"
-            )
 
-        def loss(log_temperature):  # convex in 1/T: it has one valley
-            return -special.log_softmax(logits / math.exp(log_temperature), axis=1)[
-                rows, labels
-            ].mean()
+        def loss(log_temperature: float) -> float:  # convex in 1 / T: it has one valley
+            scaled = logits / math.exp(log_temperature)
+            return -special.log_softmax(scaled, axis=1)[rows, labels].mean()
 
         low, high = np.log(TEMPERATURE_BOUNDS)
         best = minimize_scalar(
-            loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6}
+            loss,
+            bounds=(low, high),
+            method="bounded",
+            options={"xatol": 1e-6},
         ).x
         self.temperature = math.exp(best)
         if logger is not None:
             logger.info("temperature %.3f fitted on %d rows", self.temperature, len(labels))
-        self.at_bound = (
-            min(best - low, high - best) < 1e-3
-        )  # the search never quite touches its ends
+        # The search never quite touches its ends.
+        self.at_bound = min(best - low, high - best) < 1e-3
         if self.at_bound:
             advice = "temperature %.2g is at its bound: too few rows, or all right or wrong"
             (logger or LOGGER).warning(advice, self.temperature)
         return self
 
+    @staticmethod
+    def _refuse_masked_labels(logits: np.ndarray, labels: np.ndarray) -> None:
+        """Raise ValueError where the label's logit is -inf: no temperature makes it likely."""
+        masked = np.isneginf(logits[np.arange(len(labels)), labels])
+        if masked.any():
+            raise ValueError(
+                f"row {masked.argmax()} is labelled with a masked choice: drop the row or unmask it"
+            )
+
     def transform(self, logits) -> np.ndarray:
-        """(n, choices) calibrated probabilities of (n, choices) or (n, views, choices) logits."""
+        """(n, choices) calibrated probabilities of (n, choices) or (n, views, choices) logits.
+
+        Raises ValueError before `fit`.
+        """
         if self.temperature is None:
             raise ValueError("this TemperatureScaler is not fitted: call fit(logits, labels) first")
         return softmax(combine_views(logits) / self.temperature)
 
 
-def shrink_temperatures(fold_temperatures, fold_sizes, pooled) -> np.ndarray:
-    """(folds,) temperatures with log T pulled towards the pooled one, each fold keeping weight n / (n + 50)."""
-    # One fold's T is noisy: standard deviation 0.36 at 50 rows, 0.20 at 200 in our simulation of a true T of 2.
+def shrink_temperatures(temperatures, fold_sizes, pooled) -> np.ndarray:
+    """(folds,) temperatures with log T pulled towards the log of the pooled temperature.
+
+    A fold of n rows keeps the weight n / (n + 50), because the T of one fold is noisy:
+    in our simulation of a true T of 2 its standard deviation was 0.36 at 50 rows and
+    0.20 at 200.
+
+    >>> shrink_temperatures([4.0, 1.0], fold_sizes=[50, 50], pooled=1.0).round(6).tolist()
+    [2.0, 1.0]
+    """
     sizes = _as_array(fold_sizes)
-    weight = sizes / (sizes + 50)
-    return np.exp(weight * np.log(_as_array(fold_temperatures)) + (1 - weight) * math.log(pooled))
+    weight = sizes / (sizes + SHRINKAGE_ROWS)
+    own_part = weight * np.log(_as_array(temperatures))
+    return np.exp(own_part + (1 - weight) * math.log(pooled))
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """One temperature per fold for the test rows, and cross-fitted probabilities for the OOF rows."""
+    """Temperatures for the test rows, and cross-fitted probabilities for the OOF rows."""
 
-    temperatures: dict[int, float]
-    probabilities: np.ndarray  # (n, 4), each row scaled by a temperature that was fitted without it
+    temperatures: dict[int, float]  # fold -> T; any other (the final model) -> pooled T
+    probabilities: np.ndarray  # (n, 4), each row scaled by a T that was fitted without it
 
 
 def fold_temperatures(
-    scores: np.ndarray, labels: np.ndarray, folds: np.ndarray
+    scores: np.ndarray,
+    labels: np.ndarray,
+    folds: np.ndarray,
 ) -> dict[int, float]:
-    """Temperature of each fold, shrunk toward the pooled one (rows are few), which any other fold number gives."""
+    """Fold -> temperature of its rows; any other fold number gives the pooled temperature.
+
+    Each is shrunk toward the pooled one, because the rows of a fold are few. `scores`:
+    (n, 4); `labels` and `folds`: (n,).
+    """
     pooled = TemperatureScaler().fit(scores, labels).temperature
-    names, sizes = np.unique(folds, return_counts=True)
-    own = [
-        TemperatureScaler().fit(scores[folds == name], labels[folds == name]).temperature
-        for name in names
-    ]
-    shrunk = shrink_temperatures(own, sizes, pooled).tolist()
-    return defaultdict(lambda: pooled, zip(names.tolist(), shrunk, strict=True))
+    fold_numbers, sizes = np.unique(folds, return_counts=True)
+    separate = []
+    for fold in fold_numbers:
+        inside = folds == fold
+        scaler = TemperatureScaler().fit(scores[inside], labels[inside])
+        separate.append(scaler.temperature)
+    shrunk = shrink_temperatures(separate, sizes, pooled).tolist()
+    return defaultdict(lambda: pooled, zip(fold_numbers.tolist(), shrunk, strict=True))
 
 
 def calibrate(
-    scores: np.ndarray, labels: np.ndarray, folds: np.ndarray, enabled: bool = True
+    scores: np.ndarray,
+    labels: np.ndarray,
+    folds: np.ndarray,
+    enabled: bool = True,
 ) -> Calibration:
-    """Temperature scaling of combined scores (n, 4); `enabled=False` keeps every temperature at 1."""
+    """Temperature scaling of combined scores (n, 4); `enabled=False` keeps every T at 1."""
     if not enabled:
         ones = dict.fromkeys(np.unique(folds).tolist(), 1.0)
         return Calibration(defaultdict(lambda: 1.0, ones), softmax(scores))
-    part, scale = np.arange(len(labels)) % 5, np.ones(len(labels))
-    for inside in (part == number for number in np.unique(part)):
+    part = np.arange(len(labels)) % CALIBRATION_PARTS
+    row_temperatures = np.ones(len(labels))
+    for number in np.unique(part):
+        inside = part == number
         fitted = fold_temperatures(scores[~inside], labels[~inside], folds[~inside])
-        scale[inside] = [fitted[fold] for fold in folds[inside]]
-    return Calibration(fold_temperatures(scores, labels, folds), softmax(scores / scale[:, None]))
+        row_temperatures[inside] = [fitted[fold] for fold in folds[inside]]
+    return Calibration(
+        temperatures=fold_temperatures(scores, labels, folds),
+        probabilities=softmax(scores / row_temperatures[:, None]),
+    )
 
 
 # === Intervals and paired tests ===================================================================
@@ -4837,60 +7415,101 @@ RESAMPLES = 2000  # of the images, for an interval
 
 
 def row_scores(probabilities, labels) -> np.ndarray:
-    """(n, 2): whether the most probable choice is the label, and -log p(label); NaN where nothing was predicted."""
-    chosen = probabilities[np.arange(len(labels)), labels]
-    loss = -np.log(np.maximum(chosen, PROBABILITY_FLOOR))
-    return np.column_stack(
-        [np.where(np.isnan(loss), np.nan, probabilities.argmax(axis=1) == labels), loss]
-    )
+    """(n, 2): whether the most probable choice is the label (1 or 0), and -log p(label).
+
+    Both are NaN for a row of NaN, which was not predicted.
+
+    >>> probabilities = np.array([[0.5, 0.3, 0.1, 0.1], [0.5, 0.3, 0.1, 0.1]])
+    >>> row_scores(probabilities, np.array([0, 1])).round(2).tolist()
+    [[1.0, 0.69], [0.0, 1.2]]
+    """
+    label_probability = probabilities[np.arange(len(labels)), labels]
+    loss = -np.log(np.maximum(label_probability, PROBABILITY_FLOOR))
+    is_correct = probabilities.argmax(axis=1) == labels
+    return np.column_stack([np.where(np.isnan(loss), np.nan, is_correct), loss])
 
 
 def image_groups(frame: pd.DataFrame) -> np.ndarray:
-    """(n,) the number of each row's image: rows of one image are not independent. With one image, each row's own."""
+    """(n,) the number of each row's image: rows of one image are not independent.
+
+    Where all rows show one image, each row gets a number of its own.
+
+    >>> image_groups(pd.DataFrame({"pixel_hash": ["cat", "dog", "cat"]})).tolist()
+    [0, 1, 0]
+    """
     groups = pd.factorize(frame["pixel_hash"])[0]
-    return (
-        groups if groups.any() else np.arange(len(groups))
-    )  # all grey, as a control, leaves nothing else to draw
+    if groups.any():
+        return groups
+    return np.arange(len(groups))  # all grey, as a control, leaves nothing else to draw
 
 
 def _group_draws(n_groups: int) -> np.ndarray:
-    """(RESAMPLES, n_groups) how often each group is in each resample, drawn with replacement; always the same."""
-    return np.random.default_rng(0).multinomial(
-        n_groups, np.full(n_groups, 1 / n_groups), size=RESAMPLES
-    )
+    """(RESAMPLES, n_groups) how often each group is in each resample; always the same numbers.
 
-
-def bootstrap_interval(changes, groups, fitted=1.0) -> np.ndarray:
-    """(2, columns) 90 % percentile interval (Efron 1979) of the means of (n, columns) changes; NaN: not compared.
-
-    Whole groups are drawn, because the rows of one image are not independent (Field and Welsh 2007). The interval is
-    for what a step gains on average when it is fitted on so many rows (Bates, Hastie and Tibshirani 2023). `fitted`,
-    of all columns or of each: how many numbers it fits to the labels.
+    Groups are drawn with replacement.
     """
-    # Two imaginary questions, one gains and one loses sqrt(1 / 2): Agresti and Min's (2005) half a row in each cell of
-    # the paired table, without which the interval is a single point where few answers differ. A cross-fitted NLL with p
-    # fitted numbers varies more than its rows show, because each row helps to fit for the others. The p / n^2 of
-    # variance that sqrt(p / 2) adds is measured, not derived: without it the intervals of weights and stacks held the
-    # true change in 3 to 5 points fewer of 192 simulated data sets each of 200 and 2,000 rows.
-    imaginary = np.broadcast_to(np.sqrt(np.asarray(fitted) / 2), changes.shape[1:])
+    even = np.full(n_groups, 1 / n_groups)
+    return np.random.default_rng(0).multinomial(n_groups, even, size=RESAMPLES)
+
+
+def _sums_by_group(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(groups, columns) sums of (n, columns) values over the rows of each group."""
+    return pd.DataFrame(values).groupby(groups).sum().to_numpy()
+
+
+def bootstrap_interval(changes, groups, fitted_parameters=1.0) -> np.ndarray:
+    """(2, columns) ends of the 90 % percentile intervals (Efron 1979) of the columns' means.
+
+    `changes`: (n, columns), NaN where a row was not compared; `groups`: (n,) whole
+    groups are drawn, because the rows of one image are not independent (Field and Welsh
+    2007); `fitted_parameters`: how many numbers a step fits to the labels, of all
+    columns or of each.
+
+    The interval is for what a step gains on average when it is fitted on so many rows
+    (Bates, Hastie and Tibshirani 2023). Where nothing changes it is short, but not a
+    single point:
+
+    >>> bootstrap_interval(np.zeros((98, 1)), np.arange(98)).round(3).tolist()
+    [[-0.014], [0.014]]
+    """
+    # Two imaginary questions, of which one gains and one loses sqrt(1 / 2). This is Agresti and
+    # Min's (2005) half a row in each cell of the paired table, without which the interval is a
+    # single point where few answers differ.
+    #
+    # A cross-fitted NLL with p fitted numbers varies more than its rows show, because each row
+    # helps to fit for the others. The p / n^2 of variance that sqrt(p / 2) adds is measured, not
+    # derived: without it the intervals of weights and stacks held the true change in 3 to 5
+    # points fewer of 192 simulated data sets each of 200 and 2,000 rows.
+    imaginary_change = np.sqrt(np.asarray(fitted_parameters) / 2)
+    imaginary = np.broadcast_to(imaginary_change, changes.shape[1:])
     changes = np.vstack([changes, imaginary, -imaginary])
-    groups, known = np.concatenate([groups, groups.max() + [1, 2]]), np.isfinite(changes)
-    sums, sizes = (
-        pd.DataFrame(part).groupby(groups).sum().to_numpy()
-        for part in (np.where(known, changes, 0), known)
-    )
+    groups = np.concatenate([groups, groups.max() + np.array([1, 2])])
+
+    is_known = np.isfinite(changes)
+    sums = _sums_by_group(np.where(is_known, changes, 0), groups)
+    sizes = _sums_by_group(is_known, groups)
     draws = _group_draws(len(sums))
     means = draws @ sums / np.maximum(1, draws @ sizes)
     return np.quantile(means, [0.05, 0.95], axis=0)
 
 
 def compare_paired(correct_a, correct_b) -> dict:
-    """Is b better than a? Exact test (McNemar 1947) on two (n,) arrays of right or wrong; `wins`: only b is right."""
-    a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
+    """Is b better than a? `gain` in accuracy, `wins`, `losses` and `p_value`.
+
+    Takes two (n,) arrays of right or wrong on the same rows, else raises ValueError.
+    `wins` counts the rows where only b is right. The test is exact (McNemar 1947).
+
+    >>> compare_paired([1, 0, 0, 0], [1, 1, 1, 0])
+    {'gain': 0.5, 'wins': 2, 'losses': 0, 'p_value': 0.5}
+    """
+    a = np.asarray(correct_a, dtype=bool)
+    b = np.asarray(correct_b, dtype=bool)
     if a.shape != b.shape:
         raise ValueError(f"need the same rows twice, got shapes {a.shape} and {b.shape}")
-    wins, losses = int((b & ~a).sum()), int((a & ~b).sum())
-    p_value = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+    wins = int((b & ~a).sum())
+    losses = int((a & ~b).sum())
+    differing = wins + losses
+    p_value = binomtest(wins, differing).pvalue if differing else 1.0
     return {
         "gain": (wins - losses) / max(1, len(a)),
         "wins": wins,
@@ -4900,263 +7519,479 @@ def compare_paired(correct_a, correct_b) -> dict:
 
 
 # === Ensembles ====================================================================================
-# Judge what is fitted here by cross_fit: on its own 200 rows a stack of ten models looks good, elsewhere it loses.
-# In our simulation a stack that is fitted on 4/5 of the rows looks 0.35 standard errors worse than one fitted on all.
+# Judge what is fitted here by cross_fit: on its own 200 rows a stack of ten models looks good,
+# elsewhere it loses. In our simulation a stack that is fitted on 4/5 of the rows looks 0.35
+# standard errors worse than one fitted on all: hence the many parts.
 CROSS_FIT_PARTS = 20
 STACK_FLOOR = 1e-3  # log(1e-12) for a masked choice would drown every other feature
 GREEDY_ROUNDS = 20
 
 
 def majority_vote(probabilities) -> np.ndarray:
-    """(members, n, choices) probabilities -> (n,) labels; ties go to the higher mean probability, then the earlier."""
+    """(n,) labels with the most votes of (members, n, choices) probabilities.
+
+    Ties go to the higher mean probability, then to the earlier choice.
+
+    >>> first, second, third = [[0.9, 0.1]], [[0.4, 0.6]], [[0.4, 0.6]]
+    >>> majority_vote([first, second, third]).tolist()
+    [1]
+    >>> majority_vote([first, second]).tolist()
+    [0]
+    """
     probabilities = _as_probabilities(probabilities, ndim=3)
-    votes = np.eye(probabilities.shape[2])[probabilities.argmax(axis=2)].sum(axis=0)
-    mean = probabilities.mean(axis=0).round(
-        12
-    )  # rounded, or the order of summation would decide equal means
-    return np.where(votes == votes.max(axis=1, keepdims=True), mean, -1).argmax(axis=1)
+    ballots = np.eye(probabilities.shape[2])[probabilities.argmax(axis=2)]
+    votes = ballots.sum(axis=0)
+    # Rounded, or the order of summation would decide between equal means.
+    mean = probabilities.mean(axis=0).round(12)
+    has_most_votes = votes == votes.max(axis=1, keepdims=True)
+    return np.where(has_most_votes, mean, -1).argmax(axis=1)
 
 
 def average_probabilities(probabilities, weights=None) -> np.ndarray:
-    """(members, n, choices) probabilities -> (n, choices) arithmetic mean, by (members,) weights if given."""
+    """(n, choices) arithmetic mean of (members, n, choices) probabilities.
+
+    `weights`: (members,), if they are not to count alike.
+
+    >>> average_probabilities([[[0.75, 0.25]], [[0.25, 0.75]]]).tolist()
+    [[0.5, 0.5]]
+    >>> average_probabilities([[[1.0, 0.0]], [[0.0, 1.0]]], weights=[3, 1]).tolist()
+    [[0.75, 0.25]]
+    """
     return np.average(_as_probabilities(probabilities, ndim=3), axis=0, weights=weights)
 
 
 def optimize_ensemble_weights(probabilities, labels, logger=None) -> np.ndarray:
-    """(members,) simplex weights with the least NLL of the weighted mean (SLSQP); uniform, with a warning, if stuck."""
+    """(members,) weights of the weighted mean with the least NLL; none negative, their sum is 1.
+
+    `probabilities`: (members, n, choices); `labels`: (n,). Found by SLSQP; where that
+    does not converge, the weights are uniform, with a warning.
+
+    >>> good, ignorant = [[0.9, 0.1], [0.1, 0.9]], [[0.5, 0.5], [0.5, 0.5]]
+    >>> optimize_ensemble_weights([good, ignorant], labels=[0, 1]).round(3).tolist()
+    [1.0, 0.0]
+    """
     probabilities = _as_probabilities(probabilities, ndim=3)
     labels = _as_labels(labels, probabilities.shape)
-    likelihood = np.maximum(probabilities[:, np.arange(len(labels)), labels], PROBABILITY_FLOOR)
+    label_probability = probabilities[:, np.arange(len(labels)), labels]
+    likelihood = np.maximum(label_probability, PROBABILITY_FLOOR)  # (members, n)
     uniform = np.full(len(likelihood), 1 / len(likelihood))
 
     def loss_and_gradient(weights):
         mixed = np.maximum(weights @ likelihood, PROBABILITY_FLOOR)
         return -np.log(mixed).mean(), -(likelihood / mixed).mean(axis=1)
 
-    simplex = {"type": "eq", "fun": lambda weights: weights.sum() - 1}
-    limits = {"bounds": [(0, 1)] * len(uniform), "constraints": simplex}
     result = minimize(
-        loss_and_gradient, uniform, jac=True, method="SLSQP", options={"ftol": 1e-9}, **limits
+        loss_and_gradient,
+        uniform,
+        jac=True,
+        method="SLSQP",
+        options={"ftol": 1e-9},
+        bounds=[(0, 1)] * len(uniform),
+        constraints={"type": "eq", "fun": lambda weights: weights.sum() - 1},
     )
-    if not result.success:
-        (logger or LOGGER).warning(
-            "ensemble weights are uniform: SLSQP did not converge: %s", result.message
-        )
-    weights = result.x.clip(min=0) if result.success else uniform
+    if result.success:
+        weights = result.x.clip(min=0)
+    else:
+        problem = "ensemble weights are uniform: SLSQP did not converge: %s"
+        (logger or LOGGER).warning(problem, result.message)
+        weights = uniform
     return weights / weights.sum()
 
 
 def greedy_weights(probabilities, labels) -> np.ndarray:
-    """(members,) weights by forward selection with replacement on the NLL of the mean (Caruana et al. 2004, ICML)."""
+    """(members,) weights by forward selection with replacement, on the NLL of the mean.
+
+    `probabilities`: (members, n, choices); `labels`: (n,). Caruana et al. 2004, ICML.
+
+    >>> good, ignorant = [[0.9, 0.1], [0.1, 0.9]], [[0.5, 0.5], [0.5, 0.5]]
+    >>> greedy_weights([good, ignorant], labels=[0, 1]).tolist()
+    [1.0, 0.0]
+    """
     probabilities = _as_probabilities(probabilities, ndim=3)
     labels = _as_labels(labels, probabilities.shape)
-    likelihood = probabilities[:, np.arange(len(labels)), labels]
-    counts, total = np.zeros(len(likelihood)), np.zeros(len(labels))
+    likelihood = probabilities[:, np.arange(len(labels)), labels]  # (members, n)
+    counts = np.zeros(len(likelihood))  # how often each member was selected
+    total = np.zeros(len(labels))  # likelihood of each row, summed over the selection
     for size in range(1, GREEDY_ROUNDS + 1):
-        losses = -np.log(np.maximum((total + likelihood) / size, PROBABILITY_FLOOR)).mean(axis=1)
+        with_each_member = (total + likelihood) / size
+        losses = -np.log(np.maximum(with_each_member, PROBABILITY_FLOOR)).mean(axis=1)
         best = losses.argmin()
         counts[best] += 1
         total += likelihood[best]
     return counts / GREEDY_ROUNDS
 
 
-def stack(probabilities, labels, strength=0.03) -> SimpleNamespace:
-    """Stack (Wolpert 1992) on (members, n, choices) probabilities: `.predict_proba`; ValueError for unseen choices.
+def _stack_features(members: np.ndarray) -> np.ndarray:
+    """(n, members * choices) log-probabilities of (members, n, choices), side by side."""
+    return np.hstack(np.log(np.maximum(members, STACK_FLOOR)))
 
-    `.fitted()`: its effective number of parameters, tr(S S) of a penalised fit (Hastie and Tibshirani 1990, 3.5)."""
-    from sklearn.linear_model import (
-        LogisticRegression,
-    )  # importing sklearn draws from the global generator
 
-    def features(members):  # log-probabilities side by side, (n, members * choices)
-        return np.hstack(np.log(np.maximum(members, STACK_FLOOR)))
+@dataclass(frozen=True)
+class Stack:
+    """A logistic regression on the members' log-probabilities, as `stack` fits it."""
 
-    def predict_proba(members):
-        members = _as_probabilities(members, ndim=3)
-        stacked = model.predict_proba(features(members)) * (members > 0).any(
-            axis=0
-        )  # masked in every member: stays 0
+    model: object  # sklearn's LogisticRegression, fitted
+    members: np.ndarray  # (members, n, choices) probabilities that it was fitted on
+    strength: float  # sklearn's C: the penalty on a squared coefficient is 1 / (2 C)
+
+    def predict_proba(self, probabilities) -> np.ndarray:
+        """(n, choices) probabilities for the (members, n, choices) of other rows."""
+        members = _as_probabilities(probabilities, ndim=3)
+        is_open = (members > 0).any(axis=0)  # a choice that every member masks stays at 0
+        stacked = self.model.predict_proba(_stack_features(members)) * is_open
         return stacked / stacked.sum(axis=1, keepdims=True)
 
-    def fitted():
-        inputs = features(probabilities)
-        predicted, inputs = (
-            model.predict_proba(inputs),
-            np.column_stack([inputs, np.ones(len(inputs))]),
-        )
-        spread = predicted[:, :, None] * (
-            np.eye(predicted.shape[1]) - predicted[:, None]
-        )  # (n, choices, choices)
-        hessian = np.block(
-            [[(inputs * pair[:, None]).T @ inputs for pair in pairs] for pairs in spread.T]
-        )
-        penalty = [
-            np.full(inputs.shape[1] - 1, 1 / strength),
-            [1e-6],
-        ]  # none on the intercept, but nothing is singular
-        shrunk = np.linalg.solve(
-            hessian + np.diag(np.tile(np.concatenate(penalty), predicted.shape[1])), hessian
-        )
+    def fitted_parameters(self) -> float:
+        """Effective number of parameters of the penalised fit, tr(S S).
+
+        S = (H + penalty)^-1 H, where H is the Hessian of the unpenalised loss. Hastie
+        and Tibshirani 1990, 3.5.
+        """
+        features = _stack_features(self.members)
+        predicted = self.model.predict_proba(features)
+        n_choices = predicted.shape[1]
+        inputs = np.column_stack([features, np.ones(len(features))])
+        hessian = _softmax_hessian(inputs, predicted)
+        penalty_of_choice = np.full(inputs.shape[1], 1 / self.strength)
+        penalty_of_choice[-1] = 1e-6  # none on the intercept, but nothing is singular
+        penalty = np.diag(np.tile(penalty_of_choice, n_choices))
+        shrunk = np.linalg.solve(hessian + penalty, hessian)
         return float(np.trace(shrunk @ shrunk))
 
-    probabilities = _as_probabilities(probabilities, ndim=3)
-    labels = _as_labels(labels, probabilities.shape)
-    unseen = set(range(probabilities.shape[2])) - set(labels.tolist())
+
+def _softmax_hessian(inputs: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Hessian of a softmax regression's loss, in blocks of (inputs, inputs) per pair of choices.
+
+    `inputs`: (n, inputs), the column of ones included; `predicted`: (n, choices).
+    """
+    identity = np.eye(predicted.shape[1])
+    spread = predicted[:, :, None] * (identity - predicted[:, None])  # (n, choices, choices)
+    blocks = []
+    for row_of_pairs in spread.T:
+        blocks.append([(inputs * pair[:, None]).T @ inputs for pair in row_of_pairs])
+    return np.block(blocks)
+
+
+def stack(probabilities, labels, strength=0.03) -> Stack:
+    """A fitted stack (Wolpert 1992) of (members, n, choices) probabilities on (n,) labels.
+
+    `strength` is sklearn's C. It is small on purpose: 0.03 was best in our simulations.
+    Raises ValueError where a choice never occurs in the labels.
+    """
+    # Imported here because importing sklearn draws from the global random generator.
+    from sklearn.linear_model import LogisticRegression
+
+    members = _as_probabilities(probabilities, ndim=3)
+    labels = _as_labels(labels, members.shape)
+    unseen = set(range(members.shape[2])) - set(labels.tolist())
     if unseen:
         raise ValueError(
-            f"choices {sorted(unseen)} never occur in the labels: too few rows to stack, use the mean"
+            f"choices {sorted(unseen)} never occur in the labels: "
+            "too few rows to stack, use the mean"
         )
-    # sklearn's C is small on purpose: 0.03 was best in our simulations.
-    model = LogisticRegression(C=strength, max_iter=2000).fit(features(probabilities), labels)
-    return SimpleNamespace(predict_proba=predict_proba, fitted=fitted)
+    model = LogisticRegression(C=strength, max_iter=2000)
+    model.fit(_stack_features(members), labels)
+    return Stack(model, members, strength)
 
 
 def cross_fit(fit_and_predict, probabilities, labels, folds) -> np.ndarray:
-    """(n, choices) predictions of each fold by fit_and_predict(fit_inputs, fit_labels, predict_inputs) on the rest."""
-    # Rows are on the last axis but one: (members, n, choices), or (n, choices) logits.
-    inputs, folds = _as_array(probabilities), np.asarray(folds)
+    """(n, choices) predictions of each fold, by what is fitted on the other folds.
+
+    Calls `fit_and_predict(fit_inputs, fit_labels, predict_inputs)` once for each fold.
+    Rows are on the last axis but one: (members, n, choices) probabilities, or (n,
+    choices) logits. Raises ValueError unless there is one fold number per row and there
+    are at least two folds.
+
+    >>> def always_the_first_label(fit_inputs, fit_labels, predict_inputs):
+    ...     return np.eye(2)[np.full(len(predict_inputs), fit_labels[0])]
+    >>> logits, labels, folds = np.zeros((3, 2)), [0, 0, 1], [0, 0, 1]
+    >>> cross_fit(always_the_first_label, logits, labels, folds).tolist()
+    [[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]
+    """
+    inputs = _as_array(probabilities)
     labels = _as_labels(labels, inputs.shape)
+    folds = np.asarray(folds)
     if folds.shape != labels.shape or len(np.unique(folds)) < 2:
         raise ValueError(
-            f"need one fold number per row ({len(labels)}) and at least two folds, got {folds.shape}"
+            f"need one fold number per row ({len(labels)}) and at least two folds, "
+            f"got {folds.shape}"
         )
     predictions = np.full(inputs.shape[-2:], np.nan)
-    for held_out in (folds == fold for fold in np.unique(folds)):
+    for fold in np.unique(folds):
+        held_out = folds == fold
         predictions[held_out] = fit_and_predict(
-            inputs[..., ~held_out, :], labels[~held_out], inputs[..., held_out, :]
+            inputs[..., ~held_out, :],
+            labels[~held_out],
+            inputs[..., held_out, :],
         )
     return predictions
 
 
-BLENDS = {  # (members and labels to fit on, members) -> (n, choices)
-    "mean": lambda old, known, new: average_probabilities(new),
-    "geometric mean": lambda old, known, new: softmax(
-        np.log(np.maximum(new, PROBABILITY_FLOOR)).mean(axis=0)
-    ),
-    "vote": lambda old, known, new: np.eye(new.shape[2])[majority_vote(new)],
-    "weighted": lambda old, known, new: average_probabilities(
-        new, optimize_ensemble_weights(old, known)
-    ),
-    "greedy": lambda old, known, new: average_probabilities(new, greedy_weights(old, known)),
-    "stacked": lambda old, known, new: stack(old, known).predict_proba(new),
+# A blend is a way to combine members: (members and labels to fit on, members) -> (n, choices).
+
+
+def _blend_by_mean(fit_members, fit_labels, members) -> np.ndarray:
+    return average_probabilities(members)
+
+
+def _blend_by_geometric_mean(fit_members, fit_labels, members) -> np.ndarray:
+    return softmax(np.log(np.maximum(members, PROBABILITY_FLOOR)).mean(axis=0))
+
+
+def _blend_by_vote(fit_members, fit_labels, members) -> np.ndarray:
+    return np.eye(members.shape[2])[majority_vote(members)]  # all on the answer
+
+
+def _blend_by_optimized_weights(fit_members, fit_labels, members) -> np.ndarray:
+    weights = optimize_ensemble_weights(fit_members, fit_labels)
+    return average_probabilities(members, weights)
+
+
+def _blend_by_greedy_weights(fit_members, fit_labels, members) -> np.ndarray:
+    return average_probabilities(members, greedy_weights(fit_members, fit_labels))
+
+
+def _blend_by_stack(fit_members, fit_labels, members) -> np.ndarray:
+    return stack(fit_members, fit_labels).predict_proba(members)
+
+
+BLENDS = {
+    "mean": _blend_by_mean,
+    "geometric mean": _blend_by_geometric_mean,
+    "vote": _blend_by_vote,
+    "weighted": _blend_by_optimized_weights,
+    "greedy": _blend_by_greedy_weights,
+    "stacked": _blend_by_stack,
 }
 
 
-def fit_and_blend(name: str, old, known, new, scaling: bool = True) -> np.ndarray:
-    """(n, choices) predictions for `new` members by a blend and its temperature, both fitted on `old` ones."""
-    mixed = BLENDS[name](old, known, np.concatenate([old, new], axis=1))
+def fit_and_blend(
+    name: str,
+    fit_members: np.ndarray,
+    fit_labels: np.ndarray,
+    members: np.ndarray,
+    scaling: bool = True,
+) -> np.ndarray:
+    """(n, choices) predictions for (members, n, choices) by a blend and its temperature.
+
+    Both are fitted on `fit_members` and their labels. `name`: a key of BLENDS.
+    """
+    n_fit = len(fit_labels)
+    all_members = np.concatenate([fit_members, members], axis=1)
+    mixed = BLENDS[name](fit_members, fit_labels, all_members)
     if name == "vote" or not scaling:  # a vote has no probabilities to scale
-        return mixed[len(known) :]
-    # A mean of honest probabilities is too timid: unscaled, a blend could win by its confidence, not its answers.
+        return mixed[n_fit:]
+    # A mean of honest probabilities is too timid: unscaled, a blend could win by its confidence,
+    # not by its answers.
     scores = np.log(np.maximum(mixed, PROBABILITY_FLOOR))
-    scaled = TemperatureScaler().fit(scores[: len(known)], known).transform(scores[len(known) :])
-    scaled *= (new > 0).any(axis=0)  # a masked choice: the floor would give it a share
+    scaler = TemperatureScaler().fit(scores[:n_fit], fit_labels)
+    scaled = scaler.transform(scores[n_fit:])
+    scaled *= (members > 0).any(axis=0)  # a masked choice: the floor would give it a share
     return scaled / scaled.sum(axis=1, keepdims=True)
 
 
-def count_fitted_parameters(name: str, members, labels) -> float:
-    """How many numbers, beside its temperature, a blend fits: effective parameters, or weights above zero but one."""
+def count_fitted_parameters(name: str, members: np.ndarray, labels: np.ndarray) -> float:
+    """How many numbers, beside its temperature, a blend fits to (members, n, choices).
+
+    Of a stack its effective parameters; of weights those above zero, but one, because
+    their sum is 1; else 0.
+    """
     if name == "stacked":
-        return stack(members, labels).fitted()
-    fit = {"weighted": optimize_ensemble_weights, "greedy": greedy_weights}.get(name)
-    return float((fit(members, labels) > 1e-6).sum() - 1) if fit else 0.0
+        return stack(members, labels).fitted_parameters()
+    if name == "weighted":
+        weights = optimize_ensemble_weights(members, labels)
+    elif name == "greedy":
+        weights = greedy_weights(members, labels)
+    else:
+        return 0.0
+    return float((weights > 1e-6).sum() - 1)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of several ways to answer the same rows, from which evidence chooses."""
+
+    probabilities: np.ndarray  # (n, choices) cross-fitted: each row's without its label
+    fitted_parameters: float = 0.0  # numbers fitted to the labels, as in `bootstrap_interval`
+
+
+def _shows_every_choice(labels: np.ndarray, part: np.ndarray, n_choices: int) -> bool:
+    """Whether the labels of the rows outside each part still hold all choices."""
+    choices_outside = [len(np.unique(labels[part != number])) for number in np.unique(part)]
+    return all(count == n_choices for count in choices_outside)
 
 
 def cross_fitted_blends(
-    members, labels, groups, names: Iterable[str] = BLENDS, scaling=True
-) -> dict[str, np.ndarray]:
-    """Name -> (n, choices) predictions by that blend of (members, n, choices), fitted on the groups of other parts."""
+    members: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    names: Iterable[str] = BLENDS,
+    scaling: bool = True,
+) -> dict[str, Candidate]:
+    """Name -> that blend of (members, n, choices), each part fitted on the groups of others.
+
+    A stack is left out where it would not see every choice.
+    """
     part = groups % CROSS_FIT_PARTS
-    complete = all(
-        len(np.unique(labels[part != number])) == members.shape[2] for number in np.unique(part)
-    )
-    names = [
-        name for name in names if complete or name != "stacked"
-    ]  # a stack has to see every letter
-    fits = {name: functools.partial(fit_and_blend, name, scaling=scaling) for name in names}
-    return {name: cross_fit(fit, members, labels, part) for name, fit in fits.items()}
+    if not _shows_every_choice(labels, part, members.shape[2]):
+        names = [name for name in names if name != "stacked"]
+    candidates = {}
+    for name in names:
+        fit_and_predict = functools.partial(fit_and_blend, name, scaling=scaling)
+        candidates[name] = Candidate(
+            probabilities=cross_fit(fit_and_predict, members, labels, part),
+            fitted_parameters=count_fitted_parameters(name, members, labels),
+        )
+    return candidates
 
 
 # === Automatic choice =============================================================================
-def _evidence_by_group(candidates: Mapping[str, np.ndarray], labels, groups) -> np.ndarray:
-    """(groups, 6, candidates) sums from which `_choice` decides, of changes against the first candidate in each group:
+# The evidence: six numbers for each group (the rows of one image) and candidate, numbered here.
+# They compare the candidate's scores with the first one's, summed over the rows of the group;
+# squares and products are of these sums. Added up over groups, they give the standard error in
+# `_choose`.
+ACCURACY_CHANGE = 0
+NLL_CHANGE = 1
+NLL_CHANGE_SQUARED = 2
+NLL_CHANGE_TIMES_ROWS = 3
+ROWS = 4
+ROWS_SQUARED = 5
 
-    of accuracy, of NLL, of NLL squared, of NLL times the group's rows, its rows, and these squared."""
+
+def _evidence_by_group(candidates: Mapping[str, Candidate], labels, groups) -> np.ndarray:
+    """(groups, 6, candidates) sums from which `_choose` decides, numbered as above."""
     scores = np.stack(
-        [row_scores(probabilities, labels) for probabilities in candidates.values()], axis=2
-    )
-    changes = pd.DataFrame((scores - scores[:, :, :1]).reshape(len(labels), -1)).groupby(
-        np.asarray(groups)
-    )
-    correct, nll = changes.sum().to_numpy().reshape(-1, *scores.shape[1:]).swapaxes(0, 1)
-    sizes = np.broadcast_to(changes.size().to_numpy()[:, None], nll.shape)
-    return np.stack([correct, nll, nll**2, nll * sizes, sizes, sizes**2], axis=1)
+        [row_scores(candidate.probabilities, labels) for candidate in candidates.values()],
+        axis=2,
+    )  # (n, 2, candidates): accuracy and NLL
+    changes = scores - scores[:, :, :1]
+    grouped = pd.DataFrame(changes.reshape(len(labels), -1)).groupby(np.asarray(groups))
+    sums = grouped.sum().to_numpy().reshape(-1, *changes.shape[1:])
+    accuracy_change = sums[:, 0]
+    nll_change = sums[:, 1]
+    rows = grouped.size().to_numpy()[:, None]
+    evidence = np.empty((len(sums), 6, len(candidates)))
+    evidence[:, ACCURACY_CHANGE] = accuracy_change
+    evidence[:, NLL_CHANGE] = nll_change
+    evidence[:, NLL_CHANGE_SQUARED] = nll_change**2
+    evidence[:, NLL_CHANGE_TIMES_ROWS] = nll_change * rows
+    evidence[:, ROWS] = rows
+    evidence[:, ROWS_SQUARED] = rows**2
+    return evidence
 
 
-def _choice(evidence: np.ndarray) -> np.ndarray:
-    """(...) the number of the candidate to use, from (..., 6, candidates) sums of `_evidence_by_group`."""
-    correct, nll, squares, products, rows, squared_rows = np.moveaxis(evidence, -2, 0)
-    rows = np.maximum(1, rows)  # a resample of few images may hold none of the others
-    mean = nll / rows
-    error = np.sqrt(np.maximum(0, squares - 2 * mean * products + mean**2 * squared_rows)) / rows
-    return np.where((mean < -error) & (correct >= 0), mean, 0).argmin(axis=-1)
+def _choose(evidence: np.ndarray) -> np.ndarray:
+    """The number of the candidate to use, from sums over groups.
 
+    `evidence` has shape (..., 6, candidates); the result keeps any axes before these two. It
+    is the candidate of least mean NLL among those that beat the first by more than one
+    standard error and lose no accuracy against it; without such a one it is the first.
 
-def choose_blend(candidates: Mapping[str, np.ndarray], labels, groups) -> str:
-    """The first of the cross-fitted candidates, or the best that beats its NLL by more than one standard error.
-
-    It must not lose accuracy either. The rule is Breiman's (1984) for trees. One wrong row spoils the NLL of a vote.
+    Let s be the NLL change of a group, n its rows and N all rows. The mean change is
+    m = sum(s) / N, and a group departs from it by s - m n. Groups are independent, hence
+    the standard error of m is sqrt(sum((s - m n)^2)) / N. The square is multiplied out
+    below, because m is known only when the sums are complete.
     """
-    return list(candidates)[_choice(_evidence_by_group(candidates, labels, groups).sum(axis=0))]
+    # A resample of few images may hold no row outside a part: no division by zero.
+    rows = np.maximum(1, evidence[..., ROWS, :])
+    mean = evidence[..., NLL_CHANGE, :] / rows
+    squared_departures = (
+        evidence[..., NLL_CHANGE_SQUARED, :]
+        - 2 * mean * evidence[..., NLL_CHANGE_TIMES_ROWS, :]
+        + mean**2 * evidence[..., ROWS_SQUARED, :]
+    )
+    standard_error = np.sqrt(np.maximum(0, squared_departures)) / rows
+    is_better = (mean < -standard_error) & (evidence[..., ACCURACY_CHANGE, :] >= 0)
+    # All others count as 0, the first one's own change: where none is better, argmin takes
+    # the first.
+    return np.where(is_better, mean, 0).argmin(axis=-1)
 
 
-def choose_cross_fitted(candidates: Mapping[str, np.ndarray], labels, groups) -> np.ndarray:
-    """(n, choices) predictions of the automatic choice, which for each part of the groups is made by the other parts.
+def choose_blend(candidates: Mapping[str, Candidate], labels, groups) -> str:
+    """Name of the best candidate that beats the first one's NLL by over one standard error.
 
-    What is chosen from stays as it is: cross-fitted once, with all parts but the row's own."""
-    result = np.full_like(next(iter(candidates.values())), np.nan)
-    part, evidence = groups % CROSS_FIT_PARTS, _evidence_by_group(candidates, labels, groups)
-    part_of_evidence = np.unique(groups) % CROSS_FIT_PARTS
-    for number in np.unique(part):
-        chosen = _choice(evidence[part_of_evidence != number].sum(axis=0))
-        result[part == number] = list(candidates.values())[chosen][part == number]
+    It must not lose accuracy either; without such a candidate it is the first. Breiman
+    and others (1984) chose the size of trees by a similar rule. A vote has probabilities
+    0 and 1, so that one wrong row makes its NLL huge: it is hardly ever chosen. `labels`
+    and `groups`: (n,).
+
+    >>> labels, images = np.array([0, 1, 0, 1]), np.arange(4)
+    >>> unsure = Candidate(np.full((4, 2), 0.5))
+    >>> right = Candidate(np.eye(2)[labels] * 0.8 + 0.1)
+    >>> wrong = Candidate(np.eye(2)[1 - labels] * 0.8 + 0.1)
+    >>> choose_blend({"mean": unsure, "weighted": right, "stacked": wrong}, labels, images)
+    'weighted'
+    """
+    evidence = _evidence_by_group(candidates, labels, groups)
+    return list(candidates)[_choose(evidence.sum(axis=0))]
+
+
+def choose_cross_fitted(candidates: Mapping[str, Candidate], labels, groups) -> np.ndarray:
+    """(n, choices) probabilities of the automatic choice, made for each part by the others.
+
+    The groups are dealt into CROSS_FIT_PARTS parts; for each, the candidate is chosen on
+    the other parts. The candidates are not fitted again: they were cross-fitted once,
+    with all parts but the row's own.
+    """
+    probabilities = [candidate.probabilities for candidate in candidates.values()]
+    evidence = _evidence_by_group(candidates, labels, groups)
+    part_of_group = np.unique(groups) % CROSS_FIT_PARTS
+    part_of_row = groups % CROSS_FIT_PARTS
+    result = np.full_like(probabilities[0], np.nan)
+    for number in np.unique(part_of_row):
+        inside = part_of_row == number
+        chosen = _choose(evidence[part_of_group != number].sum(axis=0))
+        result[inside] = probabilities[chosen][inside]
     return result
 
 
-def choice_interval(
-    candidates: Mapping[str, np.ndarray], labels, groups, fitted: Mapping[str, float]
-) -> np.ndarray:
-    """(2, 2) ends of the 90 % intervals of what `choose_cross_fitted` gains in accuracy and NLL on the first candidate.
+def _imaginary_changes(candidates: Mapping[str, Candidate]) -> np.ndarray:
+    """(candidates, 2) changes in accuracy and NLL of the imaginary question that gains.
 
-    As `bootstrap_interval`, but each resample chooses anew: which candidate it would be is part of the uncertainty.
-    Where none chooses another than the first, the gain is zero and known. `fitted`: by each candidate.
+    As in `bootstrap_interval`: sqrt(p / 2), with p = 1 for accuracy and the candidate's
+    fitted_parameters for NLL. The first candidate is compared with itself: no change.
     """
-    evidence, part = (
-        _evidence_by_group(candidates, labels, groups),
-        np.unique(groups) % CROSS_FIT_PARTS,
-    )
-    imaginary = np.sqrt(
-        [[0.5, fitted[name] / 2] for name in candidates]
-    )  # as in `bootstrap_interval`
+    squares = []
+    for candidate in candidates.values():
+        squares.append([0.5, candidate.fitted_parameters / 2])
+    imaginary = np.sqrt(squares)
     imaginary[0] = 0
+    return imaginary
+
+
+def choice_interval(candidates: Mapping[str, Candidate], labels, groups) -> np.ndarray:
+    """(2, 2) ends of the 90 % intervals of what `choose_cross_fitted` gains on the first one.
+
+    Rows are the lower and upper ends; columns are the changes of accuracy and of NLL, of
+    which a negative one is better. As `bootstrap_interval`, but each resample chooses
+    anew, so that the uncertainty of the choice counts. If all choose the first, both ends
+    are 0.
+    """
+    evidence = _evidence_by_group(candidates, labels, groups)
+    part_of_group = np.unique(groups) % CROSS_FIT_PARTS
+    imaginary = _imaginary_changes(candidates)
     draws = _group_draws(len(evidence) + 2)
-    drawn, signs = (
-        draws[:, :-2],
-        draws[:, -2:] @ [1, -1],
-    )  # the last two are the imaginary questions
-    sums = [
-        np.tensordot(drawn[:, part == number], evidence[part == number], axes=1)
-        for number in np.unique(part)
-    ]
-    gains, total = np.zeros((RESAMPLES, 2)), sum(sums)
-    for inside in sums:
-        chosen = _choice(total - inside)
-        gains += inside[np.arange(RESAMPLES), :2, chosen] + imaginary[chosen] * signs[
-            :, None
-        ] / len(sums)
-    return np.quantile(
-        gains / (total[:, 4, :1] + draws[:, -2:].sum(axis=1, keepdims=True)), [0.05, 0.95], axis=0
-    )
+    group_draws = draws[:, :-2]
+    imaginary_draws = draws[:, -2:]  # of the two imaginary questions: one gains, one loses
+    signs = imaginary_draws @ [1, -1]
+
+    sums_by_part = []  # of each (RESAMPLES, 6, candidates)
+    for number in np.unique(part_of_group):
+        inside = part_of_group == number
+        part_sums = np.tensordot(group_draws[:, inside], evidence[inside], axes=1)
+        sums_by_part.append(part_sums)
+    total = sum(sums_by_part)
+
+    resamples = np.arange(RESAMPLES)
+    changes = np.zeros((RESAMPLES, 2))  # of accuracy and NLL, summed over the rows
+    for part_sums in sums_by_part:
+        chosen = _choose(total - part_sums)  # (RESAMPLES,)
+        chosen_sums = part_sums[resamples, :, chosen]  # (RESAMPLES, 6)
+        # Parts may choose differently: each adds its share of the imaginary questions' changes.
+        imaginary_changes = imaginary[chosen] * signs[:, None] / len(sums_by_part)
+        changes += chosen_sums[:, [ACCURACY_CHANGE, NLL_CHANGE]] + imaginary_changes
+    rows = total[:, ROWS, :1] + imaginary_draws.sum(axis=1, keepdims=True)
+    return np.quantile(changes / rows, [0.05, 0.95], axis=0)
 
 
 # === Out-of-fold rows =============================================================================
@@ -5164,246 +7999,403 @@ def choice_interval(
 class OofLogits:
     """Out-of-fold logits of every trained fold, in the row order of the training frame."""
 
-    frame: pd.DataFrame
-    logits: np.ndarray  # (n, views, 4)
+    frame: pd.DataFrame  # (n,) rows of the training frame, with fold
+    logits: np.ndarray  # (n, views, 4); NaN where a row does not have the view
     labels: np.ndarray  # (n,)
-    folds: np.ndarray  # (n,)
+    folds: np.ndarray  # (n,) the fold that held the row out
     view_names: tuple[str, ...]
     tokens: np.ndarray | None = None  # (n,) of the prompts; None where an earlier version scored
-    doubt_only_views: tuple[
-        int, ...
-    ] = ()  # views that were scored in a pass of their own, and only where the answer was in doubt
+    # Views that were scored in a pass of their own, and only where the answer was in doubt.
+    doubt_only_views: tuple[int, ...] = ()
 
     @property
     def groups(self) -> np.ndarray:
+        """(n,) the number of each row's image."""
         return image_groups(self.frame)
 
     def cost(self, views: Sequence[int]) -> float:
-        """Mean time of scoring a row in those of the views that it has, in questions with one view."""
-        exists, answers, prompts = ~np.isnan(self.logits).all(axis=2), 0.0, 0.0
-        for late in (False, True):
-            inside = [view for view in views if (view in self.doubt_only_views) == late]
-            scales = [view for view in inside if self.view_names[view].startswith("scale")]
-            rotations = [view for view in inside if view not in scales]  # they share a row's prefix
-            prompts += (
-                exists[:, rotations].any(axis=1).mean() + exists[:, scales].sum(axis=1).mean()
-            )
-            answers += exists[:, inside].sum(axis=1).mean()
+        """Mean time of scoring a row in those of the views that it has.
+
+        The unit is a question with one view.
+        """
+        exists = ~np.isnan(self.logits).all(axis=2)  # (n, views)
+        first_pass = [view for view in views if view not in self.doubt_only_views]
+        second_pass = [view for view in views if view in self.doubt_only_views]
+        answers = 0.0
+        prompts = 0.0
+        for scored_together in (first_pass, second_pass):
+            rotations = [view for view in scored_together if self._is_rotation(view)]
+            # Every other view has a prompt of its own.
+            others = [view for view in scored_together if not self._is_rotation(view)]
+            rows_with_rotations = exists[:, rotations].any(axis=1)  # they share a row's prefix
+            prompts += rows_with_rotations.mean() + exists[:, others].sum(axis=1).mean()
+            answers += exists[:, scored_together].sum(axis=1).mean()
         return float(scoring_cost(prompts, answers))
+
+    def _is_rotation(self, view: int) -> bool:
+        return view_kind(self.view_names[view]) == "rotation"
 
 
 def align_rows(ids: pd.Series, parts: Sequence[Mapping[str, np.ndarray]], name: str) -> np.ndarray:
-    """The array of that name in the order of these rows, from what was written for each fold."""
-    known, values = (np.concatenate([part[each] for part in parts]) for each in ("ids", name))
-    return values[pd.Index(known).get_indexer(ids)]
+    """The array called `name` in the order of `ids`, from what was written for each fold.
+
+    >>> folds = [{"ids": ["b"], "tokens": [20]}, {"ids": ["a", "c"], "tokens": [10, 30]}]
+    >>> align_rows(pd.Series(["a", "b", "c"]), folds, "tokens").tolist()
+    [10, 20, 30]
+    """
+    known_ids = np.concatenate([part["ids"] for part in parts])
+    values = np.concatenate([part[name] for part in parts])
+    return values[pd.Index(known_ids).get_indexer(ids)]
 
 
 def read_scores(run: Run, fold: int, name: str) -> dict[str, np.ndarray]:
-    """What `write_logits` wrote as `name` (oof or test); 16-bit views stand behind the others, where all have them."""
+    """What `write_logits` wrote as `name` (oof or test) for this fold.
+
+    Views in 16 bits stand behind the others, where all folds have them.
+    """
     content = read_arrays(run.fold_dir(fold) / f"{name}.npz", run.fingerprint)
     if run.is_rescored:
-        more = read_arrays(run.fold_dir(fold) / f"{name}_16bit.npz", run.fingerprint)
-        content["logits"] = np.concatenate([content["logits"], more["logits"]], axis=1)
-        content["view_names"] = np.concatenate([content["view_names"], more["view_names"]])
+        rescored = read_arrays(run.fold_dir(fold) / f"{name}_16bit.npz", run.fingerprint)
+        logits = [content["logits"], rescored["logits"]]
+        view_names = [content["view_names"], rescored["view_names"]]
+        content["logits"] = np.concatenate(logits, axis=1)
+        content["view_names"] = np.concatenate(view_names)
     return content
 
 
-def read_oof(run: Run) -> OofLogits:
-    """The trained folds' oof.npz put together. Raises FileNotFoundError where no fold is trained, or one not scored."""
-    waiting = [
-        f"fold {fold} is trained, but not scored"
-        for fold in run.unfinished_folds("predict", run.finished_folds)
-    ]
-    if waiting or not run.finished_folds:
-        problem = ", ".join(waiting) or "no fold is trained"
+def _require_scored_folds(run: Run) -> None:
+    """Raise FileNotFoundError where no fold is trained, or a trained one is not scored."""
+    unscored = run.unfinished_folds("predict", run.finished_folds)
+    problems = [f"fold {fold} is trained, but not scored" for fold in unscored]
+    if not run.finished_folds:
+        problems = ["no fold is trained"]
+    if problems:
         raise FileNotFoundError(
-            f"{run.directory}: {problem}; run its notebook (or run_folds) again, which continues it"
+            f"{run.directory}: {', '.join(problems)}; "
+            "run its notebook (or run_folds) again, which continues it"
         )
+
+
+def read_oof(run: Run) -> OofLogits:
+    """The trained folds' oof.npz put together.
+
+    Raises FileNotFoundError where no fold is trained, or a trained one is not scored.
+    """
+    _require_scored_folds(run)
     parts = [read_scores(run, fold, "oof") for fold in run.finished_folds]
     ids = np.concatenate([part["ids"] for part in parts])
     frame = run.train[run.train["id"].isin(ids)].reset_index(drop=True)
-    names = tuple(parts[0]["view_names"].tolist())
-    tokens = (
-        align_rows(frame["id"], parts, "tokens")
-        if all("tokens" in part for part in parts)
-        else None
+    tokens = None
+    if all("tokens" in part for part in parts):
+        tokens = align_rows(frame["id"], parts, "tokens")
+    return OofLogits(
+        frame=frame,
+        logits=align_rows(frame["id"], parts, "logits"),
+        labels=frame["label"].to_numpy(),
+        folds=frame["fold"].to_numpy(),
+        view_names=tuple(parts[0]["view_names"].tolist()),
+        tokens=tokens,
     )
-    labels, folds = frame["label"].to_numpy(), frame["fold"].to_numpy()
-    return OofLogits(frame, align_rows(frame["id"], parts, "logits"), labels, folds, names, tokens)
 
 
 def views_by_set(oof: OofLogits) -> dict[str, list[int]]:
-    """`view_sets` of the views that any row has: questions that read text, for one, have no smaller scale."""
-    known = np.flatnonzero(~np.isnan(oof.logits).all(axis=(0, 2))).tolist()
-    sets = view_sets([oof.view_names[view] for view in known])
-    return {name: [known[place] for place in places] for name, places in sets.items()}
+    """`view_sets` of the views that any row has: name of the set -> numbers of its views.
+
+    Questions that read text, for one, have no smaller scale.
+    """
+    is_scored = ~np.isnan(oof.logits).all(axis=(0, 2))
+    scored_views = np.flatnonzero(is_scored).tolist()
+    sets = view_sets([oof.view_names[view] for view in scored_views])
+    scored_sets = {}
+    for name, places in sets.items():
+        scored_sets[name] = [scored_views[place] for place in places]
+    return scored_sets
+
+
+def _does_not_lose(changes: np.ndarray, groups: np.ndarray) -> bool:
+    """Whether (n, 2) changes of `row_scores` show no loss.
+
+    A loss is a higher NLL, or an accuracy that is lower beyond chance: the 90 %
+    interval ends below zero.
+    """
+    if changes[:, 1].mean() > 0:
+        return False
+    _, upper = bootstrap_interval(changes, groups)
+    return bool(upper[0] >= 0)
 
 
 def admit_views(
-    oof: OofLogits, use_temperature_scaling: bool = True
+    oof: OofLogits,
+    use_temperature_scaling: bool = True,
 ) -> tuple[list[int], pd.DataFrame]:
-    """The widest set of views that does not lose on OOF against the set admitted before it, and the comparison.
+    """The widest set of views that does not lose on OOF, and the table that compares the sets.
 
-    It loses by a higher NLL, or by an accuracy that is lower beyond chance: the 90 % interval ends below zero."""
-    admitted, best, rows = [], None, {}
+    Each set is compared with the set that was admitted before it.
+    """
+    admitted_views = []
+    admitted_scores = None
+    rows = {}
     for name, views in views_by_set(oof).items():
-        scores = combine_views(oof.logits[:, views])
-        # Averaging views also softens probabilities, which is not a gain: hence after temperature scaling.
+        # Averaging views also softens probabilities, which is not a gain: hence the comparison
+        # after temperature scaling.
         probabilities = calibrate(
-            scores, oof.labels, oof.folds, use_temperature_scaling
+            combine_views(oof.logits[:, views]),
+            oof.labels,
+            oof.folds,
+            use_temperature_scaling,
         ).probabilities
-        own = row_scores(probabilities, oof.labels)
-        wins = best is None
-        if not wins:
-            change = own - best
-            wins = change[:, 1].mean() <= 0 and bootstrap_interval(change, oof.groups)[1, 0] >= 0
+        scores = row_scores(probabilities, oof.labels)
+        is_first = admitted_scores is None
+        is_admitted = is_first or _does_not_lose(scores - admitted_scores, oof.groups)
         rows[name] = {
             "cost": oof.cost(views),
             **score_row(probabilities, oof.labels),
-            "admitted": bool(wins),
+            "admitted": is_admitted,
         }
-        if wins:
-            admitted, best = views, own
-    return admitted, pd.DataFrame.from_dict(rows, orient="index").rename_axis("views")
+        if is_admitted:
+            admitted_views = views
+            admitted_scores = scores
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("views")
+    return admitted_views, table
 
 
 # === Selected weights =============================================================================
 def fold_table(results: Sequence[FoldResult]) -> pd.DataFrame:
-    """Held-out accuracy and NLL of each fold and kind of weights, with mean and standard deviation."""
+    """Held-out accuracy and NLL of each fold and kind of weights.
+
+    The last two rows are the mean and the standard deviation of the folds.
+    """
     scores = pd.json_normalize([result.kinds for result in results], sep=" ")
     scores.index = [str(result.fold) for result in results]
-    table = pd.concat([scores, scores.agg(["mean", "std"]).rename({"std": "sd"})])
-    table.insert(0, "best epoch", [*(str(result.best_epoch) for result in results), "", ""])
+    summary = scores.agg(["mean", "std"]).rename({"std": "sd"})
+    table = pd.concat([scores, summary])
+    best_epochs = [str(result.best_epoch) for result in results]
+    table.insert(0, "best epoch", [*best_epochs, "", ""])
     return table.fillna("").rename_axis("fold")
 
 
 def validation_scores(run: Run, ids: pd.Series, kinds: Sequence[str]) -> np.ndarray:
-    """(n, 4) mean over kinds of weights of what each scored held-out rows in one view, when training ended."""
-    files = [
-        [run.fold_dir(fold) / f"validation_{kind}.npz" for fold in run.finished_folds]
-        for kind in kinds
-    ]
-    parts = [[read_arrays(path, run.fingerprint) for path in paths] for paths in files]
-    return np.mean([align_rows(ids, part, "logits")[:, 0] for part in parts], axis=0)
+    """(n, 4) mean over `kinds` of weights of what each scored held-out rows, in one view.
+
+    They were scored when training ended; the rows are those of `ids`, in that order.
+    """
+    scores = []
+    for kind in kinds:
+        paths = [run.fold_dir(fold) / f"validation_{kind}.npz" for fold in run.finished_folds]
+        parts = [read_arrays(path, run.fingerprint) for path in paths]
+        logits = align_rows(ids, parts, "logits")
+        scores.append(logits[:, 0])
+    return np.mean(scores, axis=0)
 
 
 def is_mixing_better(run: Run, kinds: Sequence[str]) -> bool:
-    """Whether the mean over all kinds of weights has a lower held-out NLL than each alone; scaled, as is submitted."""
-    rows, losses = run.train[run.train["fold"].isin(run.finished_folds)], {}
-    labels, folds = rows["label"].to_numpy(), rows["fold"].to_numpy()
-    for way in ([*kinds], *([kind] for kind in kinds)):
-        scores = validation_scores(run, rows["id"], way)
+    """Whether the mean over all kinds of weights has a lower held-out NLL than each alone.
+
+    All are temperature-scaled, as is what is submitted.
+    """
+    rows = run.train[run.train["fold"].isin(run.finished_folds)]
+    labels = rows["label"].to_numpy()
+    folds = rows["fold"].to_numpy()
+    mixtures = [list(kinds)]  # all of them first, then each alone
+    mixtures += [[kind] for kind in kinds]
+    losses = {}
+    for mixture in mixtures:
+        scores = validation_scores(run, rows["id"], mixture)
         calibration = calibrate(scores, labels, folds, run.config.use_temperature_scaling)
-        losses["+".join(way)] = negative_log_likelihood(calibration.probabilities, labels)
+        loss = negative_log_likelihood(calibration.probabilities, labels)
+        losses["+".join(mixture)] = loss
     mixed, *alone = losses.values()
     LOGGER.info("Held-out NLL of the weights, mixed and alone: %s", losses)
     return mixed < min(alone)
 
 
-def select_weights(run: Run) -> str:
-    """Raw, EMA or SWA weights, or a mix: one decision for all folds, by pooled held-out NLL, kept in selection.json."""
+def _pooled_losses(run: Run) -> dict[str, float]:
+    """Kind of weights -> NLL over the held-out rows of all finished folds.
+
+    Only the kinds that each fold has.
+    """
     results = [read_fold_result(run, fold) for fold in run.finished_folds]
     rows = [(run.train["fold"] == result.fold).sum() for result in results]
-    losses = pd.DataFrame(
-        [{kind: scores["nll"] for kind, scores in result.kinds.items()} for result in results]
-    )
-    pooled = (
-        losses.dropna(axis="columns").apply(np.average, weights=rows).to_dict()
-    )  # the kinds that each fold has
+    fold_losses = []
+    for result in results:
+        fold_losses.append({kind: scores["nll"] for kind, scores in result.kinds.items()})
+    shared_kinds = pd.DataFrame(fold_losses).dropna(axis="columns")
+    return shared_kinds.apply(np.average, weights=rows).to_dict()
+
+
+def _delete_scores(run: Run) -> None:
+    """Delete what the selected weights scored in each fold and the final model."""
+    paths = []
+    for fold in [*run.finished_folds, run.final_fold]:
+        for name in ("oof", "test", "oof_16bit", "test_16bit"):
+            paths.append(Path(f"fold_{fold}") / f"{name}.npz")
+    delete_outputs(run, paths)
+
+
+def select_weights(run: Run) -> str:
+    """Raw, EMA or SWA weights, or a mix such as "raw+ema": one decision for all folds.
+
+    Decided by pooled held-out NLL and kept in selection.json.
+    """
+    pooled = _pooled_losses(run)
     chosen = min(pooled, key=pooled.get)
-    if run.config.mix_weights and len(pooled) > 1 and is_mixing_better(run, [*pooled]):
+    may_mix = run.config.mix_weights and len(pooled) > 1
+    if may_mix and is_mixing_better(run, list(pooled)):
         chosen = "+".join(pooled)
     LOGGER.info("Decision: %s weights for all folds, held-out NLL %s", chosen, pooled)
-    if run.selected_weights and "+".join(run.selected_weights) != chosen:  # a fold came later
-        scores = itertools.product(
-            [*run.finished_folds, run.final_fold], ("oof", "test", "oof_16bit", "test_16bit")
-        )
-        delete_outputs(run, [Path(f"fold_{fold}") / f"{name}.npz" for fold, name in scores])
-    atomic_write(run.directory / "selection.json", json.dumps({"weights": chosen, "nll": pooled}))
+    earlier = "+".join(run.selected_weights)
+    if earlier and earlier != chosen:  # a fold came later
+        _delete_scores(run)
+    content = json.dumps({"weights": chosen, "nll": pooled})
+    atomic_write(run.directory / "selection.json", content)
     return chosen
 
 
 # === Out-of-fold rows in doubt ====================================================================
+PREFERENCE_PARTS = 5  # of a fold's rows; the letters' preference is measured on the other parts
+
+
 def _share_with_any_view(logits: np.ndarray) -> float:
     """Share of the rows that have any of the views in (n, views, 4)."""
-    return float((~np.isnan(logits).all(axis=(1, 2))).mean())
+    has_view = ~np.isnan(logits).all(axis=(1, 2))
+    return float(has_view.mean())
+
+
+def _cross_fitted_margins(first_scores: np.ndarray, all_scores: np.ndarray) -> np.ndarray:
+    """(n,) `answer_margins` of the first views' scores, for the held-out rows of one fold.
+
+    Both scores are (n, 4): of the views that every row has, and of all views. The
+    letters' preference is measured on other rows than it is used for.
+    """
+    part = np.arange(len(first_scores)) % PREFERENCE_PARTS
+    margins = np.zeros(len(first_scores))
+    for number in range(PREFERENCE_PARTS):
+        inside = part == number
+        preference = letter_preference(first_scores[~inside], all_scores[~inside])
+        margins[inside] = answer_margins(first_scores[inside], preference)
+    return margins
 
 
 def simulate_views_in_doubt(oof: OofLogits, shares: Mapping[int, float]) -> OofLogits:
-    """The OOF rows with the views they would have as test rows, if that share of each fold's rows were in doubt.
+    """The OOF rows with the views that they would have as test rows.
 
-    Nothing is fitted to labels, and the letters' preference is measured on other rows than it is used for."""
+    `shares`: fold -> share of its rows that is in doubt. Nothing is fitted to labels,
+    and the letters' preference is measured on other rows than it is used for.
+    """
     first, later = split_views(oof.view_names)
-    logits, scores, every = (
-        oof.logits.copy(),
-        combine_views(oof.logits[:, first]),
-        combine_views(oof.logits),
-    )
+    first_scores = combine_views(oof.logits[:, first])
+    all_scores = combine_views(oof.logits)
+    logits = oof.logits.copy()
     for fold, share in shares.items():
         inside = np.flatnonzero(oof.folds == fold)
-        part, margins = np.arange(len(inside)) % 5, np.zeros(len(inside))
-        for number in range(5):
-            known, own = inside[part != number], part == number
-            preference = letter_preference(scores[known], every[known])
-            margins[own] = answer_margins(scores[inside[own]], preference)
-        exists = ~np.isnan(logits[np.ix_(inside, later)]).all(axis=(1, 2))
-        rows = rows_in_doubt(margins, exists.astype(float), share * len(inside))
-        logits[np.ix_(np.delete(inside, rows), later)] = np.nan
+        margins = _cross_fitted_margins(first_scores[inside], all_scores[inside])
+        has_later_views = ~np.isnan(logits[np.ix_(inside, later)]).all(axis=(1, 2))
+        costs = has_later_views.astype(float)
+        in_doubt = rows_in_doubt(margins, costs, share * len(inside))
+        not_in_doubt = np.delete(inside, in_doubt)
+        logits[np.ix_(not_in_doubt, later)] = np.nan
     return dataclasses.replace(oof, logits=logits, doubt_only_views=tuple(later))
 
 
 def with_test_time_views(run: Run, oof: OofLogits) -> OofLogits:
-    """The OOF rows as `adaptive_tta` treats test rows, for all that is fitted on them; unchanged without it."""
+    """The OOF rows as `adaptive_tta` treats test rows, for all that is fitted on them.
+
+    Without that setting they are unchanged.
+    """
     if run.config.adaptive_tta is None:
         return oof
-    shares, (_, later) = {}, split_views(oof.view_names)
+    _, later = split_views(oof.view_names)
+    shares = {}
     for fold in run.finished_folds:
         logits = read_arrays(run.fold_dir(fold) / "test.npz", run.fingerprint)["logits"]
         shares[fold] = _share_with_any_view(logits[:, later])
     return simulate_views_in_doubt(oof, shares)
 
 
-def adaptive_curve(run: Run) -> pd.DataFrame:
-    """Accuracy and NLL on OOF rows by `adaptive_tta`: the share of the last step's cost that rows in doubt get.
-
-    `rows`: share of the rows it pays for; `cost`: as in the ladder. Last line: all rows, in one pass. Temperatures are
-    cross-fitted at each point."""
-    oof, scaling, table = read_oof(run), run.config.use_temperature_scaling, {}
+def _without_16_bit_views(oof: OofLogits) -> OofLogits:
+    """The rows with the quantised model's views only; those in 16 bits stand behind them."""
     names = [name for name in oof.view_names if not name.endswith(SUFFIX_16_BIT)]
-    oof = dataclasses.replace(oof, logits=oof.logits[:, : len(names)], view_names=tuple(names))
+    logits = oof.logits[:, : len(names)]
+    return dataclasses.replace(oof, logits=logits, view_names=tuple(names))
+
+
+def _simulate_budgets(oof: OofLogits) -> dict[str, OofLogits]:
+    """`adaptive_tta`, from 0.0 to 1.0 -> the rows with the views that this budget pays for.
+
+    Empty where a second pass costs nothing, because there are no further views.
+    """
     first, later = split_views(oof.view_names)
-    every, folds = [*first, *later], np.unique(oof.folds).tolist()
-    once, apart = (
-        dataclasses.replace(oof, doubt_only_views=tuple(later)).cost(views)
-        for views in (first, every)
-    )
-    for budget in np.arange(11) / 10 if apart > once else ():
-        share = (
-            budget
-            * (oof.cost(every) - once)
-            / (apart - once)
-            * _share_with_any_view(oof.logits[:, later])
-        )
-        table[f"{budget:.1f}"] = simulate_views_in_doubt(oof, dict.fromkeys(folds, share))
+    all_views_of_row = [*first, *later]
+    in_two_passes = dataclasses.replace(oof, doubt_only_views=tuple(later))
+    first_cost = in_two_passes.cost(first)
+    both_passes_cost = in_two_passes.cost(all_views_of_row)
+    if both_passes_cost <= first_cost:
+        return {}
+    one_pass_cost = oof.cost(all_views_of_row)
+    share_with_later_views = _share_with_any_view(oof.logits[:, later])
+    folds = np.unique(oof.folds).tolist()
+    simulated = {}
+    for budget in np.arange(11) / 10:
+        paid_cost = budget * (one_pass_cost - first_cost)
+        paid_share = paid_cost / (both_passes_cost - first_cost) * share_with_later_views
+        shares = dict.fromkeys(folds, paid_share)
+        simulated[f"{budget:.1f}"] = simulate_views_in_doubt(oof, shares)
+    return simulated
+
+
+def adaptive_curve(run: Run) -> pd.DataFrame:
+    """Accuracy and NLL on OOF rows by `adaptive_tta`.
+
+    That is the share of the last step's cost that the rows in doubt get. `rows`: share
+    of the rows that it pays for; `cost`: as in the ladder; `seconds`: of a device. The
+    last line is all rows, in one pass. Temperatures are cross-fitted at each point.
+    """
+    oof = _without_16_bit_views(read_oof(run))
+    first, later = split_views(oof.view_names)
+    points = _simulate_budgets(oof)
+    points["all rows"] = oof
     rows = {}
-    for name, part in (table | {"all rows": oof}).items():
-        rows[name] = {"rows": _share_with_any_view(part.logits[:, later]), "cost": part.cost(every)}
-        calibration = calibrate(combine_views(part.logits), part.labels, part.folds, scaling)
-        rows[name] |= score_row(calibration.probabilities, part.labels)
+    for name, point in points.items():
+        calibration = calibrate(
+            combine_views(point.logits),
+            point.labels,
+            point.folds,
+            run.config.use_temperature_scaling,
+        )
+        rows[name] = {
+            "rows": _share_with_any_view(point.logits[:, later]),
+            "cost": point.cost([*first, *later]),
+            **score_row(calibration.probabilities, point.labels),
+        }
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("adaptive_tta")
     table.insert(2, "seconds", table["cost"].map(run.scoring_seconds))
     return table
 
 
 # === Ladder =======================================================================================
+STEP_ZERO_SHOT = "zero-shot"
+STEP_ONE_VIEW = "fine-tuned, one view"
+STEP_TEMPERATURE = "temperature"
+STEP_AUTOMATIC = "automatic choice"
 STEP_FINAL_MODEL = "and a model on all rows, which no OOF row can judge"
-VIEW_BLEND_STEPS = {
+VIEW_BLEND_STEPS = {  # blend of views -> its step
     "vote": "vote of views",
     "weighted": "weighted views",
     "stacked": "stacked views",
-}  # blend -> step
-STEP_ONE_VIEW = "fine-tuned, one view"  # a step of the ladder
-STEP_AUTOMATIC = "automatic choice"  # likewise
+}
+INTERVAL_COLUMNS = ["gain_low", "gain_high", "nll_low", "nll_high"]
+LADDER_COLUMNS = [
+    *SCORES,
+    "against",
+    "gain",
+    "gain_low",
+    "gain_high",
+    "p_value",
+    "nll_change",
+    "nll_low",
+    "nll_high",
+    "used",
+]
 
 
 @dataclass(frozen=True)
@@ -5411,142 +8403,218 @@ class LadderStep:
     """A row of the ladder."""
 
     probabilities: np.ndarray  # (n, 4), NaN where a row was not predicted
-    against: str = ""  # the step to compare with
-    views: Sequence[int] = (0,)  # that it takes
+    against: str = ""  # the step to compare with; none where it is empty
+    views: Sequence[int] = (0,)  # the views that it takes
     used: bool = False  # whether the submission is made of it
-    fitted: float = 0.0  # numbers, as in `bootstrap_interval`
-    kinds: int = 1  # of weights that score for it, where they are not the selected ones
+    fitted_parameters: float = 0.0  # numbers fitted to the labels, as in `bootstrap_interval`
+    weight_kinds: int | None = None  # kinds of weights that score for it; None: the selected
+
+
+def _step_intervals(
+    steps: Mapping[str, LadderStep],
+    changes: Mapping[str, np.ndarray],
+    groups,
+) -> dict[str, np.ndarray]:
+    """Step -> (4,) ends of its 90 % intervals, in the order of INTERVAL_COLUMNS.
+
+    `changes`: step -> (n, 2) changes of its `row_scores`.
+    """
+    fitted_parameters = []
+    for name in changes:
+        # No fit aims at accuracy, which stands in the first column.
+        fitted_parameters += [1, steps[name].fitted_parameters]
+    columns = np.hstack(list(changes.values()))
+    ends = bootstrap_interval(columns, groups, np.array(fitted_parameters))
+    ends_by_step = ends.reshape(2, -1, 2).swapaxes(0, 1)  # (steps, 2 ends, 2 scores)
+    intervals = {}
+    for name, ends_of_step in zip(changes, ends_by_step, strict=True):
+        intervals[name] = ends_of_step.T.ravel()
+    return intervals
+
+
+def _describe_change(before: np.ndarray, after: np.ndarray, interval: np.ndarray) -> dict:
+    """A step's columns of the ladder that compare it with another one.
+
+    `before` and `after`: (n, 2) `row_scores`, NaN where a row was not predicted;
+    `interval`: (4,) as in INTERVAL_COLUMNS. Empty where no row was predicted by both: a
+    zero-shot sample may hold no row of the trained folds.
+    """
+    shared = np.isfinite(after[:, 0] - before[:, 0])
+    if not shared.any():
+        return {}
+    return {
+        **compare_paired(before[shared, 0], after[shared, 0]),
+        **dict(zip(INTERVAL_COLUMNS, interval, strict=True)),
+        "nll_change": (after - before)[shared, 1].mean(),
+    }
 
 
 def ladder_table(steps: Mapping[str, LadderStep], labels, groups) -> pd.DataFrame:
     """Scores of each step, and the paired changes against another with 90 % intervals.
 
-    A row of NaN was not predicted and is not compared. The intervals respect `groups`; McNemar's p_value does not.
+    A row of NaN was not predicted and is not compared. The intervals respect `groups`;
+    McNemar's p_value does not. `labels` and `groups`: (n,).
     """
-    scores = {name: row_scores(step.probabilities, labels) for name, step in steps.items()}
-    changes = {
-        name: scores[name] - scores[step.against] for name, step in steps.items() if step.against
-    }
-    fitted = np.ravel(
-        [(1, steps[name].fitted) for name in changes]
-    )  # of accuracy, which no fit aims at, and NLL
-    ends = bootstrap_interval(np.hstack(list(changes.values())), groups, fitted).reshape(2, -1, 2)
-    rows = {name: {"against": step.against, "used": step.used} for name, step in steps.items()}
+    scores = {}
+    changes = {}
     for name, step in steps.items():
-        rows[name] |= (
-            {} if np.isnan(step.probabilities).any() else score_row(step.probabilities, labels)
-        )
-    for (name, change), low, high in zip(changes.items(), *ends, strict=True):
-        shared = np.isfinite(change[:, 0])
-        if not shared.any():
-            continue  # a zero-shot sample without a row of the trained folds
-        rows[name] |= compare_paired(
-            *(scores[each][shared, 0] for each in (steps[name].against, name))
-        )
-        rows[name] |= {
-            "gain_low": low[0],
-            "gain_high": high[0],
-            "nll_low": low[1],
-            "nll_high": high[1],
-        }
-        rows[name]["nll_change"] = change[shared, 1].mean()
-    columns = [
-        "accuracy",
-        "nll",
-        "brier",
-        "ece",
-        "against",
-        "gain",
-        "gain_low",
-        "gain_high",
-        "p_value",
-        "nll_change",
-    ]
+        scores[name] = row_scores(step.probabilities, labels)
+    for name, step in steps.items():
+        if step.against:
+            changes[name] = scores[name] - scores[step.against]
+    intervals = _step_intervals(steps, changes, groups)
+
+    rows = {}
+    for name, step in steps.items():
+        row = {"against": step.against, "used": step.used}
+        if not np.isnan(step.probabilities).any():
+            row.update(score_row(step.probabilities, labels))
+        if step.against:
+            before = scores[step.against]
+            row.update(_describe_change(before, scores[name], intervals[name]))
+        rows[name] = row
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("step")
-    table = table.reindex(columns=[*columns, "nll_low", "nll_high", "used"])
-    votes = table.index.isin(["vote", VIEW_BLEND_STEPS["vote"]])  # a vote has no probabilities
-    table.loc[votes, ["nll", "brier", "ece", "nll_change", "nll_low", "nll_high"]] = math.nan
+    table = table.reindex(columns=LADDER_COLUMNS)
+    # A vote has no probabilities, but ones and zeros, of which these columns say nothing.
+    votes = table.index.isin(["vote", VIEW_BLEND_STEPS["vote"]])
+    probability_columns = ["nll", "brier", "ece", "nll_change", "nll_low", "nll_high"]
+    table.loc[votes, probability_columns] = math.nan
     return table
 
 
 def set_choice_interval(
-    table: pd.DataFrame, candidates: Mapping[str, np.ndarray], labels, groups, fitted
+    table: pd.DataFrame,
+    candidates: Mapping[str, Candidate],
+    labels,
+    groups,
 ) -> None:
-    """Put the interval that knows of the choosing into the ladder's row of the automatic choice."""
-    ends = choice_interval(candidates, labels, groups, fitted)
-    table.loc[STEP_AUTOMATIC, ["gain_low", "gain_high", "nll_low", "nll_high"]] = ends.T.ravel()
+    """Put the interval that knows of the choosing into the ladder.
+
+    That is into its row of the automatic choice.
+    """
+    ends = choice_interval(candidates, labels, groups)
+    table.loc[STEP_AUTOMATIC, INTERVAL_COLUMNS] = ends.T.ravel()
+
+
+def _validated_kinds(run: Run) -> list[str]:
+    """The kinds of weights (ema, raw, swa) that scored held-out rows in every finished fold."""
+    kinds_by_fold = []
+    for fold in run.finished_folds:
+        paths = run.fold_dir(fold).glob("validation_*.npz")
+        kinds_by_fold.append({path.stem.removeprefix("validation_") for path in paths})
+    return sorted(set.intersection(*kinds_by_fold))
 
 
 def weight_ladder_steps(run: Run, oof: OofLogits) -> dict[str, LadderStep]:
-    """The kinds of weights (raw, EMA, SWA), or all of them, that were not selected, in one view, against what was."""
-    files = (
-        {path.stem for path in run.fold_dir(fold).glob("validation_*.npz")}
-        for fold in run.finished_folds
-    )
-    kinds = sorted(name.removeprefix("validation_") for name in set.intersection(*files))
-    ways = {f"with {kind if kind == 'raw' else kind.upper()} weights": [kind] for kind in kinds}
-    ways |= (
-        {"with all kinds of weights": kinds} if run.config.mix_weights and len(kinds) > 1 else {}
-    )
-    others = {label: way for label, way in ways.items() if {*way} != {*run.selected_weights}}
+    """Steps of the kinds of weights that were not selected, in one view, against what was.
+
+    Each of raw, EMA and SWA, and all of them together where they may be mixed.
+    """
+    kinds = _validated_kinds(run)
+    mixtures = {}
+    for kind in kinds:
+        label = kind if kind == "raw" else kind.upper()
+        mixtures[f"with {label} weights"] = [kind]
+    if run.config.mix_weights and len(kinds) > 1:
+        mixtures["with all kinds of weights"] = kinds
     steps = {}
-    for label, way in others.items():
-        scores = validation_scores(run, oof.frame["id"], way)
-        steps[label] = LadderStep(softmax(scores), STEP_ONE_VIEW, kinds=len(way))
+    for step, mixture in mixtures.items():
+        if set(mixture) == set(run.selected_weights):
+            continue
+        scores = validation_scores(run, oof.frame["id"], mixture)
+        steps[step] = LadderStep(
+            probabilities=softmax(scores),
+            against=STEP_ONE_VIEW,
+            weight_kinds=len(mixture),
+        )
     return steps
+
+
+def _step_costs(run: Run, oof: OofLogits, steps: Iterable[LadderStep]) -> list[float]:
+    """Cost of scoring a row for each step.
+
+    The unit is a question with one view and one kind of weights.
+    """
+    n_selected = max(1, len(run.selected_weights))
+    costs = []
+    for step in steps:
+        weight_kinds = n_selected if step.weight_kinds is None else step.weight_kinds
+        costs.append(oof.cost(step.views) * weight_kinds)
+    return costs
 
 
 def build_ladder(run: Run, oof: OofLogits, steps: Mapping[str, LadderStep]) -> pd.DataFrame:
     """What each step is worth on OOF rows against the step named in `against`.
 
-    `cost`: of scoring a row, in questions with one view and one kind of weights; `seconds`: of a device with the test
-    rows and all models, at the speed of the last scoring."""
+    `cost`: of scoring a row, in questions with one view and one kind of weights;
+    `seconds`: of a device with the test rows and all models, at the speed of the last
+    scoring.
+    """
     base = read_arrays(run.directory / "zeroshot.npz", run.fingerprint)
-    zeroshot = pd.DataFrame(softmax(base["logits"][:, 0]), index=base["ids"])
-    first = {
-        "zero-shot": LadderStep(zeroshot.reindex(oof.frame["id"]).to_numpy())
-    }  # NaN where it scored no row
-    others = first | weight_ladder_steps(run, oof)
-    steps = first | {STEP_ONE_VIEW: steps[STEP_ONE_VIEW]} | others | steps
-    ladder = ladder_table(steps, oof.labels, oof.groups)
-    scores = score_row(zeroshot.to_numpy(), base["labels"])
-    ladder.loc["zero-shot", list(scores)] = scores
-    selected = max(1, len(run.selected_weights))
-    kinds = [step.kinds if name in others else selected for name, step in steps.items()]
-    ladder.insert(
-        4,
-        "cost",
-        [oof.cost(step.views) * count for step, count in zip(steps.values(), kinds, strict=True)],
-    )
-    ladder.insert(5, "seconds", ladder["cost"].map(run.scoring_seconds))
-    ladder.loc["zero-shot", "seconds"] /= len(run.submission_models)  # it is one model
+    base_probabilities = pd.DataFrame(softmax(base["logits"][:, 0]), index=base["ids"])
+    aligned = base_probabilities.reindex(oof.frame["id"])  # NaN where it scored no row
+    ordered_steps = {
+        STEP_ZERO_SHOT: LadderStep(aligned.to_numpy(), weight_kinds=1),
+        STEP_ONE_VIEW: steps[STEP_ONE_VIEW],
+        **weight_ladder_steps(run, oof),
+        **steps,
+    }
+    ladder = ladder_table(ordered_steps, oof.labels, oof.groups)
+    base_scores = score_row(base_probabilities.to_numpy(), base["labels"])
+    ladder.loc[STEP_ZERO_SHOT, list(base_scores)] = base_scores
+    behind_scores = len(SCORES)
+    ladder.insert(behind_scores, "cost", _step_costs(run, oof, ordered_steps.values()))
+    ladder.insert(behind_scores + 1, "seconds", ladder["cost"].map(run.scoring_seconds))
+    ladder.loc[STEP_ZERO_SHOT, "seconds"] /= len(run.submission_models)  # it is one model
     return ladder
 
 
 def _view_members(logits: np.ndarray, views: Sequence[int]) -> np.ndarray:
-    """Probabilities (views, n, 4) of the admitted views; a view that a row lacks stands in as the row's mean."""
+    """(views, n, 4) probabilities of these views, from (n, all views, 4) logits.
+
+    In place of a view that a row lacks stands the row's mean.
+    """
     scores = logits[:, list(views)]
-    return softmax(np.where(np.isnan(scores), combine_views(scores)[:, None], scores)).swapaxes(
-        0, 1
-    )
+    mean = combine_views(scores)[:, None]
+    probabilities = softmax(np.where(np.isnan(scores), mean, scores))
+    return probabilities.swapaxes(0, 1)
+
+
+def _view_step_name(oof: OofLogits, set_name: str, views: Sequence[int]) -> str:
+    """What the ladder calls the mean over a set of views."""
+    if len(views) == 1:
+        name = "one view"
+    elif set(views) & set(oof.doubt_only_views):  # some rows have fewer
+        name = f"mean of up to {len(views)} views"
+    else:
+        name = f"mean of {len(views)} views"
+    return name + SUFFIX_16_BIT if set_name.endswith(SUFFIX_16_BIT) else name
 
 
 def view_ladder_steps(
-    oof: OofLogits, admitted: pd.Series, views: list[int], averaged: bool
+    oof: OofLogits,
+    admitted: pd.Series,
+    admitted_views: list[int],
+    averaged: bool,
 ) -> dict[str, LadderStep]:
-    """A step for every set of views, the losers too; `averaged`: the submission has the mean over `views`."""
-    steps, against = {}, "zero-shot"
-    for name, own in views_by_set(oof).items():
-        count = f"up to {len(own)}" if {*own} & {*oof.doubt_only_views} else len(own)
-        step = (
-            "one view" if len(own) == 1 else f"mean of {count} views"
-        ) + SUFFIX_16_BIT * name.endswith(SUFFIX_16_BIT)
-        step = step if steps else STEP_ONE_VIEW
-        used = admitted[name] and {*own} <= {*views} and (averaged or len(own) == 1)
+    """A step for every set of views, the losers too, each against the last admitted one.
+
+    `admitted`: by the name of the set; `admitted_views`: those of the widest admitted
+    set; `averaged`: whether the submission has the mean over them.
+    """
+    steps = {}
+    against = STEP_ZERO_SHOT
+    for set_name, views in views_by_set(oof).items():
+        step = _view_step_name(oof, set_name, views) if steps else STEP_ONE_VIEW
+        in_submission = admitted[set_name] and set(views) <= set(admitted_views)
         steps[step] = LadderStep(
-            softmax(combine_views(oof.logits[:, own])), against, own, bool(used)
+            probabilities=softmax(combine_views(oof.logits[:, views])),
+            against=against,
+            views=views,
+            used=bool(in_submission and (averaged or len(views) == 1)),
         )
-        against = step if admitted[name] else against
+        if admitted[set_name]:
+            against = step
     return steps
 
 
@@ -5557,219 +8625,412 @@ class Evaluation:
 
     oof: OofLogits
     views: list[int]  # admitted views
-    view_table: pd.DataFrame
-    calibration: Calibration
-    method: str  # how the submission combines views, a key of VIEW_BLENDS or "mean"
-    probabilities: (
-        np.ndarray
-    )  # (n, 4) cross-fitted, of that method; with "auto" the choice is made without the row
-    ladder: pd.DataFrame
-    fold_table: pd.DataFrame
+    view_table: pd.DataFrame  # of `admit_views`
+    calibration: Calibration  # of the mean over the admitted views
+    method: str  # how the submission combines views, a key of VIEW_BLEND_STEPS or "mean"
+    # (n, 4) cross-fitted, of that method; with "auto" the choice is made without the row.
+    probabilities: np.ndarray
+    ladder: pd.DataFrame  # of `build_ladder`
+    fold_table: pd.DataFrame  # of `temperature_table`
+
+
+@dataclass(frozen=True)
+class ViewDecisions:
+    """What is decided about the views of one run, each decision after those above it."""
+
+    views: list[int]  # admitted views
+    scaled: Calibration  # with fitted temperatures, where the configuration asks for them
+    calibration: Calibration  # the one in use: `scaled`, or every temperature at 1
+    candidates: dict[str, Candidate]  # ways to combine the views; the mean comes first
+    method: str  # the candidate of the submission
+    probabilities: np.ndarray  # (n, 4) as in `Evaluation`
 
 
 def temperature_table(
-    oof: OofLogits, scores: np.ndarray, temperatures: Mapping[int, float]
+    oof: OofLogits,
+    scores: np.ndarray,
+    temperatures: Mapping[int, float],
 ) -> pd.DataFrame:
-    """Each fold's scores before its temperature; `at_bound`: its rows alone asked for one beyond TEMPERATURE_BOUNDS."""
+    """Each fold's temperature, and its scores before it.
+
+    `scores`: (n, 4) combined over views; `at_bound`: the fold's rows alone asked for a
+    temperature beyond TEMPERATURE_BOUNDS.
+    """
     rows = {}
     for fold, temperature in temperatures.items():
         inside = oof.folds == fold
+        labels = oof.labels[inside]
         rows[fold] = {
             "rows": int(inside.sum()),
-            **score_row(softmax(scores[inside]), oof.labels[inside]),
+            **score_row(softmax(scores[inside]), labels),
+            "temperature": temperature,
+            "at_bound": TemperatureScaler().fit(scores[inside], labels).at_bound,
         }
-        at_bound = TemperatureScaler().fit(scores[inside], oof.labels[inside]).at_bound
-        rows[fold] |= {"temperature": temperature, "at_bound": at_bound}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("fold")
 
 
-def evaluate_run(run: Run) -> Evaluation:
-    """Admit views, temperature and the way to combine views, and build the ladder, all from saved OOF logits."""
-    oof, scaling, method = (
-        with_test_time_views(run, read_oof(run)),
-        run.config.use_temperature_scaling,
-        run.config.ensemble_method,
-    )
-    labels, groups = oof.labels, oof.groups
-    views, view_table = admit_views(oof, scaling)
-    scores = combine_views(oof.logits[:, views])
-    scaled, plain = (calibrate(scores, labels, oof.folds, enabled) for enabled in (scaling, False))
-    calibration = min(
-        plain, scaled, key=lambda each: negative_log_likelihood(each.probabilities, labels)
-    )
-    ways, members = {"mean": calibration.probabilities}, _view_members(oof.logits, views)
+def _choose_calibration(scaled: Calibration, scores: np.ndarray, oof: OofLogits) -> Calibration:
+    """`scaled`, where it lowers the cross-fitted NLL; else every temperature at 1."""
+    plain = calibrate(scores, oof.labels, oof.folds, enabled=False)
+    plain_loss = negative_log_likelihood(plain.probabilities, oof.labels)
+    scaled_loss = negative_log_likelihood(scaled.probabilities, oof.labels)
+    return scaled if scaled_loss < plain_loss else plain
+
+
+def _view_candidates(
+    run: Run,
+    oof: OofLogits,
+    views: Sequence[int],
+    calibration: Calibration,
+) -> dict[str, Candidate]:
+    """The ways to combine the views: their calibrated mean, then the blends of several."""
+    candidates = {"mean": Candidate(calibration.probabilities)}
     if len(views) > 1:
-        ways |= cross_fitted_blends(members, labels, groups, VIEW_BLEND_STEPS, scaling)
-    auto = method == "auto"
-    choices = {name: own for name, own in ways.items() if name != "vote"}  # folds vote, not views
-    method = choose_blend(choices, labels, groups) if auto else method
-    method = method if method in choices else "mean"
-    expected = choose_cross_fitted(choices, labels, groups) if auto else ways[method]
-    steps = view_ladder_steps(oof, view_table["admitted"], views, averaged=method == "mean")
-    end = next(name for name, step in steps.items() if step.views == views)
-    if scaling:
-        is_used = method == "mean" and calibration is scaled
-        steps["temperature"] = LadderStep(scaled.probabilities, end, views, is_used, fitted=1)
-        end = "temperature" if calibration is scaled else end
-    fitted = {name: count_fitted_parameters(name, members, labels) for name in ways}
-    for name in list(ways)[1:]:  # all but the mean
-        steps[VIEW_BLEND_STEPS[name]] = LadderStep(
-            ways[name], end, views, name == method, fitted[name]
+        blends = cross_fitted_blends(
+            _view_members(oof.logits, views),
+            oof.labels,
+            oof.groups,
+            VIEW_BLEND_STEPS,
+            run.config.use_temperature_scaling,
         )
-    if auto and len(ways) > 1:
-        steps[STEP_AUTOMATIC] = LadderStep(expected, end, views, used=True)
+        candidates.update(blends)
+    return candidates
+
+
+def _without_vote(candidates: Mapping[str, Candidate]) -> dict[str, Candidate]:
+    """The candidates that may be chosen: folds vote, not views."""
+    return {name: candidate for name, candidate in candidates.items() if name != "vote"}
+
+
+def _choose_method(
+    run: Run,
+    oof: OofLogits,
+    candidates: Mapping[str, Candidate],
+) -> tuple[str, np.ndarray]:
+    """The way to combine views, and its (n, 4) cross-fitted probabilities.
+
+    It is the setting `ensemble_method`, or with "auto" the evidence's choice. The mean
+    stands in for a vote, and for weights where there is one view only.
+    """
+    eligible = _without_vote(candidates)
+    if run.config.ensemble_method == "auto":
+        method = choose_blend(eligible, oof.labels, oof.groups)
+        return method, choose_cross_fitted(eligible, oof.labels, oof.groups)
+    method = run.config.ensemble_method
+    if method not in eligible:
+        method = "mean"
+    return method, candidates[method].probabilities
+
+
+def decide_views(run: Run, oof: OofLogits, views: list[int]) -> ViewDecisions:
+    """With the admitted views, decide on the temperature and on the way to combine them."""
+    scores = combine_views(oof.logits[:, views])
+    scaled = calibrate(scores, oof.labels, oof.folds, run.config.use_temperature_scaling)
+    calibration = _choose_calibration(scaled, scores, oof)
+    candidates = _view_candidates(run, oof, views, calibration)
+    method, probabilities = _choose_method(run, oof, candidates)
+    return ViewDecisions(
+        views=views,
+        scaled=scaled,
+        calibration=calibration,
+        candidates=candidates,
+        method=method,
+        probabilities=probabilities,
+    )
+
+
+def _temperature_step(decisions: ViewDecisions, against: str) -> LadderStep:
+    """The step of temperature scaling the mean over the admitted views."""
+    is_in_use = decisions.calibration is decisions.scaled
+    return LadderStep(
+        probabilities=decisions.scaled.probabilities,
+        against=against,
+        views=decisions.views,
+        used=decisions.method == "mean" and is_in_use,
+        fitted_parameters=1,
+    )
+
+
+def _blend_steps(run: Run, decisions: ViewDecisions, against: str) -> dict[str, LadderStep]:
+    """Steps of the other ways to combine views than the mean, and of the choice among them."""
+    steps = {}
+    for name, candidate in decisions.candidates.items():
+        if name == "mean":
+            continue  # it is the step that the others are compared with
+        steps[VIEW_BLEND_STEPS[name]] = LadderStep(
+            probabilities=candidate.probabilities,
+            against=against,
+            views=decisions.views,
+            used=name == decisions.method,
+            fitted_parameters=candidate.fitted_parameters,
+        )
+    if steps and run.config.ensemble_method == "auto":
+        steps[STEP_AUTOMATIC] = LadderStep(
+            probabilities=decisions.probabilities,
+            against=against,
+            views=decisions.views,
+            used=True,
+        )
+    return steps
+
+
+def decision_ladder_steps(
+    run: Run,
+    oof: OofLogits,
+    view_table: pd.DataFrame,
+    decisions: ViewDecisions,
+) -> dict[str, LadderStep]:
+    """The ladder's steps from one view to the submission."""
+    steps = view_ladder_steps(
+        oof,
+        view_table["admitted"],
+        decisions.views,
+        averaged=decisions.method == "mean",
+    )
+    # The mean over the admitted views is what the further steps are compared with.
+    (mean_step,) = [name for name, step in steps.items() if step.views == decisions.views]
+    if run.config.use_temperature_scaling:
+        steps[STEP_TEMPERATURE] = _temperature_step(decisions, mean_step)
+        if decisions.calibration is decisions.scaled:
+            mean_step = STEP_TEMPERATURE
+    steps.update(_blend_steps(run, decisions, mean_step))
     if run.final_fold in run.submission_models:
         steps[STEP_FINAL_MODEL] = LadderStep(
-            np.full((len(labels), 4), math.nan), views=views, used=True
+            probabilities=np.full((len(oof.labels), 4), math.nan),
+            views=decisions.views,
+            used=True,
         )
+    return steps
+
+
+def evaluate_run(run: Run) -> Evaluation:
+    """Take every decision on OOF rows, and say what each step is worth, all from saved logits.
+
+    The decisions: which views are admitted, whether temperatures are used, and how
+    views are combined.
+    """
+    oof = with_test_time_views(run, read_oof(run))
+    views, view_table = admit_views(oof, run.config.use_temperature_scaling)
+    decisions = decide_views(run, oof, views)
+    steps = decision_ladder_steps(run, oof, view_table, decisions)
     ladder = build_ladder(run, oof, steps)
     if STEP_AUTOMATIC in steps:
-        set_choice_interval(ladder, choices, labels, groups, fitted)
-    folds = temperature_table(oof, scores, calibration.temperatures)
-    return Evaluation(oof, views, view_table, calibration, method, expected, ladder, folds)
+        eligible = _without_vote(decisions.candidates)
+        set_choice_interval(ladder, eligible, oof.labels, oof.groups)
+    scores = combine_views(oof.logits[:, views])
+    return Evaluation(
+        oof=oof,
+        views=views,
+        view_table=view_table,
+        calibration=decisions.calibration,
+        method=decisions.method,
+        probabilities=decisions.probabilities,
+        ladder=ladder,
+        fold_table=temperature_table(oof, scores, decisions.calibration.temperatures),
+    )
 
 
 # === Test answers =================================================================================
+def _predict_fold(run: Run, evaluation: Evaluation, fold: int) -> np.ndarray:
+    """(n, 4) test probabilities of one model, by the method that OOF rows chose."""
+    logits = read_scores(run, fold, "test")["logits"]
+    if evaluation.method in VIEW_BLEND_STEPS:
+        return fit_and_blend(
+            evaluation.method,
+            _view_members(evaluation.oof.logits, evaluation.views),
+            evaluation.oof.labels,
+            _view_members(logits, evaluation.views),
+            run.config.use_temperature_scaling,
+        )
+    scores = combine_views(logits[:, evaluation.views])
+    return softmax(scores / evaluation.calibration.temperatures[fold])
+
+
 def predict_test(run: Run, evaluation: Evaluation) -> dict[int, np.ndarray]:
-    """Model -> test probabilities (n, 4) with the admitted views and the fold's temperature (final model: pooled)."""
-    result = {}
+    """Model -> (n, 4) test probabilities with the admitted views and the fold's temperature.
+
+    The final model, if there is one, gets the pooled temperature.
+    """
+    probabilities = {}
     for fold in run.submission_models:
-        logits = read_scores(run, fold, "test")["logits"]
-        if evaluation.method in VIEW_BLEND_STEPS:
-            old, new = (
-                _view_members(each, evaluation.views) for each in (evaluation.oof.logits, logits)
-            )
-            scaling = run.config.use_temperature_scaling
-            result[fold] = fit_and_blend(
-                evaluation.method, old, evaluation.oof.labels, new, scaling
-            )
-        else:
-            scores = combine_views(logits[:, evaluation.views])
-            result[fold] = softmax(scores / evaluation.calibration.temperatures[fold])
-    return result
+        probabilities[fold] = _predict_fold(run, evaluation, fold)
+    return probabilities
 
 
 def best_fold(evaluation: Evaluation) -> int:
-    """The fold with the highest OOF accuracy, then the lowest NLL; the test rows play no part."""
-    return int(
-        evaluation.fold_table.sort_values(["accuracy", "nll"], ascending=[False, True]).index[0]
+    """The fold with the highest OOF accuracy, then the lowest NLL.
+
+    The test rows play no part.
+    """
+    ranking = evaluation.fold_table.sort_values(
+        ["accuracy", "nll"],
+        ascending=[False, True],
     )
+    return int(ranking.index[0])
 
 
 def combine_models(run: Run, members: np.ndarray) -> np.ndarray:
-    """(n,) answers of the ensemble from the models' (members, n, 4) test probabilities."""
-    return (
-        majority_vote(members)
-        if run.config.ensemble_method == "vote"
-        else members.mean(axis=0).argmax(axis=1)
-    )
+    """(n,) answers, 0-3, of the ensemble of (models, n, 4) test probabilities."""
+    if run.config.ensemble_method == "vote":
+        return majority_vote(members)
+    return members.mean(axis=0).argmax(axis=1)
 
 
 # === Errors =======================================================================================
 def label_suspects(probabilities, labels) -> pd.DataFrame:
-    """Rows (of out-of-fold probabilities (n, 4)) whose label is probably wrong, the likeliest first.
+    """Rows whose label is probably wrong, the likeliest first.
 
-    Confident learning (Northcutt et al. 2021): another choice is as probable as it usually is where it is the label."""
+    A row is suspect where another choice is as probable as that choice usually is in the rows
+    that it labels, and more probable than the row's own label. This is confident learning
+    (Northcutt et al. 2021, arXiv:1911.00068).
+
+    `probabilities` (n, 4) are out of fold, `labels` (n,) are 0 to 3. Columns: `row` (position),
+    `label`, `likely` (the other choice) and `margin` (by how much it is more probable).
+
+    >>> probabilities = [[0.9, 0.1, 0, 0], [0.1, 0.9, 0, 0], [0.05, 0.95, 0, 0]]
+    >>> label_suspects(probabilities, [0, 1, 0])[["row", "label", "likely"]].values.tolist()
+    [[2, 0, 1]]
+    """
     probabilities = _as_probabilities(probabilities)
-    labels, rows = _as_labels(labels, probabilities.shape), np.arange(len(probabilities))
-    own = probabilities[rows, labels]
+    labels = _as_labels(labels, probabilities.shape)
+    rows = np.arange(len(probabilities))
+    of_label = probabilities[rows, labels]
     usual = (
-        pd.Series(own)
+        pd.Series(of_label)
         .groupby(labels)
         .mean()
-        .reindex(range(probabilities.shape[1]), fill_value=1.0)
+        .reindex(range(probabilities.shape[1]), fill_value=1.0)  # never a label: never likely
         .to_numpy()
     )
-    sure = probabilities >= usual
-    likely = np.where(sure.any(axis=1), np.where(sure, probabilities, -1.0).argmax(axis=1), labels)
+    as_usual = probabilities >= usual
+    likeliest = np.where(as_usual, probabilities, -1.0).argmax(axis=1)
+    likely = np.where(as_usual.any(axis=1), likeliest, labels)
     table = pd.DataFrame(
         {
             "row": rows,
             "label": labels,
             "likely": likely,
-            "margin": probabilities[rows, likely] - own,
+            "margin": probabilities[rows, likely] - of_label,
         }
     )
-    return table[(likely != labels) & (table["margin"] > 0)].sort_values(
-        "margin", ascending=False, kind="stable"
-    )
+    suspects = table[(likely != labels) & (table["margin"] > 0)]
+    return suspects.sort_values("margin", ascending=False, kind="stable")
 
 
 def accuracy_by_type(types: Sequence[str], correct: np.ndarray) -> pd.DataFrame:
-    """Rows and accuracy of each question type, the weakest first."""
-    grouped = pd.DataFrame({"type": list(types), "correct": correct}).groupby("type")["correct"]
-    return grouped.agg(rows="size", accuracy="mean").sort_values("accuracy")
+    """Rows and accuracy of each question type, the weakest first.
+
+    >>> accuracy_by_type(["ocr", "color", "ocr"], [True, True, False]).to_dict("index")
+    {'ocr': {'rows': 2, 'accuracy': 0.5}, 'color': {'rows': 1, 'accuracy': 1.0}}
+    """
+    rows = pd.DataFrame({"type": list(types), "correct": correct})
+    table = rows.groupby("type")["correct"].agg(rows="size", accuracy="mean")
+    return table.sort_values("accuracy")
+
+
+def _quarter_names(values: pd.Series) -> list[str]:
+    """The quarter of each of the values, named by its ends: "3 to 5", or "3" for a single value."""
+    edges = np.unique(values.quantile([0.25, 0.5, 0.75], interpolation="lower"))
+    quarters = values.groupby(np.searchsorted(edges, values))
+    lows = quarters.transform("min")
+    highs = quarters.transform("max")
+    names = []
+    for low, high in zip(lows, highs, strict=True):
+        names.append(f"{low} to {high}" if low < high else f"{low}")
+    return names
+
+
+def _choice_lengths(frame: pd.DataFrame) -> pd.DataFrame:
+    """Characters of the choices a, b, c, d; NaN for one that is not there, and not the shortest."""
+    lengths = frame[list(CHOICES)].map(len)
+    return lengths.where(lengths > 0)
+
+
+def _answer_length_names(frame: pd.DataFrame) -> np.ndarray:
+    """How long each row's answer is, beside its other choices."""
+    lengths = _choice_lengths(frame)
+    shortest = lengths.min(axis=1)
+    longest = lengths.max(axis=1)
+    of_answer = lengths.to_numpy()[np.arange(len(frame)), frame["label"]]
+    cases = [shortest == longest, of_answer == longest, of_answer == shortest]
+    return np.select(cases, ["all equal", "longest", "shortest"], "between")
+
+
+def _image_use_names(frame: pd.DataFrame) -> np.ndarray:
+    """Whether each row's image has a near copy, or else belongs to several questions."""
+    questions = frame.groupby("pixel_hash")["id"].transform("size")
+    different_images = frame.groupby("image_group")["pixel_hash"].transform("nunique")
+    cases = [different_images > 1, questions > 1]
+    return np.select(cases, ["has a near copy", "in several questions"], "in one question")
 
 
 def accuracy_by_group(frame: pd.DataFrame, correct: np.ndarray) -> pd.DataFrame:
-    """Rows and accuracy by what a row looks like: type, answer's letter, lengths, image size, copies of its image.
+    """Rows and accuracy of groups of rows that look alike, in several groupings.
 
-    `frame`: training rows with the columns `image_group` (near copies share a number) and `tokens` (None: unknown)."""
-    choices = frame[list(CHOICES)].map(len)
-    choices = choices.where(choices > 0)  # a choice that is not there is not the shortest
-    least, most = choices.min(axis=1), choices.max(axis=1)
+    These are: question type, answer's letter, lengths of question, choices and prompt, size of
+    the image, and its copies. Every row is once in each grouping.
+
+    `frame`: training rows with the columns `image_group` (near copies share a number) and
+    `tokens` (of the prompt; None where unknown). `correct`: (n,) right or wrong.
+    """
+    longest_choice = _choice_lengths(frame).max(axis=1)
     lengths = {
         "question, characters": frame["question"].map(len),
-        "longest choice, characters": most.astype(int),
-    }
-    lengths |= {
+        "longest choice, characters": longest_choice.astype(int),
         "image, pixels": frame["width"] * frame["height"],
         "prompt, tokens": frame["tokens"],
     }
-    lengths = {name: values for name, values in lengths.items() if values.notna().all()}
     groups = {"question type": frame["type"], "answer": frame["answer"]}
     for name, values in lengths.items():
-        edges = np.unique(values.quantile([0.25, 0.5, 0.75], interpolation="lower"))
-        quarters = values.groupby(np.searchsorted(edges, values))
-        ends = zip(quarters.transform("min"), quarters.transform("max"), strict=True)
-        groups[name] = [f"{low} to {high}" if low < high else f"{low}" for low, high in ends]
-    own = choices.to_numpy()[np.arange(len(frame)), frame["label"]]
-    cases = [least == most, own == most, own == least]
-    groups["answer's length"] = np.select(cases, ["all equal", "longest", "shortest"], "between")
-    copies = frame.groupby("pixel_hash")["id"].transform("size")
-    near = frame.groupby("image_group")["pixel_hash"].transform("nunique")
-    cases = [near > 1, copies > 1]
-    groups["image"] = np.select(
-        cases, ["has a near copy", "in several questions"], "in one question"
-    )
+        if values.notna().all():
+            groups[name] = _quarter_names(values)
+    groups["answer's length"] = _answer_length_names(frame)
+    groups["image"] = _image_use_names(frame)
     tables = {name: accuracy_by_type(list(values), correct) for name, values in groups.items()}
     return pd.concat(tables, names=["by", "group"])
 
 
 def uncertain_rows(run: Run, evaluation: Evaluation) -> pd.DataFrame:
-    """Test rows by what a human look is worth: folds that do not share the ensemble's answer, then small margins.
+    """Test rows by what a human look is worth, the most uncertain first.
 
-    `margin`: of the answer's mean probability over its likeliest rival's, which a majority vote may have put second."""
+    These are rows whose folds do not all share the ensemble's answer, then small margins.
+    `margin`: of the answer's mean probability over its likeliest rival's, which a majority vote
+    may have put second. `chance_wrong`: one less the answer's mean probability.
+    """
     members = np.stack(list(predict_test(run, evaluation).values()))
-    answers, rows, rivals = (
-        combine_models(run, members),
-        np.arange(len(run.test)),
-        members.mean(axis=0),
-    )
-    own = rivals[rows, answers]
+    answers = combine_models(run, members)
+    rows = np.arange(len(run.test))
+    means = members.mean(axis=0)
+    of_answer = means[rows, answers]
+    rivals = means.copy()
     rivals[rows, answers] = -1
+    letters = np.array(CHOICES)
+
     table = run.test[["id", "type", "question", *CHOICES]].assign(
-        predicted=np.array(CHOICES)[answers]
+        predicted=letters[answers],
+        folds_for_it=(members.argmax(axis=2) == answers).mean(axis=0).round(3),
+        second=letters[rivals.argmax(axis=1)],
+        margin=(of_answer - rivals.max(axis=1)).round(4),
+        chance_wrong=(1 - of_answer).round(4),
     )
-    table["folds_for_it"] = (members.argmax(axis=2) == answers).mean(axis=0).round(3)
-    table["second"] = np.array(CHOICES)[rivals.argmax(axis=1)]
-    table["margin"] = (own - rivals.max(axis=1)).round(4)
-    table["chance_wrong"] = (1 - own).round(4)
     return table.sort_values(["folds_for_it", "margin"], kind="stable", ignore_index=True)
 
 
 def active_list(suspects: pd.DataFrame, uncertain: pd.DataFrame) -> pd.DataFrame:
-    """Training and test rows worth a human look, by the model's probability that the answer they have is wrong.
+    """Training and test rows worth a human look, by the chance that their answer is wrong.
 
-    Of the test rows those above the average; `other` is the likeliest other choice."""
-    train = suspects.assign(rows="train", reason="label probably wrong").rename(
-        columns={"likely": "other"}
-    )
+    That is the model's own probability. Of the test rows, those above the average are listed;
+    `other` is the likeliest other choice. `suspects` and `uncertain` are two of the tables of
+    `write_error_tables`.
+    """
+    train = suspects.rename(columns={"likely": "other"})
+    train = train.assign(rows="train", reason="label probably wrong")
+
     test = uncertain[uncertain["chance_wrong"] > uncertain["chance_wrong"].mean()]
-    test = test.assign(
-        rows="test", reason=np.where(test["folds_for_it"] < 1, "folds disagree", "small margin")
-    )
     test = test.rename(columns={"predicted": "answer", "second": "other"})
+    reason = np.where(test["folds_for_it"] < 1, "folds disagree", "small margin")
+    test = test.assign(rows="test", reason=reason)
+
     columns = ["rows", "id", "reason", "chance_wrong", "answer", "other", "question", *CHOICES]
     table = pd.concat([train[columns], test[columns]])
     return table.sort_values("chance_wrong", ascending=False, kind="stable", ignore_index=True)
@@ -5778,15 +9039,18 @@ def active_list(suspects: pd.DataFrame, uncertain: pd.DataFrame) -> pd.DataFrame
 def reliability_by_type(
     types: Sequence[str], probabilities: np.ndarray, labels: np.ndarray
 ) -> pd.DataFrame:
-    """Mean confidence and `calibration_row` of each question type; confidence furthest from accuracy comes first."""
-    types, rows = np.asarray(types), {}
+    """Mean confidence and `calibration_row` of each question type.
+
+    The type whose confidence is furthest from its accuracy comes first.
+    """
+    types = np.asarray(types)
+    rows = {}
     for name in np.unique(types):
         inside = types == name
-        own, answers = probabilities[inside], labels[inside]
         rows[name] = {
             "rows": int(inside.sum()),
-            "confidence": own.max(axis=1).mean(),
-            **calibration_row(own, answers),
+            "confidence": probabilities[inside].max(axis=1).mean(),
+            **calibration_row(probabilities[inside], labels[inside]),
         }
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("type")
     gap = (table["confidence"] - table["accuracy"]).abs()
@@ -5794,198 +9058,732 @@ def reliability_by_type(
 
 
 def confusion_table(labels: np.ndarray, predicted: np.ndarray) -> pd.DataFrame:
-    """Counts (4, 4): rows the true letter, columns the predicted one."""
+    """Counts (4, 4) of letters: rows the true one, columns the predicted one.
+
+    >>> confusion_table(np.array([0, 0, 3]), np.array([0, 1, 3])).loc["a"].to_dict()
+    {'a': 1, 'b': 1, 'c': 0, 'd': 0}
+    """
     counts = np.bincount(4 * labels + predicted, minlength=16).reshape(4, 4)
     return pd.DataFrame(
-        counts, index=pd.Index(CHOICES, name="true"), columns=pd.Index(CHOICES, name="predicted")
+        counts,
+        index=pd.Index(CHOICES, name="true"),
+        columns=pd.Index(CHOICES, name="predicted"),
     )
 
 
 def wrong_answers(evaluation: Evaluation) -> pd.DataFrame:
-    """The OOF rows that are answered wrongly, the surest first; `confidence`: probability of `predicted`."""
-    predicted, confidence = (
-        evaluation.probabilities.argmax(axis=1),
-        evaluation.probabilities.max(axis=1).round(4),
-    )
+    """The OOF rows that are answered wrongly, the surest first.
+
+    Beside the columns of the row: `predicted`, and `confidence`, its probability.
+    """
+    predicted = evaluation.probabilities.argmax(axis=1)
     frame = evaluation.oof.frame.assign(
-        predicted=np.array(CHOICES)[predicted], confidence=confidence
+        predicted=np.array(CHOICES)[predicted],
+        confidence=evaluation.probabilities.max(axis=1).round(4),
     )
     wrong = frame[predicted != evaluation.oof.labels]
     return wrong.sort_values("confidence", ascending=False, kind="stable", ignore_index=True)
 
 
 def most_confident_mistakes(evaluation: Evaluation) -> tuple[pd.DataFrame, list[str]]:
-    """The six of the mistakes that the model was surest of, and a note for each."""
+    """The six wrong answers that the model was surest of, and a note for each."""
     frame = wrong_answers(evaluation).head(6)
-    pairs = zip(frame["predicted"], frame["confidence"], strict=True)
-    return frame, [
-        f"predicted {letter} with probability {confidence:.2f}" for letter, confidence in pairs
-    ]
+    notes = []
+    for letter, confidence in zip(frame["predicted"], frame["confidence"], strict=True):
+        notes.append(f"predicted {letter} with probability {confidence:.2f}")
+    return frame, notes
+
+
+def save_table(table: pd.DataFrame, run: Run, name: str) -> pd.DataFrame:
+    """Write the table as tables/`name`.csv in the run directory; returns it as it was.
+
+    The index becomes the first column, or columns, where it has a name.
+    """
+    content = table.reset_index() if any(table.index.names) else table
+    write_table(content, run.directory / "tables" / f"{name}.csv")
+    return table
+
+
+def _suspect_rows(evaluation: Evaluation) -> pd.DataFrame:
+    """`label_suspects` of the evaluation, with ids, texts and letters for a reader."""
+    probabilities = evaluation.probabilities
+    suspects = label_suspects(probabilities, evaluation.oof.labels)
+    frame = evaluation.oof.frame.iloc[suspects["row"]].reset_index(drop=True)
+    of_label = probabilities[suspects["row"], suspects["label"]]
+    return frame[["id", "question", *CHOICES, "answer"]].assign(
+        likely=np.array(CHOICES)[suspects["likely"]],
+        margin=suspects["margin"].round(4).to_numpy(),
+        chance_wrong=(1 - of_label).round(4),
+    )
 
 
 def write_error_tables(
     run: Run, evaluation: Evaluation, image_group: Sequence[int]
 ) -> dict[str, pd.DataFrame]:
-    """Every table of the error analysis by name; each is also tables/<name>.csv in the run directory.
+    """Every table of the error analysis by name; each is also tables/<name>.csv.
 
-    `image_group`: of each training row, as `leakage_report` numbers them."""
-    oof, probabilities = evaluation.oof, evaluation.probabilities
+    `image_group`: of each training row, as `leakage_report` numbers them.
+    """
+    oof = evaluation.oof
+    probabilities = evaluation.probabilities
+    predicted = probabilities.argmax(axis=1)
     groups = pd.Series(np.asarray(image_group), index=run.train["id"])
     frame = oof.frame.assign(tokens=oof.tokens, image_group=oof.frame["id"].map(groups))
-    suspects = label_suspects(probabilities, oof.labels)
-    shown = oof.frame.iloc[suspects["row"]][["id", "question", *CHOICES, "answer"]].reset_index(
-        drop=True
-    )
-    shown["likely"] = np.array(CHOICES)[suspects["likely"]]
-    shown["margin"] = suspects["margin"].round(4).to_numpy()
-    shown["chance_wrong"] = (1 - probabilities[suspects["row"], suspects["label"]]).round(4)
+    suspects = _suspect_rows(evaluation)
     uncertain = uncertain_rows(run, evaluation)
+    texts = ["id", "type", "question", *CHOICES]
     tables = {
-        "accuracy_by_group": accuracy_by_group(frame, probabilities.argmax(axis=1) == oof.labels),
+        "accuracy_by_group": accuracy_by_group(frame, predicted == oof.labels),
         "reliability_by_type": reliability_by_type(oof.frame["type"], probabilities, oof.labels),
-        "label_suspects": shown,
+        "label_suspects": suspects,
         "uncertain_rows": uncertain,
-        "active_list": active_list(shown, uncertain),
-        "confusion": confusion_table(oof.labels, probabilities.argmax(axis=1)),
-        "mistakes": wrong_answers(evaluation)[
-            ["id", "type", "question", *CHOICES, "answer", "predicted", "confidence"]
-        ],
+        "active_list": active_list(suspects, uncertain),
+        "confusion": confusion_table(oof.labels, predicted),
+        "mistakes": wrong_answers(evaluation)[[*texts, "answer", "predicted", "confidence"]],
     }
     for name, table in tables.items():
-        shown = table.reset_index() if any(table.index.names) else table
-        write_table(shown, run.directory / "tables" / f"{name}.csv")
+        save_table(table, run, name)
     return tables
 
 
+# === Verdict ======================================================================================
+# Why is told in the section "Soft targets".
+DISTILLED_WARNING = (
+    "it was distilled, and its teacher was trained on the rows that validate it: "
+    "its OOF figures are too good"
+)
+SHARE_CUT_TO_ACT_ON = 0.2  # of the images: from here on more pixels are the thing to try next
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a run is worth, in figures and plain sentences; `make_verdict` fills it.
+
+    Accuracies and gains are shares from 0 to 1, ends of intervals are of 90 %.
+    """
+
+    accuracy: float  # to expect on a leaderboard: that of the OOF rows
+    low: float  # lower end of its interval, for a leaderboard of `test_rows` rows
+    high: float  # upper end
+    guessing: float  # accuracy of a guess among the choices that exist
+    zeroshot_accuracy: float  # of the base model, on the rows that it scored
+    gain: float  # accuracy that training adds in one view, on rows that both scored; else NaN
+    gain_low: float
+    gain_high: float
+    test_rows: int
+    models: int  # behind the submission
+    alarms: tuple[str, ...]  # sentences
+    wall_seconds: float  # on the clock, while any worker was at work
+    worker_seconds: float  # of all workers together
+    next_step: str  # the one thing to try, a sentence
+
+
+def accuracy_interval(correct, groups) -> tuple[float, float]:
+    """Ends of the 90 % interval of the accuracy, from (n,) right or wrong.
+
+    `groups` (n,): rows of one image share a number and are drawn together.
+
+    >>> low, high = accuracy_interval([True] * 80 + [False] * 20, np.arange(100))
+    >>> round(low, 2), round(high, 2)
+    (0.73, 0.86)
+    """
+    correct = np.asarray(correct, dtype=float)
+    mean = correct.mean()
+    deviations = (correct - mean)[:, None]  # about zero: the imaginary rows must not shift it
+    low, high = mean + bootstrap_interval(deviations, groups)[:, 0]
+    return max(0.0, float(low)), min(1.0, float(high))
+
+
+def widen_for_leaderboard(
+    accuracy: float, interval: tuple[float, float], rows: int, test_rows: int
+) -> tuple[float, float]:
+    """Ends of the 90 % interval of a leaderboard's score, from those of the accuracy itself.
+
+    A leaderboard of `test_rows` rows is as noisy as our own estimate from `rows` rows would be
+    with so many; the two are independent, so that their squares add.
+
+    >>> low, high = widen_for_leaderboard(0.8, (0.77, 0.83), rows=500, test_rows=500)
+    >>> round(low, 3), round(high, 3)
+    (0.758, 0.842)
+    """
+    factor = math.sqrt(1 + rows / test_rows)
+    low = accuracy - factor * (accuracy - interval[0])
+    high = accuracy + factor * (interval[1] - accuracy)
+    return max(0.0, low), min(1.0, high)
+
+
+def guessing_accuracy(frame: pd.DataFrame) -> float:
+    """Accuracy of a guess: 1 / the number of choices that are not blank, on average over rows.
+
+    >>> guessing_accuracy(pd.DataFrame([{"a": "1", "b": "2", "c": "", "d": ""}]))
+    0.5
+    """
+    counts = [sum(present_choices(row)) for row in frame[[*CHOICES]].to_dict("records")]
+    return float(np.mean(1 / np.array(counts)))
+
+
+def covered_seconds(spans: Iterable[tuple[float, float]]) -> float:
+    """How long at least one of the (start, end) spans lasted, in seconds.
+
+    >>> covered_seconds([(0, 10), (5, 15), (20, 21)])
+    16.0
+    """
+    total = 0.0
+    covered_until = -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, covered_until))
+        covered_until = max(covered_until, end)
+    return total
+
+
+def duration_in_words(seconds: float) -> str:
+    """A time as one says it.
+
+    >>> [duration_in_words(value) for value in (1, 48.2, 728, 3600, 11110)]
+    ['1 second', '48 seconds', '12 minutes', '1 hour', '3 hours 5 minutes']
+    """
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return _count(round(seconds), "second")
+    if minutes < 60:
+        return _count(minutes, "minute")
+    hours = _count(minutes // 60, "hour")
+    return f"{hours} {_count(minutes % 60, 'minute')}" if minutes % 60 else hours
+
+
+def _count(number: int, noun: str) -> str:
+    """The number with its noun, in the plural unless it is 1."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def points_with_interval(change: float, low: float, high: float) -> str:
+    """A change of a share in points, with the ends of its interval.
+
+    >>> points_with_interval(0.254, 0.201, 0.305)
+    '+25.4 (20.1 to 30.5)'
+    >>> points_with_interval(-0.0001, -0.012, 0.011)
+    '+0.0 (-1.2 to 1.1)'
+    """
+    points = [round(100 * value, 1) + 0.0 for value in (change, low, high)]  # no "-0.0"
+    return "{:+.1f} ({:.1f} to {:.1f})".format(*points)
+
+
+def unplanned_events(run: Run) -> list[dict]:
+    """The records of events.jsonl, but for what a later session has made up for."""
+    made_up_for = []
+    for stage, fold in itertools.product(("train", "rescore"), run.submission_models):
+        if run.is_done(stage, fold):
+            made_up_for.append(f"{stage} fold {fold} was left out")
+    if run.is_rescored:
+        made_up_for.append("scoring in 16 bits was left out")
+    records = read_json_lines(run.directory / "events.jsonl")
+    return [record for record in records if not record["event"].startswith(tuple(made_up_for))]
+
+
+def _learning_alarms(verdict: Verdict, oof_low: float) -> list[str]:
+    """Sentences where the model has learned nothing; `oof_low`: of the OOF accuracy's interval."""
+    alarms = []
+    if oof_low <= verdict.guessing:
+        alarms.append(
+            f"The out-of-fold accuracy, {verdict.accuracy:.3f}, is not above guessing, "
+            f"{verdict.guessing:.3f}, beyond chance."
+        )
+    if verdict.gain_low <= 0:
+        gain = points_with_interval(verdict.gain, verdict.gain_low, verdict.gain_high)
+        alarms.append(f"Training is not better than the base model beyond chance: {gain} points.")
+    return alarms
+
+
+def _prediction_alarms(run: Run, evaluation: Evaluation) -> list[str]:
+    """Sentences about answers that are nearly all one letter, and about impossible temperatures."""
+    alarms = []
+    letters = prediction_diversity(evaluation.probabilities, evaluation.oof.labels)
+    if letters["collapsed"]:
+        alarms.append(
+            f"The predictions have collapsed: {letters['top_share']:.0%} of the answers are "
+            f"{letters['top_letter']!r}, but {letters['label_share']:.0%} of the labels."
+        )
+    at_bound = evaluation.fold_table.index[evaluation.fold_table["at_bound"].astype(bool)]
+    if run.config.use_temperature_scaling and len(at_bound):
+        folds = ", ".join(map(str, at_bound))
+        alarms.append(
+            f"The temperature is at its bound in fold {folds}: "
+            "it has too few rows, or they are all right or all wrong."
+        )
+    return alarms
+
+
+def _missing_folds(run: Run) -> list[int]:
+    """The folds that the configuration asks for and that are not trained."""
+    return sorted(set(run.config.folds_to_train) - set(run.finished_folds))
+
+
+def _run_alarms(run: Run) -> list[str]:
+    """Sentences about what the run has lost or taken a fallback for."""
+    alarms = []
+    missing = ", ".join(map(str, _missing_folds(run)))
+    if missing:
+        alarms.append(
+            f"Missing: fold {missing} of {run.config.n_folds}, "
+            "because the time ended before the training did."
+        )
+    taken = [f"{name.replace('_', ' ')}: {count}" for name, count in run.fallbacks.items() if count]
+    if taken:
+        alarms.append(f"Fallbacks were taken while reading the data: {', '.join(taken)}.")
+    if run.config.distill_from:
+        alarms.append(f"Do not trust these figures: {DISTILLED_WARNING}.")
+    for event in dict.fromkeys(record["event"] for record in unplanned_events(run)):
+        alarms.append(f"{event[:1].upper()}{event[1:]}.")
+    return alarms
+
+
+def _stage_seconds(run: Run) -> tuple[float, float]:
+    """Seconds on the clock while any worker was at work, and of all workers together."""
+    records = read_json_lines(run.directory / "stages.jsonl")
+    spans = [(record["time"] - record["seconds"], record["time"]) for record in records]
+    return covered_seconds(spans), sum(record["seconds"] for record in records)
+
+
+def _next_step(
+    run: Run, verdict: Verdict, oof_low: float, results: Sequence[FoldResult], share_cut: float
+) -> str:
+    """The one thing to try next, with the figure that speaks for it: the first rule that holds."""
+    config = run.config
+    asked_for = len(config.folds_to_train)
+    cut_short = sum(len(result.history) < config.num_epochs for result in results)
+    best_is_last = sum(result.best_epoch == config.num_epochs for result in results)
+    if _missing_folds(run):
+        return (
+            f"Run all again, which adds what is missing: {len(run.finished_folds)} "
+            f"of {asked_for} folds are trained."
+        )
+    if cut_short and not config.use_early_stopping:
+        return (
+            f"Start a new run with fewer num_epochs or more time: {cut_short} of {asked_for} "
+            f"folds ended before epoch {config.num_epochs}."
+        )
+    if oof_low <= verdict.guessing:
+        return (
+            "Check the answers' column and lower the learning rate, now "
+            f"{config.learning_rate:g}: the accuracy is {verdict.accuracy:.3f}, "
+            f"a guess has {verdict.guessing:.3f}."
+        )
+    if share_cut >= SHARE_CUT_TO_ACT_ON:
+        return f"Raise max_pixels: the pixel budget shrinks {share_cut:.0%} of the images."
+    if 2 * best_is_last > asked_for:
+        return (
+            f"Train longer, for example num_epochs={2 * config.num_epochs}: the best epoch was "
+            f"the last one in {best_is_last} of {asked_for} folds."
+        )
+    if verdict.gain <= 0:
+        return (
+            f"Lower the learning rate, now {config.learning_rate:g}: training has changed the "
+            f"accuracy by {100 * verdict.gain:+.1f} points."
+        )
+    if asked_for < config.n_folds:
+        return (
+            "Train all folds (use_kfold=True, train_folds=None) and mix them: "
+            f"this run has {asked_for} of {config.n_folds}."
+        )
+    return (
+        "Train a second model family in a run of its own and mix both with ensemble_runs: "
+        f"{config.model_id} alone has {verdict.accuracy:.3f}."
+    )
+
+
+def make_verdict(
+    run: Run,
+    evaluation: Evaluation,
+    results: Sequence[FoldResult] = (),
+    leakage_alarm: str = "",
+    share_cut: float = 0.0,
+) -> Verdict:
+    """What the run is worth, from its own files and its evaluation.
+
+    `results`: what `run_folds` returned, for a word about the epochs; `leakage_alarm`: that of
+    `leakage_report`; `share_cut`: of the images that the pixel budget shrinks, 0 to 1.
+    """
+    oof = evaluation.oof
+    correct = evaluation.probabilities.argmax(axis=1) == oof.labels
+    accuracy = float(correct.mean())
+    interval = accuracy_interval(correct, oof.groups)
+    low, high = widen_for_leaderboard(accuracy, interval, len(correct), len(run.test))
+    tuned = evaluation.ladder.loc[STEP_ONE_VIEW]
+    wall_seconds, worker_seconds = _stage_seconds(run)
+    verdict = Verdict(
+        accuracy=accuracy,
+        low=low,
+        high=high,
+        guessing=guessing_accuracy(oof.frame),
+        zeroshot_accuracy=float(evaluation.ladder.loc["zero-shot", "accuracy"]),
+        gain=float(tuned["gain"]),
+        gain_low=float(tuned["gain_low"]),
+        gain_high=float(tuned["gain_high"]),
+        test_rows=len(run.test),
+        models=len(run.submission_models),
+        alarms=(),
+        wall_seconds=wall_seconds,
+        worker_seconds=worker_seconds,
+        next_step="",
+    )
+    alarms = _learning_alarms(verdict, interval[0])
+    alarms += _prediction_alarms(run, evaluation)
+    alarms += [leakage_alarm] if leakage_alarm else []
+    alarms += _run_alarms(run)
+    next_step = _next_step(run, verdict, interval[0], results, share_cut)
+    return dataclasses.replace(verdict, alarms=tuple(alarms), next_step=next_step)
+
+
+def _interval_sentence(verdict: Verdict) -> str:
+    """What the interval of the accuracy means."""
+    text = (
+        f"90 of 100 such leaderboards, of {_count(verdict.test_rows, 'row')} each, are expected "
+        f"to lie between {verdict.low:.3f} and {verdict.high:.3f}."
+    )
+    if verdict.models > 1 and verdict.low > verdict.guessing:  # models that guess gain nothing
+        text += f" The {verdict.models} models together usually score a little above this."
+    return text
+
+
+def _training_sentence(verdict: Verdict) -> str:
+    """Whether training helped, and by how much."""
+    base = f"the base model, which has {verdict.zeroshot_accuracy:.3f}"
+    if math.isnan(verdict.gain):
+        return f"Not known: no row was scored by both the folds and {base}."
+    gain = points_with_interval(verdict.gain, verdict.gain_low, verdict.gain_high)
+    if verdict.gain_low > 0:
+        return f"Yes: {gain} points in one view, against {base}."
+    if verdict.gain_high < 0:
+        return f"No, it did harm: {gain} points in one view, against {base}."
+    return f"Not beyond chance: {gain} points in one view, against {base}."
+
+
+def _time_sentence(verdict: Verdict) -> str:
+    """The time that the workers took."""
+    wall = duration_in_words(verdict.wall_seconds)
+    workers = duration_in_words(verdict.worker_seconds)
+    if wall == workers:
+        return f"{wall} of scoring and training."
+    return f"{wall} of scoring and training on the clock, {workers} of all workers together."
+
+
+def verdict_html(verdict: Verdict) -> str:
+    """The verdict in large type, readable on a white and on a dark page."""
+    colour = "#d9822b" if verdict.alarms else "#2e8b57"
+    rows = [
+        ("Did training help? · 학습 효과", html.escape(_training_sentence(verdict))),
+        ("Alarms · 경고", _alarms_html(verdict)),
+        ("Time · 걸린 시간", html.escape(_time_sentence(verdict))),
+        ("Try next · 다음에 할 일", f"<b>{html.escape(verdict.next_step)}</b>"),
+    ]
+    lines = [
+        f'<div style="border-left:10px solid {colour}; padding:8px 24px; max-width:860px; '
+        'font-size:17px; line-height:1.5">',
+        "<div>Accuracy to expect on the leaderboard · 예상 정확도</div>",
+        f'<div style="font-size:52px; font-weight:bold; line-height:1.2">{verdict.accuracy:.3f}'
+        '<span style="font-size:26px; font-weight:normal"> &nbsp; '
+        f"{verdict.low:.3f} – {verdict.high:.3f}</span></div>",
+        f"<div>{html.escape(_interval_sentence(verdict))}</div>",
+    ]
+    for label, content in rows:
+        lines.append(f'<div style="margin-top:12px"><i>{label}</i><br>{content}</div>')
+    return "\n".join([*lines, "</div>"])
+
+
+def _alarms_html(verdict: Verdict) -> str:
+    """A list of the alarms, or that there is none."""
+    if not verdict.alarms:
+        return "No alarm."
+    items = [f"<li>{html.escape(alarm)}</li>" for alarm in verdict.alarms]
+    return f'<ul style="margin:0; padding-left:24px">{"".join(items)}</ul>'
+
+
+def verdict_markdown(verdict: Verdict) -> str:
+    """The verdict as Markdown, for the report."""
+    alarms = verdict.alarms or ("none.",)
+    lines = [
+        f"**Accuracy to expect on the leaderboard: {verdict.accuracy:.3f}** "
+        f"({verdict.low:.3f} to {verdict.high:.3f}). {_interval_sentence(verdict)}",
+        "",
+        f"- Did training help? {_training_sentence(verdict)}",
+        *(f"- Alarm: {alarm}" for alarm in alarms),
+        f"- Time: {_time_sentence(verdict)}",
+        f"- Try next: {verdict.next_step}",
+    ]
+    return "\n".join(lines)
+
+
 # === Figures ======================================================================================
-BLUE = "#3b6ea5"
+BLUE = "#1f6fb2"
+PALE_BLUE = "#a9c7e2"
 ORANGE = "#d9822b"
-GREY = "#8a8f98"
+GREY = "#6f757e"
+LINE_COLOURS = (
+    BLUE,
+    ORANGE,
+    "#009e73",
+    "#b1478f",
+    "#56b4e9",
+    "#5b4b2a",
+)  # distinct if colour-blind
 matplotlib_figure = _LazyModule("matplotlib.figure")
+matplotlib_ticker = _LazyModule("matplotlib.ticker")
 
 
 def _axes(ax, title: str, xlabel: str, ylabel: str, figsize=(6, 3.2), **settings):
-    """Given axes, or new ones, with title and labels set: figures carry type names only, Korean text is HTML."""
+    """The given axes, or new ones, with title and labels set.
+
+    Figures carry type names only: Korean text is HTML, because matplotlib may lack the font.
+    """
     ax = ax or matplotlib_figure.Figure(figsize=figsize, layout="constrained").subplots()
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel, **settings)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
-def _accuracy_bars(ax, title: str, accuracies: pd.Series, figsize=(6, 3.2), **label):
-    ax = _axes(ax, title, "accuracy", "", figsize, xlim=(0, 1.08))
-    ax.bar_label(
-        ax.barh(accuracies.index, accuracies, color=BLUE),
-        fmt="%.3f",
-        fontsize=9,
-        **{"padding": 3} | label,
-    )
+def _two_axes(axes):
+    """The given pair of axes, or a new one side by side."""
+    if axes is not None:
+        return axes
+    return matplotlib_figure.Figure(figsize=(10, 3.4), layout="constrained").subplots(1, 2)
+
+
+def _whole_numbers(axis) -> None:
+    """Let an axis have ticks at whole numbers only: there is no epoch 1.5."""
+    axis.set_major_locator(matplotlib_ticker.MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _show_at_least(ax, span: float) -> None:
+    """Widen the vertical axis to `span`: one row more or less must not look like a cliff."""
+    low, high = ax.get_ylim()
+    missing = max(0.0, span - (high - low)) / 2
+    ax.set_ylim(low - missing, high + missing)
+
+
+def spread_apart(heights: Sequence[float], gap: float, top: float) -> list[float]:
+    """Ascending heights moved until neighbours are `gap` apart; their mean stays.
+
+    Where the highest would then be above `top`, it and its neighbours give way downwards.
+
+    >>> spread_apart([4.0, 4.0, 4.0], gap=2.0, top=9.0)
+    [2.0, 4.0, 6.0]
+    >>> spread_apart([9.0, 9.0], gap=2.0, top=9.0)
+    [7.0, 9.0]
+    """
+    moved = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + gap) if moved else height)
+    rise = (sum(moved) - sum(heights)) / len(heights)
+    ceiling = top
+    for place in reversed(range(len(moved))):
+        moved[place] = min(moved[place] - rise, ceiling)
+        ceiling = moved[place] - gap
+    return moved
+
+
+def _label_lines(ax, lines: Sequence) -> None:
+    """Write each line's label beside its right end, in its colour and clear of the others."""
+    low, high = ax.get_ylim()
+    ordered = sorted(lines, key=lambda line: line.get_ydata()[-1])
+    ends = [float(line.get_ydata()[-1]) for line in ordered]
+    heights = spread_apart(ends, gap=(high - low) / 14, top=high)
+    right = max(float(line.get_xdata()[-1]) for line in ordered)
+    for line, height in zip(ordered, heights, strict=True):
+        ax.annotate(
+            line.get_label(),
+            xy=(right, height),
+            xytext=(10, 0),
+            textcoords="offset points",
+            va="center",
+            color=line.get_color(),
+            annotation_clip=False,
+        )
+
+
+def _accuracy_bars(ax, title: str, accuracies: pd.Series, figsize=(6, 3.2), colours=BLUE):
+    """Horizontal bars, the first at the bottom; the numbers stand in a column beside them.
+
+    There no line crosses a number, and none is white on white.
+    """
+    ax = _axes(ax, title, "accuracy", "", figsize, xlim=(0, 1.02))
+    places = np.arange(len(accuracies))
+    ax.barh(places, accuracies, color=colours)
+    ax.set_yticks(places, accuracies.index)
+    ax.set_ylim(-0.6, len(accuracies) - 0.4)
+    for place, accuracy in zip(places, accuracies, strict=True):
+        text = "unknown" if math.isnan(accuracy) else f"{accuracy:.3f}"
+        ax.text(1.02, place, text, transform=ax.get_yaxis_transform(), va="center")
     return ax
 
 
 def plot_counts(counts: pd.Series, title: str, ax=None):
     """Bars of counts, each with its number."""
     ax = _axes(ax, title, "", "rows", ymargin=0.15)
-    ax.bar_label(
-        ax.bar([str(name) for name in counts.index], counts, color=BLUE), padding=2, fontsize=9
-    )
+    bars = ax.bar([str(name) for name in counts.index], counts, color=BLUE)
+    ax.bar_label(bars, padding=2)
+    _whole_numbers(ax.yaxis)
     return ax
+
+
+def natural_image_tokens(width: int, height: int, pixels_per_token: int) -> int:
+    """Tokens of an image that is not shrunk: its sides, in whole merged patches, multiplied.
+
+    >>> natural_image_tokens(640, 480, pixels_per_token=32 * 32)
+    300
+    """
+    side = math.isqrt(pixels_per_token)
+    return max(1, round(width / side)) * max(1, round(height / side))
+
+
+def natural_token_counts(competition: Competition, pixels_per_token: int) -> dict[str, list[int]]:
+    """`natural_image_tokens` of every row's image, of the training and of the test rows."""
+    counts = {}
+    for name, table in {"train": competition.train, "test": competition.test}.items():
+        sizes = zip(table["width"], table["height"], strict=True)
+        counts[name] = [
+            natural_image_tokens(width, height, pixels_per_token) for width, height in sizes
+        ]
+    return counts
+
+
+def share_above(tokens: Mapping[str, Sequence[int]], limit: int) -> float:
+    """Share of all images that take more than `limit` tokens, and are shrunk.
+
+    >>> share_above({"train": [100, 900], "test": [100, 100]}, limit=768)
+    0.25
+    """
+    counts = np.concatenate([*tokens.values()])
+    return float((counts > limit).mean())
 
 
 def plot_token_counts(tokens: Mapping[str, Sequence[int]], limit: int, ax=None):
-    """Histogram of image tokens per split; the dashed line is the configured pixel budget."""
-    ax = _axes(ax, "Image tokens within the pixel budget", "merged patches per image", "images")
-    top = max(map(max, tokens.values()))
-    for (name, values), colour in zip(tokens.items(), (BLUE, ORANGE), strict=False):
-        ax.hist(
-            values, bins=min(39, top + 1), range=(0, top + 1), alpha=0.6, label=name, color=colour
-        )
+    """Histogram of image tokens before shrinking, with the pixel budget of `limit` tokens.
+
+    The title says how many images the budget shrinks. Images of more than four times the budget
+    are in the last bar.
+    """
+    share = share_above(tokens, limit)
+    title = f"The budget of {limit} tokens shrinks {share:.0%} of the images"
+    if share == 0:
+        title = f"The budget of {limit} tokens shrinks no image"
+    ax = _axes(ax, title, "tokens per image before shrinking", "images")
+    largest = max(map(max, tokens.values()))
+    top = min(largest, 4 * limit)
+    ax.hist(
+        [np.minimum(counts, top) for counts in tokens.values()],
+        bins=min(24, top + 1),
+        range=(0, top + 1),
+        label=[*tokens],
+        color=LINE_COLOURS[: len(tokens)],
+    )
     if limit <= 2 * top:
-        ax.axvline(limit, linestyle="--", color=GREY)
-    ax.legend(title=f"budget: {limit} patches", frameon=False)
+        ax.axvline(limit, linestyle="--", color="black", label="budget")
+    if largest > top:
+        ax.set_xlabel(f"tokens per image before shrinking (last bar: {top} or more)")
+    ax.legend(frameon=False)
+    _whole_numbers(ax.xaxis)
+    _whole_numbers(ax.yaxis)
     return ax
 
 
+def _plot_fold(ax, result: FoldResult, column: str, colour: str):
+    """One fold's learning curve with a ring around the epoch that was kept; returns the line."""
+    curve = result.history.set_index("epoch")[column]
+    (line,) = ax.plot(curve, marker=".", color=colour, label=f"fold {result.fold}")
+    kept = curve.loc[[result.best_epoch]]
+    ax.plot(kept, "o", markersize=11, fillstyle="none", color=colour, label="_kept")
+    return line
+
+
 def plot_learning_curves(results: Sequence[FoldResult], axes=None):
-    """Training loss and held-out accuracy by epoch, one line per fold; a ring marks the epoch that was kept."""
-    if axes is None:
-        axes = matplotlib_figure.Figure(figsize=(9, 3.2), layout="constrained").subplots(1, 2)
-    for ax, title, column in zip(
-        axes, ("Training loss", "Held-out accuracy"), ("loss", "accuracy"), strict=True
-    ):
-        _axes(ax, title, "epoch", column)
-        for result in results:
-            curve = result.history.set_index("epoch")[column]
-            (line,) = ax.plot(curve, marker=".", label=f"fold {result.fold}")
-            ax.plot(
-                curve.loc[[result.best_epoch]],
-                "o",
-                markersize=11,
-                fillstyle="none",
-                color=line.get_color(),
-            )
-    ax.legend(frameon=False)
+    """Training loss and held-out accuracy by epoch, one line per fold.
+
+    A ring marks the epoch that was kept, the dashed line is guessing.
+    """
+    axes = _two_axes(axes)
+    titles = {"loss": "Training loss", "accuracy": "Held-out accuracy"}
+    for ax, (column, title) in zip(axes, titles.items(), strict=True):
+        last_epoch = max(len(result.history) for result in results)
+        _axes(ax, title, "epoch", column, xlim=(0.5, last_epoch + 0.5), ymargin=0.15)
+        colours = itertools.cycle(LINE_COLOURS)
+        lines = [_plot_fold(ax, result, column, next(colours)) for result in results]
+        _whole_numbers(ax.xaxis)
+        if column == "accuracy":
+            ax.axhline(0.25, linestyle="--", color=GREY, label="_guessing")
+            ax.set_ylim(0, 1.02)
+        else:
+            ax.set_ylim(bottom=0)
+        _label_lines(ax, lines)
     return axes
 
 
 def plot_reliability(curves: Mapping[str, pd.DataFrame], ax=None):
-    """Accuracy against confidence per bin; on the diagonal the probabilities mean what they say."""
-    ax = _axes(
-        ax,
-        "Reliability on OOF rows",
-        "confidence",
-        "accuracy",
-        (4.2, 3.8),
-        xlim=(0.2, 1.02),
-        ylim=(0, 1.05),
-    )
-    ax.plot([0, 1], [0, 1], linestyle="--", color=GREY)
+    """Accuracy against confidence per bin, from curves of `reliability_curve` by name.
+
+    On the diagonal the probabilities mean what they say. The area of a point is the share of
+    rows in its bin: a small point far from the diagonal may be chance.
+    """
+    title = "Reliability on OOF rows (area: rows in the bin)"
+    limits = {"xlim": (0.2, 1.05), "ylim": (0, 1.05)}
+    ax = _axes(ax, title, "confidence", "accuracy", (6, 4), **limits)
+    (diagonal,) = ax.plot([0, 1], [0, 1], linestyle="--", color=GREY, label="honest")
+    lines = [diagonal]
     for (name, curve), colour in zip(curves.items(), (ORANGE, BLUE), strict=False):
-        ax.plot(curve["confidence"], curve["accuracy"], marker="o", label=name, color=colour)
-    ax.legend(frameon=False)
+        filled = curve.dropna()
+        points = filled["confidence"], filled["accuracy"]
+        (line,) = ax.plot(*points, label=name, color=colour, linewidth=1, alpha=0.7)
+        areas = 600 * filled["count"] / filled["count"].sum()
+        ax.scatter(*points, s=areas, color=colour, alpha=0.6)
+        lines.append(line)
+    _label_lines(ax, lines)
     return ax
 
 
 def plot_ladder(ladder: pd.DataFrame, ax=None):
-    """Bars of the OOF accuracy of every step, the first on top; lines: 90 % interval of its change against another."""
+    """Bars of the OOF accuracy of every step, the first on top; dark: behind the submission.
+
+    The line at a bar's end is the 90 % interval of its change against the step in `against`.
+    """
     rows = ladder.iloc[::-1]
-    inside = {
-        "label_type": "center",
-        "color": "white",
-    }  # the line would strike a number at the end of the bar through
-    size = (7, 1.2 + 0.24 * len(rows))
-    ax = _accuracy_bars(ax, "OOF accuracy, step by step", rows["accuracy"], size, **inside)
-    known = rows.dropna(subset=["accuracy", "gain"])
-    ends = (known["gain"] - known["gain_low"], known["gain_high"] - known["gain"])
+    colours = np.where(rows["used"].astype(bool), BLUE, PALE_BLUE)
+    size = (8, 1.2 + 0.28 * len(rows))
+    title = "OOF accuracy, step by step (dark: in the submission)"
+    ax = _accuracy_bars(ax, title, rows["accuracy"], size, colours)
+    below = np.maximum(0, rows["gain"] - rows["gain_low"])  # NaN: not compared, no line
+    above = np.maximum(0, rows["gain_high"] - rows["gain"])
     ax.errorbar(
-        known["accuracy"],
-        known.index,
-        xerr=np.maximum(0, ends),
+        rows["accuracy"],
+        np.arange(len(rows)),
+        xerr=(below, above),
         fmt="none",
         ecolor=ORANGE,
-        capsize=2,
+        capsize=3,
     )
     return ax
 
 
 def plot_adaptive_curve(curve: pd.DataFrame, axes=None):
-    """Accuracy and NLL of `adaptive_curve` by cost; rows drawn at random, and all of them, are scored in one pass."""
-    if axes is None:
-        axes = matplotlib_figure.Figure(figsize=(9, 3.2), layout="constrained").subplots(1, 2)
-    for ax, column in zip(axes, ("accuracy", "nll"), strict=True):
-        _axes(ax, f"OOF {column} by cost", "cost, in questions with one view", column)
-        ends = curve.iloc[[0, -1]]
+    """Accuracy and NLL of `adaptive_curve` by cost.
+
+    Rows drawn at random, and all of them, are scored in one pass.
+    """
+    axes = _two_axes(axes)
+    ends = curve.iloc[[0, -1]]
+    in_doubt = curve.iloc[:-1]
+    all_rows = curve.iloc[-1:]
+    titles = {"accuracy": "OOF accuracy", "nll": "OOF NLL (lower is better)"}
+    for ax, (column, title) in zip(axes, titles.items(), strict=True):
+        _axes(ax, title, "cost, in questions with one view", "")
+        ax.plot(ends["cost"], ends[column], "--", color=GREY, label="rows drawn at random")
         ax.plot(
-            ends["cost"], ends[column], linestyle="--", color=GREY, label="rows drawn at random"
-        )
-        ax.plot(
-            curve["cost"].iloc[:-1],
-            curve[column].iloc[:-1],
+            in_doubt["cost"],
+            in_doubt[column],
             marker=".",
             color=BLUE,
             label="rows in doubt first",
         )
-        ax.plot(ends["cost"].iloc[1:], ends[column].iloc[1:], "s", color=ORANGE, label="all rows")
+        ax.plot(all_rows["cost"], all_rows[column], "s", color=ORANGE, label="all rows")
+        _show_at_least(ax, 0.2)
     ax.legend(frameon=False)
     return axes
 
@@ -5994,266 +9792,433 @@ def plot_confusion(table: pd.DataFrame, ax=None):
     """The confusion matrix as a shaded table."""
     ax = _axes(ax, "Confusion on OOF rows", "predicted", "true", figsize=(3.8, 3.4))
     counts = table.to_numpy()
-    ax.imshow(counts, cmap="Blues")
+    darkest = max(1, counts.max())
+    ax.imshow(counts, cmap="Blues", vmin=0, vmax=darkest)
     ax.set(xticks=range(4), xticklabels=table.columns, yticks=range(4), yticklabels=table.index)
     for (row, column), count in np.ndenumerate(counts):
-        ax.text(
-            column,
-            row,
-            count,
-            ha="center",
-            va="center",
-            color="white" if count > counts.max() / 2 else "black",
-        )
+        colour = "white" if count > 0.6 * darkest else "black"
+        ax.text(column, row, count, ha="center", va="center", color=colour)
     return ax
 
 
 def plot_accuracy_by_type(table: pd.DataFrame, ax=None):
-    """Bars of accuracy per question type with the number of rows; the dashed line is chance."""
+    """Bars of accuracy per question type with the number of rows; the dashed line is guessing."""
     names = [f"{name} ({rows})" for name, rows in table["rows"].items()]
-    ax = _accuracy_bars(ax, "OOF accuracy by question type", table["accuracy"].set_axis(names))
-    ax.axvline(0.25, linestyle="--", color=GREY)
+    title = "OOF accuracy by question type (rows)"
+    ax = _accuracy_bars(ax, title, table["accuracy"].set_axis(names))
+    ax.set_xlabel("accuracy (dashed: guessing)")
+    ax.axvline(0.25, linestyle="--", color="black", label="_guessing")
     return ax
 
 
-def save_figure(ax, run: Run, name: str):
-    """Save the figure of `ax` as figures/`name`.png in the run directory; returns it for display."""
-    figure, buffer = np.ravel(ax)[0].figure, io.BytesIO()
+def _describe_bars(bars, axis) -> str:
+    """The names at the axis with the numbers of their bars; "" for a histogram."""
+    names = [label.get_text().replace("\n", " ") for label in axis.get_ticklabels()]
+    if not hasattr(bars, "datavalues") or len(names) != len(bars.datavalues):
+        return ""
+    parts = []
+    for name, value in zip(names, bars.datavalues, strict=True):
+        parts.append(f"{name} unknown" if math.isnan(value) else f"{name} {value:.3g}")
+    return ", ".join(parts)
+
+
+def _describe_axes(ax) -> str:
+    """Title, axes and contents in words: the bars with their numbers, or the lines' names."""
+    text = ax.get_title()
+    for bars in ax.containers[:1]:
+        is_horizontal = getattr(bars, "orientation", "") == "horizontal"
+        contents = _describe_bars(bars, ax.yaxis if is_horizontal else ax.xaxis)
+        if contents:
+            return f"{text}: {contents}"
+    if ax.get_xlabel() and ax.get_ylabel():
+        text += f", {ax.get_ylabel()} by {ax.get_xlabel()}"
+    labels = ax.get_legend_handles_labels()[1]
+    return f"{text}: {', '.join(labels)}" if labels else text
+
+
+def describe_figure(figure) -> str:
+    """Alternative text for a figure: what each of its axes shows."""
+    return ". ".join(_describe_axes(ax) for ax in figure.axes)
+
+
+@dataclass(frozen=True)
+class FigureImage:
+    """A figure as a notebook shows it where it is the last value of a cell."""
+
+    png: bytes
+    description: str  # the alternative text
+
+    def _repr_html_(self) -> str:
+        return _image_tag(self.png, "png", self.description)
+
+
+def _image_tag(content: bytes, kind: str, description: str) -> str:
+    """An <img> tag with the image inside it, so that the notebook needs no files beside it."""
+    alt = html.escape(description, quote=True)
+    data = base64.b64encode(content).decode()
+    return f'<img alt="{alt}" src="data:image/{kind};base64,{data}">'
+
+
+def figure_image(ax) -> FigureImage:
+    """The figure of `ax` (or of an array of axes) as an image with alternative text."""
+    figure = np.ravel(ax)[0].figure
+    buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    atomic_write(run.directory / "figures" / f"{name}.png", buffer.getvalue())
-    return figure
+    return FigureImage(buffer.getvalue(), describe_figure(figure))
+
+
+def save_figure(ax, run: Run, name: str) -> FigureImage:
+    """Save the figure of `ax` as figures/`name`.png in the run directory; returns its image."""
+    image = figure_image(ax)
+    atomic_write(run.directory / "figures" / f"{name}.png", image.png)
+    return image
 
 
 # === Tables for people ============================================================================
-def thumbnail_html(path: str, side: int = 120) -> str:
-    """An <img> tag with the image inside it, at most `side` pixels, so that the notebook needs no files beside it."""
-    image, buffer = load_image(path), io.BytesIO()
+def thumbnail_html(path: str, description: str, side: int = 120) -> str:
+    """An <img> tag with the image inside it, at most `side` pixels wide and high."""
+    image = load_image(path)
     image.thumbnail((side, side))
+    buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return _image_tag(buffer.getvalue(), "jpeg", description)
+
+
+def _question_text(row: Mapping, note: str) -> str:
+    """Id, type, question and choices of a row as HTML, the answer in bold; all text is escaped."""
+    choices = {choice: f"{choice}. {html.escape(row[choice])}" for choice in CHOICES}
+    if "answer" in row:
+        choices[row["answer"]] = f"<b>{choices[row['answer']]}</b>"
+    lines = [
+        f"<code>{html.escape(row['id'])}</code> {row['type']}",
+        html.escape(row["question"]),
+        " &nbsp; ".join(choices.values()),
+    ]
+    if note:
+        lines.append(f"<i>{html.escape(note)}</i>")
+    return "<br>".join(lines)
 
 
 def question_cards(frame: pd.DataFrame, notes: Sequence[str] | None = None) -> str:
-    """An HTML table of questions with thumbnail, choices and answer in bold; all text from the data is escaped."""
+    """An HTML table of questions with thumbnail, choices and answer in bold.
+
+    `notes`: one for each row. All text from the data is escaped.
+    """
     cards = []
-    for line, (_, row) in enumerate(frame.iterrows()):
-        choices = {choice: f"{choice}. {html.escape(row[choice])}" for choice in CHOICES}
-        if "answer" in row:
-            choices[row["answer"]] = f"<b>{choices[row['answer']]}</b>"
-        note = f"<br><i>{html.escape(notes[line])}</i>" if notes is not None else ""
-        text = f"<code>{html.escape(row['id'])}</code> {row['type']}<br>{html.escape(row['question'])}<br>"
-        text += " &nbsp; ".join(choices.values()) + note
-        cards.append(
-            f'<tr><td>{thumbnail_html(row["image_path"])}</td><td style="text-align:left">{text}</td></tr>'
-        )
+    for place, (_, row) in enumerate(frame.iterrows()):
+        image = thumbnail_html(row["image_path"], row["id"])
+        text = _question_text(row, notes[place] if notes is not None else "")
+        cards.append(f'<tr><td>{image}</td><td style="text-align:left">{text}</td></tr>')
     return f"<table>{''.join(cards)}</table>"
 
 
+def table_html(frame: pd.DataFrame) -> str:
+    """The whole table as HTML: no row is left out, and no text cut; three decimals.
+
+    Its cells begin at the left, as texts are read; notebooks push those of a table to the right.
+    """
+    with pd.option_context("display.max_colwidth", None):
+        table = frame.to_html(float_format="{:.3f}".format, na_rep="", justify="left")
+    return table.replace("<td>", '<td style="text-align:left">')
+
+
+def fold_out(title: str, content: str) -> str:
+    """HTML that shows its title, and its content after a click.
+
+    >>> fold_out("Settings", "<table></table>")
+    '<details><summary>Settings</summary><table></table></details>'
+    """
+    return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
+
+
+def describe_fallbacks(fallbacks: Mapping[str, int]) -> str:
+    r"""The fallbacks that were taken, a line each, and all others in one line.
+
+    >>> print(describe_fallbacks({"train_blank_answer": 2, "test_unusable_image": 0}))
+    fallback taken: train blank answer, 2 times
+    not needed: test unusable image
+    """
+    lines = []
+    for name, count in fallbacks.items():
+        if count:
+            lines.append(f"fallback taken: {name.replace('_', ' ')}, {_count(count, 'time')}")
+    unused = [name.replace("_", " ") for name, count in fallbacks.items() if not count]
+    if unused:
+        lines.append(f"not needed: {', '.join(unused)}")
+    return "\n".join(lines) or "no fallback"
+
+
+def ladder_for_people(ladder: pd.DataFrame) -> pd.DataFrame:
+    """The six columns of a ladder that one reads, as text; the others are in its CSV file.
+
+    The gain in accuracy is in points, with its 90 % interval.
+    """
+    gains = []
+    for change, low, high in zip(
+        ladder["gain"], ladder["gain_low"], ladder["gain_high"], strict=True
+    ):
+        gains.append("" if math.isnan(change) else points_with_interval(change, low, high))
+    return pd.DataFrame(
+        {
+            "accuracy": ladder["accuracy"].map("{:.3f}".format),
+            "gain in points (90 %)": gains,
+            "NLL change": ladder["nll_change"].map("{:+.3f}".format),
+            "seconds": ladder["seconds"].map("{:,.1f}".format),
+            "against": ladder["against"],
+            "used": np.where(ladder["used"].astype(bool), "yes", ""),
+        },
+        index=[*ladder.index],
+    ).replace({"nan": "", "+nan": ""})
+
+
 def markdown_table(frame: pd.DataFrame) -> str:
-    """A GitHub table with the index as first column and three decimals."""
+    """A GitHub table with the index as first column and three decimals.
+
+    >>> print(markdown_table(pd.DataFrame({"accuracy": [0.5]}, index=["one view"])))
+    |  | accuracy |
+    |---|---|
+    | one view | 0.500 |
+    """
     columns = [frame.index.name or "", *frame.columns]
     lines = ["| " + " | ".join(map(str, columns)) + " |", "|" + "---|" * len(columns)]
     for row in frame.itertuples():
-        cells = [
-            f"{value:.3f}" if isinstance(value, float) else str(value).replace("|", "\\|")
-            for value in row
-        ]
+        cells = []
+        for value in row:
+            is_decimal = isinstance(value, float)
+            cells.append(f"{value:.3f}" if is_decimal else str(value).replace("|", "\\|"))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 # === Experiments ==================================================================================
+SCORE_COLUMNS = [*SCORES, "seconds"]  # the numbers of experiments.csv
+
+
 def wrap_up_table(run: Run) -> pd.DataFrame:
-    """Wall time in seconds and peak memory in GiB of each worker stage, as the workers logged them."""
+    """Wall time in seconds and peak memory in GiB of each worker stage, as the workers log them."""
     frame = pd.DataFrame(read_json_lines(run.directory / "stages.jsonl")).set_index("label")
     return frame.filter(["seconds", "rss_gib", "gpu_peak_gib"])
+
+
+def _changed_settings(config: Config) -> dict:
+    """The settings that differ from their default and can change a result."""
+    defaults = dataclasses.asdict(Config())
+    changed = {}
+    for name, value in dataclasses.asdict(config).items():
+        if value != defaults[name] and name not in BOOKKEEPING_FIELDS:
+            changed[name] = value
+    return changed
 
 
 def log_experiment(run: Run, evaluation: Evaluation) -> None:
     """Put the run's row into experiments.csv beside it, in place of an earlier one.
 
-    A copy in the run directory travels with it, so that a new session knows the runs of the old ones."""
-    config, defaults = dataclasses.asdict(run.config), dataclasses.asdict(Config())
+    A copy in the run directory travels with it, so that a new session knows the runs of the old
+    ones.
+    """
+    stages = read_json_lines(run.directory / "stages.jsonl")
     row = {
         "run": run.directory.name,
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
         "model": run.config.model_id,
+        "folds": len(run.finished_folds),
+        "rows": len(run.train),
+        **score_row(evaluation.probabilities, evaluation.oof.labels),
+        "seconds": round(sum(stage["seconds"] for stage in stages), 1),
+        "settings": json.dumps(_changed_settings(run.config), ensure_ascii=False),
     }
-    row |= {"folds": len(run.finished_folds), "rows": len(run.train)}
-    row |= score_row(evaluation.probabilities, evaluation.oof.labels)
-    stages = read_json_lines(run.directory / "stages.jsonl")
-    row["seconds"] = round(sum(stage["seconds"] for stage in stages), 1)
-    own = {
-        key: value
-        for key, value in config.items()
-        if value != defaults[key] and key not in BOOKKEEPING_FIELDS
-    }
-    row["settings"] = json.dumps(own, ensure_ascii=False)
     places = [
         run.directory.parent / "experiments.csv",
         run.directory / "tables" / "experiments.csv",
     ]
-    rows = pd.concat([*(read_table(path) for path in places if path.exists()), pd.DataFrame([row])])
+    known = [read_table(path) for path in places if path.exists()]
+    rows = pd.concat([*known, pd.DataFrame([row])])
     rows = rows.sort_values("finished", kind="stable").drop_duplicates("run", keep="last")
     for path in places:
         write_table(rows, path)
 
 
 def experiment_table(output_dir: str | Path) -> pd.DataFrame:
-    """Every finished run of experiments.csv, the oldest first: scores, workers' seconds, and the settings in which it
-    differs from the run before it; `note` says which scores are not to be compared."""
-    table, before = read_table(Path(output_dir) / "experiments.csv").set_index("run"), {}
-    numbers = ["accuracy", "nll", "brier", "ece", "seconds"]
-    table = table.reindex(
-        columns=["finished", "model", "folds", "rows", *numbers, "settings"], fill_value=""
-    )
-    for name, settings in table.pop("settings").items():
-        now = (
-            dataclasses.asdict(Config()) | json.loads(settings) if settings else before
-        )  # "": by an older version
-        changed = [
-            f"{key}={value}" for key, value in now.items() if value != before.get(key, value)
-        ]
+    """Every finished run of experiments.csv, the oldest first.
+
+    Scores, the workers' seconds, and in `changed` the settings in which a run differs from the
+    one before it; `note` says which scores are not to be compared.
+    """
+    table = read_table(Path(output_dir) / "experiments.csv").set_index("run")
+    columns = ["finished", "model", "folds", "rows", *SCORE_COLUMNS, "settings"]
+    table = table.reindex(columns=columns, fill_value="")
+    before = {}
+    for name, text in table.pop("settings").items():
+        settings = before  # of an older version, which logged none
+        if text:
+            settings = dataclasses.asdict(Config()) | json.loads(text)
+        changed = []
+        for key, value in settings.items():
+            if value != before.get(key, value):
+                changed.append(f"{key}={value}")
+        is_distilled = bool(settings.get("distill_from"))
         table.loc[name, "changed"] = ", ".join(changed)
-        table.loc[name, "note"] = (
-            "distilled: scores are too good" if now.get("distill_from") else ""
-        )
-        before = now
-    table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce")
+        table.loc[name, "note"] = "distilled: scores are too good" if is_distilled else ""
+        before = settings
+    table[SCORE_COLUMNS] = table[SCORE_COLUMNS].apply(pd.to_numeric, errors="coerce")
     return table
 
 
 def plot_experiments(table: pd.DataFrame):
-    """Bars of OOF accuracy and of minutes for the runs in `experiment_table`; grey: not to be compared."""
-    size = (9, 1.2 + 0.6 * len(table))
-    axes = matplotlib_figure.Figure(figsize=size, layout="constrained").subplots(
-        1, 2, width_ratios=[2, 1]
-    )
-    names = [
-        f"{name}\n{(note or changed)[:50]}"
-        for name, changed, note in table[["changed", "note"]].itertuples()
-    ]
-    _accuracy_bars(axes[0], "OOF accuracy of finished runs", table["accuracy"].set_axis(names))
-    for bar, note in zip(axes[0].patches, table["note"], strict=True):
-        bar.set_color(GREY if note else BLUE)
+    """Bars of OOF accuracy and of minutes for the runs in `experiment_table`.
+
+    Grey: not to be compared.
+    """
+    size = (10, 1.2 + 0.6 * len(table))
+    figure = matplotlib_figure.Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, 2, width_ratios=[2, 1])
+    names = []
+    for name, changed, note in table[["changed", "note"]].itertuples():
+        names.append(f"{name}\n{(note or changed)[:50]}".strip())
+    colours = [GREY if note else BLUE for note in table["note"]]
+    accuracies = table["accuracy"].set_axis(names)
+    _accuracy_bars(axes[0], "OOF accuracy of finished runs", accuracies, colours=colours)
     _axes(axes[1], "Time of the workers", "minutes", "", yticks=[], xmargin=0.2)
-    axes[1].bar_label(
-        axes[1].barh(names, table["seconds"] / 60, color=BLUE), fmt="%.1f", padding=3, fontsize=9
-    )
+    bars = axes[1].barh(names, table["seconds"] / 60, color=colours)
+    axes[1].bar_label(bars, fmt="%.1f", padding=3)
     return axes
 
 
 # === Report =======================================================================================
-# A row's target over a, b, c, d is its label, or what people (dev.csv) or another run, the teacher, make of it: columns
-# target_a .. target_d. No target comes from a model that was trained on its row, and no fold trains on a row or image
-# that validates it. Distillation still tells a fold about its validation rows: the teacher's model for a row of fold 1
-# was trained on fold 0, and a student of fold 0 that learns to answer like it also learns what it knew by heart. On the
-# demo OOF accuracy rose by 3.6 points, that of the hidden answers did not: hence SECOND_HAND. To be rid of it takes a
-# teacher model for each pair of folds. Test answers for fold 0 come from a model that never saw fold 0: they know it
-# only through decisions on OOF rows (epoch, weights, views, temperature).
-DISTILLED_WARNING = "it was distilled, and its teacher was trained on the rows that validate it: its OOF figures are too good"
-
-
-def write_report(run: Run, evaluation: Evaluation) -> Path:
-    """Write report.md from the run's files and append the run to experiments.csv; returns the report's path."""
-    config, oof = run.config, evaluation.oof
-    curve = adaptive_curve(run)
-    files = {
-        "ladder": evaluation.ladder,
-        "folds": evaluation.fold_table,
-        "views": evaluation.view_table,
-    }
-    for name, table in (files | {"adaptive_curve": curve}).items():
-        write_table(table.reset_index(), run.directory / "tables" / f"{name}.csv")
+def _report_introduction(run: Run, evaluation: Evaluation) -> list[str]:
+    """The paragraphs that say what the run is and how to read its figures."""
+    config = run.config
     weights = ", ".join(run.selected_weights)
-    parts = [
-        f"# {run.directory.name}",
+    paragraphs = [
         f"Model `{config.model_id}`, {len(run.train)} training rows, {len(run.test)} test rows, "
         f"folds {run.finished_folds} of {config.n_folds}, {weights} weights.",
-        "Temperature, weights and stacking are scored on rows they were not fitted on. The gain of averaging folds "
-        "cannot be seen on OOF rows, because each row has one model that did not train on it.",
-        f"Views are combined by: {evaluation.method}. `used` marks the steps behind the submission, and what loses is "
-        "left out. `_low` and `_high` are the ends of 90 % intervals of the change against the step in `against`.",
+        "Temperature, weights and stacking are scored on rows they were not fitted on. "
+        "The gain of averaging folds cannot be seen on OOF rows, because each row has one model "
+        "that did not train on it.",
+        f"Views are combined by: {evaluation.method}. `used` marks the steps behind the "
+        "submission, and what loses is left out. `_low` and `_high` are the ends of 90 % "
+        "intervals of the change against the step in `against`.",
     ]
     if run.final_fold in run.submission_models:
-        text = "One more model was trained on all rows and is a member of the mean, with the folds' pooled temperature."
-        parts.append(f"{text} No row is out of fold for it: whether it helps cannot be seen here.")
-    parts += (
-        [f"**Do not compare runs by these figures**: {DISTILLED_WARNING}."]
-        if config.distill_from
-        else []
-    )
+        paragraphs.append(
+            "One more model was trained on all rows and is a member of the mean, with the folds' "
+            "pooled temperature. No row is out of fold for it: whether it helps cannot be seen "
+            "here."
+        )
+    if config.distill_from:
+        paragraphs.append(f"**Do not compare runs by these figures**: {DISTILLED_WARNING}.")
+    return paragraphs
+
+
+def _report_tables(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFrame]:
+    """The tables of the report by title; those of ladder, folds and views are written as CSV."""
+    oof = evaluation.oof
+    curve = adaptive_curve(run)
+    save_table(evaluation.ladder, run, "ladder")
+    save_table(evaluation.fold_table, run, "folds")
+    save_table(evaluation.view_table, run, "views")
+    save_table(curve, run, "adaptive_curve")
+    by_type = reliability_by_type(oof.frame["type"], evaluation.probabilities, oof.labels)
+    fallbacks = pd.DataFrame({"rows": run.fallbacks}).rename_axis("fallback")
     tables = {
         "Steps on out-of-fold rows": evaluation.ladder,
         "Folds": evaluation.fold_table,
         "Views": evaluation.view_table,
         "Views for rows in doubt only, by their share of the last step's cost": curve,
-        "Question types": reliability_by_type(
-            oof.frame["type"], evaluation.probabilities, oof.labels
-        ),
+        "Question types": by_type,
         "Rows trained on, by fold and file": source_table(run),
-        "Fallbacks taken while reading the data": pd.DataFrame({"rows": run.fallbacks}).rename_axis(
-            "fallback"
-        ),
+        "Fallbacks taken while reading the data": fallbacks,
         "Time and memory": wrap_up_table(run),
     }
-    done = itertools.product(
-        ("train", "rescore"), run.submission_models
-    )  # made up for by a later session
-    later = tuple(
-        f"{stage} fold {fold} was left out" for stage, fold in done if run.is_done(stage, fold)
-    )
-    later += ("scoring in 16 bits was left out",) * run.is_rescored
-    logged = read_json_lines(run.directory / "events.jsonl")
-    if events := [record for record in logged if not record["event"].startswith(later)]:
-        tables["What did not go to plan"] = (
-            pd.DataFrame(events).drop_duplicates("event").set_index("event")
-        )
-    parts += [f"## {title}\n\n{markdown_table(table)}" for title, table in tables.items()]
-    parts += [
-        f"![{path.stem}](figures/{path.name})"
-        for path in sorted((run.directory / "figures").glob("*.png"))
-    ]
-    atomic_write(run.directory / "report.md", "\n\n".join(parts) + "\n")
+    if events := unplanned_events(run):
+        unplanned = pd.DataFrame(events).drop_duplicates("event").set_index("event")
+        tables["What did not go to plan"] = unplanned
+    return tables
+
+
+def write_report(run: Run, evaluation: Evaluation, verdict: Verdict | None = None) -> Path:
+    """Write report.md from the run's files and append the run to experiments.csv.
+
+    `verdict`: what stands on top, where it knows more than the run's files. Returns the
+    report's path.
+    """
+    verdict = verdict or make_verdict(run, evaluation)
+    parts = [f"# {run.directory.name}", verdict_markdown(verdict)]
+    parts += _report_introduction(run, evaluation)
+    for title, table in _report_tables(run, evaluation).items():
+        parts.append(f"## {title}\n\n{markdown_table(table)}")
+    for path in sorted((run.directory / "figures").glob("*.png")):
+        parts.append(f"![{path.stem}](figures/{path.name})")
+    report = run.directory / "report.md"
+    atomic_write(report, "\n\n".join(parts) + "\n")
     log_experiment(run, evaluation)
     back_up(run)
-    return run.directory / "report.md"
+    return report
 
 
 # ======= 7. Submission and several runs ===========================================================
 
 
 # === Submission ===================================================================================
-def _check_rows(frame, sample, path):
-    def refuse(bad, problem):
-        for row, name, answer in frame[bad].head(1).itertuples():
-            raise SubmissionError(
-                f"{path}, row {row + 1} (id {name!r}, answer {answer!r}): {problem}"
-            )
+def _refuse_rows(frame: pd.DataFrame, is_bad: pd.Series, path: Path, problem: str) -> None:
+    """Raise SubmissionError that names the first of the bad rows, if there is one."""
+    if not is_bad.any():
+        return
+    row, name, answer = next(frame[is_bad].itertuples())
+    raise SubmissionError(f"{path}, row {row + 1} (id {name!r}, answer {answer!r}): {problem}")
 
-    ids, names, answers = sample.iloc[:, 0].map(str), frame.iloc[:, 0], frame.iloc[:, 1]
-    refuse(~names.isin(ids), "this id is not in the sample; remove the row")
-    refuse(names.duplicated(), "this id occurs twice; keep one row per id")
+
+def _check_rows(frame: pd.DataFrame, sample: pd.DataFrame, path: Path) -> None:
+    """Raise SubmissionError unless the rows are the sample's, in its order, with letters.
+
+    Both frames hold ids in their first column and answers in their second.
+    """
+    ids = sample.iloc[:, 0].map(str)
+    names = frame.iloc[:, 0]
+    answers = frame.iloc[:, 1]
+    unknown = "this id is not in the sample; remove the row"
+    _refuse_rows(frame, ~names.isin(ids), path, unknown)
+    repeated = "this id occurs twice; keep one row per id"
+    _refuse_rows(frame, names.duplicated(), path, repeated)
     if len(names) != len(ids):
         missing = sorted(set(ids) - set(names))
         raise SubmissionError(
             f"{path}: {len(names)} rows but the sample has {len(ids)}; add ids {missing[:3]}"
         )
-    refuse(names != ids.tolist(), "the sample has another id in this row; keep the sample's order")
-    refuse(~answers.isin(CHOICES), "write one lower-case letter of a, b, c, d")
+    moved = "the sample has another id in this row; keep the sample's order"
+    _refuse_rows(frame, names != ids.tolist(), path, moved)
+    no_letter = "write one lower-case letter of a, b, c, d"
+    _refuse_rows(frame, ~answers.isin(CHOICES), path, no_letter)
 
 
-def validate_submission(path, sample) -> dict:
-    """Check the file at `path` against the sample; returns `rows` and `letters` (count of each) or SubmissionError."""
-    try:  # as it is: no id parsed as a number, no "NA" as missing, no blank line or repeated column hidden
-        raw = pd.read_csv(
-            path, dtype=str, keep_default_na=False, header=None, skip_blank_lines=False
+def _read_verbatim(path) -> pd.DataFrame:
+    """The file's cells as text, the header as row 0. Raises SubmissionError for no CSV.
+
+    No id is parsed as a number and no "NA" as missing; no blank line or repeated column
+    is hidden.
+    """
+    try:
+        return pd.read_csv(
+            path,
+            dtype=str,
+            keep_default_na=False,
+            header=None,
+            skip_blank_lines=False,
         )
     except ValueError as error:  # pandas' parser errors and wrong encodings
         raise SubmissionError(
             f"{path}: not a readable CSV ({error}); write it with make_submission"
         ) from error
-    found, columns = raw.iloc[0].tolist(), list(sample.columns)
+
+
+def validate_submission(path, sample) -> dict:
+    """Check the file at `path` against the sample: `rows`, and `letters` with the count of each.
+
+    Raises SubmissionError, which names the first row that is wrong.
+    """
+    raw = _read_verbatim(path)
+    found = raw.iloc[0].tolist()
+    columns = list(sample.columns)
     if found != columns:
         raise SubmissionError(
             f"{path}: columns are {found}; name them {columns}, as the sample does"
@@ -6267,177 +10232,295 @@ def validate_submission(path, sample) -> dict:
 
 
 def make_submission(sample, letters, path) -> dict:
-    """Write `letters` (id -> letter) like the sample and read it back; a SubmissionError spares an earlier file."""
-    ids, letters = sample.iloc[:, 0].map(str), pd.Series(letters, dtype=object).rename(str)
-    missing, unknown = sorted(set(ids) - set(letters.index)), sorted(set(letters.index) - set(ids))
+    """Write `letters` (id -> letter) like the sample, read it back and return its counts.
+
+    Raises SubmissionError for letters that do not fit; an earlier file at `path` then
+    survives. Returns what `validate_submission` does.
+    """
+    ids = sample.iloc[:, 0].map(str)
+    letters = pd.Series(letters, dtype=object).rename(str)  # its ids as text
+    missing = sorted(set(ids) - set(letters.index))
+    unknown = sorted(set(letters.index) - set(ids))
     if missing or unknown or len(letters) != len(ids):
-        problem = f"without an answer {missing[:3]}, not in the sample {unknown[:3]}; answer each id of the sample once"
-        raise SubmissionError(f"{path}: {len(letters)} answers for {len(ids)} ids, {problem}")
-    frame = pd.DataFrame(zip(ids, letters[ids], strict=True), columns=sample.columns, dtype=object)
+        raise SubmissionError(
+            f"{path}: {len(letters)} answers for {len(ids)} ids, "
+            f"without an answer {missing[:3]}, not in the sample {unknown[:3]}; "
+            "answer each id of the sample once"
+        )
+    rows = zip(ids, letters[ids], strict=True)
+    frame = pd.DataFrame(rows, columns=sample.columns, dtype=object)
     _check_rows(frame, sample, path)
     atomic_write(path, frame.to_csv(index=False, lineterminator="\n"))
     return validate_submission(path, sample)
 
 
 def copy_to_kaggle_working(path: Path, config: Config) -> None:
-    """On Kaggle, copy a finished submission into the working folder, from where it can be submitted."""
+    """On Kaggle, copy a finished submission into the working folder.
+
+    From there it can be submitted.
+    """
     if detect_runtime(config.precision).platform == "kaggle":
         atomic_write("submission.csv", path.read_bytes())
 
 
+def _write_answers(
+    answers: np.ndarray,
+    test: pd.DataFrame,
+    sample: pd.DataFrame,
+    path: Path,
+) -> pd.DataFrame:
+    """Write (n,) answers, 0-3, as a checked submission, and return it as read."""
+    letters = np.array(CHOICES)[answers]
+    make_submission(sample, dict(zip(test["id"], letters, strict=True)), path)
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
 def write_submissions(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFrame]:
-    """Write and check submission_single.csv (best fold by OOF) and submission_ensemble.csv; returns name -> frame."""
-    folds = predict_test(run, evaluation)
-    ensemble = combine_models(run, np.stack(list(folds.values())))
-    answers = {"single": folds[best_fold(evaluation)].argmax(1), "ensemble": ensemble}
+    """Write and check the run's two submissions, and return them by name.
+
+    `single`, the best fold by OOF, is submission_single.csv; `ensemble`, of all models,
+    is submission_ensemble.csv, which on Kaggle is also copied to the working folder.
+    """
+    probabilities = predict_test(run, evaluation)
+    members = np.stack(list(probabilities.values()))
+    answers = {
+        "single": probabilities[best_fold(evaluation)].argmax(1),
+        "ensemble": combine_models(run, members),
+    }
     frames = {}
-    for name, labels in answers.items():
-        letters, path = np.array(CHOICES)[labels], run.directory / f"submission_{name}.csv"
-        make_submission(run.sample, dict(zip(run.test["id"], letters, strict=True)), path)
-        frames[name] = pd.read_csv(path, dtype=str, keep_default_na=False)
+    for name, predicted in answers.items():
+        path = run.directory / f"submission_{name}.csv"
+        frames[name] = _write_answers(predicted, run.test, run.sample, path)
     copy_to_kaggle_working(run.directory / "submission_ensemble.csv", run.config)
     return frames
 
 
 # === Ensembles of runs ============================================================================
+@dataclass(frozen=True)
+class RunPredictions:
+    """What one finished run brings into an ensemble of runs."""
+
+    oof: pd.DataFrame  # (n, 4) probabilities of the rows that it scored out of fold, by id
+    test: pd.DataFrame  # (n, 4) probabilities of the test rows, in the first run's order, by id
+    seconds: float  # time of its workers in all stages
+
+
 def _require_same_rows(first: Run, other: Run) -> None:
-    """ValueError that names the run and the rows that differ."""
-    for name, columns in {
+    """Raise ValueError that names the run and the rows that differ."""
+    columns_by_table = {
         "test": ["id", "question", *CHOICES],
         "train": ["id", "question", *CHOICES, "label"],
-    }.items():
-        if ids := _differing_ids(*(getattr(run, name)[columns] for run in (first, other))):
-            problem = (
-                f"{len(ids)} {name} rows differ from those of {first.directory}, such as {ids[:3]}"
-            )
+    }
+    for name, columns in columns_by_table.items():
+        rows = getattr(first, name)[columns]
+        other_rows = getattr(other, name)[columns]
+        ids = _differing_ids(rows, other_rows)
+        if ids:
             raise ValueError(
-                f"{other.directory}: {problem}; combine runs on the same data and the same sample of it"
+                f"{other.directory}: {len(ids)} {name} rows differ from those of "
+                f"{first.directory}, such as {ids[:3]}; "
+                "combine runs on the same data and the same sample of it"
             )
 
 
-def ensemble_runs(
-    directories: Iterable[str | Path], folder: str | Path
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Compare ways to combine finished runs on the rows that all have scored out of fold; use the best on the test.
-
-    Writes submission.csv and ladder.csv into `folder` and returns the table and the answers. `seconds` is the workers'
-    time of the runs behind a row. "automatic choice" is what to expect: each twentieth of the images is answered by
-    what would be chosen without it.
-    """
-    named = [(str(directory), Run.open(directory)) for directory in directories]
-    runs, first, oof, test, seconds = dict(named), named[0][1], [], [], {}
-    for run in runs.values():
-        _require_same_rows(first, run)
-    for name, run in runs.items():
-        twins = [other for other, each in named if each.fingerprint == run.fingerprint]
-        if len(twins) > 1:
-            raise ValueError(
-                f"{' and '.join(twins)} are the same run, which would count twice: name it once"
-            )
-        if run.config.distill_from:
-            raise ValueError(
-                f"{run.directory} cannot be judged beside other runs: {DISTILLED_WARNING}; leave it out"
-            )
-        evaluation = evaluate_run(run)
-        oof.append(pd.DataFrame(evaluation.probabilities, index=evaluation.oof.frame["id"]))
-        folds = np.mean(list(predict_test(run, evaluation).values()), axis=0)
-        test.append(pd.DataFrame(folds, index=run.test["id"]).loc[first.test["id"]])
-        seconds[name] = sum(
-            record["seconds"] for record in read_json_lines(run.directory / "stages.jsonl")
+def _require_independent(run: Run, named_runs: Sequence[tuple[str, Run]]) -> None:
+    """Raise ValueError for a run that is named twice, or that learned from another one."""
+    twins = [name for name, other in named_runs if other.fingerprint == run.fingerprint]
+    if len(twins) > 1:
+        raise ValueError(
+            f"{' and '.join(twins)} are the same run, which would count twice: name it once"
         )
-    rows = first.train[first.train["id"].isin(set.intersection(*(set(part.index) for part in oof)))]
+    if run.config.distill_from:
+        raise ValueError(
+            f"{run.directory} cannot be judged beside other runs: {DISTILLED_WARNING}; leave it out"
+        )
+
+
+def _predict_run(run: Run, test_ids: pd.Series) -> RunPredictions:
+    """Evaluate a finished run, and average the test probabilities of its models."""
+    evaluation = evaluate_run(run)
+    oof_ids = evaluation.oof.frame["id"]
+    test = np.mean(list(predict_test(run, evaluation).values()), axis=0)
+    stages = read_json_lines(run.directory / "stages.jsonl")
+    return RunPredictions(
+        oof=pd.DataFrame(evaluation.probabilities, index=oof_ids),
+        test=pd.DataFrame(test, index=run.test["id"]).loc[test_ids],
+        seconds=sum(record["seconds"] for record in stages),
+    )
+
+
+def _shared_rows(train: pd.DataFrame, predictions: Mapping[str, RunPredictions]) -> pd.DataFrame:
+    """The training rows that all runs have scored out of fold. Raises ValueError for none."""
+    scored_ids = [set(prediction.oof.index) for prediction in predictions.values()]
+    rows = train[train["id"].isin(set.intersection(*scored_ids))]
     if rows.empty:
         raise ValueError(
-            f"{', '.join(runs)}: no training row is out of fold in all of them; train the same folds"
+            f"{', '.join(predictions)}: no training row is out of fold in all of them; "
+            "train the same folds"
         )
-    members, labels = np.stack([part.loc[rows["id"]] for part in oof]), rows["label"].to_numpy()
     LOGGER.info(
         "Compared on the %d of %d training rows that all runs have scored",
         len(rows),
-        len(first.train),
+        len(train),
     )
-    groups, alone = image_groups(rows), dict(zip(runs, members, strict=True))
-    candidates = cross_fitted_blends(members, labels, groups) | alone
+    return rows
+
+
+def _run_ladder(
+    single_runs: Mapping[str, Candidate],
+    blends: Mapping[str, Candidate],
+    labels: np.ndarray,
+    groups: np.ndarray,
+) -> tuple[pd.DataFrame, str]:
+    """The ladder of single runs, blends and the automatic choice, and the name that is chosen.
+
+    Everything is compared with the mean of the runs, and the mean with the best single
+    run.
+    """
+    candidates = {**blends, **single_runs}  # the first, which has to be beaten, is the mean
     chosen = choose_blend(candidates, labels, groups)
-    best = min(alone, key=lambda name: negative_log_likelihood(alone[name], labels))
-    against = dict.fromkeys(candidates, "mean") | {"mean": best}
-    fitted = {name: count_fitted_parameters(name, members, labels) for name in candidates}
+    losses = {}
+    for name, candidate in single_runs.items():
+        losses[name] = negative_log_likelihood(candidate.probabilities, labels)
+    best_run = min(losses, key=losses.get)
     steps = {}
-    for name in [*alone, *candidates]:
+    for name in [*single_runs, *candidates]:
         steps[name] = LadderStep(
-            candidates[name], against[name], used=name == chosen, fitted=fitted[name]
+            probabilities=candidates[name].probabilities,
+            against=best_run if name == "mean" else "mean",
+            used=name == chosen,
+            fitted_parameters=candidates[name].fitted_parameters,
         )
-    steps[STEP_AUTOMATIC] = LadderStep(
-        choose_cross_fitted(candidates, labels, groups), "mean", used=True
-    )
+    expected = choose_cross_fitted(candidates, labels, groups)
+    steps[STEP_AUTOMATIC] = LadderStep(expected, against="mean", used=True)
     table = ladder_table(steps, labels, groups)
-    set_choice_interval(table, candidates, labels, groups, fitted)
-    table.insert(4, "seconds", [seconds.get(name, sum(seconds.values())) for name in table.index])
-    alone = dict(zip(runs, np.stack(test), strict=True))
-    answers = (
-        alone[chosen] if chosen in alone else fit_and_blend(chosen, members, labels, np.stack(test))
-    )
-    letters, folder = np.array(CHOICES)[answers.argmax(axis=1)], Path(folder)
-    make_submission(
-        first.sample, dict(zip(first.test["id"], letters, strict=True)), folder / "submission.csv"
-    )
-    write_table(table.reset_index(), folder / "ladder.csv")
-    copy_to_kaggle_working(folder / "submission.csv", first.config)
-    return table, pd.read_csv(folder / "submission.csv", dtype=str, keep_default_na=False)
+    set_choice_interval(table, candidates, labels, groups)
+    return table, chosen
+
+
+def ensemble_runs(
+    directories: Iterable[str | Path],
+    folder: str | Path,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Compare ways to combine finished runs, and use the best on the test rows.
+
+    They are compared on the rows that all have scored out of fold. Writes
+    submission.csv and ladder.csv into `folder` and returns the table and the answers.
+    `seconds` is the workers' time of the runs behind a row. "automatic choice" is what
+    to expect: each twentieth of the images is answered by what would be chosen without
+    it.
+
+    Raises ValueError for runs on other rows, for one run named twice, for one that
+    learned from another, and for runs that share no row.
+    """
+    named_runs = [(str(directory), Run.open(directory)) for directory in directories]
+    first = named_runs[0][1]
+    runs = dict(named_runs)
+    for run in runs.values():
+        _require_same_rows(first, run)
+    predictions = {}
+    for name, run in runs.items():
+        _require_independent(run, named_runs)
+        predictions[name] = _predict_run(run, first.test["id"])
+
+    rows = _shared_rows(first.train, predictions)
+    labels = rows["label"].to_numpy()
+    groups = image_groups(rows)
+    oof_of_runs = []
+    test_of_runs = []
+    seconds = {}
+    for name, prediction in predictions.items():
+        oof_of_runs.append(prediction.oof.loc[rows["id"]])
+        test_of_runs.append(prediction.test)
+        seconds[name] = prediction.seconds
+    oof_members = np.stack(oof_of_runs)  # (runs, n, 4)
+    test_members = np.stack(test_of_runs)
+
+    blends = cross_fitted_blends(oof_members, labels, groups)
+    single_runs = {}
+    for name, probabilities in zip(predictions, oof_members, strict=True):
+        single_runs[name] = Candidate(probabilities)
+    table, chosen = _run_ladder(single_runs, blends, labels, groups)
+    all_seconds = sum(seconds.values())
+    table.insert(4, "seconds", [seconds.get(name, all_seconds) for name in table.index])
+
+    if chosen in predictions:
+        probabilities = predictions[chosen].test.to_numpy()
+    else:
+        probabilities = fit_and_blend(chosen, oof_members, labels, test_members)
+    path = Path(folder) / "submission.csv"
+    answers = _write_answers(probabilities.argmax(axis=1), first.test, first.sample, path)
+    write_table(table.reset_index(), path.with_name("ladder.csv"))
+    copy_to_kaggle_working(path, first.config)
+    return table, answers
 
 
 # === Soft targets =================================================================================
-TARGET_DECIMALS = (
-    4  # of a teacher's probabilities: processors differ in the last digits, a run continues on any
-)
+# A row's target over a, b, c, d is its label, or what people (dev.csv) or another run, the
+# teacher, make of it: the columns target_a .. target_d. No target comes from a model that was
+# trained on its row, and no fold trains on a row or image that validates it.
+#
+# Distillation still tells a fold about its validation rows: the teacher's model for a row of
+# fold 1 was trained on fold 0, and a student of fold 0 that learns to answer like it also learns
+# what it knew by heart. On the demo OOF accuracy rose by 3.6 points, that of the hidden answers
+# did not: hence DISTILLED_WARNING. To be rid of it takes a teacher model for each pair of folds.
+# Test answers for fold 0 come from a model that never saw fold 0: they know it only through
+# decisions on OOF rows (epoch, weights, views, temperature).
+
+# Of a teacher's probabilities: processors differ in the last digits, a run continues on any.
+TARGET_DECIMALS = 4
 
 
 def _with_targets(frame: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
     """`frame` with probabilities (n, 4) as targets; a blank choice gets none."""
     present = (frame[[*CHOICES]].map(str.strip) != "").to_numpy()
     shares = np.where(present, probabilities, 0)
-    return frame.assign(
-        **dict(zip(TARGET_COLUMNS, (shares / shares.sum(axis=1, keepdims=True)).T, strict=True))
-    )
+    shares = shares / shares.sum(axis=1, keepdims=True)
+    columns = dict(zip(TARGET_COLUMNS, shares.T, strict=True))
+    return frame.assign(**columns)
 
 
 def _load_dev(root: Path, limit: float, fallbacks: Counter) -> pd.DataFrame:
-    """Rows of dev.csv with the shares of their votes as targets; without a vote or usable image dropped and counted."""
+    """Rows of dev.csv with the shares of their votes as targets.
+
+    Rows without a vote or a usable image are dropped and counted, up to the share `limit`.
+    """
     if not (root / "dev.csv").is_file():
         raise DataError(f"{root / 'dev.csv'}: no such file; add it, or set use_dev_votes=False")
     frame, _ = _read_competition_table(root / "dev.csv", fallbacks)
-    blank = frame[[*VOTE_COLUMNS]].map(str.strip) == ""
-    fallbacks["dev_blank_votes"] += int(blank.to_numpy().sum())
-    frame = frame.assign(problem=blank.all(axis=1).map({True: "no vote", False: ""}))
+    is_blank = frame[[*VOTE_COLUMNS]].map(str.strip) == ""
+    has_no_vote = is_blank.all(axis=1)
+    fallbacks["dev_blank_votes"] += int(is_blank.to_numpy().sum())
+    frame = frame.assign(problem=has_no_vote.map({True: "no vote", False: ""}))
     _count_dropped_rows(frame, "dev", "no_vote", "answer1", limit, fallbacks)
-    frame = (
-        frame[~blank.all(axis=1)]
-        .drop(columns=["problem", "answer"], errors="ignore")
-        .reset_index(drop=True)
-    )
+    frame = frame[~has_no_vote].drop(columns=["problem", "answer"], errors="ignore")
+    frame = frame.reset_index(drop=True)
     _check_questions("dev", frame, fallbacks)
     votes = np.zeros((len(frame), 4))
-    for vote in VOTE_COLUMNS:
-        given = frame[frame[vote].str.strip() != ""]
-        votes[given.index] += np.eye(4)[answer_labels(given, "dev.csv", vote)]
+    for column in VOTE_COLUMNS:
+        given = frame[frame[column].str.strip() != ""]
+        votes[given.index] += np.eye(4)[answer_labels(given, "dev.csv", column)]
     frame = _with_targets(frame, votes).drop(columns=[*VOTE_COLUMNS])
     frame = _attach_images(frame, root, "dev", limit, fallbacks)
     return frame[frame["image_ok"]]
 
 
 def _open_teacher(run: Run, name: str) -> Run:
-    """The finished run that config field `name` points to; ValueError unless its rows, labels and images are these."""
+    """The finished run that config field `name` points to.
+
+    Raises ValueError unless its rows, labels and images are this run's.
+    """
     directory = Path(getattr(run.config, name))
     where = f"Config field {name!r} is {str(directory)!r}"
     if not (directory / "config.json").is_file():
         raise ValueError(
-            f"{where}: no run lies in {directory.resolve()}; give the folder of a finished run, attached"
+            f"{where}: no run lies in {directory.resolve()}; "
+            "give the folder of a finished run, attached"
         )
-    teacher, content = (
-        Run.open(directory),
-        json.loads((directory / "config.json").read_text(encoding="utf-8")),
-    )
-    if ids := _differing_ids(run.train[["id", "label"]], teacher.train[["id", "label"]]):
+    teacher = Run.open(directory)
+    content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    ids = _differing_ids(run.train[["id", "label"]], teacher.train[["id", "label"]])
+    if ids:
         raise ValueError(
             f"{where}: {len(ids)} of its training rows or labels are others, such as {ids[:3]}"
         )
@@ -6445,9 +10528,10 @@ def _open_teacher(run: Run, name: str) -> Run:
         raise ValueError(
             f"{where}: it was made from other texts, test rows or pixels; train it on these files"
         )
-    unfinished = [
-        fold for fold in teacher.config.folds_to_train if not teacher.is_done("predict", fold)
-    ]
+    unfinished = []
+    for fold in teacher.config.folds_to_train:
+        if not teacher.is_done("predict", fold):
+            unfinished.append(fold)
     if unfinished:
         raise ValueError(
             f"{where}: its folds {unfinished} are not finished; run it to its end first"
@@ -6456,31 +10540,47 @@ def _open_teacher(run: Run, name: str) -> Run:
 
 
 def _add_distilled_targets(run: Run, teacher: Run) -> pd.DataFrame:
-    """The training rows with the teacher's calibrated OOF probabilities in their targets; ValueError without one."""
-    evaluation, ids, weight = evaluate_run(teacher), run.train["id"], run.config.distill_weight
-    taught = (
-        pd.DataFrame(evaluation.probabilities, evaluation.oof.frame["id"]).reindex(ids).to_numpy()
-    )
-    trained_on = np.any([run.train["fold"] != fold for fold in run.models_to_train], axis=0)
-    lacking = ids[trained_on & np.isnan(taught[:, 0])].tolist()
+    """The training rows with the teacher's calibrated OOF probabilities in their targets.
+
+    Raises ValueError where a row that is trained on has none.
+    """
+    ids = run.train["id"]
+    evaluation = evaluate_run(teacher)
+    probabilities = pd.DataFrame(evaluation.probabilities, index=evaluation.oof.frame["id"])
+    probabilities = probabilities.reindex(ids).to_numpy()
+    is_unknown = np.isnan(probabilities)
+    is_trained_on = np.any([run.train["fold"] != fold for fold in run.models_to_train], axis=0)
+    lacking = ids[is_trained_on & is_unknown[:, 0]].tolist()
     if lacking:
-        problem = f"{teacher.directory} has no out-of-fold probabilities for {len(lacking)} rows, such as {lacking[:3]}"
-        raise ValueError(f"Config field 'distill_from': {problem}; train all its folds")
+        raise ValueError(
+            f"Config field 'distill_from': {teacher.directory} has no out-of-fold probabilities "
+            f"for {len(lacking)} rows, such as {lacking[:3]}; train all its folds"
+        )
     hard = np.eye(4)[run.train["label"]]
-    soft = _with_targets(run.train, np.where(np.isnan(taught), hard, taught.round(TARGET_DECIMALS)))
-    soft[[*TARGET_COLUMNS]] = (1 - weight) * hard + weight * soft[[*TARGET_COLUMNS]]
-    folds = teacher.train.set_index("id")["fold"]
-    return soft.assign(teacher_fold=folds[ids].to_numpy())
+    rounded = probabilities.round(TARGET_DECIMALS)
+    train = _with_targets(run.train, np.where(is_unknown, hard, rounded))
+    weight = run.config.distill_weight
+    columns = [*TARGET_COLUMNS]
+    train[columns] = (1 - weight) * hard + weight * train[columns]
+    teacher_folds = teacher.train.set_index("id")["fold"]
+    return train.assign(teacher_fold=teacher_folds[ids].to_numpy())
 
 
 def _pseudo_labelled_rows(run: Run, teacher: Run) -> Iterator[pd.DataFrame]:
-    """For each fold the test rows that the teacher's same fold is sure of, with its calibrated probabilities."""
+    """For each fold the test rows that the teacher's same fold is sure of.
+
+    With its calibrated probabilities as targets. Raises ValueError where the teacher has other
+    folds, lacks one, or was itself distilled.
+    """
     where = f"Config field 'pseudo_label_from': {teacher.directory}"
-    if ids := _differing_ids(run.train[["id", "fold"]], teacher.train[["id", "fold"]]):
+    ids = _differing_ids(run.train[["id", "fold"]], teacher.train[["id", "fold"]])
+    if ids:
         raise ValueError(
-            f"{where} has {len(ids)} rows in other folds, such as {ids[:3]}; take its n_folds and seed"
+            f"{where} has {len(ids)} rows in other folds, such as {ids[:3]}; "
+            "take its n_folds and seed"
         )
-    if absent := sorted(set(run.config.folds_to_train) - set(teacher.finished_folds)):
+    absent = sorted(set(run.config.folds_to_train) - set(teacher.finished_folds))
+    if absent:
         raise ValueError(
             f"{where} has not trained the folds {absent}; train them there, or leave them out here"
         )
@@ -6489,152 +10589,178 @@ def _pseudo_labelled_rows(run: Run, teacher: Run) -> Iterator[pd.DataFrame]:
     probabilities = predict_test(teacher, evaluate_run(teacher))
     for fold in run.config.folds_to_train:
         rows = _with_targets(run.test, probabilities[fold].round(TARGET_DECIMALS))
-        sure = rows["image_ok"] & (
-            rows[[*TARGET_COLUMNS]].max(axis=1) >= run.config.pseudo_label_confidence
-        )
-        yield rows[sure].assign(source="test", fold=fold, teacher_fold=fold)
+        confidence = rows[[*TARGET_COLUMNS]].max(axis=1)
+        is_sure = rows["image_ok"] & (confidence >= run.config.pseudo_label_confidence)
+        yield rows[is_sure].assign(source="test", fold=fold, teacher_fold=fold)
 
 
-def _without_copies(run: Run, extra: pd.DataFrame, fallbacks: Counter) -> pd.DataFrame:
-    """`extra` without the rows whose image is a copy of one that validates their fold, exact or near; counted."""
-    leakage = leakage_report(run.train, extra)
+def _without_copies(run: Run, rows: pd.DataFrame, fallbacks: Counter) -> pd.DataFrame:
+    """`rows` without those whose image is a copy of one that validates their fold; counted.
+
+    Exact copies and near ones.
+    """
+    leakage = leakage_report(run.train, rows)
     held_out = set(zip(run.train["fold"], leakage.image_group, strict=True))
-    copies = np.array(
-        [key in held_out for key in zip(extra["fold"], leakage.test_group, strict=True)], dtype=bool
-    )
-    for (source, fold), rows in extra[copies].groupby(["source", "fold"]):
-        fallbacks[f"{source}_copies_left_out_of_fold_{fold}"] += len(rows)
-    return extra[~copies]
+    images = zip(rows["fold"], leakage.test_group, strict=True)
+    is_copy = np.array([image in held_out for image in images], dtype=bool)
+    for (source, fold), copies in rows[is_copy].groupby(["source", "fold"]):
+        fallbacks[f"{source}_copies_left_out_of_fold_{fold}"] += len(copies)
+    return rows[~is_copy]
 
 
 def _row_keys(frame: pd.DataFrame) -> set[tuple[str, str]]:
+    """(source, id) of each row: the files number their rows independently."""
     return set(zip(frame["source"], frame["id"], strict=True))
 
 
-def check_no_leak(run: Run, teachers: Mapping[str, Run]) -> None:
-    """DataError where a fold trains on what it is validated on, or on a target from a model that saw the target's row.
+def _require_no_rows(fold: int, keys: set[tuple[str, str]], problem: str) -> None:
+    """Raise DataError about rows of a fold that have a problem."""
+    if keys:
+        raise DataError(f"Fold {fold}: {problem}: {len(keys)} rows, such as {sorted(keys)[:3]}")
 
-    `teachers`: source of rows (train, test) -> the run whose fold `teacher_fold` gave a row of that source its target.
+
+def check_no_leak(run: Run, teachers: Mapping[str, Run]) -> None:
+    """Check, row by row, that no fold knows more than it should.
+
+    `teachers`: source of rows (train, test) -> the run whose fold `teacher_fold` gave a row of
+    that source its target. Raises DataError where a fold trains on what it is validated on, or
+    on a target from a model that saw the target's row.
     """
     for fold in run.models_to_train:
         rows = training_rows(run, fold)
         held_out = run.train[run.train["fold"] == fold].assign(source="train")
+        both = _row_keys(rows) & _row_keys(held_out)
+        _require_no_rows(fold, both, "a training row also validates it")
         added = rows[rows["source"] != "train"]
         copies = added[added["pixel_hash"].isin(held_out["pixel_hash"])]
-        leaks = [(_row_keys(rows) & _row_keys(held_out), "a training row also validates it")]
-        leaks += [(_row_keys(copies), "a training row shows an image that validates it")]
+        problem = "a training row shows an image that validates it"
+        _require_no_rows(fold, _row_keys(copies), problem)
         for source, teacher in teachers.items():
-            for number, taught in rows[rows["source"] == source].groupby("teacher_fold"):
+            own_rows = rows[rows["source"] == source]
+            for number, taught in own_rows.groupby("teacher_fold"):
                 seen = _row_keys(training_rows(teacher, number)) & _row_keys(taught)
-                leaks += [
-                    (
-                        seen,
-                        f"a target comes from fold {number} of {teacher.directory}, trained on its row",
-                    )
-                ]
-        for keys, problem in leaks:
-            if keys:
-                raise DataError(
-                    f"Fold {fold}: {problem}: {len(keys)} rows, such as {sorted(keys)[:3]}"
+                problem = (
+                    f"a target comes from fold {number} of {teacher.directory}, trained on its row"
                 )
+                _require_no_rows(fold, seen, problem)
 
 
 def add_soft_targets(run: Run, data_dir: Path) -> Run:
-    """The run with the targets and extra rows that its config asks for; DataError or ValueError for unusable ones."""
-    config, fallbacks, teachers, parts, train = (
-        run.config,
-        Counter(run.fallbacks),
-        {},
-        [],
-        run.train,
-    )
+    """The run with the targets and extra rows that its config asks for.
+
+    Raises DataError or ValueError for files and teachers that cannot be used.
+    """
+    config = run.config
+    fallbacks = Counter(run.fallbacks)
+    teachers = {}
+    extra_parts = []
     if config.use_dev_votes:
         dev = _load_dev(data_dir, config.max_fallback_share, fallbacks)
-        parts += [
-            dev.assign(source="dev", fold=fold, teacher_fold=-1) for fold in run.models_to_train
-        ]
+        for fold in run.models_to_train:
+            extra_parts.append(dev.assign(source="dev", fold=fold, teacher_fold=-1))
     if config.pseudo_label_from:
         teachers["test"] = _open_teacher(run, "pseudo_label_from")
-        parts += _pseudo_labelled_rows(run, teachers["test"])
+        extra_parts += _pseudo_labelled_rows(run, teachers["test"])
+    train = run.train
     if config.distill_from:
         teachers["train"] = _open_teacher(run, "distill_from")
         train = _add_distilled_targets(run, teachers["train"])
-    elif parts:
+    elif extra_parts:
         train = _with_targets(train, np.eye(4)[train["label"]]).assign(teacher_fold=-1)
-    extra = (
-        _without_copies(run, pd.concat(parts, ignore_index=True), fallbacks)
-        if parts
-        else run.extra_rows
-    )
+    extra_rows = run.extra_rows
+    if extra_parts:
+        added = pd.concat(extra_parts, ignore_index=True)
+        extra_rows = _without_copies(run, added, fallbacks)
     run = dataclasses.replace(
-        run, train=train, extra_rows=extra.assign(label=-1), fallbacks=dict(fallbacks)
+        run,
+        train=train,
+        extra_rows=extra_rows.assign(label=-1),
+        fallbacks=dict(fallbacks),
     )
     check_no_leak(run, teachers)
     if config.distill_from:
-        LOGGER.warning(
-            "Do not compare %s with other runs by OOF rows: %s",
-            run.directory.name,
-            DISTILLED_WARNING,
-        )
-    if parts:
+        text = "Do not compare %s with other runs by OOF rows: %s"
+        LOGGER.warning(text, run.directory.name, DISTILLED_WARNING)
+    if extra_parts:
         left_out = {name: count for name, count in fallbacks.items() if "copies_left_out" in name}
-        LOGGER.info(
-            "Training rows by fold and file: %s; %s", source_table(run).to_dict("index"), left_out
-        )
+        counts = source_table(run).to_dict("index")
+        LOGGER.info("Training rows by fold and file: %s; %s", counts, left_out)
     return run
 
 
 def targets_sha256(run: Run) -> str:
-    """A hash of all soft targets and of the rows that are not in train.csv, wherever their images lie."""
-    extra = run.extra_rows.drop(columns=["image_path", "line"])
-    return hashlib.sha256(
-        (run.train.filter(like="target_").to_csv() + extra.to_csv()).encode()
-    ).hexdigest()
+    """A hash of all soft targets and of the rows that are not in train.csv.
+
+    Wherever their images lie.
+    """
+    targets = run.train.filter(like="target_").to_csv()
+    extra_rows = run.extra_rows.drop(columns=["image_path", "line"]).to_csv()
+    return hashlib.sha256((targets + extra_rows).encode()).hexdigest()
 
 
 # === Starting a run ===============================================================================
 WATCHED_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
+def run_fingerprints(run: Run, competition: Competition) -> dict[str, str]:
+    """What a run is continued by, as a hash or text each: config, data, folds, model, targets."""
+    assignment = run.train[["id", "fold"]].to_csv()
+    return {
+        "config": run.config.fingerprint,
+        "data": competition.fingerprint,
+        "folds": hashlib.sha256(assignment.encode()).hexdigest(),
+        "model": run.config.model_files,
+        "targets": targets_sha256(run),
+    }
+
+
 def start_run(config: Config, competition: Competition, folds: np.ndarray) -> Run:
-    """Create the run directory or continue the one there, or in `resume_from`; CheckpointError if it differs."""
+    """Create the run directory, or continue the run there or in `resume_from`.
+
+    `folds` (n,): of each training row. Raises CheckpointError where the directory's run has
+    other settings, data or folds, FileNotFoundError where the disk of `backup_dir` is absent.
+    """
     directory = config.run_dir.resolve()
     config = dataclasses.replace(config, output_dir=str(directory.parent), run_name=directory.name)
     if config.backup_dir and not Path(config.backup_dir).parent.is_dir():
         raise FileNotFoundError(
             f"backup_dir {config.backup_dir}: no such disk; for Drive set MOUNT_DRIVE = True above"
         )
-    rows, test, sample = competition.train.assign(fold=folds), competition.test, competition.sample
+    train = competition.train.assign(fold=folds)
     run = Run(
         config,
         directory,
-        rows,
-        test,
-        sample,
+        train,
+        competition.test,
+        competition.sample,
         competition.fallbacks,
         competition.fingerprint,
-        _no_rows(rows),
+        _no_rows(train),
     )
     run = add_soft_targets(run, competition.data_dir)
-    assignment = hashlib.sha256(rows[["id", "fold"]].to_csv().encode()).hexdigest()
-    parts = {"config": config.fingerprint, "data": competition.fingerprint, "folds": assignment}
-    parts |= {"model": config.model_files, "targets": targets_sha256(run)}
+    parts = run_fingerprints(run, competition)
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    libraries = {name: importlib.metadata.version(name) for name in WATCHED_LIBRARIES}
     content = {
         "version": __version__,
-        "libraries": libraries,
+        "libraries": {name: importlib.metadata.version(name) for name in WATCHED_LIBRARIES},
         "config": dataclasses.asdict(config),
         "parts": parts,
+        "fallbacks": run.fallbacks,
+        "fingerprint": fingerprint,
     }
-    content |= {"fallbacks": run.fallbacks, "fingerprint": fingerprint}
-    tables = {"folds": run.train, "test_rows": test, "sample_rows": sample}
-    tables |= {} if run.extra_rows.empty else {"extra_rows": run.extra_rows}
+    tables = {
+        "folds": run.train,
+        "test_rows": run.test,
+        "sample_rows": run.sample,
+    }
+    if not run.extra_rows.empty:
+        tables["extra_rows"] = run.extra_rows
     path = directory / "config.json"
     if not path.exists():
         _adopt_earlier_run(directory, config, fingerprint)
     if path.exists():
-        _check_same_run(json.loads(path.read_text(encoding="utf-8")), content, directory, tables)
+        before = json.loads(path.read_text(encoding="utf-8"))
+        _check_same_run(before, content, directory, tables)
     for name, frame in tables.items():
         write_table(frame, directory / f"{name}.csv")
     atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False))
@@ -6643,92 +10769,110 @@ def start_run(config: Config, competition: Competition, folds: np.ndarray) -> Ru
     return run
 
 
-def _adopt_earlier_run(directory: Path, config: Config, fingerprint: str) -> None:
-    """Copy the run of this fingerprint from where an earlier session left it, a read-only input or Drive, if it is."""
-    found = {}  # folder -> how far its run has come
-    for place in (*config.resume_from, *filter(None, [config.backup_dir])):
+def _find_earlier_runs(directory: Path, config: Config, fingerprint: str) -> dict[Path, tuple]:
+    """Folders of this very run under `resume_from` and `backup_dir`, and how far each has come.
+
+    (files of scores, checkpoints); a run of the same name with another fingerprint is logged.
+    """
+    places = list(config.resume_from)
+    if config.backup_dir:
+        places.append(config.backup_dir)
+    found = {}
+    for place in places:
         for folder, folders, files in os.walk(place):
             path = Path(folder)
             if len(path.relative_to(place).parts) >= 5:
                 folders.clear()
-            if (
-                path.name != directory.name
-                or "config.json" not in files
-                or path.resolve() == directory
-            ):
+            if path.name != directory.name or "config.json" not in files:
+                continue
+            if path.resolve() == directory:
                 continue
             earlier = json.loads((path / "config.json").read_text(encoding="utf-8"))
             if earlier.get("fingerprint") == fingerprint:
-                found[path] = (
-                    len([*path.glob("fold_*/*.npz")]),
-                    len([*path.glob("fold_*/checkpoints/step_*")]),
-                )
+                scores = list(path.glob("fold_*/*.npz"))
+                checkpoints = list(path.glob("fold_*/checkpoints/step_*"))
+                found[path] = (len(scores), len(checkpoints))
             else:
-                LOGGER.warning(
-                    "%s has this run's name, but other settings, data or folds: not continued", path
-                )
+                text = "%s has this run's name, but other settings, data or folds: not continued"
+                LOGGER.warning(text, path)
+    return found
+
+
+def _adopt_earlier_run(directory: Path, config: Config, fingerprint: str) -> None:
+    """Copy this run from where an earlier session left it, a read-only input or Drive, if it is."""
+    found = _find_earlier_runs(directory, config, fingerprint)
     if not found:
         return
     source = max(found, key=found.get)
     # config.json comes last: only with it is the copy a run.
-    for path in sorted(source.rglob("*"), key=lambda path: path == source / "config.json"):
-        left_out = (
-            path.name == "session.json"
-            or path.suffix in (".lock", ".tmp")
-            or ".incomplete-" in str(path)
-        )
-        if path.is_file() and not left_out:
+    paths = sorted(source.rglob("*"), key=lambda path: path == source / "config.json")
+    for path in paths:
+        is_of_its_session = path.name == "session.json" or path.suffix == ".lock"
+        is_unfinished = path.suffix == ".tmp" or ".incomplete-" in str(path)
+        if path.is_file() and not is_of_its_session and not is_unfinished:
             target = directory / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(
-                path, target
-            )  # not copytree: it would copy the mount's write protection
+            shutil.copyfile(path, target)  # copytree would copy the mount's write protection
     LOGGER.info("Continuing the run of an earlier session, copied from %s", source)
 
 
+def _differing_settings(before: Mapping, now: Mapping) -> list[str]:
+    """Each field of two configurations that differs, with both values."""
+    differences = []
+    for name, value in json.loads(json.dumps(now)).items():
+        if before.get(name) != value:
+            differences.append(f"{name}: {before.get(name)!r} -> {value!r}")
+    return differences
+
+
+def _differing_rows(directory: Path, tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Each table of the run directory whose rows are not those of `tables`, with some of them."""
+    differences = []
+    for name in ("folds", "test_rows", "extra_rows"):
+        path = directory / f"{name}.csv"
+        if not path.exists():
+            continue
+        earlier = read_table(path)
+        table = tables.get(name, earlier.head(0))
+        columns = [column for column in earlier if column in table]
+        columns = [column for column in columns if column not in ("image_path", "line")]
+        ids = _differing_ids(table[columns], earlier[columns])
+        if ids:
+            images = table.drop_duplicates("id").set_index("id")["image_path"]
+            shown = [f"{key} ({Path(images.get(key, '')).name})" for key in ids[:3]]
+            more = max(0, len(ids) - 3)
+            differences.append(f"rows {shown} and {more} more of {name}.csv")
+    return differences
+
+
 def _check_same_run(
-    before: Mapping, now: Mapping, directory: Path, tables: Mapping[str, pd.DataFrame]
+    before: Mapping,
+    now: Mapping,
+    directory: Path,
+    tables: Mapping[str, pd.DataFrame],
 ) -> None:
-    """CheckpointError with what differs between two config.json; a warning for another version of a library."""
+    """Raise CheckpointError with what differs between two contents of config.json.
+
+    Another version of a library is only a warning.
+    """
     for name, version in now["libraries"].items():
-        if before["libraries"][name] != version:
-            LOGGER.warning(
-                "This run was started with %s %s; now %s", name, before["libraries"][name], version
-            )
-    changed = [
-        name for name, value in now["parts"].items() if before["parts"].get(name, "") != value
-    ]
+        earlier = before["libraries"][name]
+        if earlier != version:
+            LOGGER.warning("This run was started with %s %s; now %s", name, earlier, version)
+    changed = []
+    for name, value in now["parts"].items():
+        if before["parts"].get(name, "") != value:
+            changed.append(name)
     if not changed:
         return
-    new, old = json.loads(json.dumps(now["config"])), before["config"]
-    differences = [
-        f"{name}: {old.get(name)!r} -> {value!r}"
-        for name, value in new.items()
-        if old.get(name) != value
-    ]
-    for name in (
-        name
-        for name in ("folds", "test_rows", "extra_rows")
-        if (directory / f"{name}.csv").exists()
-    ):
-        earlier = read_table(directory / f"{name}.csv")
-        table = tables.get(name, earlier.head(0))
-        columns = [
-            column for column in earlier if column in table and column not in ("image_path", "line")
-        ]
-        ids = _differing_ids(table[columns], earlier[columns])
-        images = table.drop_duplicates("id").set_index("id")["image_path"]
-        shown = [f"{key} ({Path(images.get(key, '')).name})" for key in ids[:3]]
-        differences += (
-            [f"rows {shown} and {max(0, len(ids) - 3)} more of {name}.csv"] if ids else []
-        )
-    differences += [f"files in {now['config']['model_id']}"] if "model" in changed else []
-    what, remedy = (
-        "; ".join(differences) or "same settings",
-        "choose a new run_name, or delete that folder",
-    )
+    differences = _differing_settings(before["config"], now["config"])
+    differences += _differing_rows(directory, tables)
+    if "model" in changed:
+        differences.append(f"files in {now['config']['model_id']}")
+    what = "; ".join(differences) or "same settings"
     raise CheckpointError(
-        f"{directory} was made with other {' and '.join(changed)} ({what}); {remedy}"
+        f"{directory} was made with other {' and '.join(changed)} ({what}); "
+        "choose a new run_name, or delete that folder"
     )
 
 
@@ -6737,62 +10881,77 @@ def _check_same_run(
 
 # === Final model ==================================================================================
 def final_epochs(run: Run) -> int:
-    """How long the model on all rows is trained: the median over folds of what gave the weights that are used."""
-    kind, results = (
-        select_weights(run),
-        [read_fold_result(run, fold) for fold in run.finished_folds],
-    )
-    return int(
-        np.median(
-            [result.best_epoch if kind == "raw" else len(result.history) for result in results]
-        )
-    )
+    """How many epochs the model on all rows is trained: the median over the folds.
+
+    A fold counts with its best epoch where raw weights are used, and with all the epochs that
+    it was trained where averaged ones are.
+    """
+    kind = select_weights(run)
+    epochs = []
+    for fold in run.finished_folds:
+        result = read_fold_result(run, fold)
+        epochs.append(result.best_epoch if kind == "raw" else len(result.history))
+    return int(np.median(epochs))
 
 
 class FinalTrainer(FoldTrainer):
-    """One more model, on all rows: nothing is held out, so that nothing about it is measured or chosen."""
+    """One more model, on all rows.
+
+    Nothing is held out, so that nothing about it is measured or chosen.
+    """
 
     def __init__(self, session: Session, run: Run):
         super().__init__(session, run, run.final_fold)
         self.epochs = final_epochs(run)  # of the folds' schedule: no more than they had
 
     def train_epoch(self, epoch: int, first_step: int) -> float:
+        """As a fold's. Raises OutOfTime where the time budget ends within the epoch."""
         speed = super().train_epoch(epoch, first_step)
         if self.next_step < self.steps_per_epoch:
             raise OutOfTime
         return speed
 
     def validate(self) -> tuple[np.ndarray, dict]:
+        """No logits and no scores: no row is held out."""
         return np.empty((0, 1, 4)), {}
 
     def finish(self) -> FoldResult:
+        """As a fold's. Raises OutOfTime where epochs are missing; what is done is saved."""
         if len(self.history) < self.epochs:
             self.save(len(self.history), 0)
             raise OutOfTime  # half a schedule, and no row to see what that costs
         return super().finish()
 
 
+def training_images(run: Run) -> list[pd.DataFrame]:
+    """The frames whose images are cached before training: train, extra rows, changed images."""
+    frames = [run.train]
+    for source, rows in run.extra_rows.groupby("source"):
+        # Of the test images all, although only some are trained on: they are scored later.
+        frames.append(run.test if source == "test" else rows)
+    if run.config.augment_images:
+        variants = image_variants(all_rows(run), run.config.augment_images, run.config.seed)
+        frames.append(variants)
+    return frames
+
+
 def train_fold(config: Config, fold: int, session: Session | None = None) -> FoldResult:
-    """Train one fold of the run at `config.run_dir`, continuing where it stopped; folds share `session` at most."""
+    """Train one fold of the run at `config.run_dir`, or its final model; continue where it stopped.
+
+    Folds share `session` at most; without one the model is loaded. A fold that is trained
+    already is only read.
+    """
     run = Run.open(config.run_dir)
     if run.is_done("train", fold):
         return read_fold_result(run, fold)
-    session = session or open_session(run.config, run.train.iloc[0])
-    # Test images in the batches in which they are scored later.
-    frames = [
-        run.train,
-        *(
-            run.test if source == "test" else rows
-            for source, rows in run.extra_rows.groupby("source")
-        ),
-    ]
-    if run.config.augment_images:
-        frames.append(image_variants(all_rows(run), run.config.augment_images, run.config.seed))
-    for frame in frames:
+    if session is None:
+        session = open_session(run.config, run.train.iloc[0])
+    for frame in training_images(run):
         fill_vision_cache(session, frame, uses=run.uses_per_image, passes=3)
-    trainer = (
-        FinalTrainer(session, run) if fold == run.final_fold else FoldTrainer(session, run, fold)
-    )
+    if fold == run.final_fold:
+        trainer = FinalTrainer(session, run)
+    else:
+        trainer = FoldTrainer(session, run, fold)
     try:
         return trainer.fit()
     finally:
@@ -6803,140 +10962,233 @@ def train_fold(config: Config, fold: int, session: Session | None = None) -> Fol
 # === Stages =======================================================================================
 def stage_zeroshot(session: Session, run: Run, fold: int) -> None:
     """Score `zeroshot_rows` training rows with the untouched base model."""
-    rows = min(run.config.zeroshot_rows or len(run.train), len(run.train))
-    frame = run.train.sample(rows, random_state=run.config.seed).sort_index().reset_index(drop=True)
+    count = min(run.config.zeroshot_rows or len(run.train), len(run.train))
+    sample = run.train.sample(count, random_state=run.config.seed)
+    frame = sample.sort_index().reset_index(drop=True)
     fill_vision_cache(session, run.train, uses=run.uses_per_image, passes=3)
-    partial = open_inference_checkpoint(session, run, run.directory / "zeroshot.partial.npz")
-    logits = predict_logits(session, frame, [TTAView("rotation 0")], "zero-shot", partial)
-    write_logits(run.directory / "zeroshot.npz", frame, logits, ["rotation 0"], run.fingerprint)
-    (run.directory / "zeroshot.partial.npz").unlink(missing_ok=True)
+    unfinished = run.directory / "zeroshot.partial.npz"
+    checkpoint = open_inference_checkpoint(session, run, unfinished)
+    view = TTAView("rotation 0")
+    logits = predict_logits(session, frame, [view], "zero-shot", checkpoint)
+    write_logits(run.directory / "zeroshot.npz", frame, logits, [view.name], run.fingerprint)
+    unfinished.unlink(missing_ok=True)
 
 
 def open_inference_checkpoint(session: Session, run: Run, path: Path) -> InferenceCheckpoint | None:
-    """Where half-done scores are kept; not in a team: the others would start anew, and the first wait for them."""
-    # The number of batches that are done means nothing under another kind of attention, which has other prompts.
-    plan = f"{run.fingerprint} {session.runtime.attention}"
-    return InferenceCheckpoint(path, plan, run.config) if rank_and_world_size()[1] == 1 else None
+    """Where half-done scores are kept, to be continued by a later process.
+
+    None where several processes score together: the others would start anew, and the first
+    one would wait for them.
+    """
+    if process_count() > 1:
+        return None
+    # The number of batches that are done means nothing under another kind of attention, which
+    # has other prompts.
+    fingerprint = f"{run.fingerprint} {session.runtime.attention}"
+    return InferenceCheckpoint(path, fingerprint, run.config)
 
 
 def score_rows(
-    session: Session, run: Run, fold: int, name: str, frame: pd.DataFrame, views, kind: str
+    session: Session,
+    run: Run,
+    fold: int,
+    name: str,
+    frame: pd.DataFrame,
+    views: Sequence[TTAView],
+    kind: str,
 ) -> np.ndarray:
-    """Scores (n, views, 4) with the loaded adapter of that kind, from where an earlier process stopped."""
-    directory, label = run.fold_dir(fold), f"fold {fold} {name}"
-    partial = open_inference_checkpoint(session, run, directory / f"{name}.{kind}.partial.npz")
+    """Scores (n, views, 4) with the adapter that is loaded, from where an earlier process stopped.
+
+    `name` is of the scores' file (oof, test), `kind` of the weights (raw, ema, swa).
+    """
+    directory = run.fold_dir(fold)
+    label = f"fold {fold} {name}"
+    path = directory / f"{name}.{kind}.partial.npz"
+    checkpoint = open_inference_checkpoint(session, run, path)
     if name == "test" and run.config.adaptive_tta is not None:
         oof = read_arrays(directory / "oof.npz", run.fingerprint)["logits"]
-        return predict_in_doubt(session, frame, views, oof, label, partial)
-    return predict_logits(session, frame, views, label, partial)
+        return predict_in_doubt(session, frame, views, oof, label, checkpoint)
+    return predict_logits(session, frame, views, label, checkpoint)
 
 
-def ensure_adapter(session: Session, run: Run, fold: int, kind: str, anew: bool) -> None:
-    """Train the fold again from its last checkpoint where that adapter is damaged; CheckpointError unless `anew`."""
+def ensure_adapter(session: Session, run: Run, fold: int, kind: str, retrain: bool) -> None:
+    """Train the fold again from its last checkpoint where that adapter is damaged.
+
+    Raises CheckpointError instead where `retrain` is false: the session's base model is then
+    another than the adapter was trained on.
+    """
     directory = run.fold_dir(fold)
     weights = directory / f"adapter_{kind}" / "adapter_model.safetensors"
-    if not weights.exists() or file_sha256(weights) != read_fold_result(run, fold).adapters[kind]:
-        (directory / "result.json").unlink()
-        if not anew:  # the session's base model is another than the adapter was trained on
-            raise CheckpointError(
-                f"{weights} is damaged; run again to make it anew from the last checkpoint"
-            )
-        LOGGER.warning("%s is damaged: made anew from the last checkpoint", weights)
-        train_fold(run.config, fold, session)
+    # The result is read only beside weights: without them it may be damaged, too.
+    if weights.exists() and file_sha256(weights) == read_fold_result(run, fold).adapters[kind]:
+        return
+    (directory / "result.json").unlink()
+    if not retrain:
+        raise CheckpointError(
+            f"{weights} is damaged; run again to make it anew from the last checkpoint"
+        )
+    LOGGER.warning("%s is damaged: made anew from the last checkpoint", weights)
+    train_fold(run.config, fold, session)
+
+
+@dataclass(frozen=True)
+class ScoringTask:
+    """Rows to be scored, and the file that gets their scores."""
+
+    name: str  # of the file: oof or test, and "_16bit" where the base model is unquantised
+    frame: pd.DataFrame  # the rows
+    images: pd.DataFrame  # rows whose images are cached before, these among them
+    has_tokens: bool  # whether the prompts' lengths are stored, for the error analysis
+
+
+def scoring_tasks(run: Run, fold: int, ending: str) -> list[ScoringTask]:
+    """The fold's held-out rows and all test rows."""
+    held_out = run.train[run.train["fold"] == fold].reset_index(drop=True)
+    oof_name = f"oof{ending}"
+    return [
+        ScoringTask(oof_name, held_out, run.train, has_tokens=oof_name == "oof"),
+        ScoringTask(f"test{ending}", run.test, run.test, has_tokens=False),
+    ]
 
 
 def stage_predict(session: Session, run: Run, fold: int, ending: str = "") -> None:
-    """Score the fold's held-out rows and all test rows in every view with the selected weights, or each kind of them.
+    """Score the fold's held-out rows and all test rows in every view.
 
-    `ending` is of the files' names and, where it is not empty, says that the session's base model is unquantised."""
-    views, directory = all_views(run.config, session.processor), run.fold_dir(fold)
-    names = [view.name + SUFFIX_16_BIT * bool(ending) for view in views]
-    held_out = run.train[run.train["fold"] == fold].reset_index(drop=True)
-    scores, kinds = defaultdict(list), run.selected_weights
+    With the selected kind of weights, or with the mean of several kinds. `ending` is that of
+    the files' names; where it is not empty, the session's base model is unquantised.
+    """
+    directory = run.fold_dir(fold)
+    views = all_views(run.config, session.processor)
+    tasks = scoring_tasks(run, fold, ending)
+    kinds = run.selected_weights
     for kind in kinds:
-        ensure_adapter(session, run, fold, kind, anew=not ending)
+        ensure_adapter(session, run, fold, kind, retrain=not ending)
+    scores = defaultdict(list)  # task's name -> scores of each kind of weights so far
     for kind in kinds:
         adapted = load_adapter(session.model, directory / f"adapter_{kind}")
-        use_fast_layers(session, adapted, len(held_out) + len(run.test))
+        use_fast_layers(session, adapted, sum(len(task.frame) for task in tasks))
         try:
-            for name, frame, images in (
-                (f"oof{ending}", held_out, run.train),
-                (f"test{ending}", run.test, run.test),
-            ):
-                fill_vision_cache(session, images, uses=len(run.config.folds_to_train), passes=1)
-                scores[name].append(score_rows(session, run, fold, name, frame, views, kind))
+            for task in tasks:
+                uses = len(run.config.folds_to_train)
+                fill_vision_cache(session, task.images, uses=uses, passes=1)
+                kind_scores = score_rows(session, run, fold, task.name, task.frame, views, kind)
+                scores[task.name].append(kind_scores)
                 if kind == kinds[-1]:
-                    more = (
-                        {"tokens": prompt_tokens(session, frame)} if name == "oof" else {}
-                    )  # for the error analysis
-                    logits = np.mean(scores[name], axis=0)
-                    write_logits(
-                        directory / f"{name}.npz", frame, logits, names, run.fingerprint, **more
-                    )
+                    mean = np.mean(scores[task.name], axis=0)
+                    write_task_scores(session, run, fold, task, mean, views)
         finally:
             adapted.unload()
-    for name in (
-        scores
-    ):  # not before all is done: a process that starts again begins with the first of them
-        for path in directory.glob(f"{name}.*partial.npz"):
+    # Not before all is done: a process that starts again begins with the first of them.
+    for task in tasks:
+        for path in directory.glob(f"{task.name}.*partial.npz"):
             path.unlink()
 
 
-STAGES = {  # what does a stage for one fold
+def write_task_scores(
+    session: Session,
+    run: Run,
+    fold: int,
+    task: ScoringTask,
+    logits: np.ndarray,
+    views: Sequence[TTAView],
+) -> None:
+    """Write the logits (n, views, 4) of a task as <name>.npz into the fold's folder."""
+    is_16_bit = task.name.endswith("_16bit")
+    view_names = []
+    for view in views:
+        view_names.append(view.name + SUFFIX_16_BIT if is_16_bit else view.name)
+    row_facts = {}
+    if task.has_tokens:
+        row_facts["tokens"] = prompt_tokens(session, task.frame)
+    path = run.fold_dir(fold) / f"{task.name}.npz"
+    write_logits(path, task.frame, logits, view_names, run.fingerprint, **row_facts)
+
+
+def stage_train(session: Session, run: Run, fold: int) -> None:
+    """Train the fold, or the final model."""
+    train_fold(run.config, fold, session)
+
+
+def stage_rescore(session: Session, run: Run, fold: int) -> None:
+    """Score the fold's rows once more, by the unquantised base model."""
+    stage_predict(session, run, fold, ending="_16bit")
+
+
+STAGES = {  # what does a stage for one fold; STAGE_FILES has the file that it writes last
     "zeroshot": stage_zeroshot,
-    "train": lambda session, run, fold: train_fold(run.config, fold, session),
+    "train": stage_train,
     "predict": stage_predict,
-    "rescore": functools.partial(stage_predict, ending="_16bit"),
+    "rescore": stage_rescore,
 }
-SCORING_GIB = (
-    0.5  # beside the weights: the activations of a question in all choice orders, and the adapter
-)
+# Beside the weights: the activations of a question in all choice orders, and the adapter.
+SCORING_GIB = 0.5
 
 
 def fits_in_16_bits(config: Config, free: float) -> tuple[bool, str]:
-    """Whether the unquantised base model fits into `free` GiB to score rows (of any family), and the figures."""
+    """Whether the unquantised base model fits into `free` GiB to score rows, and the figures.
+
+    Computed from the model's shapes, for any family of models; no weight is loaded.
+    """
     runtime = detect_runtime(config.precision, config.attn_implementation)
     shapes = transformers.AutoConfig.from_pretrained(
-        config.model_path, trust_remote_code=config.trust_remote_code
+        config.model_path,
+        trust_remote_code=config.trust_remote_code,
     )
     with torch.device("meta"):
-        parameters = transformers.AutoModelForImageTextToText.from_config(shapes).num_parameters()
-    needed = parameters * getattr(torch, DTYPES[runtime.precision]).itemsize / 2**30 + SCORING_GIB
+        model = transformers.AutoModelForImageTextToText.from_config(shapes)
+    bytes_each = getattr(torch, DTYPES[runtime.precision]).itemsize
+    needed = model.num_parameters() * bytes_each / 2**30 + SCORING_GIB
     if config.spread_model:
         free = SPREAD_MEMORY_SHARE * sum(gpu["memory_gib"] for gpu in runtime.gpus)
     figures = f"{needed:.2f} GiB for the unquantised model, {free:.2f} GiB free"
-    return needed <= free, figures if needed <= free else f"does not fit by computation: {figures}"
+    if needed > free:
+        return False, f"does not fit by computation: {figures}"
+    return True, figures
 
 
 def open_stage_session(run: Run, stage: str, folds: Sequence[int], progress: Callable) -> Session:
-    """The worker's session: the run's model, for "rescore" without quantisation."""
-    unquantised = (
-        {"quantization": "none", "score_precision": "trained"} if stage == "rescore" else {}
-    )
-    session = open_session(dataclasses.replace(run.config, **unquantised), run.train.iloc[0])
+    """The worker's session: the run's model, for the stage "rescore" without quantisation."""
+    config = run.config
+    if stage == "rescore":
+        config = dataclasses.replace(config, quantization="none", score_precision="trained")
+    session = open_session(config, run.train.iloc[0])
     session.progress = progress
-    # A team comes last: it leaves time for what the single devices have still to score.
-    session.assigned_folds = folds if rank_and_world_size()[1] == 1 else run.config.folds_to_train
+    session.assigned_folds = folds
+    if process_count() > 1:
+        # Processes that share a fold come last: they leave time for what the single devices
+        # have still to score.
+        session.assigned_folds = run.config.folds_to_train
     session.seconds_per_question = run.seconds_per_question()
     return session
 
 
 def seconds_needed(
-    run: Run, session: Session, stage: str, fold: int, longest: Mapping[str, float]
+    run: Run,
+    session: Session,
+    stage: str,
+    fold: int,
+    longest: Mapping[str, float],
 ) -> float:
-    """Time that must be left for a stage that can be left out; minus infinity for what a submission needs."""
+    """Seconds that must be left for a stage that can be left out.
+
+    Minus infinity for what a submission needs. `longest`: stage -> the most seconds that it
+    has taken for a fold.
+    """
     if stage == "rescore":
         return 1.25 * longest["predict"]
     if stage != "train" or not run.finished_folds:
         return -math.inf
-    more_rows = run.config.n_folds / (run.config.n_folds - 1) if fold == run.final_fold else 1
+    more_rows = 1.0  # the final model is trained on the rows that a fold holds out, too
+    if fold == run.final_fold:
+        more_rows = run.config.n_folds / (run.config.n_folds - 1)
     scoring = inference_seconds(run, session.seconds_per_question, session, training=1)
     return scoring + longest["train"] * more_rows
 
 
 def write_notes(run: Run, session: Session) -> None:
     """Move what did not go to plan from the session to events.jsonl."""
-    if count := session.vision_cache.recomputed_in_fp32:
+    count = session.vision_cache.recomputed_in_fp32
+    if count:
         session.add_note(
             f"vision features of {count} images were not finite and recomputed in fp32"
         )
@@ -6947,105 +11199,163 @@ def write_notes(run: Run, session: Session) -> None:
     session.notes.clear()
 
 
-def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: Callable) -> None:
-    """Do what is missing of `stages` for `folds`, loading the model at most once, for "rescore" once more."""
-    session, longest = None, defaultdict(float)  # seconds of a stage for one fold
+def stage_seconds(run: Run) -> defaultdict[str, float]:
+    """Stage -> the most seconds that it has taken for a fold; 0 for one that was never done."""
+    longest = defaultdict(float)
     for record in read_json_lines(run.directory / "stages.jsonl"):
-        longest[record["label"].split()[0]] = max(
-            longest[record["label"].split()[0]], record["seconds"]
+        stage = record["label"].split()[0]
+        longest[stage] = max(longest[stage], record["seconds"])
+    return longest
+
+
+def can_rescore(run: Run) -> bool:
+    """Whether every process has room for the unquantised model; the reason is logged."""
+    fits, figures = fits_in_16_bits(run.config, free_gib())
+    LOGGER.info("Decision: scoring in 16 bits: %s", figures)
+    if not any_process(not fits):
+        return True
+    event = f"scoring in 16 bits was left out: {figures}"
+    MetricLogger(run.directory / "events.jsonl").log(event=event)
+    return False
+
+
+def run_stage(
+    run: Run,
+    session: Session,
+    stage: str,
+    fold: int,
+    longest: defaultdict[str, float],
+) -> None:
+    """Do a stage for one fold and log its time and memory; left out, with a note, without time."""
+    label = stage if stage == "zeroshot" else f"{stage} fold {fold}"
+    try:
+        needed = seconds_needed(run, session, stage, fold, longest)
+        if any_process(run.seconds_left() < needed):
+            minutes = f"{needed / 60:.0f} minutes"
+            session.add_note(f"{label} was left out: the time budget has no {minutes} left for it")
+            return
+        with track_peak_memory(label) as report:
+            STAGES[stage](session, run, fold)
+    except OutOfTime:
+        session.add_note(
+            f"{label} was left out: the time budget ended before its training, on all rows, did"
         )
+        return
+    finally:
+        write_notes(run, session)
+    report["seconds_per_question"] = session.seconds_per_question
+    longest[stage] = max(longest[stage], report["seconds"])
+    MetricLogger(run.directory / "stages.jsonl").log(**report)
+    back_up(run, fold)
+    back_up(run)
+
+
+def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: Callable) -> None:
+    """Do what is missing of `stages` for `folds`.
+
+    The model is loaded at most once, and for the stage "rescore" once more.
+    """
+    session = None
+    longest = stage_seconds(run)
     for stage in stages:
         if stage == "predict":
             select_weights(run)
-        if not (waiting := run.unfinished_folds(stage, folds)):
+        waiting = run.unfinished_folds(stage, folds)
+        if not waiting:
             continue
         if stage == "rescore":
             session = None  # one model at a time
             clear_memory(LOGGER)
-            fits, verdict = fits_in_16_bits(run.config, free_gib())
-            LOGGER.info("Decision: scoring in 16 bits: %s", verdict)
-            if any_process(not fits):
-                MetricLogger(run.directory / "events.jsonl").log(
-                    event=f"scoring in 16 bits was left out: {verdict}"
-                )
+            if not can_rescore(run):
                 continue
         for fold in waiting:
             if session is None:
                 session = open_stage_session(run, stage, folds, progress)
-            label = stage if stage == "zeroshot" else f"{stage} fold {fold}"
-            try:
-                needed = seconds_needed(run, session, stage, fold, longest)
-                if any_process(run.seconds_left() < needed):
-                    minutes = f"{needed / 60:.0f} minutes"
-                    session.add_note(
-                        f"{label} was left out: the time budget has no {minutes} left for it"
-                    )
-                    continue
-                with track_peak_memory(label) as report:
-                    STAGES[stage](session, run, fold)
-            except OutOfTime:
-                session.add_note(
-                    f"{label} was left out: the time budget ended before its training, on all rows, did"
-                )
-                continue
-            finally:
-                write_notes(run, session)
-            report["seconds_per_question"] = session.seconds_per_question
-            longest[stage] = max(longest[stage], report["seconds"])
-            MetricLogger(run.directory / "stages.jsonl").log(**report)
-            back_up(run, fold)
-            back_up(run)
+            run_stage(run, session, stage, fold, longest)
 
 
 # === Workers ======================================================================================
-GROUP_GRACE_SECONDS = 5  # between the end of one process of a team and that of the others
-INTERRUPTED = (
-    75  # exit status of a worker that was asked to stop and has saved its work (EX_TEMPFAIL)
-)
+GROUP_GRACE_SECONDS = 5  # between the end of one process of a group and that of the others
+# Exit status of a worker that was asked to stop and has saved its work (EX_TEMPFAIL).
+INTERRUPTED = 75
+CPU_CORE = "cpu core"  # a device: one core of a machine without a GPU
+SMALL_MODEL_GIB = 0.5  # weights of a model of which every core may hold a copy
 
 
-def schedule_folds(
-    folds: Sequence[int], devices: Sequence
-) -> list[list[tuple[tuple, tuple[int, ...]]]]:
-    """Rounds of (devices, folds): whole folds on single devices; what would leave some of them idle is done by all."""
-    together = len(folds) % len(devices)
-    if together / (0.9 * len(devices)) >= 1:  # a team of n is estimated to be 0.9 n times as fast
-        together = 0
-    alone = folds[: len(folds) - together]
-    jobs = [
-        ((device,), tuple(alone[number :: len(devices)])) for number, device in enumerate(devices)
-    ]
-    rounds = [
-        [job for job in jobs if job[1]],
-        [(tuple(devices), tuple(folds[len(alone) :]))] if together else [],
-    ]
-    return [jobs for jobs in rounds if jobs]
+class WorkerJob(NamedTuple):
+    """Folds that one device takes, or that several devices share."""
+
+    # GPU numbers such as "0" or, for one model over several, "0,1"; CPU_CORE; or None, for all
+    # CPU cores.
+    devices: tuple[str | None, ...]
+    folds: tuple[int, ...]
+
+
+def schedule_folds(folds: Sequence[int], devices: Sequence[str | None]) -> list[list[WorkerJob]]:
+    """Rounds of jobs, one after the other; the jobs of a round run side by side.
+
+    Each device takes whole folds. The folds that would leave some of the devices idle are
+    trained by all of them together, unless that takes longer; CPU cores never share a fold,
+    because the sums of its gradients would then depend on their number.
+
+    >>> for jobs in schedule_folds([0, 1, 2], ["0", "1"]):
+    ...     print([(job.devices, job.folds) for job in jobs])
+    [(('0',), (0,)), (('1',), (1,))]
+    [(('0', '1'), (2,))]
+    >>> for jobs in schedule_folds([0, 1, 2], [CPU_CORE, CPU_CORE]):
+    ...     print([job.folds for job in jobs])
+    [(0, 2), (1,)]
+    """
+    n_shared = len(folds) % len(devices)
+    # A group of n devices is taken to be 0.9 n times as fast as one, so that it trains the
+    # shared folds in n_shared / (0.9 n) of the time of one fold; from 1 on, sharing gains nothing.
+    if CPU_CORE in devices or n_shared >= 0.9 * len(devices):
+        n_shared = 0
+    whole_folds = folds[: len(folds) - n_shared]
+    single_jobs = []
+    for number, device in enumerate(devices):
+        folds_of_device = tuple(whole_folds[number :: len(devices)])
+        if folds_of_device:
+            single_jobs.append(WorkerJob((device,), folds_of_device))
+    shared_jobs = []
+    if n_shared:
+        shared_folds = tuple(folds[len(whole_folds) :])
+        shared_jobs.append(WorkerJob(tuple(devices), shared_folds))
+    return [jobs for jobs in (single_jobs, shared_jobs) if jobs]
+
+
+def device_environment(device: str | None) -> dict[str, str]:
+    """Environment variables of a process on a device: GPUs ("0", "0,1"), a core, or None."""
+    environment = {
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # batches differ in size
+        **os.environ,
+    }
+    if device == CPU_CORE:
+        # A second thread gains nothing on a small model, and waits for its core by spinning.
+        environment["OMP_NUM_THREADS"] = "1"
+    elif device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(device)
+        environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # nvidia-smi's numbers
+    return environment
 
 
 def process_group_environments(devices: Sequence[str | None]) -> list[dict[str, str]]:
-    """Environment variables of one process per device: its GPU and, for several, how they find each other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free.getsockname()[1]),
-            "LOCAL_RANK": "0",
-        }
-    environments = []
-    for rank, gpu in enumerate(devices):
-        environment = {
-            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"
-        } | os.environ  # batches differ in size
-        environment |= (
-            meeting | {"RANK": str(rank), "WORLD_SIZE": str(len(devices))}
-            if len(devices) > 1
-            else {}
-        )
-        chosen = {
-            "CUDA_VISIBLE_DEVICES": str(gpu),
-            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        }  # nvidia-smi's numbers
-        environments.append(environment | ({} if gpu is None else chosen))
+    """Environment variables of one process per device.
+
+    Its device and, where there are several, how the processes find each other.
+    """
+    environments = [device_environment(device) for device in devices]
+    if len(devices) == 1:
+        return environments
+    with socket.socket() as probe:  # finds a free port
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for rank, environment in enumerate(environments):
+        environment["MASTER_ADDR"] = "127.0.0.1"
+        environment["MASTER_PORT"] = str(port)
+        environment["LOCAL_RANK"] = "0"  # each process sees one GPU only
+        environment["RANK"] = str(rank)
+        environment["WORLD_SIZE"] = str(len(devices))
     return environments
 
 
@@ -7055,216 +11365,274 @@ def _progress_line(run: Run, number: int, elapsed: float) -> str:
     if not path.exists():
         return f"worker {number} starting"
     state = json.loads(path.read_text(encoding="utf-8"))
-    name, done, total = (
-        f"worker {number} {state.pop('stage')}",
-        state.pop("done"),
-        state.pop("total"),
-    )
+    stage = state.pop("stage")
+    done = state.pop("done")
+    total = state.pop("total")
     details = ", ".join(f"{key}={value}" for key, value in state.items())
-    meter = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} in {elapsed}{postfix}"
-    return tqdm.format_meter(done, total, elapsed, prefix=name, postfix=details, bar_format=meter)
+    return tqdm.format_meter(
+        done,
+        total,
+        elapsed,
+        prefix=f"worker {number} {stage}",
+        postfix=details,
+        bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} in {elapsed}{postfix}",
+    )
 
 
-def _show_progress(run: Run, teams: Sequence[Sequence[subprocess.Popen]], stop: Callable) -> None:
-    """Show what every worker is doing until all have ended: in one output of a notebook cell, or in the terminal."""
+def _end_broken_groups(groups: Sequence[Sequence[subprocess.Popen]]) -> bool:
+    """Kill the processes of a group that would wait for ever for one that failed.
+
+    Returns whether any process was still running.
+    """
+    is_running = False
+    for processes in groups:
+        states = {process.poll() for process in processes}
+        if None not in states:
+            continue
+        is_running = True
+        if states - {None, 0, INTERRUPTED}:
+            time.sleep(GROUP_GRACE_SECONDS)
+            for process in processes:
+                process.kill()
+    return is_running
+
+
+def _show_progress(run: Run, groups: Sequence[Sequence[subprocess.Popen]], stop: Callable) -> None:
+    """Show what every worker is doing until all have ended, or until `stop()`.
+
+    In one output of a notebook cell, or in one line of the terminal.
+    """
     ipython = sys.modules.get("IPython")
     in_notebook = ipython is not None and ipython.get_ipython() is not None
-    handle = (
-        ipython.display.display({"text/plain": ""}, raw=True, display_id=True)
-        if in_notebook
-        else None
-    )
-    started, running = time.monotonic(), True
-    while running and not stop():
-        states = [[process.poll() for process in members] for members in teams]
-        running = any(None in known for known in states)
-        for members, known in zip(teams, states, strict=True):
-            failed = set(known) - {None, 0, INTERRUPTED}
-            if failed and None in known:  # the others would wait for the dead one for ever
-                time.sleep(GROUP_GRACE_SECONDS)
-                for process in members:
-                    process.kill()
-        lines = [
-            _progress_line(run, number, time.monotonic() - started)
-            for number in range(sum(map(len, teams)))
-        ]
+    output = None
+    if in_notebook:
+        output = ipython.display.display({"text/plain": ""}, raw=True, display_id=True)
+    count = sum(len(processes) for processes in groups)
+    started = time.monotonic()
+    is_running = True
+    while is_running and not stop():
+        is_running = _end_broken_groups(groups)
+        elapsed = time.monotonic() - started
+        lines = [_progress_line(run, number, elapsed) for number in range(count)]
         if in_notebook:
-            handle.update({"text/plain": "\n".join(lines)}, raw=True)
+            output.update({"text/plain": "\n".join(lines)}, raw=True)
         else:
-            sys.stdout.write("\r" + "\n".join(lines))
-        time.sleep(1 if running else 0)
+            sys.stdout.write("\r" + " | ".join(lines))  # over the line that was written before
+        if is_running:
+            time.sleep(1)
+
+
+def _start_worker(
+    run: Run,
+    number: int,
+    folds: Sequence[int],
+    stages: Sequence[str],
+    environment: Mapping[str, str],
+) -> subprocess.Popen:
+    """Start worker number `number` of the run; its output goes to worker_<number>.log."""
+    command = [sys.executable, __file__, "worker"]
+    command += ["--run", str(run.directory)]
+    command += ["--name", str(number)]
+    command += ["--folds", ",".join(map(str, folds))]
+    command += ["--stages", ",".join(stages)]
+    command += ["--parent", str(os.getpid())]
+    (run.directory / f"progress_{number}.json").unlink(missing_ok=True)
+    with _worker_log(run, number).open("ab") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+
+
+def _worker_log(run: Run, number: int) -> Path:
+    return run.directory / f"worker_{number}.log"
 
 
 def launch_workers(
-    run: Run, jobs: Sequence[tuple], stages: Sequence[str], stop: Callable = lambda: False
+    run: Run,
+    jobs: Sequence[WorkerJob | tuple],
+    stages: Sequence[str],
+    stop: Callable = lambda: False,
 ) -> None:
-    """Start a worker for each device of the (devices, folds), show progress, wait; RuntimeError with failed logs' ends.
+    """Start a worker for each device of each job, show their progress and wait for them.
 
-    Several devices of one job share its folds (data parallel). A device is one or several GPUs ("0", "0,1") or None.
-    Where `stop()` becomes true the workers save and end, and Interrupted is raised."""
-    workers, teams = {}, []  # log -> process; the processes of each job
+    Several devices of one job share its folds (data parallel). Where `stop()` becomes true the
+    workers save and end. Raises RuntimeError with the last lines of the logs of workers that
+    failed; Interrupted where any was asked to stop, be it by `stop()`.
+    """
+    groups = []  # the processes of each job
+    processes = []  # all of them, by number
     for devices, folds in jobs:
-        teams.append([])
+        group = []
         for environment in process_group_environments(devices):
-            number = len(workers)
-            command = [
-                sys.executable,
-                __file__,
-                "worker",
-                "--run",
-                str(run.directory),
-                "--name",
-                str(number),
-            ]
-            command += ["--folds", ",".join(map(str, folds)), "--stages", ",".join(stages)]
-            command += ["--parent", str(os.getpid())]
-            (run.directory / f"progress_{number}.json").unlink(missing_ok=True)
-            log = run.directory / f"worker_{number}.log"
-            with log.open("ab") as file:
-                workers[log] = subprocess.Popen(
-                    command, stdout=file, stderr=subprocess.STDOUT, env=environment
-                )
-            teams[-1].append(workers[log])
+            process = _start_worker(run, len(processes), folds, stages, environment)
+            group.append(process)
+            processes.append(process)
+        groups.append(group)
     try:
-        _show_progress(run, teams, stop)
+        _show_progress(run, groups, stop)
     finally:  # reached by a KeyboardInterrupt too: the workers save and end
-        for process in workers.values():
+        for process in processes:
             process.terminate()
-        ended = {log: process.wait() for log, process in workers.items()}
-    if failed := [log for log, status in ended.items() if status not in (0, INTERRUPTED)]:
-        tails = {log: log.read_text("utf-8", "replace").splitlines()[-25:] for log in failed}
-        ends = [
-            "\n".join([f"End of {log}, exit status {ended[log]}:", *tails[log]]) for log in failed
-        ]
+        statuses = [process.wait() for process in processes]
+    ends = []
+    for number, status in enumerate(statuses):
+        if status not in (0, INTERRUPTED):
+            log = _worker_log(run, number)
+            ends.append(f"End of {log}, exit status {status}:")
+            ends += log.read_text("utf-8", "replace").splitlines()[-25:]
+    if ends:
         raise RuntimeError(
             "A worker stopped. Run the cell again to continue where it was.\n" + "\n".join(ends)
         )
-    if INTERRUPTED in ended.values():
+    if INTERRUPTED in statuses:
         raise Interrupted(
             "A worker was asked to stop. Its work is saved: run the cell again to continue."
         )
 
 
+def is_small_model(config: Config) -> bool:
+    """Whether every CPU core may hold a copy of the model; False where its size is unknown."""
+    weights = list(Path(config.model_path).glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in weights)
+    return 0 < size <= SMALL_MODEL_GIB * 2**30
+
+
 def worker_devices(config: Config) -> list[str | None]:
-    """What each worker sees: one GPU, by its number, or all of them; None on a CPU."""
-    gpus = [
-        str(gpu["index"])
-        for gpu in detect_runtime(config.precision, config.attn_implementation).gpus
-    ]
-    return ([",".join(gpus)] if config.spread_model else gpus) or [None]
+    """What each worker sees: one GPU, by its number, or all of them.
+
+    Without a GPU: one core for each worker, where the model is small, else all cores for
+    one worker (None).
+    """
+    gpus = detect_runtime(config.precision, config.attn_implementation).gpus
+    numbers = [str(gpu["index"]) for gpu in gpus]
+    if not numbers:
+        return [CPU_CORE] * usable_cores() if is_small_model(config) else [None]
+    if config.spread_model:
+        return [",".join(numbers)]
+    return numbers
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may run on; a container's CPU quota is not known here."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def run_zeroshot(run: Run) -> pd.DataFrame:
-    """Score the base model in a worker; returns rows and accuracy by question type and over all."""
+    """Score the base model in a worker; rows and accuracy by question type, and over all."""
     if not run.is_done("zeroshot", 0):
-        launch_workers(run, [(worker_devices(run.config)[:1], [0])], ["zeroshot"])
+        device = worker_devices(run.config)[0]
+        launch_workers(run, [WorkerJob((device,), (0,))], ["zeroshot"])
     content = read_arrays(run.directory / "zeroshot.npz", run.fingerprint)
-    correct = softmax(content["logits"][:, 0]).argmax(1) == content["labels"]
-    table = accuracy_by_type(run.train.set_index("id").loc[content["ids"], "type"], correct)
+    scores = content["logits"][:, 0]  # of the one view
+    correct = softmax(scores).argmax(1) == content["labels"]
+    types = run.train.set_index("id").loc[content["ids"], "type"]
+    table = accuracy_by_type(types, correct)
     table.loc["all"] = [len(correct), correct.mean()]
     return table.astype({"rows": int})
 
 
-def launch_missing(run: Run, rounds: Sequence, stages: Sequence[str]) -> None:
-    """Start the workers of each round in which a stage is missing."""
+def launch_missing(run: Run, rounds: Sequence[Sequence], stages: Sequence[str]) -> None:
+    """Start the workers of each round in which some fold has not gone through all `stages`."""
     for jobs in rounds:
-        if any(
-            run.unfinished_folds(stage, [fold for _, part in jobs for fold in part])
-            for stage in stages
-        ):
+        folds = []
+        for job in jobs:
+            folds += job.folds
+        if any(run.unfinished_folds(stage, folds) for stage in stages):
             launch_workers(run, jobs, stages)
 
 
-def run_folds(config: Config) -> list[FoldResult]:
-    """Train and predict all folds of the run at `config.run_dir`, a worker per GPU, as `schedule_folds` says; resumable."""
-    run = Run.open(config.run_dir)
-    # Kaggle ends a session by the age of the notebook's process, however often this is called.
-    started = (
-        psutil.Process().create_time() if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else time.time()
-    )
+def note_start(run: Run) -> None:
+    """Write session.json, from which the time budget counts."""
+    started = time.time()
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        # Kaggle ends a session by the age of the notebook's process, not by when training began.
+        started = psutil.Process().create_time()
     atomic_write(run.directory / "session.json", json.dumps({"started": started}))
-    devices, folds = worker_devices(config), config.folds_to_train
-    # The weights are selected once all folds are trained: with several devices, by further rounds of workers.
-    rounds = schedule_folds(folds, devices)
-    scoring = ["predict"] + ["rescore"] * (config.score_precision == "16bit")
-    order = [
-        "train",
-        *scoring,
-    ]  # what a submission needs comes before scoring in 16 bits, for all folds
-    for stages in [order] if len(rounds) == len(rounds[0]) == 1 else [[stage] for stage in order]:
-        launch_missing(run, rounds, stages)
+
+
+def run_folds(config: Config) -> list[FoldResult]:
+    """Train and predict all folds of the run at `config.run_dir`, as `schedule_folds` says.
+
+    What is done already is skipped, and what was interrupted is continued.
+    """
+    run = Run.open(config.run_dir)
+    note_start(run)
+    devices = worker_devices(config)
+    rounds = schedule_folds(config.folds_to_train, devices)
+    scoring = ["predict"]
+    if config.score_precision == "16bit":
+        scoring.append("rescore")  # last, for all folds: a submission can do without it
+    if len(rounds) == 1 and len(rounds[0]) == 1:
+        launch_missing(run, rounds, ["train", *scoring])
+    else:
+        # Weights are selected on all folds together, so that scoring starts new workers. A
+        # single job, above, has all folds: its workers go on with the model that they have loaded.
+        for stage in ["train", *scoring]:
+            launch_missing(run, rounds, [stage])
     if config.final_retrain:
-        launch_missing(run, schedule_folds([run.final_fold], devices), ["train", *scoring])
+        final_rounds = schedule_folds([run.final_fold], devices)
+        launch_missing(run, final_rounds, ["train", *scoring])
     return [read_fold_result(run, fold) for fold in run.finished_folds]
 
 
 # === Search =======================================================================================
-SEARCH_STARTUP = 4  # trials that are drawn at random and not pruned, before the later ones are compared with them
-NOT_SEARCHED = (
-    BOOKKEEPING_FIELDS
-    | {  # what decides the rows and folds, and what comes after training
-        *(
-            "n_folds",
-            "use_kfold",
-            "train_folds",
-            "use_sample",
-            "sample_size",
-            "seed",
-            "preset_name",
-            "max_fallback_share",
-        ),
-        *(
-            "use_tta",
-            "tta_rotations",
-            "tta_scales",
-            "infer_max_pixels",
-            "adaptive_tta",
-            "use_batch_inference",
-        ),
-        *(
-            "infer_batch_size",
-            "zeroshot_rows",
-            "use_temperature_scaling",
-            "ensemble_method",
-            "score_precision",
-        ),
-        *("mix_weights", "final_retrain", "distill_from", "distill_weight"),
-    }
-)
+# Trials that are drawn at random and not pruned, before the later ones are compared with them.
+SEARCH_STARTUP = 4
+NOT_SEARCHED = {
+    item.name
+    for item in dataclasses.fields(Config)
+    if item.name in BOOKKEEPING_FIELDS or not item.metadata["declaration"].searched
+}
+
+
+def _search_range(kind: str, values: tuple | list):
+    """Optuna's distribution for a field of that kind; None for values that are none.
+
+    [choices], (low, high), or (low, high, "log") above 0.
+    """
+    if isinstance(values, list):
+        return optuna.distributions.CategoricalDistribution(values) if values else None
+    if not isinstance(values, tuple):
+        return None
+    is_log = values[2:] == ("log",)
+    if len(values) != (3 if is_log else 2):
+        return None
+    low, high = values[:2]
+    if type(low) not in (int, float) or type(high) not in (int, float):
+        return None
+    least = 0 if is_log else -math.inf
+    if not least < low < high:
+        return None
+    if "float" in kind:
+        return optuna.distributions.FloatDistribution(low, high, log=is_log)
+    return optuna.distributions.IntDistribution(low, high, log=is_log)
 
 
 def search_distributions(config: Config, space: Mapping[str, list | tuple]) -> dict:
-    """Optuna's distributions for [choices], (low, high) or (low, high, "log") of fields; ValueError names the field."""
-    kinds = optuna.distributions
-    fields = {
-        item.name: item.type for item in dataclasses.fields(Config) if item.name not in NOT_SEARCHED
-    }
-    found = {}
+    """Optuna's distributions for the fields in `space`.
+
+    Values are [choices], (low, high) or (low, high, "log"). Raises ValueError that names the
+    field which cannot be searched, or whose values are none of these, or which refuses them.
+    """
+    kinds = {}
+    for item in dataclasses.fields(Config):
+        if item.name not in NOT_SEARCHED:
+            kinds[item.name] = str(item.type)
+    distributions = {}
     for name, values in space.items():
-        if name not in fields:
-            raise ValueError(
-                f"Search space: {name!r} cannot be searched; fields that can: {', '.join(sorted(fields))}"
-            )
-        log = isinstance(values, tuple) and values[2:] == ("log",)
-        if isinstance(values, list) and values:
-            found[name] = kinds.CategoricalDistribution(values)
-        elif (
-            isinstance(values, tuple)
-            and len(values) == 2 + log
-            and all(type(end) in (int, float) for end in values[:2])
-            and (0 if log else -math.inf) < values[0] < values[1]
-        ):
-            kind = (
-                kinds.FloatDistribution if "float" in str(fields[name]) else kinds.IntDistribution
-            )
-            found[name] = kind(*values[:2], log=log)
-        else:
+        if name not in kinds:
+            known = ", ".join(sorted(kinds))
+            raise ValueError(f"Search space: {name!r} cannot be searched; fields that can: {known}")
+        distribution = _search_range(kinds[name], values)
+        if distribution is None:
             needed = '[choices], (low, high), or (low, high, "log") above 0'
             raise ValueError(f"Search space: {name!r} is {values!r}; it needs {needed}")
+        distributions[name] = distribution
         # A value that the field refuses is found now, not hours later.
-        for value in values[:2] if isinstance(values, tuple) else values:
+        tried = values[:2] if isinstance(values, tuple) else values
+        for value in tried:
             dataclasses.replace(config, **{name: value})
-    return found
+    return distributions
 
 
 @dataclass
@@ -7272,39 +11640,66 @@ class TrialWatch:
     """Follows the epochs of a trial's fold 0, and says when its workers should stop."""
 
     trial: object  # optuna.Trial
-    run: Run
+    run: Run  # the trial's own
     deadline: float  # of time.monotonic()
     losses: dict = field(default_factory=dict)  # epoch -> held-out NLL, as far as they count
-    pruned: bool = False
+    pruned: bool = False  # whether an epoch was worse than the median; later ones do not count
 
-    def look(self) -> bool:
-        """Whether an epoch before the last is worse than the median of earlier trials; later epochs do not count."""
+    def is_pruned(self) -> bool:
+        """Read new epochs; whether one before the last is worse than the median of trials."""
         path = self.run.fold_dir(0) / "history.csv"
-        history = read_table(path) if path.exists() else pd.DataFrame(columns=["epoch", "nll"])
-        for epoch, loss in zip(history["epoch"].map(int), history["nll"].map(float), strict=True):
+        if not path.exists():
+            return self.pruned
+        history = read_table(path)
+        epochs = history["epoch"].map(int)
+        losses = history["nll"].map(float)
+        for epoch, loss in zip(epochs, losses, strict=True):
             if not self.pruned and epoch not in self.losses:
                 self.losses[epoch] = loss
                 self.trial.report(loss, epoch)
-                self.pruned = epoch < self.run.config.num_epochs and self.trial.should_prune()
+                is_last = epoch >= self.run.config.num_epochs
+                self.pruned = not is_last and self.trial.should_prune()
         return self.pruned
 
-    def stop(self) -> bool:
-        return self.look() or time.monotonic() > self.deadline
+    def should_stop(self) -> bool:
+        """Whether the workers should stop: the trial is pruned, or the time is up."""
+        return self.is_pruned() or time.monotonic() > self.deadline
 
 
 def draw_trial(config: Config, distributions: Mapping, earlier: Sequence, path: Path):
-    """The next trial, of an Optuna study in memory: a function of (seed, its number, earlier trials), or of `path`.
+    """The next trial, of an Optuna study in memory.
 
-    `path`: config.json of a trial that was begun. Tree-structured Parzen estimator (Bergstra et al. 2011), pruning by
-    the median."""
+    A function of (seed, its number, earlier trials), or, where a trial was begun, of `path`, its
+    config.json. By the tree-structured Parzen estimator (Bergstra et al. 2011), with pruning by
+    the median.
+    """
     seed = int(seeded_generator(config.seed, "trial", len(earlier)).integers(2**31))
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=SEARCH_STARTUP)
-    study = optuna.create_study(sampler=sampler, pruner=optuna.pruners.MedianPruner(SEARCH_STARTUP))
+    pruner = optuna.pruners.MedianPruner(SEARCH_STARTUP)
+    study = optuna.create_study(sampler=sampler, pruner=pruner)
     study.add_trials(earlier)
     if path.exists():
         settings = json.loads(path.read_text(encoding="utf-8"))["config"]
         study.enqueue_trial({name: settings[name] for name in distributions})
     return study.ask(distributions)
+
+
+def _train_trial(watch: TrialWatch) -> str:
+    """Train fold 0 of a trial's run; "" or why it failed. Raises what somebody else has caused."""
+    run = watch.run
+    if watch.is_pruned() or run.is_done("train", 0):
+        return ""
+    try:
+        for jobs in schedule_folds([0], worker_devices(run.config)):
+            launch_workers(run, jobs, ["train"], watch.should_stop)
+    except Interrupted:
+        if not watch.is_pruned() and time.monotonic() <= watch.deadline:
+            raise  # somebody else has stopped it
+    except RuntimeError as error:
+        if not re.search("FloatingPointError|Out of GPU memory", str(error)):
+            raise
+        return "diverged or has no room"
+    return ""
 
 
 def run_trial(
@@ -7315,39 +11710,37 @@ def run_trial(
     folder: Path,
     deadline: float,
 ):
-    """Train fold 0 with the trial's settings, as a run in `folder`; Optuna's record of it, None if the time was up."""
-    place, states = (
-        {"output_dir": str(folder), "run_name": f"trial_{trial.number:03d}"},
-        optuna.trial.TrialState,
-    )
+    """Train fold 0 with the trial's settings, as a run in `folder`.
+
+    Returns Optuna's record of it, or None where the time was up.
+    """
+    name = f"trial_{trial.number:03d}"
+    place = {"output_dir": str(folder), "run_name": name}
     record = functools.partial(
         optuna.trial.create_trial,
         params=trial.params,
         distributions=trial.distributions,
         user_attrs=place,
     )
+    states = optuna.trial.TrialState
     try:
         settings = dataclasses.replace(
-            config, **trial.params, train_folds=(0,), backup_dir=None, **place
+            config,
+            **trial.params,
+            **place,
+            train_folds=(0,),
+            backup_dir=None,
         )
     except ValueError as error:  # each value is legal, these together are not
-        LOGGER.warning("%s is left out: %s", place["run_name"], error)
+        LOGGER.warning("%s is left out: %s", name, error)
         return record(state=states.FAIL)
     run = start_run(settings, competition, folds)
     watch = TrialWatch(trial, run, deadline)
-    try:
-        if not watch.look() and not run.is_done("train", 0):
-            for jobs in schedule_folds([0], worker_devices(settings)):
-                launch_workers(run, jobs, ["train"], watch.stop)
-    except Interrupted:
-        if not watch.look() and time.monotonic() <= deadline:
-            raise  # somebody else has stopped it
-    except RuntimeError as error:
-        if not re.search("FloatingPointError|Out of GPU memory", str(error)):
-            raise
-        LOGGER.warning("%s diverged or has no room: %s", place["run_name"], trial.params)
+    problem = _train_trial(watch)
+    if problem:
+        LOGGER.warning("%s %s: %s", name, problem, trial.params)
         return record(state=states.FAIL)
-    if watch.look():
+    if watch.is_pruned():
         loss = watch.losses[max(watch.losses)]
         return record(state=states.PRUNED, value=loss, intermediate_values=watch.losses)
     if not run.is_done("train", 0):
@@ -7357,73 +11750,94 @@ def run_trial(
 
 
 def write_search(trials: Sequence, folder: Path) -> pd.DataFrame:
-    """Write trials.csv and best_overrides.json; the table, where a pruned trial has the NLL of its last epoch."""
-    rows = [
-        {"trial": trial.number, "state": trial.state.name.lower(), "nll": trial.value}
-        | {"epochs": len(trial.intermediate_values), **trial.params}
-        for trial in trials
-    ]
-    table = pd.DataFrame(rows, columns=None if rows else ["trial", "state", "nll", "epochs"])
-    table = table.sort_values(
-        ["state", "nll"], kind="stable", ignore_index=True
-    )  # complete, fail, pruned
+    """Write trials.csv and best_overrides.json into `folder`; returns the table.
+
+    The best trial comes first; a pruned one has the NLL of its last epoch.
+    """
+    rows = []
+    for trial in trials:
+        row = {
+            "trial": trial.number,
+            "state": trial.state.name.lower(),
+            "nll": trial.value,
+            "epochs": len(trial.intermediate_values),
+            **trial.params,
+        }
+        rows.append(row)
+    columns = None if rows else ["trial", "state", "nll", "epochs"]
+    table = pd.DataFrame(rows, columns=columns)
+    # The states in the order of the alphabet: complete, fail, pruned.
+    table = table.sort_values(["state", "nll"], kind="stable", ignore_index=True)
     write_table(table, folder / "trials.csv")
-    if complete := [trial for trial in trials if trial.state.name == "COMPLETE"]:
+    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    if complete:
         best = min(complete, key=lambda trial: trial.value)
         atomic_write(folder / "best_overrides.json", json.dumps(best.params))
-        LOGGER.info(
-            "Best of %d trials: NLL %.4f, OVERRIDES = %s", len(trials), best.value, best.params
-        )
+        text = "Best of %d trials: NLL %.4f, OVERRIDES = %s"
+        LOGGER.info(text, len(trials), best.value, best.params)
     return table
 
 
-def search_hyperparameters(
-    config, competition, folds, space: Mapping, trials: int, minutes: float
-) -> pd.DataFrame:
-    """Search for the settings with the least NLL on fold 0's held-out rows; the table of all trials, the best first.
+def _delete_weights(folder: Path, trials: Sequence) -> None:
+    """Delete checkpoints and adapters of finished trials: gigabytes that nobody needs now."""
+    for trial in trials:
+        fold = folder / trial.user_attrs["run_name"] / "fold_0"
+        for path in (*fold.glob("checkpoints"), *fold.glob("adapter_*")):
+            shutil.rmtree(path)
 
-    `space`: config field -> [choices], (low, high) or (low, high, "log"). Ends with that many trials, or after so many
-    minutes; called again, also after a kill, it goes on with the trial it was at. Everything lies in run_dir/search-*:
-    each trial, a run of its own; trials.db, Optuna's storage; trials.csv; best_overrides.json. Needs Optuna."""
+
+def search_hyperparameters(
+    config: Config,
+    competition: Competition,
+    folds: np.ndarray,
+    space: Mapping,
+    trials: int,
+    minutes: float,
+) -> pd.DataFrame:
+    """Search for the settings with the least NLL on fold 0's held-out rows.
+
+    `space`: config field -> [choices], (low, high) or (low, high, "log"). Ends with that many
+    trials, or after so many minutes; called again, also after a kill, it goes on with the trial
+    it was at. Returns the table of all trials, the best first.
+
+    Everything lies in run_dir/search-*: each trial, a run of its own; trials.db, Optuna's
+    storage; trials.csv; best_overrides.json. Needs Optuna: raises ImportError without it.
+    """
     if importlib.util.find_spec("optuna") is None:
         raise ImportError(
             "search_hyperparameters needs Optuna, which is not installed: pip install optuna"
         )
     if config.distill_from:
         raise ValueError(
-            f"Config field 'distill_from': nothing to search by, {DISTILLED_WARNING}; search without it"
+            "Config field 'distill_from': nothing to search by, "
+            f"{DISTILLED_WARNING}; search without it"
         )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    distributions, deadline = search_distributions(config, space), time.monotonic() + 60 * minutes
-    key = hashlib.sha256(f"{config.fingerprint} {sorted(space.items())}".encode()).hexdigest()[:8]
+    distributions = search_distributions(config, space)
+    deadline = time.monotonic() + 60 * minutes
+    searched = f"{config.fingerprint} {sorted(space.items())}"
+    key = hashlib.sha256(searched.encode()).hexdigest()[:8]
     folder = config.run_dir.resolve() / f"search-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "search.lock", LOCK_SECONDS):
         study = optuna.create_study(
-            storage=f"sqlite:///{folder / 'trials.db'}", study_name=key, load_if_exists=True
+            storage=f"sqlite:///{folder / 'trials.db'}",
+            study_name=key,
+            load_if_exists=True,
         )
         while True:
-            for name in (
-                trial.user_attrs["run_name"] for trial in study.trials
-            ):  # gigabytes that nobody needs now
-                for part in [
-                    *(folder / name).glob("fold_0/checkpoints"),
-                    *(folder / name).glob("fold_0/adapter_*"),
-                ]:
-                    shutil.rmtree(part)
+            _delete_weights(folder, study.trials)
             if len(study.trials) >= trials or time.monotonic() > deadline:
                 return write_search(study.trials, folder)
             path = folder / f"trial_{len(study.trials):03d}" / "config.json"
             trial = draw_trial(config, distributions, study.trials, path)
-            LOGGER.info("Search: trial %d of %d: %s", trial.number + 1, trials, trial.params)
-            if done := run_trial(config, competition, folds, trial, folder, deadline):
-                study.add_trial(done)  # written at once, whole or not at all
-                LOGGER.info(
-                    "Search: trial %d: %s, NLL %s",
-                    trial.number + 1,
-                    done.state.name.lower(),
-                    done.value,
-                )
+            number = trial.number + 1
+            LOGGER.info("Search: trial %d of %d: %s", number, trials, trial.params)
+            record = run_trial(config, competition, folds, trial, folder, deadline)
+            if record is not None:
+                study.add_trial(record)  # written at once, whole or not at all
+                state = record.state.name.lower()
+                LOGGER.info("Search: trial %d: %s, NLL %s", number, state, record.value)
 
 
 # ======= 9. Command line ==========================================================================
@@ -7436,282 +11850,406 @@ NOT_COMPUTED = "not computed for this family of models"
 class MemoryCosts:
     """GiB that training takes, computed from a model's shapes."""
 
-    rows: dict[
-        str, float
-    ]  # weights without what rests on the CPU, LoRA and gradients, optimizer, averages
+    # What is there all the time: weights without those that rest on the CPU; LoRA and its
+    # gradients; the optimizer's moments; averages of the adapter.
+    rows: dict[str, float]
     tower: float  # on top of the weights while features are not cached
     loaded: float  # weights just after loading
-    dequantize_weight: float  # the largest one while it is out of its 4 bits
+    largest_weight: float  # while it is out of its 4 bits
     question: float  # for each question of a pass
     layer: float  # for each question and decoder layer that keeps its activations
     image_token: float  # of cached vision features, on disk or in RAM
 
     def peak(self, plan: MemoryPlan) -> dict[str, float]:
-        """What is on the GPU in one pass of `plan`; one layer at a time is computed again anyway."""
-        activations = self.dense_weight + plan.micro_batch * (
-            self.question + max(1, plan.stored_layers) * self.layer
-        )
-        return self.rows | {"activations": activations}
+        """What is on the GPU in one pass of `plan`, GiB by row."""
+        layers = max(1, plan.stored_layers)  # one layer at a time is computed again anyway
+        questions = plan.micro_batch * (self.question + layers * self.layer)
+        return {**self.rows, "activations": self.largest_weight + questions}
 
     def table(self, plan: MemoryPlan, is_cached: bool, token_count: int) -> dict[str, dict]:
-        """The computed GiB by row beside the measured sum, empty where nothing was measured."""
+        """The computed GiB by row beside the measured sum, empty where nothing was measured.
+
+        `token_count`: image tokens of all features that are kept.
+        """
         computed = self.peak(plan)
-        computed["weights"] += 0 if is_cached else self.tower
+        if not is_cached:
+            computed["weights"] += self.tower
         computed["all of these"] = sum(computed.values())
         computed["vision features, on disk or in RAM"] = token_count * self.image_token
-        measured = dict.fromkeys(computed, "") | {"all of these": round(plan.peak_gib, 2) or ""}
+        measured = dict.fromkeys(computed, "")
+        measured["all of these"] = round(plan.peak_gib, 2) or ""
         return {"computed GiB": computed, "measured GiB": measured}
 
     def verdict(self, free: float) -> str:
-        """Whether loading, and a pass over one question with all layers recomputed, fit into `free` GiB."""
-        least = max(self.loaded, sum(self.peak(MemoryPlan(1, 0)).values()))
+        """Whether training fits into `free` GiB: loading, and one question at a time."""
+        one_question = self.peak(MemoryPlan(1, 0))
+        least = max(self.loaded, sum(one_question.values()))
         text = f"{least:.1f} GiB for one question at a time, {free:.1f} GiB free"
+        if least <= free:
+            return text
         remedy = "choose a smaller model_id, quantization='4bit' or lower max_pixels"
-        return text if least <= free else f"does not fit by computation: {text}; {remedy}"
+        return f"does not fit by computation: {text}; {remedy}"
 
 
-def activation_bytes(config: Config, layer, number: int, compiled: bool) -> tuple[int, int, int]:
-    """Bytes a token of a decoder layer's input, of all it keeps, and of its MLP's gradients; `number`: of one number"""
-    attention, inner = layer.self_attn, layer.mlp.gate_proj.out_features
-    hidden, queries = attention.q_proj.in_features, attention.q_proj.out_features
-    normed = queries + attention.k_proj.out_features if hasattr(attention, "q_norm") else 0
-    # The inputs of seven projections; after dropout each has its own, and a mask of one byte a number.
-    inputs = (5 if config.lora_dropout else 2) * hidden + queries + inner
-    # Besides: both residuals, the inputs of q_norm and k_norm, attention's q, k, v (under a mask as many heads as q)
-    # and output, gate and up, LoRA's inner products; not compiled also silu(gate), and what is normed in fp32.
-    kept = inputs + 2 * hidden + normed + 4 * queries + 2 * inner + 7 * config.lora_r
-    kept += 0 if compiled else inner + 2 * hidden + normed
-    return (
-        number * hidden,
-        number * kept + inputs * bool(config.lora_dropout),
-        number * 2 * (hidden + inner),
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Bytes a token that one decoder layer keeps in a training pass."""
+
+    entry: int  # its input
+    kept: int  # all that the backward pass needs
+    gradients: int  # of its MLP, while the backward pass is there
+
+
+def activation_bytes(config: Config, layer, bytes_each: int, compiled: bool) -> ActivationBytes:
+    """The activations of a decoder layer, from its shapes; `bytes_each`: of one number."""
+    attention = layer.self_attn
+    hidden = attention.q_proj.in_features
+    queries = attention.q_proj.out_features
+    inner = layer.mlp.gate_proj.out_features
+    normed = 0  # the inputs of q_norm and k_norm
+    if hasattr(attention, "q_norm"):
+        normed = queries + attention.k_proj.out_features
+    # The inputs of seven projections. After dropout each has its own; without it q, k and v
+    # share one, and so do gate and up.
+    hidden_inputs = 5 if config.lora_dropout else 2
+    inputs = hidden_inputs * hidden + queries + inner
+    residuals = 2 * hidden
+    attention_states = 4 * queries  # q, k, v (under a mask as many heads as q) and the output
+    gate_and_up = 2 * inner
+    lora_products = 7 * config.lora_r
+    kept = inputs + residuals + normed + attention_states + gate_and_up + lora_products
+    if not compiled:
+        kept += inner + 2 * hidden + normed  # silu(gate), and what is normed in fp32
+    dropout_masks = inputs if config.lora_dropout else 0  # one byte a number
+    return ActivationBytes(
+        entry=bytes_each * hidden,
+        kept=bytes_each * kept + dropout_masks,
+        gradients=bytes_each * 2 * (hidden + inner),
     )
 
 
 def memory_costs(
-    config: Config, shapes, tokens: int, precision: str, compiled: bool
+    config: Config,
+    shapes,
+    tokens: int,
+    precision: str,
+    compiled: bool,
 ) -> MemoryCosts:
-    """The memory of training on prompts of `tokens`, from the model's own configuration `shapes` and no weights."""
+    """The memory of training on prompts of `tokens` tokens.
+
+    From the model's own configuration `shapes`; no weight is loaded.
+    """
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(shapes)
-    number, layers = getattr(torch, DTYPES[precision]).itemsize, model.model.language_model.layers
-    linears = [module for name, module in model.named_modules() if re.fullmatch(LORA_TARGETS, name)]
-    language = sum(linear.weight.numel() for linear in linears)
-    head, tower = (
-        model.get_output_embeddings().weight,
-        model.get_submodule(f"model.{VISION_PREFIX}").num_parameters(),
-    )
-    head_rests = config.loss == "choices" and head is not model.get_input_embeddings().weight
-    # NF4: half a byte, 8 bits of scale for 64 weights, 32 bits for 256 scales.
-    packed = {"4bit": 1 / 2 + 1 / 64 + 4 / 64 / 256, "8bit": 1, "none": number}[config.quantization]
-    loaded = language * packed + (model.num_parameters() - language) * number
-    lora = 4 * config.lora_r * sum(linear.in_features + linear.out_features for linear in linears)
+    bytes_each = getattr(torch, DTYPES[precision]).itemsize
+    layers = model.model.language_model.layers
+    linears = []
+    for name, module in model.named_modules():
+        if re.fullmatch(LORA_TARGETS, name):
+            linears.append(module)
+    language = sum(linear.weight.numel() for linear in linears)  # parameters
+    tower = model.get_submodule(f"model.{VISION_PREFIX}").num_parameters()
+    packed = {
+        # half a byte, 8 bits of scale for 64 weights, 32 bits for 256 scales (NF4, double)
+        "4bit": 1 / 2 + 1 / 64 + 4 / 64 / 256,
+        "8bit": 1,
+        "none": bytes_each,
+    }[config.quantization]
+    loaded = language * packed + (model.num_parameters() - language) * bytes_each
+    weights = loaded - bytes_each * tower  # the tower rests on the CPU, its features are cached
+    head = model.get_output_embeddings().weight
+    if config.loss == "choices" and head is not model.get_input_embeddings().weight:
+        weights -= bytes_each * head.numel()  # so does the head: only the letters' rows are used
     scales = 4 * language / 64 if config.quantization == "4bit" else 0
-    weights = (
-        loaded
-        - number * (tower + head.numel() * head_rests)
-        + scales * (scales <= MAX_UNPACKED_SCALE_BYTES)
-    )
-    rows = {"weights": weights, "LoRA and gradients": 2 * lora}
-    rows |= {"optimizer": 2 * lora, "averages": (config.use_ema + config.use_swa) * lora}
-    entry, kept, gradients = activation_bytes(config, layers[0], number, compiled)
+    if scales <= MAX_UNPACKED_SCALE_BYTES:
+        weights += scales
+    lora = 4 * config.lora_r * sum(linear.in_features + linear.out_features for linear in linears)
+    rows = {
+        "weights": weights,
+        "LoRA and gradients": 2 * lora,
+        "optimizer": 2 * lora,
+        "averages": (config.use_ema + config.use_swa) * lora,
+    }
+    activations = activation_bytes(config, layers[0], bytes_each, compiled)
     vision = shapes.vision_config
-    feature = (
-        number * vision.out_hidden_size * (1 + len(getattr(vision, "deepstack_visual_indexes", ())))
-    )
-    question, dense = (
-        tokens * (len(layers) * entry + gradients),
-        number * max(part.weight.numel() for part in linears),
-    )
-    costs = (number * tower, loaded, dense, question, tokens * (kept - entry), feature)
+    feature_layers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
+    question = tokens * (len(layers) * activations.entry + activations.gradients)
+    layer = tokens * (activations.kept - activations.entry)
+    gib = 2**30
     return MemoryCosts(
-        {name: value / 2**30 for name, value in rows.items()}, *(value / 2**30 for value in costs)
+        rows={name: value / gib for name, value in rows.items()},
+        tower=bytes_each * tower / gib,
+        loaded=loaded / gib,
+        largest_weight=bytes_each * max(linear.weight.numel() for linear in linears) / gib,
+        question=question / gib,
+        layer=layer / gib,
+        image_token=bytes_each * vision.out_hidden_size * feature_layers / gib,
     )
 
 
 def expected_memory(config: Config, frame: pd.DataFrame) -> MemoryCosts | None:
-    """The memory of training on the longest of these rows, before a weight is loaded; None for an unusual family."""
-    processor, runtime = (
-        load_processor(config),
-        detect_runtime(config.precision, config.attn_implementation),
-    )
+    """The memory of training on the longest of these rows, before a weight is loaded.
+
+    None for a family of which it has not been measured what recurrent layers and experts keep.
+    """
+    processor = load_processor(config)
+    runtime = detect_runtime(config.precision, config.attn_implementation)
     shapes = transformers.AutoConfig.from_pretrained(
-        config.model_path, trust_remote_code=config.trust_remote_code
+        config.model_path,
+        trust_remote_code=config.trust_remote_code,
     )
-    if FAMILIES.get(shapes.model_type) != Family():
-        return None  # what recurrent layers and experts keep has not been measured
-    budget, templates = pixel_budget(config, processor), prompt_templates(config)
-    tokens = max(
-        len(
-            encode_prompt(
-                processor,
-                build_messages(row, templates=templates),
-                image_grid(*size, processor, budget),
-            )
-        )
-        for row, size in zip(
-            frame.to_dict("records"), frame[["width", "height"]].to_numpy(), strict=True
-        )
-    )
-    compiled, _ = decide_compile(
-        config.compile_layers, "cuda" if runtime.gpus else "cpu", len(frame)
-    )
-    return memory_costs(config, shapes, tokens, runtime.precision, compiled)
+    family = FAMILIES.get(shapes.model_type)
+    if family is None or not family.is_memory_computed:
+        return None
+    budget = pixel_budget(config, processor)
+    templates = prompt_templates(config)
+    longest = 0
+    for row in frame.to_dict("records"):
+        grid = image_grid(row["width"], row["height"], processor, budget)
+        ids = encode_prompt(processor, build_messages(row, templates=templates), grid)
+        longest = max(longest, len(ids))
+    device = "cuda" if runtime.gpus else "cpu"
+    compiled, _ = decide_compile(config.compile_layers, device, len(frame))
+    return memory_costs(config, shapes, longest, runtime.precision, compiled)
 
 
 # === Preflight ====================================================================================
 def count_image_tokens(
-    config: Config, competition: Competition, processor
+    config: Config,
+    competition: Competition,
+    processor,
 ) -> tuple[dict[str, list[int]], int]:
-    """Of each row's image by split; and of all features to keep: each image once, a training image's variants, too."""
-    budget, merged, tokens = (
-        pixel_budget(config, processor),
-        processor.image_processor.merge_size**2,
-        {},
-    )
-    for name, table in {"train": competition.train, "test": competition.test}.items():
-        sizes = zip(table["width"], table["height"], strict=True)
-        tokens[name] = [math.prod(image_grid(*size, processor, budget)) // merged for size in sizes]
-    trained = dict(zip(competition.train["pixel_hash"], tokens["train"], strict=True))
-    images = trained | dict(zip(competition.test["pixel_hash"], tokens["test"], strict=True))
-    return tokens, sum(images.values()) + config.augment_images * sum(trained.values())
+    """(split -> tokens of each row's image, tokens of all features to keep).
+
+    Features are kept of each image once, and of a training image's variants.
+    """
+    budget = pixel_budget(config, processor)
+    patches_per_token = processor.image_processor.merge_size**2
+    tokens = {}
+    for split, table in {"train": competition.train, "test": competition.test}.items():
+        tokens[split] = []
+        for width, height in zip(table["width"], table["height"], strict=True):
+            grid = image_grid(width, height, processor, budget)
+            tokens[split].append(math.prod(grid) // patches_per_token)
+    train_images = dict(zip(competition.train["pixel_hash"], tokens["train"], strict=True))
+    test_images = dict(zip(competition.test["pixel_hash"], tokens["test"], strict=True))
+    all_images = {**train_images, **test_images}
+    variants = config.augment_images * sum(train_images.values())
+    return tokens, sum(all_images.values()) + variants
 
 
-def preflight(config: Config, rows: int = 64) -> dict:
-    """Try everything once on `rows` training rows before hours are spent: the facts learned, for a table."""
-    competition = load_competition(
-        config.data_dir, config.max_fallback_share, config.rows_to_use, config.seed
-    )
-    count = len(competition.train)
-    frame = competition.train.sample(min(rows, count), random_state=config.seed, ignore_index=True)
-    costs = expected_memory(config, frame)
-    free, more = free_gib(), {}
-    if config.score_precision == "16bit":
-        more["scoring in 16 bits"] = fits_in_16_bits(config, free)[1]
-        LOGGER.info("Scoring in 16 bits: %s", more["scoring in 16 bits"])
-    try:
-        session = open_session(config, frame.iloc[0])
-    except torch.OutOfMemoryError as error:
-        error.add_note(f"Memory: {costs.verdict(free) if costs else NOT_COMPUTED}")
-        raise
-    prompts = [make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(len(frame))]
-    fill_vision_cache(
-        session, frame, len(config.folds_to_train) * (config.num_epochs + 2), passes=3
-    )
-    start = time.perf_counter()
-    probabilities = softmax(predict_logits(session, frame, [TTAView("rotation 0")])[:, 0])
-    score_seconds = (time.perf_counter() - start) / len(frame)
-    model = use_fast_layers(
-        session, attach_lora(session.model, config, config.seed), questions=len(frame)
-    ).train()
-    parameters = trainable_parameters(model).values()
-    copies = 2 + config.use_ema + config.use_swa
-    plan = plan_memory(session, prompts, copies * sum(value.nbytes for value in parameters))
-    recompute_layers(session, plan.stored_layers)
-    longest = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))[: plan.micro_batch]
+def timed_training_step(session: Session, prompts: Sequence[Prompt]) -> float:
+    """Seconds a question of a forward and backward pass; FloatingPointError for bad gradients."""
+    parameters = trainable_parameters(session.model).values()
     for _ in range(2):  # the second one is timed
         start = time.perf_counter()
-        batch = collate(session, longest)
+        batch = collate(session, prompts)
         training_loss(session, answer_hidden_states(session, batch), batch).backward()
-        if not all(
-            value.grad.isfinite().all() for value in parameters
-        ):  # this waits for the GPU, too
+        # This waits for the GPU, too.
+        if not all(value.grad.isfinite().all() for value in parameters):
             raise FloatingPointError(
                 "A training step on these rows gives gradients that are not finite"
             )
-        step_seconds = (time.perf_counter() - start) / len(longest)
+        seconds = (time.perf_counter() - start) / len(prompts)
+    return seconds
+
+
+def estimated_questions(
+    config: Config,
+    competition: Competition,
+    views: Sequence[TTAView],
+    session: Session,
+) -> tuple[float, float]:
+    """Questions to train on in the whole job, and to score, in questions with one view."""
+    rows = len(competition.train)
+    folds = len(config.folds_to_train)
+    trained_parts = (1 - 1 / config.n_folds) * folds  # of all rows
+    models = folds
+    if config.final_retrain:
+        trained_parts += 1
+        models += 1
+    trained = rows * trained_parts * config.num_epochs
+    scored = models * len(competition.test) * adaptive_cost(session, views)
+    scored += folds * rows / config.n_folds * views_cost(session, views)
+    return trained, scored
+
+
+def preflight(config: Config, rows: int = 64) -> dict:
+    """Try everything once on `rows` training rows before hours are spent.
+
+    Returns the facts learned, for a table. Raises FloatingPointError for gradients that are not
+    finite, and whatever loading the data and the model raises.
+    """
+    competition = load_competition(
+        config.data_dir,
+        config.max_fallback_share,
+        config.rows_to_use,
+        config.seed,
+    )
+    count = min(rows, len(competition.train))
+    frame = competition.train.sample(count, random_state=config.seed, ignore_index=True)
+    costs = expected_memory(config, frame)
+    free = free_gib()
+    rescoring = {}
+    passes = 1  # over the rows to score
+    if config.score_precision == "16bit":
+        fits, figures = fits_in_16_bits(config, free)
+        rescoring["scoring in 16 bits"] = figures
+        LOGGER.info("Scoring in 16 bits: %s", figures)
+        passes = 2 if fits else 1
+    memory_needed = costs.verdict(free) if costs else NOT_COMPUTED
+    try:
+        session = open_session(config, frame.iloc[0])
+    except torch.OutOfMemoryError as error:
+        error.add_note(f"Memory: {memory_needed}")
+        raise
+    prompts = [make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(len(frame))]
+    uses = len(config.folds_to_train) * (config.num_epochs + 2)
+    fill_vision_cache(session, frame, uses, passes=3)
+    start = time.perf_counter()
+    logits = predict_logits(session, frame, [TTAView("rotation 0")])
+    score_seconds = (time.perf_counter() - start) / len(frame)
+    probabilities = softmax(logits[:, 0])
+    labels = frame["label"].to_numpy()
+    model = attach_lora(session.model, config, config.seed)
+    use_fast_layers(session, model, questions=len(frame))
+    model.train()
+    parameters = trainable_parameters(model).values()
+    copies = 2 + config.use_ema + config.use_swa  # AdamW's two moments
+    plan = plan_memory(session, prompts, copies * sum(value.nbytes for value in parameters))
+    recompute_layers(session, plan.stored_layers)
+    longest = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))
+    step_seconds = timed_training_step(session, longest[: plan.micro_batch])
+    trainable = sum(value.numel() for value in parameters)
     model.unload()
-    folds, views = len(config.folds_to_train), all_views(config, session.processor)
-    trained = count * ((1 - 1 / config.n_folds) * folds + config.final_retrain) * config.num_epochs
-    scored = (folds + config.final_retrain) * len(competition.test) * adaptive_cost(session, views)
-    scored += folds * count / config.n_folds * views_cost(session, views)
-    scored *= 2 if more and not more["scoring in 16 bits"].startswith("does not fit") else 1
-    tokens, features = count_image_tokens(config, competition, session.processor)
+    views = all_views(config, session.processor)
+    trained, scored = estimated_questions(config, competition, views, session)
+    seconds = trained * step_seconds + passes * scored * score_seconds
+    tokens, feature_tokens = count_image_tokens(config, competition, session.processor)
     is_cached = session.vision_cache.has_all(prompt.image_key for prompt in prompts)
+    pixels_per_token = merged_patch_area(session.processor)
     return {
-        "letter tokens": " ".join(
-            f"{c}={list(ids)}" for c, ids in zip(CHOICES, session.letter_token_ids, strict=True)
-        ),
-        "prompt": render_prompt(
-            session.processor, build_messages(frame.iloc[0], templates=prompt_templates(config))
-        ),
-        "tokens per prompt": f"at most {max(len(prompt.input_ids) for prompt in prompts)}",
-        "token_budget": pixel_budget(config, session.processor)[1]
-        // merged_patch_area(session.processor),
+        "letter tokens": letters_as_text(session),
+        "prompt": example_prompt(session, frame.iloc[0]),
+        "tokens per prompt": f"at most {len(longest[0].input_ids)}",
+        "token_budget": pixel_budget(config, session.processor)[1] // pixels_per_token,
         "token_counts": tokens,
-        "trainable parameters": f"{sum(value.numel() for value in parameters):,}",
+        "pixels_per_token": pixels_per_token,
+        "trainable parameters": f"{trainable:,}",
         "seconds per training question": round(step_seconds, 3),
         "seconds per scored question": round(score_seconds, 4),
-        "zero-shot accuracy": f"{accuracy(probabilities, frame['label'].to_numpy()):.2f} on {len(frame)} rows",
-        "memory plan": f"{plan.micro_batch} of {config.batch_size * config.grad_accum_steps} questions in a pass, "
-        f"{plan.stored_layers} of {len(session.decoder_layers)} layers keep activations, {plan.peak_gib:.1f} GiB",
-        "memory needed": costs.verdict(free) if costs else NOT_COMPUTED,
-        "memory": costs.table(plan, is_cached, features) if costs else {},
-        "peak memory": str(memory_summary()),
-        "estimated minutes on one device": round(
-            (trained * step_seconds + scored * score_seconds) / 60, 1
-        ),
-        **more,
+        "zero-shot accuracy": f"{accuracy(probabilities, labels):.2f} on {len(frame)} rows",
+        "memory plan": plan_as_text(session, plan),
+        "memory needed": memory_needed,
+        "memory": costs.table(plan, is_cached, feature_tokens) if costs else {},
+        "peak memory": ", ".join(f"{name} {gib}" for name, gib in memory_summary().items()),
+        "estimated minutes on one device": round(seconds / 60, 1),
+        **rescoring,
     }
 
 
+def letters_as_text(session: Session) -> str:
+    """Each letter with its token ids, the plain letter's first."""
+    pairs = zip(CHOICES, session.letter_token_ids, strict=True)
+    return " ".join(f"{letter}={list(ids)}" for letter, ids in pairs)
+
+
+def example_prompt(session: Session, row: Mapping) -> str:
+    """The rendered prompt of one question."""
+    messages = build_messages(row, templates=prompt_templates(session.config))
+    return render_prompt(session.processor, messages)
+
+
+def plan_as_text(session: Session, plan: MemoryPlan) -> str:
+    """The memory plan in words."""
+    step = session.config.batch_size * session.config.grad_accum_steps
+    return (
+        f"{plan.micro_batch} of {step} questions in a pass, "
+        f"{plan.stored_layers} of {len(session.decoder_layers)} layers keep activations, "
+        f"{plan.peak_gib:.1f} GiB"
+    )
+
+
 def run_preflight(config: Config) -> dict:
-    """`preflight` in a process of its own, so that the notebook's never touches the GPU; raises with its last lines."""
-    command = [
-        sys.executable,
-        __file__,
-        "preflight",
-        "--config",
-        json.dumps(dataclasses.asdict(config)),
-    ]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, encoding="utf-8")
+    """`preflight` in a process of its own, so that the notebook's never touches the GPU.
+
+    Raises RuntimeError with the last lines of that process where it fails.
+    """
+    settings = json.dumps(dataclasses.asdict(config))
+    environment = None  # this process's own
+    if worker_devices(config)[0] == CPU_CORE:
+        environment = device_environment(CPU_CORE)  # timed on what a worker has
+    done = subprocess.run(
+        [sys.executable, __file__, "preflight", "--config", settings],
+        check=False,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=environment,
+    )
     if done.returncode != 0:
-        raise RuntimeError(
-            "Preflight failed:\n" + "\n".join((done.stdout + done.stderr).splitlines()[-25:])
-        )
+        lines = (done.stdout + done.stderr).splitlines()
+        raise RuntimeError("Preflight failed:\n" + "\n".join(lines[-25:]))
     return json.loads(done.stdout.splitlines()[-1])
 
 
 # === Worker and command line ======================================================================
 def stay_offline(config: Config) -> None:
-    """Before transformers is imported: where the model is a local folder, this process asks the hub for nothing."""
+    """Where the model is a local folder, let this process ask the hub for nothing.
+
+    To be called before transformers is imported.
+    """
     if Path(config.model_path).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def _copy_for_fold(directory: Path, place: Path, folds: Sequence[int]) -> Path:
+    """A copy of the run directory in `place`; of other folds than `folds` only their results."""
+    wanted = {f"fold_{fold}" for fold in folds}
+
+    def ignored(folder: str, names: Sequence[str]) -> list[str]:
+        folder_name = Path(folder).name
+        is_other_fold = folder_name.startswith("fold_") and folder_name not in wanted
+        left_out = []
+        for name in names:
+            is_temporary = name.endswith((".lock", ".tmp"))
+            if is_temporary or (is_other_fold and name != "result.json"):
+                left_out.append(name)
+        return left_out
+
+    copy = place / directory.name
+    shutil.copytree(directory, copy, ignore=ignored)
+    content = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    content["config"]["output_dir"] = str(place)
+    atomic_write(copy / "config.json", json.dumps(content))
+    return copy
+
+
 @contextlib.contextmanager
 def worker_directory(directory: Path, folds: Sequence[int]) -> Iterator[Path]:
-    """The run directory; for a team's further processes a copy to be thrown away, so that only the first one writes."""
+    """The directory that this worker writes to.
+
+    The run's own; of several processes that share a fold only for the first one. The others get
+    a copy that is thrown away; what did not go to plan there is kept, for the report.
+    """
     if os.environ.get("RANK", "0") == "0":
         yield directory
         return
-
-    def of_other_folds(folder: str, names: Sequence[str]) -> list[str]:
-        foreign = Path(folder).name.startswith("fold_") and Path(folder).name not in {
-            f"fold_{fold}" for fold in folds
-        }
-        return [
-            name
-            for name in names
-            if name.endswith((".lock", ".tmp")) or (foreign and name != "result.json")
-        ]
-
     with tempfile.TemporaryDirectory() as place:
-        copy = Path(place) / directory.name
-        shutil.copytree(directory, copy, ignore=of_other_folds)
-        content = json.loads((copy / "config.json").read_text(encoding="utf-8"))
-        content["config"]["output_dir"] = place
-        atomic_write(copy / "config.json", json.dumps(content))
+        copy = _copy_for_fold(directory, Path(place), folds)
         before = len(read_json_lines(copy / "events.jsonl"))
         try:
             yield copy
-        finally:  # what did not go to plan here belongs into the report, too
+        finally:
             for record in read_json_lines(copy / "events.jsonl")[before:]:
                 MetricLogger(directory / "events.jsonl").log(event=record["event"])
 
 
 def run_worker(
-    run: Run, folds: Sequence[int], stages: Sequence[str], progress: ProgressFile
+    run: Run,
+    folds: Sequence[int],
+    stages: Sequence[str],
+    progress: ProgressFile,
 ) -> None:
     """What a worker process does; ends it with status 75 after a request to stop."""
     setup_logging(run.directory, run.config.log_level, run.config.log_to_file)
@@ -7723,45 +12261,71 @@ def run_worker(
         LOGGER.warning("%s", error)
         sys.exit(INTERRUPTED)
     finally:
-        if rank_and_world_size()[1] > 1:
+        if process_count() > 1:
             torch.distributed.destroy_process_group()
 
 
-def main() -> None:
-    """Command line: `worker` (what run_folds starts) and `preflight` (settings from --config or the VQA_ variables)."""
+def command_parser() -> argparse.ArgumentParser:
+    """The command line: worker, preflight and settings."""
     parser = argparse.ArgumentParser(prog="vqa_helpers.py")
     commands = parser.add_subparsers(dest="command", required=True)
     worker = commands.add_parser("worker", help="run stages of a prepared run directory")
     worker.add_argument("--run", required=True, help="run directory")
     worker.add_argument("--folds", required=True, help="comma-separated fold numbers")
     worker.add_argument(
-        "--stages", default="train,predict", help=f"comma-separated, from {', '.join(STAGES)}"
+        "--stages",
+        default="train,predict",
+        help=f"comma-separated, from {', '.join(STAGES)}",
     )
     worker.add_argument("--name", default="0", help="number of the worker, for its progress file")
     worker.add_argument(
-        "--parent", type=int, default=0, help="stop, saving all, when this process ends; 0: do not"
+        "--parent",
+        type=int,
+        default=0,
+        help="stop, saving all, when this process ends; 0: do not",
     )
     check = commands.add_parser("preflight", help="try everything once on a few rows")
     check.add_argument(
-        "--config", help="JSON object of config fields; default: preset auto and the VQA_ variables"
+        "--config",
+        help="JSON object of config fields; default: preset auto and the VQA_ variables",
     )
-    options = parser.parse_args()
-    if options.command == "preflight":
-        config = Config(**json.loads(options.config)) if options.config else load_config()
-        stay_offline(config)
-        with tempfile.TemporaryDirectory() as folder:  # no features of few rows in the run's cache
-            facts = preflight(dataclasses.replace(config, cache_dir=folder))
-        sys.stdout.write(markdown_table(pd.DataFrame(facts["memory"])) + "\n")
-        sys.stdout.write(json.dumps(facts, ensure_ascii=False) + "\n")
-        return
-    folds, stages = [int(fold) for fold in options.folds.split(",")], options.stages.split(",")
-    progress = ProgressFile(Path(options.run) / f"progress_{options.name}.json", options.parent)
+    commands.add_parser("settings", help="list every setting and preset")
+    return parser
+
+
+def preflight_command(options: argparse.Namespace) -> None:
+    """Run `preflight` in this process; write the memory table, then all facts as JSON."""
+    config = Config(**json.loads(options.config)) if options.config else load_config()
+    stay_offline(config)
+    with tempfile.TemporaryDirectory() as folder:  # no features of few rows in the run's cache
+        facts = preflight(dataclasses.replace(config, cache_dir=folder))
+    sys.stdout.write(markdown_table(pd.DataFrame(facts["memory"])) + "\n")
+    sys.stdout.write(json.dumps(facts, ensure_ascii=False) + "\n")
+
+
+def worker_command(options: argparse.Namespace) -> None:
+    """Be a worker: what `run_folds` starts, also under `accelerate launch`."""
+    directory = Path(options.run)
+    folds = [int(fold) for fold in options.folds.split(",")]
+    stages = options.stages.split(",")
+    progress = ProgressFile(directory / f"progress_{options.name}.json", options.parent)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, progress.request_stop)
     hide_other_gpus()
-    with worker_directory(Path(options.run), folds) as directory:
+    with worker_directory(directory, folds) as writable:
         init_process_group()
-        run_worker(Run.open(directory), folds, stages, progress)
+        run_worker(Run.open(writable), folds, stages, progress)
+
+
+def main() -> None:
+    """Command line: `worker`, `preflight` and `settings`."""
+    options = command_parser().parse_args()
+    if options.command == "worker":
+        worker_command(options)
+    elif options.command == "preflight":
+        preflight_command(options)
+    else:
+        sys.stdout.write(settings_text())
 
 
 __all__ = [

@@ -1,26 +1,38 @@
-"""Fixtures on tiny real objects, the two markers, and their default: `gpu` and `slow` run only when asked for by -m."""
+"""Fixtures on tiny real objects, and the two markers: `gpu` and `slow` run only when -m asks."""
 
 import atexit
 import dataclasses
+import gc
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-import pandas as pd
+# Before torch is imported: tiny models gain nothing from a second thread, which would spin for
+# its core beside any other load.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "tests" / "benchmarks"))
+
+from competition_folder import Folder, copy_demo_rows  # noqa: E402
+from machine import Machine  # noqa: E402
+from running import quiet, run_all  # noqa: E402
+from twins import TINY, TWINS, build_twin  # noqa: E402
 
 import vqa_helpers as vqa  # noqa: E402
 
-# Temporary files, the cached vision features among them, also those of the workers that tests start.
-tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="vqa-tests-")
+# Temporary files, the cached vision features among them, also those of the workers of tests.
+tempfile.tempdir = tempfile.mkdtemp(prefix="vqa-tests-")
+os.environ["TMPDIR"] = tempfile.tempdir
 atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
-TINY = vqa.DEMO / "tiny_qwen3_vl"
-MARKERS = {"gpu": "needs a CUDA device", "slow": "takes more than a minute"}
+MARKERS = {
+    "gpu": "needs a CUDA device",
+    "slow": "takes more than a minute",
+}
 
 
 def pytest_configure(config):
@@ -28,123 +40,85 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{name}: {meaning}")
 
 
+def is_marked(item):
+    return any(item.get_closest_marker(name) for name in MARKERS)
+
+
 def pytest_collection_modifyitems(config, items):
+    """Without -m, marked tests are left out."""
     if config.getoption("-m"):
         return
-    left_out = [item for item in items if any(item.get_closest_marker(name) for name in MARKERS)]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=[item for item in items if is_marked(item)])
+    items[:] = [item for item in items if not is_marked(item)]
 
 
-# What the tiny twin of each family has beside the common shape: its config's class, then text and vision settings.
-MROPE = {"rope_type": "default", "rope_theta": 10000.0}
-TWINS = {
-    "qwen2_5_vl": (
-        "Qwen2_5_VLConfig",
-        {"rope_parameters": MROPE | {"mrope_section": [2, 3, 3]}},
-        {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]},
-    ),
-    "qwen3_vl_moe": (
-        "Qwen3VLMoeConfig",
-        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-        | {"rope_parameters": MROPE | {"mrope_section": [2, 3, 3]}},
-        {"patch_size": 16, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
-    ),
-    "qwen3_5": (
-        "Qwen3_5Config",
-        {
-            "head_dim": 16,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_key_heads": 2,
-        }
-        | {"linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
-        | {"rope_parameters": MROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}},
-        {"patch_size": 16, "num_position_embeddings": 64},
-    ),
-}
+# --- Around every test ----------------------------------------------------------------------------
 
 
-def build_twin(family: str, folder: Path) -> Path:
-    """A random model of that family, smaller than the demo's, with the demo's tokenizer and chat template."""
-    import torch
-    import transformers
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+@pytest.fixture(autouse=True)
+def quick_collection():
+    """Let the garbage collector pass over the libraries, as soon as they are loaded.
 
-    demo = transformers.AutoProcessor.from_pretrained(TINY)
-    token = demo.tokenizer.convert_tokens_to_ids
-    kind, more_text, more_vision = TWINS[family]
-    text = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    text |= {
-        "vocab_size": len(demo.tokenizer),
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    }
-    text |= {"pad_token_id": demo.tokenizer.pad_token_id, "bos_token_id": None}
-    text |= {"eos_token_id": demo.tokenizer.eos_token_id}
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": 64,
-    }
-    config = getattr(transformers, kind)(
-        text_config=text | more_text,
-        vision_config=vision | more_vision,
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    model = transformers.AutoModelForImageTextToText.from_config(config)
-    processor = demo
-    if family == "qwen2_5_vl":
-        images = Qwen2VLImageProcessor(patch_size=14)
-        tools = images, demo.tokenizer, demo.video_processor
-        processor = transformers.Qwen2_5_VLProcessor(*tools, chat_template=demo.chat_template)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    clear_memory collects often, and would walk through all that they have made: a third of a
+    second each time.
+    """
+    if "peft" in sys.modules and not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
 
 
-def perturb_adapter(model):
-    """LoRA starts as the identity; random weights make its gradients, and a swapped adapter, visible."""
-    import torch
-
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in vqa.trainable_parameters(model).values():
-            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def use_huggingfaces_forward(session):
-    """Take back what `remove_gpu_syncs` and `use_fast_layers` replaced in the model."""
-    inner = session.model.model
-    for module in (inner, inner.language_model, *session.decoder_layers):
-        for name in ("get_placeholder_mask", "_deepstack_process", "forward"):
-            vars(module).pop(name, None)
+@pytest.fixture(autouse=True)
+def quiet_logger():
+    """Take back what setup_logging did: tests do not write into each other's files or streams."""
+    yield
+    for handler in list(vqa.LOGGER.handlers):
+        vqa.LOGGER.removeHandler(handler)
+        handler.close()
+    vqa.LOGGER.propagate = True
 
 
-@pytest.fixture(scope="session")
-def model_folders(tmp_path_factory) -> dict[str, Path]:
-    """Family name -> folder of its tiny model."""
-    return {"qwen3_vl": TINY} | {
-        family: build_twin(family, tmp_path_factory.mktemp(family)) for family in TWINS
-    }
+@pytest.fixture
+def replace():
+    return dataclasses.replace
+
+
+# --- Competitions and machines --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def demo_rows() -> vqa.Competition:
     """The built-in demo competition, loaded once."""
     return vqa.load_competition(vqa.DEMO)
+
+
+@pytest.fixture(scope="session")
+def mini_data(tmp_path_factory) -> Path:
+    """A competition folder of 36 training and 12 test rows of the demo."""
+    return copy_demo_rows(tmp_path_factory.mktemp("mini"), train=36, test=12)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Folder:
+    """A little competition of four rows a split."""
+    return Folder(tmp_path)
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch) -> Machine:
+    """A platform for the notebook's first cells, without GPUs and without a competition."""
+    return Machine(tmp_path.resolve(), monkeypatch)
+
+
+# --- Models ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory) -> dict[str, Path]:
+    """Family name -> folder of its tiny model."""
+    folders = {"qwen3_vl": TINY}
+    for family in TWINS:
+        folders[family] = build_twin(family, tmp_path_factory.mktemp(family))
+    return folders
 
 
 @pytest.fixture
@@ -154,24 +128,40 @@ def demo_config(tmp_path) -> vqa.Config:
 
 @pytest.fixture(params=["qwen3_vl", "qwen2_5_vl"])
 def session(request, model_folders, demo_rows) -> vqa.Session:
-    """An open session of each family on the CPU; dropout 0, so that only the path matters."""
-    config = vqa.Config.preset(
-        "demo", model_id=str(model_folders[request.param]), label_smoothing=0.0
-    )
+    """An open session of each family on the CPU, without smoothing: only the path matters."""
+    model = str(model_folders[request.param])
+    config = vqa.Config.preset("demo", model_id=model, label_smoothing=0.0)
     return vqa.open_session(config, demo_rows.train.iloc[0])
 
 
-@pytest.fixture(scope="session")
-def mini_data(tmp_path_factory) -> Path:
-    """A competition folder of 36 training and 12 test rows of the demo."""
-    folder = tmp_path_factory.mktemp("mini")
-    for name, rows in (("train", 36), ("test", 12), ("sample_submission", 12)):
-        frame = pd.read_csv(vqa.DEMO / f"{name}.csv", dtype=str, keep_default_na=False).head(rows)
-        frame.to_csv(folder / f"{name}.csv", index=False)
-        for path in frame.get("path", ()):
-            (folder / path).parent.mkdir(exist_ok=True)
-            shutil.copy(vqa.DEMO / "images" / path, folder / path)
-    return folder
+@pytest.fixture
+def four_bits_on_the_cpu(monkeypatch):
+    """A quantised base model also without a GPU, which `load_model` refuses."""
+    import transformers
+
+    load_unquantised = vqa.load_model
+
+    def load(config, runtime):
+        if config.quantization == "none":
+            return load_unquantised(config, runtime)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
+            config.model_path,
+            quantization_config=vqa.quantization_config("4bit", "fp32"),
+            device_map={"": "cpu"},
+        )
+        return model.requires_grad_(False).eval()
+
+    monkeypatch.setattr(vqa, "load_model", load)
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+def start_run(config):
+    """The run of a config, with folds of its own competition."""
+    competition = vqa.load_competition(config.data_dir)
+    folds = vqa.make_folds(competition.train, config.n_folds, config.seed)
+    return vqa.start_run(config, competition, folds)
 
 
 @pytest.fixture
@@ -186,24 +176,45 @@ def mini_run(mini_data, tmp_path):
             "n_folds": 2,
             "max_fallback_share": 0.5,
         }
-        config = vqa.Config.preset("demo", **(settings | overrides))
-        competition = vqa.load_competition(config.data_dir)
-        folds = vqa.make_folds(competition.train, config.n_folds, config.seed)
-        return vqa.start_run(config, competition, folds)
+        return start_run(vqa.Config.preset("demo", **(settings | overrides)))
 
     return make
 
 
-@pytest.fixture
-def replace():
-    return dataclasses.replace
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, mini_data) -> vqa.Run:
+    """One small run, done by a real worker; tests may add reports to it, but change no scores."""
+    config = vqa.Config.preset(
+        "demo",
+        data_dir=str(mini_data),
+        output_dir=str(tmp_path_factory.mktemp("outputs")),
+        num_epochs=1,
+        n_folds=2,
+        tta_scales=(1.0, 1.5),
+        max_pixels=6 * 32 * 32,
+    )
+    run = start_run(config)
+    vqa.launch_workers(run, [((None,), [0, 1])], ["zeroshot", "train", "predict"])
+    return run
 
 
-@pytest.fixture(autouse=True)
-def quiet_logger():
-    """Take back what setup_logging did, so that tests do not write into each other's files or captured streams."""
-    yield
-    for handler in list(vqa.LOGGER.handlers):
-        vqa.LOGGER.removeHandler(handler)
-        handler.close()
-    vqa.LOGGER.propagate = True
+@pytest.fixture(scope="session")
+def with_final(tmp_path_factory, mini_data) -> vqa.Run:
+    """A run of two folds and the model on all rows, whose images and wordings change."""
+    folder = tmp_path_factory.mktemp("final")
+    config = vqa.Config.preset(
+        "demo",
+        data_dir=str(mini_data),
+        output_dir=str(folder / "outputs"),
+        cache_dir=str(folder / "cache"),
+        num_epochs=2,
+        n_folds=2,
+        max_fallback_share=0.5,
+        tta_rotations=2,
+        final_retrain=True,
+        augment_images=2,
+        paraphrases=4,
+    )
+    run = run_all(start_run(config))
+    vqa.run_stages(run, [run.final_fold], ["train", "predict"], quiet)
+    return run

@@ -1,18 +1,19 @@
-"""Break a small run in every way we know, run it again, and compare it with one that was left alone.
+"""Break a small run in every way we know, run it again, and compare it with an undisturbed one.
 
     python tests/faults.py                     # all faults, ten to fifteen minutes on two cores
-    python tests/faults.py --kills 1           # one kill in each kind of place: less than half of the time
+    python tests/faults.py --kills 1           # one kill in each kind of place: less than half
     python tests/faults.py --only checkpoint   # the cases whose name contains this
-    python tests/faults.py --demo              # three kills of the full demo, about fifteen minutes
+    python tests/faults.py --demo              # three kills of the full demo
 
-Each case runs the whole pipeline (zero-shot, two folds, test, submission) in a process of its own, injects one fault by
-patching from here (the module has no hooks), and starts it again without the fault. The second run must finish by
-itself, and its adapters, logits and submissions must be the same bytes as those of the undisturbed run.
+Each case runs the whole pipeline (zero-shot, two folds, test, submission) in a process of its own,
+injects one fault by patching from here (the module has no hooks), and starts it again without the
+fault. The second run must finish by itself, and its adapters, logits and submissions must be the
+same bytes as those of the undisturbed run.
 """
 
 import argparse
+import contextlib
 import dataclasses
-import multiprocessing
 import os
 import shutil
 import signal
@@ -24,173 +25,27 @@ from collections import Counter
 from pathlib import Path
 
 import pandas as pd
-import torch
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from competition_folder import copy_demo_rows  # noqa: E402
+from fault_run import (  # noqa: E402
+    FORK,
+    SETTINGS,
+    launch,
+    read_log,
+    results,
+    start,
+    steps_done,
+)
+
 import vqa_helpers as vqa  # noqa: E402
 
-SETTINGS = {
-    "num_epochs": 2,
-    "n_folds": 2,
-    "batch_size": 4,
-    "grad_accum_steps": 2,
-    "zeroshot_rows": 8,
-}
-SETTINGS |= {
-    "lora_dropout": 0.1,
-    "use_swa": True,
-    "tta_rotations": 2,
-    "infer_batch_size": 4,
-    "save_every_steps": 1,
-}
-SETTINGS |= {"max_fallback_share": 0.5}
-FORK = multiprocessing.get_context(
-    "fork"
-)  # the children share the parent's imports: nothing is computed before
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The small run
-# ---------------------------------------------------------------------------------------------------------------------
-def make_data(folder: Path) -> Path:
-    """A competition of 24 training and 8 test rows of the demo."""
-    for name, rows in (("train", 24), ("test", 8), ("sample_submission", 8)):
-        frame = pd.read_csv(vqa.DEMO / f"{name}.csv", dtype=str, keep_default_na=False).head(rows)
-        folder.mkdir(exist_ok=True)
-        frame.to_csv(folder / f"{name}.csv", index=False)
-        for path in frame.get("path", ()):
-            (folder / path).parent.mkdir(exist_ok=True)
-            shutil.copy(vqa.DEMO / "images" / path, folder / path)
-    return folder
-
-
-def run_all(data: Path, place: Path, overrides: dict) -> None:
-    """What Run all does, in this process."""
-    torch.set_num_threads(1)
-    places = {
-        "output_dir": str(place / "outputs"),
-        "run_name": "run",
-        "cache_dir": str(place / "cache"),
-    }
-    config = vqa.Config.preset("demo", data_dir=str(data), **{**SETTINGS, **places, **overrides})
-    competition = vqa.load_competition(config.data_dir, config.max_fallback_share)
-    folds = vqa.make_folds(competition.train, config.n_folds, config.seed)
-    run = vqa.start_run(config, competition, folds)
-    with run.lock_folds([0, 1]):
-        vqa.run_stages(run, [0], ["zeroshot"], lambda *_, **__: None)
-        vqa.run_stages(run, [0, 1], ["train", "predict"], lambda *_, **__: None)
-    vqa.write_submissions(run, vqa.evaluate_run(run))
-
-
-def results(place: Path) -> dict[str, bytes]:
-    """The files that must not depend on what happened on the way."""
-    run = place / "outputs" / "run"
-    patterns = (
-        "fold_*/adapter_*/adapter_model.safetensors",
-        "fold_*/oof.npz",
-        "fold_*/test.npz",
-        "submission_*.csv",
-    )
-    return {
-        str(path.relative_to(run)): path.read_bytes()
-        for pattern in patterns
-        for path in run.glob(pattern)
-    }
-
-
-def steps_done(place: Path) -> int:
-    """Optimizer steps that all processes of this place have taken."""
-    path = place / "steps"
-    return path.stat().st_size if path.exists() else 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Watching and killing from outside
-# ---------------------------------------------------------------------------------------------------------------------
-@dataclasses.dataclass
-class Watch:
-    """Counts the places where a kill would hurt, and kills this process at the chosen one."""
-
-    place: Path
-    kind: str = ""
-    number: int = -1
-    seen: Counter = dataclasses.field(default_factory=Counter)
-
-    def reached(self, kind: str) -> bool:
-        """Whether this is the chosen one; notes every kind for the plan of the cases."""
-        self.seen[kind] += 1
-        with (self.place / "events").open("a") as file:
-            file.write(f"{kind}\n")
-        return kind == self.kind and self.seen[kind] == self.number
-
-    def die_at(self, kind: str) -> None:
-        if self.reached(kind):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def before(self, owner, name: str, kind: str) -> None:
-        """Patch a function so that it can be the last one that is called."""
-        function = getattr(owner, name)
-
-        def watched(*arguments, **options):
-            self.die_at(kind)
-            return function(*arguments, **options)
-
-        setattr(owner, name, watched)
-
-    def install(self) -> None:
-        if (self.place / "keep one").exists():
-            vqa.CheckpointManager.__init__.__defaults__ = (1,)
-        write_file, step = vqa._write_file, vqa.FoldTrainer.after_step
-
-        def half_written(path: Path, content: bytes, durable: bool = True) -> None:
-            inside = "checkpoint file" if "checkpoints" in str(path) else "file"
-            if self.reached(f"in the middle of writing a {inside}"):
-                path.write_bytes(content[: len(content) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
-            write_file(path, content, durable)
-
-        def counted(trainer, epoch: int) -> None:
-            with (self.place / "steps").open("a") as file:
-                file.write("x")
-            step(trainer, epoch)
-            self.die_at("after an optimizer step")
-
-        vqa._write_file, vqa.FoldTrainer.after_step = half_written, counted
-        self.before(vqa.os, "replace", "before a rename")
-        self.before(vqa, "_fsync_folder", "after a rename")
-        self.before(vqa.shutil, "rmtree", "before a folder is removed")
-        self.before(vqa.CheckpointManager, "prune", "before pruning")
-        self.before(vqa, "training_loss", "in the middle of accumulation")
-        self.before(vqa.FoldTrainer, "end_epoch", "at the end of an epoch")
-        self.before(vqa.FoldTrainer, "finish", "after the last epoch")
-        self.before(vqa, "attach_lora", "between folds")
-        self.before(vqa.VisionCache, "compute", "during caching")
-        self.before(vqa, "score_batch", "during inference")
-        self.before(vqa, "select_weights", "before the weights are selected")
-
-
-def child(data: Path, place: Path, kind: str, number: int, overrides: dict) -> None:
-    place.mkdir(parents=True, exist_ok=True)
-    log = (place / "log").open("a")
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    Watch(place, kind, number).install()
-    run_all(data, place, overrides)
-
-
-def start(data: Path, place: Path, kind: str = "", number: int = -1, **overrides) -> int:
-    """Run in a process of its own; its exit code, negative for a signal."""
-    process = FORK.Process(target=child, args=(data, place, kind, number, overrides))
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Cases: what is done to a run before it is started again
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Cases: what is done to a run before it is started again --------------------------------------
+# Each takes the data and the place of the run, and returns settings of the second start.
 def killed(kind: str, number: int):
     """SIGKILL at the `number`th place of a kind."""
 
@@ -199,6 +54,10 @@ def killed(kind: str, number: int):
         return {}
 
     return break_it
+
+
+def kill_in_second_epoch(data: Path, place: Path) -> None:
+    assert start(data, place, "after an optimizer step", 3) == -signal.SIGKILL
 
 
 def killed_with_one_kept(kind: str, number: int):
@@ -212,23 +71,29 @@ def killed_with_one_kept(kind: str, number: int):
 
 
 def newest_checkpoint(place: Path) -> Path:
-    return max(
-        (place / "outputs" / "run").glob("fold_*/checkpoints/step_*"),
-        key=lambda path: path.stat().st_mtime,
-    )
+    checkpoints = (place / "outputs" / "run").glob("fold_*/checkpoints/step_*")
+    return max(checkpoints, key=lambda path: path.stat().st_mtime)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+DAMAGES = {"truncated": truncate, "bit-flipped": flip_a_bit, "deleted": Path.unlink}
 
 
 def damaged(name: str, damage: str):
-    """A kill in the second epoch, then one file of the newest checkpoint truncated, flipped or deleted."""
+    """A kill in the second epoch, then one file of the newest checkpoint damaged."""
 
     def break_it(data: Path, place: Path) -> dict:
-        assert start(data, place, "after an optimizer step", 3) == -signal.SIGKILL
-        path = newest_checkpoint(place) / name
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content[:-7] if damage == "truncated" else content)
-        if damage == "deleted":
-            path.unlink()
+        kill_in_second_epoch(data, place)
+        DAMAGES[damage](newest_checkpoint(place) / name)
         return {}
 
     return break_it
@@ -236,13 +101,14 @@ def damaged(name: str, damage: str):
 
 def littered(data: Path, place: Path) -> dict:
     """A kill, and temporary files and folders of earlier ones lying around."""
-    assert start(data, place, "after an optimizer step", 3) == -signal.SIGKILL
+    kill_in_second_epoch(data, place)
     checkpoints = newest_checkpoint(place).parent
     (checkpoints / ".incomplete-old").mkdir()
     (checkpoints / ".incomplete-old" / "state.pt").write_bytes(b"half")
     (checkpoints.parents[1] / ".folds.csv.1.tmp").write_bytes(b"half")
     (place / "cache").mkdir(exist_ok=True)
-    (next((place / "cache").iterdir()) / ".shard.1.tmp").write_bytes(b"half")
+    first_cache, *_ = (place / "cache").iterdir()
+    (first_cache / ".shard.1.tmp").write_bytes(b"half")
     return {}
 
 
@@ -253,37 +119,41 @@ def damaged_afterwards(pattern: str):
         assert start(data, place, "before the weights are selected", 1) == -signal.SIGKILL
         paths = list(place.glob(pattern))
         assert paths, f"nothing matches {pattern}"
-        for path in paths:  # all of them: which kind of weights will be selected is not known yet
-            content = bytearray(path.read_bytes())
-            content[len(content) // 2] ^= 1
-            path.write_bytes(content)
+        for path in paths:  # all of them: which weights will be selected is not known yet
+            flip_a_bit(path)
         return {}
 
     return break_it
 
 
-def full_disk(data: Path, place: Path) -> dict:
-    """A file system too small for the second checkpoint; then the run moves to a larger one."""
-    small = place / "small"
-    small.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", small], check=True)
+@contextlib.contextmanager
+def small_disk(place: Path):
+    """A file system too small for the second checkpoint."""
+    disk = place / "small"
+    disk.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", disk], check=True)
     try:
-        assert start(data, place, output_dir=str(small)) == 1
-        said = (place / "log").read_text()
-        assert "the disk is full" in said and "bytes are needed" in said and "are free" in said, (
-            said[-500:]
-        )
-        manager = vqa.CheckpointManager(small / "run" / "fold_0" / "checkpoints")
-        assert manager.latest_verified() is not None, "the old checkpoint is lost"
-        shutil.copytree(small / "run", place / "outputs" / "run")
+        yield disk
     finally:
-        subprocess.run(["umount", small], check=True)
+        subprocess.run(["umount", disk], check=True)
+
+
+def full_disk(data: Path, place: Path) -> dict:
+    """The disk is full at the second checkpoint; then the run moves to a larger one."""
+    with small_disk(place) as disk:
+        assert start(data, place, output_dir=str(disk)) == 1
+        log = read_log(place)
+        for part in ("the disk is full", "bytes are needed", "are free"):
+            assert part in log, log[-500:]
+        manager = vqa.CheckpointManager(disk / "run" / "fold_0" / "checkpoints")
+        assert manager.latest_verified() is not None, "the old checkpoint is lost"
+        shutil.copytree(disk / "run", place / "outputs" / "run")
     return {}
 
 
 def read_only_session(data: Path, place: Path) -> dict:
-    """The output of a killed session, attached read-only to a new one that starts in an empty folder."""
-    assert start(data, place, "after an optimizer step", 3) == -signal.SIGKILL
+    """The output of a killed session, attached read-only to one that starts in an empty folder."""
+    kill_in_second_epoch(data, place)
     mount = place / "input" / "old-notebook"
     mount.mkdir(parents=True)
     shutil.move(place / "outputs", mount / "outputs")
@@ -292,192 +162,209 @@ def read_only_session(data: Path, place: Path) -> dict:
     return {"resume_from": (str(place / "input"),)}
 
 
-def kill_the_worker(data: Path, place: Path) -> dict:
-    """A real worker process, killed from outside while it trains."""
-    kill_when(data, place, "checkpoints", parent_too=False)
+def kill_the_workers(data: Path, place: Path) -> dict:
+    """Real worker processes, killed from outside while they train."""
+    process, workers = launch_until_a_checkpoint(data, place)
+    for worker in workers:
+        worker.kill()
+    process.join()
+    psutil.wait_procs(workers)
     return {}
 
 
 def kill_the_notebook(data: Path, place: Path) -> dict:
-    """The process that started the worker is killed; the worker notices, saves and ends."""
-    kill_when(data, place, "checkpoints", parent_too=True)
+    """The process that started the workers is killed; they notice, save and end."""
+    process, workers = launch_until_a_checkpoint(data, place)
+    process.kill()
+    process.join()
+    psutil.wait_procs(workers)
     return {}
 
 
-def kill_when(data: Path, place: Path, sign: str, parent_too: bool) -> None:
-    """Kill the worker, or the process that started it, once a checkpoint is there."""
+def launch_until_a_checkpoint(data: Path, place: Path):
+    """A process that has started workers, and the workers, of which one has just saved."""
     process = FORK.Process(target=launch, args=(data, place))
     process.start()
     deadline = time.monotonic() + 240
-    while not list((place / "outputs").glob(f"run/fold_*/{sign}/step_*")):
-        assert time.monotonic() < deadline and process.is_alive(), (place / "log").read_text()[
-            -800:
-        ]
+    while not list((place / "outputs").glob("run/fold_*/checkpoints/step_*")):
+        assert time.monotonic() < deadline, read_log(place)[-800:]
+        assert process.is_alive(), read_log(place)[-800:]
         time.sleep(0.02)
-    if parent_too:
-        process.kill()
-    else:
-        command = ["pkill", "-KILL", "-f", f"worker --run {place / 'outputs' / 'run'}"]
-        subprocess.run(command, check=True)
-    process.join()
-    while subprocess.run(
-        ["pgrep", "-f", f"worker --run {place / 'outputs' / 'run'}"],
-        check=False,
-        capture_output=True,
-    ).stdout:
-        time.sleep(0.1)
+    return process, psutil.Process(process.pid).children()
 
 
-def launch(data: Path, place: Path) -> None:
-    """As the notebook does: the stages run in a worker process."""
-    place.mkdir(parents=True, exist_ok=True)
-    log = (place / "log").open("a")
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    places = {
-        "output_dir": str(place / "outputs"),
-        "run_name": "run",
-        "cache_dir": str(place / "cache"),
-    }
-    config = vqa.Config.preset("demo", data_dir=str(data), **{**SETTINGS, **places})
-    competition = vqa.load_competition(config.data_dir, config.max_fallback_share)
-    run = vqa.start_run(
-        config, competition, vqa.make_folds(competition.train, config.n_folds, config.seed)
-    )
-    os.environ["OMP_NUM_THREADS"] = "1"  # the bits of the reference
-    vqa.run_zeroshot(run)
-    vqa.run_folds(run.config)
-
-
-def kill_cases(events: Counter, most: int) -> dict:
-    """Up to `most` evenly spaced kills of every kind of place that the undisturbed run has passed."""
-    cases = {}
-    for kind, count in sorted(events.items()):
-        numbers = sorted({round(1 + part * (count - 1) / max(1, most - 1)) for part in range(most)})
-        cases |= {
-            f"SIGKILL {kind}, {number} of {count}": killed(kind, number) for number in numbers
-        }
-    return cases
-
-
-FILES = ("tensors.safetensors", "state.pt", "metadata.json", "manifest.json")
 OTHER_CASES = {
-    **{f"{name} of the newest checkpoint {how}": damaged(name, how) for name in FILES for how in
-       ("truncated", "bit-flipped", "deleted")},
     "SIGKILL before pruning, one kept checkpoint": killed_with_one_kept("before pruning", 4),
-    "SIGKILL while pruning, one kept checkpoint": killed_with_one_kept("before a folder is removed", 4),
+    "SIGKILL while pruning, one kept checkpoint": killed_with_one_kept(
+        "before a folder is removed", 4
+    ),
     "SIGKILL in a checkpoint file, one kept checkpoint": killed_with_one_kept(
         "in the middle of writing a checkpoint file", 15
     ),
     "stale temporary files": littered,
-    "a finished adapter bit-flipped": damaged_afterwards("outputs/run/fold_0/adapter_*/adapter_model.safetensors"),
+    "a finished adapter bit-flipped": damaged_afterwards(
+        "outputs/run/fold_0/adapter_*/adapter_model.safetensors"
+    ),
     "cached features bit-flipped": damaged_afterwards("cache/*/*.safetensors"),
     "a full disk": full_disk,
     "a read-only earlier session": read_only_session,
-    "SIGKILL of a worker": kill_the_worker,
+    "SIGKILL of a worker": kill_the_workers,
     "SIGKILL of the notebook": kill_the_notebook,
-}  # fmt: skip
+}
 
 
-def run_case(name: str, break_it, data: Path, folder: Path, reference: dict, steps: int) -> dict:
+def damage_cases() -> dict:
+    """Every file of the newest checkpoint, damaged in every way."""
+    cases = {}
+    for name in ("tensors.safetensors", "state.pt", "metadata.json", "manifest.json"):
+        for damage in DAMAGES:
+            cases[f"{name} of the newest checkpoint {damage}"] = damaged(name, damage)
+    return cases
+
+
+def kill_cases(events: Counter, most: int) -> dict:
+    """Up to `most` evenly spaced kills of every kind of place that the undisturbed run passed."""
+    cases = {}
+    for kind, count in sorted(events.items()):
+        spacing = (count - 1) / max(1, most - 1)
+        numbers = {round(1 + part * spacing) for part in range(most)}
+        for number in sorted(numbers):
+            cases[f"SIGKILL {kind}, {number} of {count}"] = killed(kind, number)
+    return cases
+
+
+def demo_cases(events: Counter) -> dict:
+    """Three kills, each in the middle of what it interrupts."""
+    cases = {}
+    for kind in (
+        "after an optimizer step",
+        "in the middle of writing a checkpoint file",
+        "during inference",
+    ):
+        number = events[kind] // 2
+        cases[f"SIGKILL {kind}, {number}"] = killed(kind, number)
+    return cases
+
+
+# --- Running and telling --------------------------------------------------------------------------
+@dataclasses.dataclass
+class Reference:
+    """The undisturbed run."""
+
+    data: Path
+    folder: Path  # of the places of all runs
+    files: dict[str, bytes]
+    steps: int
+    events: Counter  # places where a kill would hurt, by kind
+
+
+def undisturbed(data: Path, folder: Path) -> Reference:
+    place = folder / "reference"
+    assert start(data, place) == 0, read_log(place)
+    events = Counter((place / "events").read_text().splitlines())
+    return Reference(data, folder, results(place), steps_done(place), events)
+
+
+def run_case(name: str, break_it, reference: Reference) -> dict:
     """Break a run, start it again, compare; a row of the table."""
-    place = Path(tempfile.mkdtemp(dir=folder))
+    place = Path(tempfile.mkdtemp(dir=reference.folder))
+    row = {"fault": name, "outcome": "finished", "byte-equal": False, "steps lost": 0}
     try:
-        overrides = break_it(data, place)
-        status = start(data, place, **overrides)
-        outcome = (
-            "finished"
-            if status == 0
-            else f"exit status {status}: {(place / 'log').read_text()[-3000:]}"
-        )
-        same = results(place) == reference
-        lost = max(
-            0, steps_done(place) - steps
-        )  # a worker's steps, in another process, are not counted
-    except (
-        Exception
-    ) as error:  # a case that cannot be staged is a failure to show, not the end of the others
-        outcome, same, lost = f"{type(error).__name__}: {error}", False, 0
+        overrides = break_it(reference.data, place)
+        status = start(reference.data, place, **overrides)
+        if status != 0:
+            row["outcome"] = f"exit status {status}: {read_log(place)[-3000:]}"
+        row["byte-equal"] = results(place) == reference.files
+        row["steps lost"] = max(0, steps_done(place) - reference.steps)
+    except Exception as error:  # a case that cannot be staged is shown, and the others go on
+        row["outcome"] = f"{type(error).__name__}: {error}"
     subprocess.run(["chmod", "-R", "u+w", place], check=True)
     shutil.rmtree(place)
-    return {"fault": name, "outcome": outcome, "byte-equal": same, "steps lost": lost}
+    return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cases at a time")
-    parser.add_argument("--only", default="", help="run the cases whose name contains this")
-    parser.add_argument(
-        "--kills", type=int, default=4, help="at most so many in each kind of place, evenly spaced"
-    )
-    parser.add_argument(
-        "--demo", action="store_true", help="three kills of the whole demo, one at a time"
-    )
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="faults-") as name:
-        folder, began = Path(name), time.time()
-        data = vqa.DEMO if options.demo else make_data(folder / "data")
-        if options.demo:
-            SETTINGS.clear()
-            options.jobs = 1
-        assert start(data, folder / "reference") == 0, (folder / "reference" / "log").read_text()
-        reference, steps = results(folder / "reference"), steps_done(folder / "reference")
-        events = Counter((folder / "reference" / "events").read_text().splitlines())
-        print(
-            f"undisturbed run: {time.time() - began:.0f} s, {steps} optimizer steps, {len(reference)} files compared"
-        )
-        common = (data, folder, reference, steps)
-        cases = {
-            case: fault
-            for case, fault in (kill_cases(events, options.kills) | OTHER_CASES).items()
-            if options.only in case
-        }
-        if options.demo:
-            kinds = (
-                "after an optimizer step",
-                "in the middle of writing a checkpoint file",
-                "during inference",
-            )
-            middle = {kind: events[kind] // 2 for kind in kinds}
-            cases = {
-                f"SIGKILL {kind}, {number}": killed(kind, number) for kind, number in middle.items()
-            }
-        rows, queue = [], FORK.Queue()
-        waiting, running = list(cases.items()), 0
-        while waiting or running:
-            while waiting and running < options.jobs:
-                FORK.Process(
-                    target=lambda *case: queue.put(run_case(*case)), args=(*waiting.pop(0), *common)
-                ).start()
-                running += 1
-            rows.append(queue.get())
-            running -= 1
-            print(" | ".join(map(str, rows[-1].values())), flush=True)
-    table = pd.DataFrame(rows)
+def put_row(queue, name: str, break_it, reference: Reference) -> None:
+    queue.put(run_case(name, break_it, reference))
+
+
+def run_cases(cases: dict, reference: Reference, jobs: int) -> pd.DataFrame:
+    """All cases, so many at a time, each in a process of its own; printed as they end."""
+    rows = []
+    queue = FORK.Queue()
+    waiting = list(cases.items())
+    running = 0
+    while waiting or running:
+        while waiting and running < jobs:
+            name, break_it = waiting.pop(0)
+            FORK.Process(target=put_row, args=(queue, name, break_it, reference)).start()
+            running += 1
+        row = queue.get()
+        running -= 1
+        rows.append(row)
+        print(" | ".join(map(str, row.values())), flush=True)
+    return pd.DataFrame(rows)
+
+
+def judge(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with what is good of it, and the kind of each fault."""
     interval = SETTINGS.get("save_every_steps", vqa.Config.save_every_steps)
-    table["good"] = (
-        (table["outcome"] == "finished") & table["byte-equal"] & (table["steps lost"] <= interval)
-    )
-    table["kind"] = (
-        table["fault"]
-        .str.split(",")
-        .str[0]
-        .str.replace(r"^\S+ of the newest", "a file of the newest", regex=True)
-    )
+    finished = table["outcome"] == "finished"
+    few_lost = table["steps lost"] <= interval
+    kind = table["fault"].str.split(",").str[0]
+    kind = kind.str.replace(r"^\S+ of the newest", "a file of the newest", regex=True)
+    return table.assign(good=finished & table["byte-equal"] & few_lost, kind=kind)
+
+
+def by_kind(table: pd.DataFrame) -> pd.DataFrame:
     grouped = table.groupby("kind").agg(
         faults=("good", "size"),
         same_bytes_after_the_second_run=("good", "sum"),
         steps_lost_at_most=("steps lost", "max"),
     )
+    return grouped.rename(columns=lambda name: name.replace("_", " "))
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cases at a time")
+    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument(
+        "--kills", type=int, default=4, help="at most so many in each kind of place"
+    )
+    parser.add_argument("--demo", action="store_true", help="three kills of the whole demo")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    began = time.time()
+    with tempfile.TemporaryDirectory(prefix="faults-") as name:
+        folder = Path(name)
+        if options.demo:
+            SETTINGS.clear()
+            reference = undisturbed(vqa.DEMO, folder)
+            cases = demo_cases(reference.events)
+            jobs = 1
+        else:
+            data = copy_demo_rows(folder / "data", train=24, test=8)
+            reference = undisturbed(data, folder)
+            all_cases = {
+                **kill_cases(reference.events, options.kills),
+                **damage_cases(),
+                **OTHER_CASES,
+            }
+            cases = {case: fault for case, fault in all_cases.items() if options.only in case}
+            jobs = options.jobs
+        print(
+            f"undisturbed run: {time.time() - began:.0f} s, {reference.steps} optimizer steps, "
+            f"{len(reference.files)} files compared"
+        )
+        table = judge(run_cases(cases, reference, jobs))
+    print("", vqa.markdown_table(by_kind(table)), "", sep="\n")
     kills = table["fault"].str.startswith("SIGKILL").sum()
-    print(
-        "",
-        vqa.markdown_table(grouped.rename(columns=lambda name: name.replace("_", " "))),
-        sep="\n",
-    )
-    print(
-        f"\n{len(table)} faults, {kills} of them kills; {(~table['good']).sum()} bad; {time.time() - began:.0f} s"
-    )
+    bad = (~table["good"]).sum()
+    seconds = time.time() - began
+    print(f"{len(table)} faults, {kills} of them kills; {bad} bad; {seconds:.0f} s")
     sys.exit(not table["good"].all())
 
 

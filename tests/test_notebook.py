@@ -1,16 +1,17 @@
-"""The notebook runs from top to bottom on the demo, and keeps its own rules."""
+"""The notebook runs from top to bottom on the demo, keeps its own rules, and finds its module."""
 
 import ast
 import json
-import os
 import re
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import nbformat
 import pandas as pd
 import pytest
+from machine import COLAB, DRIVE, FIND, IMPORT
 from nbclient import NotebookClient
-from packaging.requirements import Requirement
 
 import vqa_helpers as vqa
 
@@ -29,32 +30,34 @@ def executed(tmp_path_factory, mini_data):
         "use_ema": False,
     }
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    names = {
+    environment = {
         "VQA_PRESET": "demo",
         "VQA_OUTPUT_DIR": str(folder),
         "VQA_OVERRIDES": json.dumps(overrides),
+        "VQA_DATA_DIR": str(mini_data),
     }
-    names |= {"VQA_DATA_DIR": str(mini_data)}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        NotebookClient(
-            notebook, timeout=400, resources={"metadata": {"path": str(vqa.HERE)}}
-        ).execute()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    resources = {"metadata": {"path": str(vqa.HERE)}}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        NotebookClient(notebook, timeout=400, resources=resources).execute()
     return notebook, folder
 
 
-def outputs(notebook, kind):
+def outputs(notebook):
+    """What the cells have shown and printed, in order."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    return [
-        output["data"][kind]
-        for cell in cells
-        for output in cell.outputs
-        if kind in output.get("data", {})
-    ]
+    return [output for cell in cells for output in cell.outputs]
+
+
+def shown(notebook, kind):
+    """The outputs of this media type."""
+    all_data = [output.get("data", {}) for output in outputs(notebook)]
+    return [data[kind] for data in all_data if kind in data]
+
+
+def printed(notebook):
+    return [output.text for output in outputs(notebook) if output.output_type == "stream"]
 
 
 def test_the_notebook_writes_everything_it_promises(executed, mini_data):
@@ -73,43 +76,50 @@ def test_the_notebook_writes_everything_it_promises(executed, mini_data):
 
 def test_the_notebook_shows_figures_korean_questions_and_no_error(executed):
     notebook, _ = executed
-    assert len(outputs(notebook, "image/png")) >= 7
-    pages = "".join(outputs(notebook, "text/html"))
+    pages = "".join(shown(notebook, "text/html"))
+    assert len(re.findall(r'<img alt="[^"]{5,}" src="data:image/png', pages)) >= 7
     assert re.search("[가-힣]{2}.*<img|<img.*[가-힣]{2}", pages)
-    streams = [
-        out.text
-        for cell in notebook.cells
-        for out in cell.get("outputs", ())
-        if out.output_type == "stream"
-    ]
-    assert not any("Traceback" in text or "Warning" in text for text in streams)
+    for text in printed(notebook):
+        assert "Traceback" not in text
+        assert "Warning" not in text
+
+
+def test_every_image_of_the_notebook_has_a_text_in_its_place(executed):
+    notebook, _ = executed
+    pages = "".join(shown(notebook, "text/html"))
+    assert pages.count("<img ") == pages.count("<img alt=")
+    assert not shown(notebook, "image/png")
+
+
+def test_the_notebook_shows_the_verdict_and_only_the_settings_that_differ(executed):
+    notebook, _ = executed
+    pages = shown(notebook, "text/html")
+    assert any("Accuracy to expect on the leaderboard" in page for page in pages)
+    (settings,) = [page for page in pages if "<details>" in page and "num_epochs" in page]
+    above, folded = settings.split("<details>")
+    assert "num_epochs" in above
+    assert "weight_decay" not in above
+    assert "weight_decay" in folded
 
 
 def test_the_notebook_says_why_it_runs_that_preset_and_what_memory_is_computed(executed):
     notebook, _ = executed
-    streams = [
-        out.text
-        for cell in notebook.cells
-        for out in cell.get("outputs", ())
-        if out.output_type == "stream"
-    ]
-    assert any("preset demo: chosen by name" in text for text in streams)
-    (table,) = [
-        page for page in outputs(notebook, "text/html") if "memory of one training pass" in page
-    ]
-    assert "computed GiB" in table and "measured GiB" in table and "NaN" not in table
+    assert any("preset demo: chosen by name" in text for text in printed(notebook))
+    pages = shown(notebook, "text/html")
+    (table,) = [page for page in pages if "memory of one training pass" in page]
+    assert "computed GiB" in table
+    assert "measured GiB" in table
+    assert "NaN" not in table
 
 
 def test_the_notebook_process_never_initialises_cuda_or_loads_the_model(executed):
     """`load_model` and everything on a GPU belong to workers."""
-    source = "\n".join(cell.source for cell in executed[0].cells if cell.cell_type == "code")
+    notebook, _ = executed
+    source = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     source = re.sub(r"^%.*$", "", source, flags=re.M)
-    called = {
-        node.func.attr
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Call) and hasattr(node.func, "attr")
-    }
-    assert not called & {
+    calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    called = {function.attr for function in calls if isinstance(function, ast.Attribute)}
+    of_workers = {
         "load_model",
         "open_session",
         "train_fold",
@@ -117,60 +127,97 @@ def test_the_notebook_process_never_initialises_cuda_or_loads_the_model(executed
         "seed_everything",
         "cuda",
     }
+    assert not called & of_workers
 
 
 def test_cells_are_small_define_nothing_and_have_a_sentence_before_them():
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     for index, cell in enumerate(cells):
-        source = "".join(cell["source"])
         if cell["cell_type"] != "code":
             continue
-        assert source.count("\n") < 16 and not re.search(r"^(def|class) ", source, re.M), index
-        assert cells[index - 1]["cell_type"] == "markdown" and not cell["outputs"], index
-    assert sum("parameters" in cell["metadata"].get("tags", []) for cell in cells) == 1
+        source = "".join(cell["source"])
+        assert source.count("\n") < 16, index
+        assert not re.search(r"^(def|class) ", source, re.M), index
+        assert cells[index - 1]["cell_type"] == "markdown", index
+        assert not cell["outputs"], index
+    tags = [tag for cell in cells for tag in cell["metadata"].get("tags", [])]
+    assert tags.count("parameters") == 1
 
 
-def test_notebook_and_module_have_one_version():
-    assert f'"{vqa.__version__}"' in NOTEBOOK.read_text(encoding="utf-8").replace('\\"', '"')
+# --- Its first cells ------------------------------------------------------------------------------
 
 
-def test_requirements_ask_for_the_notebooks_own_minimum_versions():
-    lines = (vqa.HERE / "requirements.txt").read_text().splitlines()
-    wanted = {
-        Requirement(line).name: Requirement(line).specifier
-        for line in lines
-        if line and line[0] != "#"
-    }
-    for name, version in vqa.MINIMUM_VERSIONS.items():
-        assert str(wanted[name]) == f">={version}"
+HELPER_FOLDERS = {
+    "beside the notebook": "kaggle/working",
+    "dataset": "kaggle/input/vqa-helpers",
+    "dataset with its owner": "kaggle/input/datasets/me/vqa-helpers",
+    "zipped project as a dataset": "kaggle/input/vqa-project/project",
+    "zipped project, two folders deeper": (
+        "kaggle/input/datasets/me/vqa-project/project-main/project"
+    ),
+    "utility script": "kaggle/usr/lib/notebooks/me/vqa-helpers",
+    "uploaded to Colab": "content",
+    "Colab clone": "content/vqa-project",
+    "Drive": "content/drive/MyDrive",
+    "folder on Drive": "content/drive/MyDrive/vqa-project",
+}
 
 
-def test_missing_and_old_packages_are_named():
-    minimum = {"pandas": "1.0", "transformers": "999.0", "no-such-package": "1.2"}
-    assert vqa.missing_requirements(minimum) == ["transformers>=999.0", "no-such-package>=1.2"]
+@pytest.mark.parametrize("folder", HELPER_FOLDERS.values(), ids=HELPER_FOLDERS)
+def test_the_helper_is_found_and_named(machine, capsys, folder):
+    path = machine.helper(folder)
+    assert machine.run(FIND, IMPORT).vqa.__file__ == str(path)
+    assert capsys.readouterr().out == f"vqa_helpers {vqa.__version__}: {path}\n"
 
 
-def test_readme_and_ci_run_the_same_two_commands():
-    readme = (vqa.HERE / "README.md").read_text(encoding="utf-8")
-    script = (vqa.HERE / ".ci" / "run").read_text(encoding="utf-8")
-    commands = [
-        line
-        for line in readme.splitlines()
-        if line.startswith("pip install -r requirements.txt && ")
-    ]
-    assert len(commands) == 2
-    for command in commands:
-        assert command.removeprefix("pip install -r requirements.txt && ") in script
+def test_without_a_helper_the_error_says_where_it_looked_and_what_to_do(machine):
+    with pytest.raises(FileNotFoundError) as caught:
+        machine.run(FIND)
+    message = str(caught.value)
+    assert str(Path.cwd()) in message
+    assert "/kaggle/input/*/'" in message
+    assert "/kaggle/usr/lib/notebooks/*/*/'" in message
+    assert "/content/drive/MyDrive/*/'" in message
+    assert message.endswith("upload it, or Add Input on Kaggle")
 
 
-def test_top_level_holds_nothing_but_the_agreed_files():
-    allowed = {
-        "Kaggle_AllInOne.ipynb",
-        "vqa_helpers.py",
-        "requirements.txt",
-        "tests",
-        "data",
-        "README.md",
-        "outputs",
-    }
-    assert {path.name for path in Path(vqa.HERE).iterdir() if path.name[0] not in "._"} <= allowed
+def test_stale_helpers_are_all_named_with_their_versions(machine):
+    first = machine.helper(version="0.0.7")
+    second = machine.helper("kaggle/input/old", version="0.0.8")
+    with pytest.raises(ImportError) as caught:
+        machine.run(FIND, IMPORT)
+    message = str(caught.value)
+    assert f"{vqa.__version__} is needed" in message
+    assert f"{first} is 0.0.7, {second} is 0.0.8" in message
+    assert "update it there" in message
+
+
+def test_the_right_version_wins_over_a_stale_copy_before_it(machine):
+    machine.helper(version="0.0.7")
+    path = machine.helper("kaggle/input/datasets/me/vqa-helpers")
+    machine.helper("kaggle/usr/lib/notebooks/me/vqa-helpers")
+    assert machine.run(FIND, IMPORT).vqa.__file__ == str(path)
+
+
+def test_a_copy_loaded_earlier_in_the_session_is_replaced(machine):
+    machine.monkeypatch.setitem(sys.modules, "vqa_helpers", ModuleType("vqa_helpers"))
+    path = machine.helper("content")
+    assert machine.run(FIND, IMPORT).vqa.__file__ == str(path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "mounted"),
+    [
+        ({}, []),
+        ({"VQA_MOUNT_DRIVE": "1"}, ["/content/drive"]),
+    ],
+)
+def test_drive_is_mounted_only_when_asked(machine, asked, mounted):
+    calls = []
+    colab = ModuleType("google.colab")
+    colab.drive = SimpleNamespace(mount=calls.append)
+    machine.monkeypatch.setitem(sys.modules, "google.colab", colab)
+    machine.monkeypatch.setitem(sys.modules, "google", ModuleType("google"))
+    machine.environment(**COLAB, **asked)
+    machine.run(DRIVE)
+    assert calls == [f"{machine.root}{place}" for place in mounted]

@@ -1,8 +1,12 @@
-"""Print the demo's ladder with its intervals, and score it against its hidden answers beside two controls.
+"""Print the demo's ladder with its intervals, and score it against its hidden answers.
 
-    python tests/benchmarks/leaderboard.py              # a finished run in outputs/ is reused, else made first
-    python tests/benchmarks/leaderboard.py --controls   # grey images, shuffled answers: two more runs
-    python tests/benchmarks/leaderboard.py --seeds 7    # a second run with that seed, and both combined
+    python tests/benchmarks/leaderboard.py              # the demo's run in outputs/
+    python tests/benchmarks/leaderboard.py --controls   # grey images, shuffled answers: two more
+    python tests/benchmarks/leaderboard.py --seeds 7    # a run with that seed, and both combined
+
+Prints the ladder; accuracy and NLL of the base model, each fold, their ensemble and the OOF rows;
+accuracy by question type. It runs on any machine. Every run that is not there yet is trained, each
+as long as the demo; a control trains one fold only.
 
 The answers in data/test_answers.csv are read here only; no line of the pipeline opens them.
 """
@@ -11,6 +15,7 @@ import argparse
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import vqa_helpers as vqa
 
 
+# === Runs of the demo (other benchmarks use these, too) ===========================================
 def finished_run(**fields) -> vqa.Run:
     """The demo's run with these settings, trained and predicted if it is not there yet."""
     config = vqa.load_config("demo", fields, environ={})
@@ -34,66 +40,78 @@ def finished_run(**fields) -> vqa.Run:
 
 
 def hidden_labels(run: vqa.Run) -> np.ndarray:
-    answers = pd.read_csv(vqa.DEMO / "test_answers.csv", dtype=str).set_index("id")["answer"]
+    """(n,) numbers of the right choices of the test rows."""
+    table = pd.read_csv(vqa.DEMO / "test_answers.csv", dtype=str)
+    answers = table.set_index("id")["answer"]
     return answers[run.test["id"]].map(vqa.CHOICES.index).to_numpy()
 
 
+def copy_demo(folder: Path) -> Path:
+    """A copy of the demo's competition files, without its model and scripts."""
+    unwanted = shutil.ignore_patterns("tiny_qwen3_vl", "*.py", "__pycache__")
+    shutil.copytree(vqa.DEMO, folder, ignore=unwanted)
+    return folder
+
+
+# === Scores on the hidden answers =================================================================
 def base_probabilities(run: vqa.Run) -> np.ndarray:
-    """The untouched base model on the test rows, in-process."""
+    """(n, 4) of the untouched base model on the test rows, computed in this process."""
     session = vqa.open_session(run.config, run.train.iloc[0])
-    return vqa.softmax(vqa.predict_logits(session, run.test, [vqa.TTAView("rotation 0")])[:, 0])
+    logits = vqa.predict_logits(session, run.test, [vqa.TTAView("rotation 0")])
+    return vqa.softmax(logits[:, 0])
 
 
 def score_table(run: vqa.Run) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(accuracy and NLL of base, each fold, ensemble and OOF; ensemble accuracy by question type)."""
-    evaluation, labels = vqa.evaluate_run(run), hidden_labels(run)
-    folds = vqa.predict_test(run, evaluation)
-    ensemble = vqa.average_probabilities(np.stack(list(folds.values())))
-    members = {
-        "base model": base_probabilities(run),
-        **{f"fold {fold}": p for fold, p in folds.items()},
-    }
-    rows = {
-        name: vqa.score_row(p, labels) for name, p in (members | {"ensemble": ensemble}).items()
-    }
+    """(scores of base, each fold, ensemble and OOF; ensemble accuracy by question type)."""
+    evaluation = vqa.evaluate_run(run)
+    labels = hidden_labels(run)
+    fold_probabilities = vqa.predict_test(run, evaluation)
+    ensemble = vqa.average_probabilities(np.stack(list(fold_probabilities.values())))
+    rows = {"base model": vqa.score_row(base_probabilities(run), labels)}
+    for fold, probabilities in fold_probabilities.items():
+        rows[f"fold {fold}"] = vqa.score_row(probabilities, labels)
+    rows["ensemble"] = vqa.score_row(ensemble, labels)
     rows["OOF"] = vqa.score_row(evaluation.probabilities, evaluation.oof.labels)
-    by_type = vqa.accuracy_by_type(run.test["type"], ensemble.argmax(1) == labels)
-    return pd.DataFrame(rows).T.rename_axis("hidden answers"), by_type
+    scores = pd.DataFrame(rows).T.rename_axis("hidden answers")
+    is_right = ensemble.argmax(1) == labels
+    return scores, vqa.accuracy_by_type(run.test["type"], is_right)
 
 
-def combined(runs: list[vqa.Run]) -> None:
-    """Print the table of all ways to combine the runs, and what each run and the chosen way score on hidden answers."""
-    labels = hidden_labels(runs[0])
+def hidden_accuracy(answers: pd.DataFrame, run: vqa.Run) -> float:
+    """Share of a submission's letters that are right."""
+    letters = answers.set_index("id")["answer"][run.test["id"]]
+    return np.mean(letters.map(vqa.CHOICES.index).to_numpy() == hidden_labels(run))
+
+
+def print_combined(runs: Sequence[vqa.Run]) -> None:
+    """Print the table of all ways to combine the runs.
+
+    Then what each run and the chosen way score on the hidden answers.
+    """
+    directories = [run.directory for run in runs]
     with tempfile.TemporaryDirectory() as folder:
-        table, answers = vqa.ensemble_runs([run.directory for run in runs], folder)
+        table, answers = vqa.ensemble_runs(directories, folder)
     print(vqa.markdown_table(table), end="\n\n")
     for run in runs:
-        single = vqa.write_submissions(run, vqa.evaluate_run(run))["ensemble"]
-        print(
-            f"{run.directory.name}: {np.mean(letters(single, run) == labels):.3f} of the hidden answers"
-        )
-    print(f"combined: {np.mean(letters(answers, runs[0]) == labels):.3f}")
+        submissions = vqa.write_submissions(run, vqa.evaluate_run(run))
+        accuracy = hidden_accuracy(submissions["ensemble"], run)
+        print(f"{run.directory.name}: {accuracy:.3f} of the hidden answers")
+    print(f"combined: {hidden_accuracy(answers, runs[0]):.3f}")
 
 
-def letters(answers: pd.DataFrame, run: vqa.Run) -> np.ndarray:
-    return answers.set_index("id")["answer"][run.test["id"]].map(vqa.CHOICES.index).to_numpy()
-
-
+# === Controls =====================================================================================
 def grey_copy(folder: Path) -> Path:
     """The demo with every image replaced by one shade of grey of the same size."""
-    shutil.copytree(
-        vqa.DEMO, folder, ignore=shutil.ignore_patterns("tiny_qwen3_vl", "*.py", "__pycache__")
-    )
+    copy_demo(folder)
     for path in folder.rglob("*.jpg"):
-        Image.new("RGB", Image.open(path).size, (128, 128, 128)).save(path)
+        size = Image.open(path).size
+        Image.new("RGB", size, (128, 128, 128)).save(path)
     return folder
 
 
 def shuffled_copy(folder: Path) -> Path:
     """The demo with its training answers in random order."""
-    shutil.copytree(
-        vqa.DEMO, folder, ignore=shutil.ignore_patterns("tiny_qwen3_vl", "*.py", "__pycache__")
-    )
+    copy_demo(folder)
     train = pd.read_csv(folder / "train.csv", dtype=str, keep_default_na=False)
     train["answer"] = np.random.default_rng(0).permutation(train["answer"])
     train.to_csv(folder / "train.csv", index=False)
@@ -103,20 +121,28 @@ def shuffled_copy(folder: Path) -> Path:
 def control_score(data_dir: Path, output_dir: str) -> float:
     """Test accuracy of one fold trained on a spoiled copy of the demo.
 
-    Grey images are all copies of one another, so the folds are made on image names there.
+    Grey images are all copies of one another, so every row is an image of its own there.
     """
-    config = vqa.load_config(
-        "demo", {"data_dir": str(data_dir), "output_dir": output_dir, "train_folds": (0,)}, {}
-    )
+    fields = {"data_dir": str(data_dir), "output_dir": output_dir, "train_folds": (0,)}
+    config = vqa.load_config("demo", fields, environ={})
     competition = vqa.load_competition(config.data_dir)
-    folds = vqa.make_folds(
-        competition.train, config.n_folds, config.seed, np.arange(len(competition.train))
-    )
+    groups = np.arange(len(competition.train))
+    folds = vqa.make_folds(competition.train, config.n_folds, config.seed, groups)
     run = vqa.start_run(config, competition, folds)
     vqa.run_zeroshot(run)
     vqa.run_folds(run.config)
     probabilities = vqa.predict_test(run, vqa.evaluate_run(run))[0]
     return vqa.accuracy(probabilities, hidden_labels(run))
+
+
+def print_controls() -> None:
+    """Print what is left of the accuracy when the images, or the answers, say nothing."""
+    controls = {"grey images": grey_copy, "shuffled answers": shuffled_copy}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, make_copy in controls.items():
+            data_dir = make_copy(Path(folder) / name.replace(" ", "_"))
+            score = control_score(data_dir, f"{data_dir}_outputs")
+            print(f"control, {name}: {score:.3f}", flush=True)
 
 
 def main() -> None:
@@ -130,23 +156,17 @@ def main() -> None:
     parser.add_argument("--output-dir", default="outputs")
     options = parser.parse_args()
     run = finished_run(output_dir=options.output_dir)
-    tables = vqa.evaluate_run(run).ladder, *score_table(run)
-    print(*map(vqa.markdown_table, tables), sep="\n\n", end="\n\n")
+    ladder = vqa.evaluate_run(run).ladder
+    scores, by_type = score_table(run)
+    for table in (ladder, scores, by_type):
+        print(vqa.markdown_table(table), end="\n\n")
     if options.seeds:
-        combined(
-            [
-                run,
-                *(finished_run(output_dir=options.output_dir, seed=seed) for seed in options.seeds),
-            ]
-        )
+        runs = [run]
+        for seed in options.seeds:
+            runs.append(finished_run(output_dir=options.output_dir, seed=seed))
+        print_combined(runs)
     if options.controls:
-        with tempfile.TemporaryDirectory() as folder:
-            for name, spoil in (("grey images", grey_copy), ("shuffled answers", shuffled_copy)):
-                data_dir = spoil(Path(folder) / name.replace(" ", "_"))
-                print(
-                    f"control, {name}: {control_score(data_dir, f'{data_dir}_outputs'):.3f}",
-                    flush=True,
-                )
+        print_controls()
 
 
 if __name__ == "__main__":

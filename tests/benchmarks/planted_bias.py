@@ -1,8 +1,13 @@
-"""Plant a letter bias and over-confidence into a finished run's scores, and see what rotations and temperature repair.
+"""Plant a letter bias and over-confidence, and see what rotations and temperature repair.
 
-    python tests/benchmarks/planted_bias.py             # the demo's run in outputs/, made first if it is not there
+    python tests/benchmarks/planted_bias.py    # the demo's run in outputs/, on any machine
 
-The letter that stands first gets +1.5 in every view (a model that likes to say "a"), or all scores are multiplied by 3.
+Prints a table for each damage: accuracy and NLL on OOF and hidden rows of one view, of all
+rotations, and of what the run would submit. A finished run takes no training; where there is none,
+the demo is trained first.
+
+The damage is done to a run's saved scores: the letter that stands first gets +1.5 in every view (a
+model that likes to say "a"), or all scores are multiplied by 3.
 """
 
 import argparse
@@ -19,51 +24,69 @@ from leaderboard import finished_run, hidden_labels
 
 import vqa_helpers as vqa
 
+DAMAGES = {  # name -> (what is added to the first letter's scores, factor on all scores)
+    "as it is": (0, 1),
+    "+1.5 on a": (1.5, 1),
+    "scores x 3": (0, 3),
+    "both": (1.5, 3),
+}
 
-def spoil(run: vqa.Run, directory: Path, bias: float, factor: float) -> vqa.Run:
-    """A copy of the run whose saved scores are `bias` higher for the first letter, then `factor` times as large."""
+
+def plant_damage(run: vqa.Run, directory: Path, bias: float, factor: float) -> vqa.Run:
+    """A copy of the run with changed scores, in that directory.
+
+    They are `bias` higher for the letter that stands first, then `factor` times as large.
+    """
     shutil.copytree(run.directory, directory)
     for path in directory.glob("fold_*/*.npz"):
         content = vqa.read_arrays(path, run.fingerprint)
+        fingerprint = content.pop("fingerprint").item()
         logits = content["logits"].copy()
         for number, name in enumerate(content["view_names"]):
             turn = int(name.split()[1]) if name.startswith("rotation") else 0
-            logits[:, number, vqa.TTAView("", turn).order[0]] += bias
-        vqa.write_arrays(
-            path, content.pop("fingerprint").item(), **content | {"logits": factor * logits}
-        )
+            first_choice = vqa.TTAView("", turn).order[0]
+            logits[:, number, first_choice] += bias
+        content["logits"] = factor * logits
+        vqa.write_arrays(path, fingerprint, **content)
     return vqa.Run.open(directory)
 
 
-def scores(run: vqa.Run) -> dict[str, dict]:
-    """Accuracy and NLL on OOF and hidden rows: one view, all rotations, and what the run would submit."""
-    evaluation, labels = vqa.evaluate_run(run), hidden_labels(run)
+def view_probabilities(
+    run: vqa.Run, evaluation: vqa.Evaluation, views: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 4) probabilities by those views: of the OOF rows, and of the test rows over all folds."""
+    oof = vqa.softmax(vqa.combine_views(evaluation.oof.logits[:, views]))
+    test = []
+    for fold in run.finished_folds:
+        content = vqa.read_arrays(run.fold_dir(fold) / "test.npz", run.fingerprint)
+        test.append(vqa.softmax(vqa.combine_views(content["logits"][:, views])))
+    return oof, np.mean(test, axis=0)
+
+
+def score_table(run: vqa.Run) -> pd.DataFrame:
+    """Scores on OOF and hidden rows: one view, all rotations, and what the run would submit.
+
+    "says a" is the share of the test rows that are answered so.
+    """
+    evaluation = vqa.evaluate_run(run)
+    labels = hidden_labels(run)
     rotations = vqa.view_sets(evaluation.oof.view_names)["rotations"]
-    test = [
-        vqa.read_arrays(run.fold_dir(fold) / "test.npz", run.fingerprint)["logits"]
-        for fold in run.finished_folds
-    ]
-    rows = {}
-    for name, views in {"one view": [0], "rotations": rotations}.items():
-        hidden = np.mean(
-            [vqa.softmax(vqa.combine_views(logits[:, views])) for logits in test], axis=0
-        )
-        oof = vqa.softmax(vqa.combine_views(evaluation.oof.logits[:, views]))
-        rows[name] = (oof, hidden)
-    rows["as submitted"] = (
-        evaluation.probabilities,
-        np.mean(list(vqa.predict_test(run, evaluation).values()), axis=0),
-    )
+    submitted = list(vqa.predict_test(run, evaluation).values())
+    answers = {
+        "one view": view_probabilities(run, evaluation, [0]),
+        "rotations": view_probabilities(run, evaluation, rotations),
+        "as submitted": (evaluation.probabilities, np.mean(submitted, axis=0)),
+    }
     table = {}
-    for name, (oof, hidden) in rows.items():
-        table[name] = {
-            f"OOF {key}": value for key, value in vqa.score_row(oof, evaluation.oof.labels).items()
-        }
-        table[name] |= {
-            f"hidden {key}": value for key, value in vqa.score_row(hidden, labels).items()
-        }
-        table[name]["says a"] = float((hidden.argmax(axis=1) == 0).mean())
-    return table
+    for name, (oof, hidden) in answers.items():
+        row = {}
+        for metric, value in vqa.score_row(oof, evaluation.oof.labels).items():
+            row[f"OOF {metric}"] = value
+        for metric, value in vqa.score_row(hidden, labels).items():
+            row[f"hidden {metric}"] = value
+        row["says a"] = float((hidden.argmax(axis=1) == 0).mean())
+        table[name] = row
+    return pd.DataFrame(table).T
 
 
 def main() -> None:
@@ -72,17 +95,11 @@ def main() -> None:
     options = parser.parse_args()
     run = finished_run(output_dir=options.output_dir)
     with tempfile.TemporaryDirectory() as place:
-        for name, bias, factor in (
-            ("as it is", 0, 1),
-            ("+1.5 on a", 1.5, 1),
-            ("scores x 3", 0, 3),
-            ("both", 1.5, 3),
-        ):
-            spoiled = spoil(run, Path(place) / name.replace(" ", "_"), bias, factor)
-            print(
-                f"\n{vqa.markdown_table(pd.DataFrame(scores(spoiled)).T.rename_axis(name))}",
-                flush=True,
-            )
+        for name, (bias, factor) in DAMAGES.items():
+            directory = Path(place) / name.replace(" ", "_")
+            damaged = plant_damage(run, directory, bias, factor)
+            table = score_table(damaged).rename_axis(name)
+            print(f"\n{vqa.markdown_table(table)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""Combine finished runs twice on the CPU: seconds, and whether submission and ladder are the same bytes.
+"""Combine finished runs twice: are submission and ladder the same bytes, and how long does it take?
 
-python tests/benchmarks/reensemble.py outputs/RUN outputs/OTHER outputs/THIRD
+    python tests/benchmarks/reensemble.py outputs/RUN outputs/OTHER outputs/THIRD
+
+Prints seconds and the SHA-256 of both files of each repetition, and whether torch was loaded. It
+needs the CPU only, and finished runs; nothing is trained.
 """
 
 import argparse
@@ -21,27 +24,29 @@ def repeated(directories: Sequence[str | Path], folder: str | Path, times: int =
     """Seconds and SHA-256 of both files of each repetition, which has a new folder in `folder`."""
     rows = {}
     for number in range(times):
-        start, place = time.perf_counter(), Path(folder) / f"repetition_{number}"
+        place = Path(folder) / f"repetition_{number}"
+        start = time.perf_counter()
         vqa.ensemble_runs(directories, place)
-        rows[number] = {"seconds": f"{time.perf_counter() - start:.1f}"}
-        for name in ("submission.csv", "ladder.csv"):
-            rows[number][name] = hashlib.sha256((place / name).read_bytes()).hexdigest()
+        seconds = time.perf_counter() - start
+        rows[number] = {
+            "seconds": f"{seconds:.1f}",
+            "submission.csv": hashlib.sha256((place / "submission.csv").read_bytes()).hexdigest(),
+            "ladder.csv": hashlib.sha256((place / "ladder.csv").read_bytes()).hexdigest(),
+        }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("repetition")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="folders of finished runs on the same rows")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        table = repeated(parser.parse_args().runs, folder)
+        table = repeated(options.runs, folder)
     print(vqa.markdown_table(table))
-    same = (table.drop(columns="seconds").nunique() == 1).all()
-    print(
-        "the same bytes" if same else "NOT the same bytes",
-        "| torch was loaded:",
-        "torch" in sys.modules,
-    )
-    sys.exit(not same)
+    is_same = (table.drop(columns="seconds").nunique() == 1).all()
+    sentence = "the same bytes" if is_same else "NOT the same bytes"
+    print(sentence, "| torch was loaded:", "torch" in sys.modules)
+    sys.exit(not is_same)
 
 
 if __name__ == "__main__":

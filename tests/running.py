@@ -1,0 +1,75 @@
+"""Stages of a run in the test's own process, and what interrupts them."""
+
+import json
+
+import vqa_helpers as vqa
+
+
+class Stop(Exception):
+    """Stands for the end of a session."""
+
+
+def quiet(*_, **__):
+    """A progress callback that shows nothing."""
+
+
+def raising(error):
+    """A function that raises this error, whatever it is given."""
+
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def run_all(run, stages=("train", "predict"), progress=quiet):
+    """The zero-shot scores and these stages of all folds, in this process."""
+    vqa.run_stages(run, [0], ["zeroshot"], quiet)
+    vqa.run_stages(run, list(run.config.folds_to_train), stages, progress)
+    return run
+
+
+def open_run_session(run):
+    return vqa.open_session(run.config, run.train.iloc[0])
+
+
+# --- Batches of questions -------------------------------------------------------------------------
+
+ONE_VIEW = [vqa.TTAView("rotation 0")]
+ROTATIONS = [vqa.TTAView(f"rotation {turn}", turn) for turn in range(4)]
+
+
+def plain_prompts(session, frame, rows):
+    """Prompts of these rows with the choices in their own order."""
+    return [vqa.make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in rows]
+
+
+def plain_batch(session, frame, rows):
+    return vqa.collate(session, plain_prompts(session, frame, rows))
+
+
+def batch_loss(session, batch):
+    return vqa.training_loss(session, vqa.answer_hidden_states(session, batch), batch)
+
+
+# --- What a run left behind -----------------------------------------------------------------------
+
+
+def read_logits(run, fold, name):
+    """The logits of a fold's file, `oof` or `test`."""
+    return vqa.read_arrays(run.fold_dir(fold) / f"{name}.npz", run.fingerprint)["logits"]
+
+
+def events(run):
+    """What was noted for the report."""
+    records = vqa.read_json_lines(run.directory / "events.jsonl")
+    return [record["event"] for record in records]
+
+
+def selected_weights(run):
+    return json.loads((run.directory / "selection.json").read_text())["weights"]
+
+
+def adapter_file(run, fold, kind):
+    """The weights of a fold's adapter: `raw`, `ema` or `swa`."""
+    return run.fold_dir(fold) / f"adapter_{kind}" / "adapter_model.safetensors"

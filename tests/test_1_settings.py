@@ -1,0 +1,165 @@
+"""Part 1, Presets and Settings: every preset is possible, the impossible is refused by name."""
+
+import dataclasses
+
+import pytest
+
+import vqa_helpers as vqa
+
+
+@pytest.mark.parametrize("name", sorted(vqa.PRESETS))
+def test_every_preset_is_valid_and_keeps_the_effective_batch(name):
+    config = vqa.Config.preset(name)
+    assert config.preset_name == name
+    effective_batch = 32 if name == "colab_a100" else 8
+    assert config.batch_size * config.grad_accum_steps == effective_batch
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(ValueError, match="'kagle_t4x2'; did you mean 'kaggle_t4x2'"):
+        vqa.Config.preset("kagle_t4x2")
+
+
+def test_why_a_preset_was_picked_changes_no_result():
+    by_name = vqa.Config.preset("demo")
+    assert by_name.preset_reason == "chosen by name"
+    picked = vqa.Config.preset("auto")
+    assert (picked.preset_name, picked.preset_reason) == ("demo", "no competition files were found")
+    assert picked.fingerprint == by_name.fingerprint
+
+
+def test_competition_files_without_a_gpu_stop_the_run():
+    without_gpu = vqa.Runtime("kaggle", (), "fp32", "sdpa", ())
+    with pytest.raises(RuntimeError, match="switch on the accelerator"):
+        vqa.choose_preset(without_gpu, has_competition=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"learning_rat": 1e-4},
+            "Unknown config field 'learning_rat'; did you mean 'learning_rate'?",
+        ),
+        ({"n_folds": 1}, "'n_folds' is 1; it needs at least 2"),
+        ({"n_folds": "3"}, "'n_folds' is '3'; it needs int"),
+        ({"use_tta": 1}, "'use_tta' is 1; it needs bool"),
+        ({"lora_dropout": 1.0}, "'lora_dropout' is 1.0; it needs 0 <= value < 1"),
+        ({"learning_rate": 0.0}, "'learning_rate' is 0.0; it needs a positive number"),
+        ({"quantization": "4-bit"}, "'quantization' is '4-bit'; it needs one of 4bit, 8bit, none"),
+        ({"tta_rotations": 3}, "'tta_rotations' is 3; it needs 1, 2 or 4"),
+        ({"tta_scales": (0.9,)}, "'tta_scales' is (0.9,)"),
+        ({"train_folds": (3,)}, "'train_folds' is (3,); it needs folds below 3"),
+        ({"train_folds": ()}, "'train_folds' is (); it needs at least one fold"),
+        (
+            {"train_folds": (0, 0)},
+            "'train_folds' is (0, 0); it needs at least one fold, and none twice",
+        ),
+        ({"seed": -1}, "'seed' is -1; it needs at least 0"),
+        (
+            {"min_pixels": 9000, "max_pixels": 8000},
+            "'min_pixels' is 9000; it needs at most max_pixels, 8000",
+        ),
+        ({"save_every_steps": 0}, "'save_every_steps' is 0; it needs at least 1"),
+        ({"use_swa": True, "swa_start_epoch": 0}, "'swa_start_epoch' is 0; it needs at least 1"),
+        (
+            {"use_ema": False, "mix_weights": True},
+            "'mix_weights' is True; it needs use_ema or use_swa",
+        ),
+        (
+            {"adaptive_tta": 0.5, "mix_weights": True},
+            "'mix_weights' is True; it needs use_ema or use_swa",
+        ),
+        (
+            {"use_swa": True, "swa_start_epoch": 2},
+            "'swa_start_epoch' is 2; it needs an epoch below num_epochs, 2",
+        ),
+        (
+            {"prompt_templates": {"colour": "x"}},
+            "'prompt_templates' is {'colour': 'x'}; it needs keys among",
+        ),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(fields, message):
+    with pytest.raises(ValueError) as error:
+        vqa.Config.preset("kaggle_t4x2", **fields)
+    assert message in str(error.value)
+
+
+def test_a_budget_needs_views_to_save_on():
+    wrong = (
+        {"use_tta": False},
+        {"tta_rotations": 1},
+        {"adaptive_tta": 1.0},
+        {"adaptive_tta": 0.0},
+        {"score_precision": "16bit"},
+    )
+    for fields in wrong:
+        with pytest.raises(ValueError, match="'adaptive_tta'"):
+            vqa.Config(**{"adaptive_tta": 0.5} | fields)
+    two_scales = vqa.Config(adaptive_tta=0.5, tta_rotations=1, tta_scales=(0.9, 1.0))
+    assert two_scales.adaptive_tta == 0.5
+
+
+def test_views_in_doubt_need_held_out_rows_in_every_view():
+    with pytest.raises(
+        ValueError,
+        match="'adaptive_tta' is 0.5; it needs score_precision 'trained' and no final_retr",
+    ):
+        vqa.Config(adaptive_tta=0.5, final_retrain=True)
+
+
+@pytest.mark.parametrize(
+    "field", [{"use_dev_votes": True}, {"distill_from": "x"}, {"pseudo_label_from": "x"}]
+)
+def test_soft_targets_are_refused_for_a_loss_over_all_tokens(field):
+    with pytest.raises(
+        ValueError, match="'loss' is 'vocabulary'; it needs 'choices' where targets are soft"
+    ):
+        vqa.Config(loss="vocabulary", **field)
+
+
+def test_weights_that_are_not_quantised_have_no_other_precision_to_score_in(demo_config, replace):
+    with pytest.raises(
+        ValueError, match="'score_precision' is '16bit'; it needs 'trained' where quantization is"
+    ):
+        replace(demo_config, score_precision="16bit")
+
+
+def test_default_run_name_depends_on_results_not_on_places():
+    base = vqa.Config.preset("demo")
+    elsewhere = vqa.Config.preset("demo", output_dir="elsewhere", log_level="DEBUG")
+    slower = vqa.Config.preset("demo", learning_rate=5e-4)
+    assert base.run_dir.name == elsewhere.run_dir.name
+    assert base.run_dir.name != slower.run_dir.name
+
+
+def test_config_table_shows_what_differs_from_the_default():
+    table = vqa.Config.preset("demo").table()
+    assert table.loc["num_epochs"].tolist() == ["12", "2", "passes over the training rows"]
+    assert table.loc["seed"].tolist() == ["42", "", "of every random draw"]
+    differs = (table["default, where it differs"] != "").tolist()
+    assert differs == sorted(differs, reverse=True)  # they come first
+    fields = [field.name for field in dataclasses.fields(vqa.Config)]
+    assert sorted(table.index) == sorted(fields)
+    assert (table["what it is"] != "").all()
+
+
+def test_the_table_of_changes_shows_only_what_differs():
+    config = vqa.Config.preset("demo")
+    table = config.changed_table()
+    for name, value in table["value"].items():
+        assert value == str(getattr(config, name))
+        assert value != str(getattr(vqa.Config(), name))
+    assert "seed" not in table.index
+    assert (table["what it is"] != "").all()
+
+
+def test_every_setting_and_preset_is_listed_for_the_terminal():
+    text = vqa.settings_text()
+    for field in dataclasses.fields(vqa.Config):
+        assert f"  {field.name}: " in text
+        assert field.name in vqa.Config.__doc__
+    for preset in vqa.PRESETS:
+        assert preset in text
+    assert max(map(len, text.splitlines())) <= 100

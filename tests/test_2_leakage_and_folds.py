@@ -1,0 +1,169 @@
+"""Part 2, Leakage and folds: copies of images are found, and no fold boundary runs between them."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from competition_folder import Folder, picture
+from PIL import Image
+
+import vqa_helpers as vqa
+
+# --- Copies of images -----------------------------------------------------------------------------
+
+
+def with_images(root, train, test):
+    """A loaded competition with these images, each given with the format of its file."""
+    folder = Folder(root, n=max(len(train), len(test)))
+    for split, images in (("train", train), ("test", test)):
+        for number, (image, file_format) in enumerate(images):
+            image.save(root / split / f"{number}.png", format=file_format)
+    return folder.load()
+
+
+def numbered(seeds):
+    """A PNG for each seed."""
+    return [(picture(seed), "PNG") for seed in seeds]
+
+
+def copies(report, *columns):
+    return report.copies[[*columns]].to_numpy().tolist()
+
+
+def hash_distance(first, second):
+    return (int(first, 16) ^ int(second, 16)).bit_count()
+
+
+def test_exact_copies_are_found_by_pixels_whatever_the_file(tmp_path):
+    train = [*numbered([1, 2, 1]), (picture(3), "BMP")]
+    loaded = with_images(tmp_path, train, numbered([3, 1, 7, 8]))
+    report = vqa.leakage_report(loaded.train, loaded.test)
+    assert copies(report, "split_a", "id_a", "split_b", "id_b", "kind") == [
+        ["train", "train_0", "train", "train_2", "exact"],
+        ["train", "train_3", "test", "test_0", "exact"],
+        ["train", "train_0", "test", "test_1", "exact"],
+    ]
+    assert report.groups_in_train == 1
+    assert report.test_rows_in_train == 2
+    assert report.alarm == ""
+    assert report.image_group[0] == report.image_group[2]
+    assert report.image_group.nunique() == 3
+
+
+def test_near_copies_are_confirmed_on_pixels(tmp_path):
+    original = picture(1, (240, 180))
+    smaller = original.resize((200, 150), Image.Resampling.LANCZOS)
+    darker = Image.eval(picture(2), lambda value: value // 2)
+    train = [(original, "PNG"), *numbered([2]), (darker, "PNG")]
+    loaded = with_images(tmp_path, train, [(smaller, "JPEG"), *numbered([5, 6])])
+    # The darker one has nearly the same hash, but is another image.
+    assert hash_distance(*loaded.train["dhash"][1:3]) <= 4
+    report = vqa.leakage_report(loaded.train, loaded.test)
+    assert copies(report, "id_a", "id_b", "kind") == [["train_0", "test_0", "near"]]
+    assert 0 < report.copies["difference"][0] <= 3
+    assert report.test_rows_in_train == 1
+    assert report.image_group.nunique() == 3
+
+
+def test_a_near_copy_may_differ_in_a_few_hash_bits(tmp_path):
+    original = picture(1, (240, 180))
+    mean_colour = original.resize((1, 1)).getpixel((0, 0))
+    retouched = original.copy()
+    retouched.paste(mean_colour, (80, 68, 107, 90))
+    train = [(original, "PNG"), *numbered([2])]
+    loaded = with_images(tmp_path, train, [(retouched, "PNG"), *numbered([5])])
+    assert 1 <= hash_distance(loaded.train["dhash"][0], loaded.test["dhash"][0]) <= 4
+    assert vqa.leakage_report(loaded.train, loaded.test).copies["kind"].tolist() == ["near"]
+    assert vqa.leakage_report(loaded.train, loaded.test, max_bits=0).copies.empty
+
+
+def test_the_same_bytes_in_another_shape_are_not_the_same_pixels(tmp_path):
+    wide = Image.new("RGB", (8, 4), "teal")
+    tall = Image.new("RGB", (4, 8), "teal")
+    loaded = with_images(tmp_path, [(wide, "PNG"), *numbered([2])], [(tall, "PNG"), *numbered([5])])
+    assert vqa.leakage_report(loaded.train, loaded.test).copies["kind"].tolist() == ["near"]
+
+
+def test_a_picture_without_copies_gives_an_empty_report(folder):
+    loaded = folder.load()
+    report = vqa.leakage_report(loaded.train, loaded.test)
+    assert report.copies.empty
+    assert report.groups_in_train == 0
+    assert report.test_rows_in_train == 0
+
+
+def test_rows_without_an_image_are_no_copies_of_each_other(folder):
+    for number in (0, 1):
+        (folder.root / "test" / f"{number}.png").unlink()
+    loaded = folder.load(share=0.5)
+    assert vqa.leakage_report(loaded.train, loaded.test).copies.empty
+
+
+def test_an_implausible_group_raises_the_alarm_and_only_exact_copies_count(tmp_path, caplog):
+    greys = [(Image.new("RGB", (8, 8), (100 + n, 100 + n, 100 + n)), "PNG") for n in range(12)]
+    loaded = with_images(tmp_path, [*greys, greys[0]], numbered(range(50, 63)))
+    report = vqa.leakage_report(loaded.train, loaded.test)
+    assert report.alarm.startswith("near copies would link 12 different images into one group")
+    assert report.alarm in caplog.text
+    assert report.image_group.nunique() == 12
+    assert report.image_group[0] == report.image_group[12]
+
+
+# --- Folds ----------------------------------------------------------------------------------------
+
+
+def many_rows(n=120):
+    """Training rows of two question types; some show the same image."""
+    random = np.random.default_rng(0)
+    answers = random.choice(list("abcd"), n)
+    types = random.choice(["color", "counting"], n)
+    hashes = [f"{image:x}" for image in random.integers(0, 90, n)]
+    return pd.DataFrame({"answer": answers, "type": types, "pixel_hash": hashes})
+
+
+def test_folds_balance_answer_and_type_and_never_split_a_group():
+    train = many_rows()
+    folds = vqa.make_folds(train, n_folds=3)
+    assert folds.shape == (120,)
+    assert set(folds) == {0, 1, 2}
+    assert train.groupby("pixel_hash").size().max() > 1
+    assert pd.Series(folds).groupby(train["pixel_hash"]).nunique().max() == 1
+    counts = pd.crosstab(folds, train["answer"] + train["type"])
+    assert (counts.max() - counts.min()).max() <= 3
+
+
+def test_folds_follow_the_groups_they_are_given():
+    train = many_rows()
+    groups = np.repeat(np.arange(12), 10)
+    folds = vqa.make_folds(train, n_folds=4, groups=groups)
+    assert all(len(set(folds[groups == group])) == 1 for group in range(12))
+
+
+def test_folds_depend_on_the_seed_alone():
+    train = many_rows()
+    assert np.array_equal(vqa.make_folds(train, seed=1), vqa.make_folds(train, seed=1))
+    assert not np.array_equal(vqa.make_folds(train, seed=1), vqa.make_folds(train, seed=2))
+
+
+def test_strata_rarer_than_the_folds_do_not_disturb_them(recwarn):
+    train = many_rows(40).assign(pixel_hash=[f"{n:x}" for n in range(40)])
+    train.loc[0, "type"] = "ocr"
+    train.loc[:, "answer"] = ["a", "b"] * 19 + ["c", "d"]
+    folds = vqa.make_folds(train, n_folds=5)
+    assert set(np.bincount(folds)) <= {7, 8, 9}
+    assert not recwarn.list
+
+
+def test_rare_question_types_still_leave_the_answers_balanced():
+    train = pd.DataFrame({"answer": ["a", "b"] * 20, "type": [f"{n:x}" for n in range(40)]})
+    folds = vqa.make_folds(train.assign(pixel_hash=train["type"]), n_folds=5)
+    assert (pd.crosstab(folds, train["answer"]) == 4).all(axis=None)
+
+
+@pytest.mark.parametrize(
+    ("rows", "n_folds", "message"),
+    [(10, 1, "n_splits=1"), (3, 4, "3 groups of images cannot fill n_folds=4")],
+)
+def test_impossible_folds_are_refused(rows, n_folds, message):
+    train = many_rows(rows).assign(pixel_hash=list("abcdefghij")[:rows])
+    with pytest.raises(ValueError, match=message):
+        vqa.make_folds(train, n_folds=n_folds)

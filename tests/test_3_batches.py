@@ -1,0 +1,64 @@
+"""Part 3, Session and Batches: prompts and positions are the processor's and model's own."""
+
+import pytest
+import torch
+from references import own_inputs
+from running import open_run_session, plain_prompts
+
+import vqa_helpers as vqa
+
+
+def test_prompt_equals_the_processors_own_and_holds_no_answer(session, demo_rows):
+    for row in range(3):
+        record = demo_rows.train.iloc[row]
+        prompt = vqa.make_prompt(session, demo_rows.train, row, [(0, 1, 2, 3)])
+        text = vqa.render_prompt(session.processor, vqa.build_messages(record))
+        own = own_inputs(session, text, record["image_path"])
+        batch = vqa.collate(session, [prompt])
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw"):
+            assert torch.equal(batch[name], own[name].to(batch[name].dtype)), name
+        assert set(own) - {"pixel_values"} <= set(vqa.MODEL_INPUTS)
+        assert torch.equal(torch.cat(batch["pixel_values"]), own["pixel_values"])
+        assert text.endswith("<|im_start|>assistant\n")
+        other_answer = "d" if record["answer"] == "a" else "a"
+        other = {**record, "answer": other_answer, "label": 3}
+        assert vqa.build_messages(other) == vqa.build_messages(record)
+
+
+def test_position_ids_are_the_ones_the_model_computes_itself(session, demo_rows):
+    prompts = plain_prompts(session, demo_rows.train, range(3))
+    batch = vqa.collate(session, prompts)
+    inputs = {name: batch[name] for name in vqa.MODEL_INPUTS}
+    pixels = torch.cat(batch["pixel_values"])
+    with torch.no_grad():
+        given = session.model(**inputs, pixel_values=pixels).logits
+        del inputs["position_ids"]
+        computed = session.model(**inputs, pixel_values=pixels).logits
+    assert torch.equal(given[:, -1], computed[:, -1])
+
+
+def test_lengths_are_aligned_on_a_gpu_where_something_is_padded_anyway(session, demo_rows):
+    prompts = plain_prompts(session, demo_rows.train, range(4))
+    plain = vqa.collate(session, prompts)
+    session.device = torch.device("cuda")
+    aligned = vqa.collate(session, prompts)
+    single = vqa.collate(session, prompts[:1])
+    session.device = torch.device("cpu")
+    assert aligned["input_ids"].shape[1] % 16 == 0
+    assert single["input_ids"].shape[1] == len(prompts[0].input_ids)
+    with torch.no_grad():
+        states = vqa.answer_hidden_states(session, plain)
+        aligned_states = vqa.answer_hidden_states(session, aligned)
+    assert torch.allclose(states, aligned_states, atol=1e-5)
+
+
+def test_an_error_while_preparing_names_the_row(mini_run):
+    run = mini_run()
+    session = open_run_session(run)
+    too_high = run.train.head(2).assign(height=100_000)
+    with pytest.raises(vqa.DataError, match="Row train_0001 .*aspect ratio"):
+        vqa.make_prompt(session, too_high, 0, [(0, 1, 2, 3)])
+    of_another_size = run.train.assign(height=32, width=64)
+    prompts = plain_prompts(session, of_another_size, [0])
+    with pytest.raises(vqa.DataError, match="gives the patch grid"):
+        vqa.collate(session, prompts)

@@ -1,0 +1,185 @@
+"""Part 3, Fast layers: they compute what PEFT's LoRA and torch without compiling compute."""
+
+import functools
+
+import bitsandbytes
+import peft
+import pytest
+import torch
+from references import flat_gradients, perturb_adapter
+from running import batch_loss, plain_batch
+from torch._dynamo.backends.debugging import aot_eager
+
+import vqa_helpers as vqa
+
+# --- LoRA -----------------------------------------------------------------------------------------
+
+
+def outputs_and_gradients(model, x):
+    """Output, gradient of the input and of every trainable weight."""
+    x = x.detach().requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    y.float().square().sum().backward()
+    return [y, x.grad, *(value.grad for value in vqa.trainable_parameters(model).values())]
+
+
+def lora_pair(make, dropout=0.0):
+    """The same layer with PEFT's own forward pass and with ours."""
+    pair = []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["layer"], lora_dropout=dropout)
+        model = peft.get_peft_model(torch.nn.ModuleDict({"layer": make()}), config)
+        perturb_adapter(model)
+        layer = model.base_model.model["layer"]
+        if fast:
+            vqa.use_fast_lora(model)
+        pair.append(layer)
+    return pair
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_lora_forward_equals_pefts_own_layer(bias):
+    plain, fast = lora_pair(lambda: torch.nn.Linear(24, 40, bias=bias).requires_grad_(False))
+    x = torch.randn(3, 5, 24)
+    ours = outputs_and_gradients(fast, x)
+    theirs = outputs_and_gradients(plain, x)
+    for our_tensor, their_tensor in zip(ours, theirs, strict=True):
+        assert torch.allclose(our_tensor, their_tensor, rtol=1e-5, atol=1e-5)
+
+
+def quantised_layer():
+    linear = torch.nn.Linear(128, 192, bias=False)
+    layer = bitsandbytes.nn.Linear4bit(
+        128,
+        192,
+        bias=False,
+        compute_dtype=torch.bfloat16,
+        compress_statistics=True,
+        quant_type="nf4",
+    )
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu").requires_grad_(False)
+
+
+@pytest.mark.parametrize("unpacked", [True, False])
+def test_lora_forward_on_4_bit_weights_equals_pefts_within_half_precision(unpacked, monkeypatch):
+    monkeypatch.setattr(vqa, "MAX_UNPACKED_SCALE_BYTES", 2**28 if unpacked else 0)
+    plain, fast = lora_pair(quantised_layer)
+    assert plain.base_layer.weight.quant_state.nested
+    assert (fast.scale_names == ("scale",)) is unpacked
+    x = torch.randn(6, 7, 128, dtype=torch.bfloat16)
+    ours = outputs_and_gradients(fast, x)
+    theirs = outputs_and_gradients(plain, x)
+    for our_tensor, their_tensor in zip(ours, theirs, strict=True):
+        difference = our_tensor.float() - their_tensor.float()
+        assert difference.norm() <= 0.02 * their_tensor.float().norm()
+        assert our_tensor.dtype == their_tensor.dtype
+
+
+def test_dropout_of_lora_forward_is_pefts_in_training_and_off_in_inference():
+    plain, fast = lora_pair(lambda: torch.nn.Linear(24, 40).requires_grad_(False), dropout=0.5)
+    x = torch.randn(3, 5, 24)
+    for training in (True, False):
+        torch.manual_seed(1)
+        ours = outputs_and_gradients(fast.train(training), x)
+        torch.manual_seed(1)
+        theirs = outputs_and_gradients(plain.train(training), x)
+        for our_tensor, their_tensor in zip(ours, theirs, strict=True):
+            assert torch.allclose(our_tensor, their_tensor, atol=1e-5)
+
+
+def test_the_operator_is_a_sound_one():
+    """torch's own check of schema, fake kernel and gradient formula."""
+    vqa.register_lora_operators()
+    x = torch.randn(2, 3, 8)
+    a = torch.randn(2, 8, requires_grad=True)
+    b = torch.randn(6, 2, requires_grad=True)
+    weight = torch.randn(6, 8)
+    for dropped in (None, torch.randn(2, 3, 8, requires_grad=True)):
+        arguments = (x.requires_grad_(), dropped, a, b, 2.0, weight, torch.randn(6), [], [6, 8])
+        torch.library.opcheck(torch.ops.vqa.lora_linear.default, arguments)
+
+
+def test_layers_of_another_kind_keep_pefts_forward():
+    class Other(torch.nn.Linear):
+        """As FP8Linear: its weight alone does not say what it computes."""
+
+    _, linear = lora_pair(lambda: torch.nn.Linear(24, 40).requires_grad_(False))
+    assert type(linear).__name__.startswith("Fast")
+    _, other = lora_pair(lambda: Other(24, 40).requires_grad_(False))
+    assert not type(other).__name__.startswith("Fast")
+
+
+# --- Decoder layers -------------------------------------------------------------------------------
+
+
+def lora_gradients(session, frame, fast=True, stored_layers=None):
+    """LoRA gradients of one training batch, by fast layers or plain ones.
+
+    With `stored_layers`, only so many layers keep their activations.
+    """
+    model = perturb_adapter(vqa.attach_lora(session.model, session.config, seed=0)).train()
+    try:
+        if fast:
+            vqa.use_fast_layers(session, model, 1)
+        if stored_layers is not None:
+            vqa.recompute_layers(session, stored_layers)
+        batch_loss(session, plain_batch(session, frame, range(3))).backward()
+        return flat_gradients(model)
+    finally:
+        model.unload()
+
+
+def test_fast_and_selectively_checkpointed_gradients_are_the_plain_ones(session, demo_rows):
+    plain = lora_gradients(session, demo_rows.train, fast=False)
+    fast = lora_gradients(session, demo_rows.train)
+    assert (fast - plain).norm() <= 1e-5 * plain.norm()
+    for stored_layers in (0, 1):
+        again = lora_gradients(session, demo_rows.train, stored_layers=stored_layers)
+        assert (again - plain).norm() <= 1e-6 * plain.norm()
+
+
+def test_compiled_layers_give_the_plain_gradients_and_one_compilation_serves_all(
+    session, demo_rows, replace, monkeypatch
+):
+    """Through torch's own tracing and differentiation, but without a C compiler.
+
+    The code generator is torch's affair.
+    """
+    plain = lora_gradients(session, demo_rows.train, fast=False)
+    compiled = []
+
+    def counting(graph, inputs):
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    compile_with = functools.partial(torch.compile, backend=counting)
+    monkeypatch.setattr(torch, "compile", compile_with)
+    session.config = replace(session.config, compile_layers="on")
+    fast = lora_gradients(session, demo_rows.train)
+    assert (fast - plain).norm() <= 1e-5 * plain.norm()
+    assert len(compiled) == 1
+    of_the_next_fold = lora_gradients(session, demo_rows.train)
+    assert torch.equal(of_the_next_fold, fast)
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize(
+    ("wish", "device", "questions", "expected", "reason"),
+    [
+        ("on", "cpu", 1, True, "set in the config"),
+        ("off", "cuda", 10**6, False, "set in the config"),
+        ("auto", "cpu", 10**6, False, "needs a GPU"),
+        ("auto", "cuda", 100, False, "less time than compiling"),
+        ("auto", "cuda", 10**6, True, "to come"),
+    ],
+)
+def test_layers_are_compiled_where_it_pays(wish, device, questions, expected, reason, monkeypatch):
+    monkeypatch.setattr(vqa.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(vqa.shutil, "which", lambda name: name)
+    use, why = vqa.decide_compile(wish, device, questions)
+    assert use is expected
+    assert reason in why

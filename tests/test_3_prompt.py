@@ -1,0 +1,239 @@
+"""Part 3, Prompt: order of its parts, control tokens that stay text, tokens of the letters."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from small_competition import R1, R2, table, write
+
+import vqa_helpers as vqa
+
+# --- Messages -------------------------------------------------------------------------------------
+
+
+ROW = {
+    "question": "사과는 몇 개인가요?",
+    "a": "1개",
+    "b": "2개",
+    "c": "3개",
+    "d": "4개",
+    "image_path": "x.jpg",
+    "type": "counting",
+}
+
+
+ALL_ORDERS = list(itertools.permutations(range(4)))
+
+
+def user_text(row, *arguments, **options):
+    """The text of the user's message."""
+    _, user = vqa.build_messages(row, *arguments, **options)
+    return user["content"][1]["text"]
+
+
+@pytest.mark.parametrize("order", ALL_ORDERS)
+def test_every_choice_order_has_its_inverse(order):
+    values = np.array([10.0, 20.0, 30.0, 40.0])
+    shuffled = vqa.permute_choices(values, order)
+    assert np.array_equal(vqa.unpermute_scores(shuffled, order), values)
+    a, b, c, d = [ROW["abcd"[original]] for original in order]
+    assert user_text(ROW, order).endswith(f"a. {a}\nb. {b}\nc. {c}\nd. {d}")
+
+
+def test_order_means_position_to_original_choice():
+    """DESIGN: with order (2, 0, 3, 1) the prompt's choice a is the row's choice c."""
+    assert vqa.permute_choices(["A", "B", "C", "D"], (2, 0, 3, 1)) == ["C", "A", "D", "B"]
+    assert vqa.unpermute_scores([9, 0, 0, 0], (2, 0, 3, 1)).tolist() == [0, 0, 9, 0]
+
+
+def test_prompt_order_is_system_image_hint_question_choices():
+    system, user = vqa.build_messages(ROW)
+    assert system["role"] == "system"
+    assert user["content"][0] == {"type": "image", "image": "x.jpg"}
+    text = user["content"][1]["text"]
+    assert text.index("세어") < text.index(ROW["question"]) < text.index("a. 1개")
+    texts = [user_text(ROW, order) for order in ALL_ORDERS]
+    shared_prefixes = {text[: text.index("a. ")] for text in texts}
+    assert len(shared_prefixes) == 1
+
+
+def test_a_blank_choice_is_left_out_and_letters_stay_with_positions():
+    text = user_text({**ROW, "c": " "}, (2, 0, 3, 1))
+    assert text.endswith("\nb. 1개\nc. 4개\nd. 2개")
+
+
+def test_special_tokens_in_the_data_are_broken_up():
+    row = {
+        **ROW,
+        "question": "<|im_end|> <|image_pad|> <think> a < b",
+        "a": "{question} {0}",
+        "b": "<|vision_start|>",
+    }
+    text = user_text(row)
+    assert "<|" not in text
+    assert "<think>" not in text
+    assert "< |im_end| > < |image_pad| > < think > a < b" in text
+    assert "a. {question} {0}" in text
+
+
+def test_every_question_type_has_a_template_that_can_be_replaced():
+    assert set(vqa.PROMPT_TEMPLATES) == set(vqa.QUESTION_TYPES)
+    templates = {**vqa.PROMPT_TEMPLATES, "counting": "Q {question}\n{choices}"}
+    assert user_text(ROW, templates=templates).startswith("Q 사과는")
+
+
+# --- Wordings -------------------------------------------------------------------------------------
+
+
+def test_paraphrases_ask_the_same_and_are_no_longer_than_the_first():
+    first, *others = vqa._INSTRUCTIONS
+    assert len(others) == 3
+    assert len(set(vqa._INSTRUCTIONS)) == 4
+    for task in others:
+        assert len(task) <= len(first)
+        assert task.index("{question}") < task.index("{choices}")
+        before_question = task.split("{question}")[0]
+        assert all(letter in before_question for letter in "abcd")
+        assert task.endswith("{choices}")
+
+
+def test_a_template_of_the_config_has_one_wording(demo_config, replace):
+    config = replace(demo_config, paraphrases=4, prompt_templates={"ocr": "{question}\n{choices}"})
+    wordings = [vqa.prompt_templates(config, number) for number in range(4)]
+    assert {wording["ocr"] for wording in wordings} == {"{question}\n{choices}"}
+    assert len({wording["color"] for wording in wordings}) == 4
+    assert wordings[0] == vqa.prompt_templates(config)
+
+
+def test_every_wording_goes_through_the_check_of_the_template(
+    demo_config, demo_rows, replace, monkeypatch
+):
+    checked = []
+    check = vqa.check_template
+
+    def noting(processor, messages):
+        checked.append(str(messages))
+        return check(processor, messages)
+
+    monkeypatch.setattr(vqa, "check_template", noting)
+    vqa.open_session(replace(demo_config, paraphrases=3), demo_rows.train.iloc[0])
+    assert len(set(checked)) == 3
+
+
+# --- Letters --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def processor(demo_config):
+    return vqa.load_processor(demo_config)
+
+
+QUESTION = {
+    "question": "몇 개인가요?",
+    "a": "1",
+    "b": "2",
+    "c": "3",
+    "d": "4",
+    "image_path": "x.jpg",
+}
+MESSAGES = vqa.build_messages(QUESTION)
+
+
+def test_every_letter_is_one_token_with_its_variants(processor):
+    letters = vqa.check_template(processor, MESSAGES)
+    for choice, variants in zip("abcd", letters, strict=True):
+        decoded = [processor.tokenizer.decode([token]) for token in variants]
+        assert decoded == [choice, choice.upper(), f" {choice}"]
+
+
+MESSAGE_START = "{{- '<|im_start|>' + message.role + '\\n' }}"
+THINKING = "{%- if message.role == 'assistant' %}<think>\n\n</think>\n\n{%- endif %}"
+ALL_MESSAGES = "{%- for message in messages %}"
+SYSTEM_PROMPT = "{%- if add_generation_prompt %}You are helpful.{%- endif %}"
+SPOILED_TEMPLATES = {
+    "a thinking block in finished chats only": (MESSAGE_START, MESSAGE_START + THINKING),
+    "a default system prompt in prompts only": (ALL_MESSAGES, SYSTEM_PROMPT + ALL_MESSAGES),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), SPOILED_TEMPLATES.values(), ids=SPOILED_TEMPLATES)
+def test_a_template_that_renders_prompt_and_training_text_differently_is_refused(
+    processor, old, new
+):
+    assert old in processor.chat_template
+    processor.chat_template = processor.chat_template.replace(old, new, 1)
+    with pytest.raises(vqa.TemplateError, match="(?s)inference prompt:.*training text:"):
+        vqa.check_template(processor, MESSAGES)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("\nb", "\na", "Two letters share a token"),
+        ("\nb", "\nbb bb", "The letter 'b' is not one token"),
+    ],
+)
+def test_letters_that_share_a_token_or_take_several_are_refused(processor, old, new, message):
+    prompt = vqa.render_prompt(processor, MESSAGES)
+
+    def tokenizer(text):
+        return processor.tokenizer(text.removeprefix(prompt[:-1]).replace(old, new))
+
+    with pytest.raises(vqa.TemplateError, match=message):
+        vqa.choice_token_ids(SimpleNamespace(tokenizer=tokenizer), prompt)
+
+
+# --- Text of a competition ------------------------------------------------------------------------
+
+
+def control_tokens(processor, row):
+    """How often each control token occurs in the prompt of a row whose image takes one token."""
+    ids = vqa.encode_prompt(processor, vqa.build_messages(row), (1, 2, 2)).tolist()
+    known = processor.tokenizer.added_tokens_decoder
+    return {str(token): ids.count(number) for number, token in known.items()}
+
+
+CONTROL_TOKENS = [
+    "<|im_end|>",
+    "<|im_start|>",
+    "<|endoftext|>",
+    "<|image_pad|>",
+    "<|vision_start|>",
+    "<|video_pad|>",
+    "<|object_ref_start|>",
+    "<|fim_prefix|>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_response>",
+]
+
+
+@pytest.mark.parametrize("column", ["question", "c"])
+@pytest.mark.parametrize("token", CONTROL_TOKENS)
+def test_a_control_token_in_the_data_is_counted_and_stays_text(tmp_path, processor, token, column):
+    plain = vqa.load_competition(write(tmp_path / "plain", {})).train.iloc[1]
+    text = f"앞{token}뒤"
+    noisy = table("train", R1, R2.replace(plain[column], text))
+    loaded = vqa.load_competition(write(tmp_path / "noisy", noisy))
+    row = loaded.train.iloc[1]
+    assert row[column] == text
+    assert +loaded.fallbacks == {"train_special_tokens_neutralised": 1}
+    prompt = vqa.render_prompt(processor, vqa.build_messages(row))
+    assert f"앞< {token[1:-1]} >뒤" in prompt
+    assert prompt.count("<|image_pad|>") == 1
+    assert control_tokens(processor, row) == control_tokens(processor, plain)
+    assert control_tokens(processor, row)["<|image_pad|>"] == 1
+
+
+def test_no_choice_is_cut_from_an_over_long_prompt(tmp_path, processor):
+    middle = "아주 긴 보기 " * 400
+    long = {letter: f"{letter}의 시작 {middle}{letter}의 끝" for letter in "abcd"}
+    row = ",".join(["r1", "train/1.png", "아주 긴 질문 " * 4000, *long.values(), "d"])
+    loaded = vqa.load_competition(write(tmp_path, table("train", row)))
+    ids = vqa.encode_prompt(processor, vqa.build_messages(loaded.train.iloc[0]), (1, 2, 2))
+    text = processor.tokenizer.decode(ids)
+    for letter in "abcd":
+        assert f"\n{letter}. {long[letter]}" in text
+    assert text.endswith("<|im_start|>assistant\n")

@@ -1,0 +1,224 @@
+"""Part 3, Image tokens, Vision cache and Filling the vision cache.
+
+Cached features give the numbers of the uncached path, and are computed once per content.
+"""
+
+import types
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from running import ONE_VIEW, plain_batch, quiet
+
+import vqa_helpers as vqa
+
+
+@pytest.fixture
+def session(session, tmp_path):
+    """A session of each family with a cache folder of its own."""
+    session.vision_cache.folder = tmp_path / "features"
+    return session
+
+
+def budget_of(session):
+    return vqa.pixel_budget(session.config, session.processor)
+
+
+def fill(session, frame, **options):
+    return session.vision_cache.fill(frame, budget_of(session), session.progress, **options)
+
+
+# --- Image tokens ---------------------------------------------------------------------------------
+
+
+def test_image_tokens_stay_within_the_budget_and_small_images_are_not_blown_up(
+    session, demo_rows, replace
+):
+    area = vqa.merged_patch_area(session.processor)
+    tight = replace(session.config, max_pixels=5 * area)
+    for row in demo_rows.train.head(20).itertuples():
+        for config in (session.config, tight):
+            budget = vqa.pixel_budget(config, session.processor)
+            image = vqa.load_image(row.image_path)
+            pixels, grid = vqa.prepare_image(image, session.processor, budget)
+            assert grid == vqa.image_grid(row.width, row.height, session.processor, budget)
+            tokens = len(pixels) // 4
+            assert tokens <= budget[1] // area
+            assert tokens <= 1.5 * row.width * row.height / area + 1
+    square = replace(session.config, image_size=64)
+    assert vqa.pixel_budget(square, session.processor)[1] == 64 * 64
+
+
+# --- The same numbers -----------------------------------------------------------------------------
+
+
+def test_cached_scores_are_bitwise_the_uncached_ones(session, demo_rows):
+    frame = demo_rows.train.head(6)
+    uncached = vqa.predict_logits(session, frame, ONE_VIEW)
+    assert not session.vision_cache.shards
+    assert fill(session, frame)
+    assert np.array_equal(vqa.predict_logits(session, frame, ONE_VIEW), uncached)
+
+
+def test_features_equal_the_models_own_path(session, demo_rows):
+    """The reference for mm_encoder_outputs is the plain call with pixel_values."""
+    batch = plain_batch(session, demo_rows.train, range(2))
+    inputs = {name: batch[name] for name in vqa.MODEL_INPUTS}
+    pixels = torch.cat(batch["pixel_values"])
+    with torch.no_grad():
+        ours = vqa.answer_scores(session, vqa.answer_hidden_states(session, batch))
+        logits = session.model(**inputs, pixel_values=pixels).logits
+    plain = vqa.choice_logits(logits[:, -1], session.letter_token_ids)
+    assert (ours - plain).abs().max() <= 1e-5 * plain.abs().max()
+
+
+def test_overflowing_half_precision_features_are_recomputed_in_fp32_and_counted(session, demo_rows):
+    visual = session.model.model.visual.to(torch.float16)
+    name_of_last_layer = "linear_fc2" if hasattr(visual.merger, "linear_fc2") else "mlp.2"
+    last_layer = visual.merger.get_submodule(name_of_last_layer)
+    with torch.no_grad():
+        last_layer.weight.mul_(1e6).clamp_(-6e4, 6e4)
+    frame = demo_rows.train.head(2)
+    try:
+        fill(session, frame)
+    except RuntimeError as error:  # a CPU without half-precision kernels
+        pytest.skip(str(error))
+    for key in session.vision_cache.shards:
+        for tensor in session.vision_cache.load(key):
+            assert tensor.isfinite().all()
+            assert tensor.dtype == torch.float16
+    assert session.vision_cache.recomputed_in_fp32 == 2
+    assert visual.dtype == torch.float16
+
+
+def test_other_weights_or_settings_have_a_cache_of_their_own(session):
+    before = session.vision_cache.folder_hash()
+    session.processor.image_processor.image_mean = [0.4] * 3
+    settings = session.vision_cache.folder_hash()
+    with torch.no_grad():
+        next(session.model.model.visual.parameters()).add_(1)
+    assert len({before, settings, session.vision_cache.folder_hash()}) == 3
+
+
+# --- Computed once --------------------------------------------------------------------------------
+
+
+def test_copies_of_an_image_are_computed_once(session, demo_rows):
+    frame = demo_rows.train
+    copies = frame[frame["pixel_hash"].duplicated(keep=False)]
+    assert len(copies) >= 2
+    fill(session, copies)
+    assert len(session.vision_cache.shards) == copies["pixel_hash"].nunique()
+    session.vision_cache.compute_features = None  # a second fill must have nothing to do
+    assert fill(session, copies)
+
+
+def forget(session):
+    """The cache as a later process finds it: nothing known, the shards on disk."""
+    session.vision_cache.shards.clear()
+
+
+def test_a_later_process_reads_the_shards_and_finishes_what_is_missing(session, demo_rows):
+    frame = demo_rows.train.head(10)
+    cache = session.vision_cache
+    assert fill(session, frame, batch_size=4)
+    keys = [(digest, *budget_of(session)) for digest in frame["pixel_hash"]]
+    whole = [cache.load(key) for key in keys]
+    lost = cache.shards[keys[5]]
+    lost.path.unlink()
+    forget(session)
+    computed = []
+    compute = cache.compute_features
+
+    def counted(pixels, grids):
+        computed.append(len(pixels))
+        return compute(pixels, grids)
+
+    cache.compute_features = counted
+    assert fill(session, frame, batch_size=4)
+    assert computed == [4]  # the lost shard's batch, whole: its features are the same bits
+    again = [cache.load(key) for key in keys]
+    for features, same_features in zip(whole, again, strict=True):
+        for tensor, same_tensor in zip(features, same_features, strict=True):
+            assert torch.equal(tensor, same_tensor)
+
+
+def test_a_damaged_shard_is_deleted_and_computed_again(session, demo_rows, caplog):
+    frame = demo_rows.train.head(4)
+    fill(session, frame)
+    (path,) = session.vision_cache.folder.glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    forget(session)
+    fill(session, frame)
+    assert "Vision features recomputed" in caplog.text
+    assert vqa.file_sha256(path) == path.stem
+
+
+# --- Where there is room, and where it pays -------------------------------------------------------
+
+
+def test_features_are_kept_in_memory_where_the_disk_is_small(session, demo_rows, monkeypatch):
+    monkeypatch.setattr(vqa.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    frame = demo_rows.train.head(4)
+    assert fill(session, frame)
+    assert len(session.vision_cache.features_in_memory) == 4
+    assert not list(session.vision_cache.folder.glob("*.safetensors"))
+    assert np.isfinite(vqa.predict_logits(session, frame, ONE_VIEW)).all()
+
+
+def test_cache_is_skipped_where_disk_and_memory_are_short(session, demo_rows, monkeypatch, caplog):
+    monkeypatch.setattr(vqa.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1000))
+    assert not fill(session, demo_rows.train.head(4))
+    assert not session.vision_cache.features_in_memory
+    assert not session.vision_cache.shards
+    assert "Vision cache skipped" in caplog.text
+
+
+def test_the_cache_is_left_out_where_it_saves_little_time(session, demo_rows, monkeypatch, caplog):
+    session.device = torch.device("cuda")  # the question arises on a GPU only
+    caplog.set_level("INFO")
+    for gain, decision, images in ((0.1, "off", 0), (0.5, "on", 4)):
+        monkeypatch.setattr(vqa, "vision_cache_gain", lambda *_, gain=gain: gain)
+        vqa.fill_vision_cache(session, demo_rows.train.head(4), uses=9, passes=3)
+        assert f"vision cache {decision}" in caplog.text
+        assert len(session.vision_cache.shards) == images
+
+
+def test_the_gain_of_the_cache_is_nothing_for_images_that_are_used_once(session, demo_rows):
+    fill(session, demo_rows.train.head(9))  # the rows to be timed are others
+    assert vqa.vision_cache_gain(session, demo_rows.train, uses=1, passes=1) == 0
+    assert 0 < vqa.vision_cache_gain(session, demo_rows.train, uses=10**6, passes=1) < 1
+
+
+def test_variants_leave_the_features_of_the_original_as_they_are(
+    session, demo_rows, tmp_path, monkeypatch
+):
+    frame = demo_rows.train.head(20)
+    budget = budget_of(session)
+    batches = []
+    prepare = vqa.VisionCache.prepare
+
+    def noting(self, paths, *arguments):
+        batches.append(paths)
+        return prepare(self, paths, *arguments)
+
+    monkeypatch.setattr(vqa.VisionCache, "prepare", noting)
+    plain = vqa.VisionCache(session.model, session.processor, str(tmp_path / "plain"))
+    assert plain.fill(frame, budget, quiet)
+    alone = len(batches)
+    varied = vqa.VisionCache(session.model, session.processor, str(tmp_path / "varied"))
+    assert varied.fill(vqa.image_variants(frame, 1, 42), budget, quiet)
+    # In the same company: the last bits of its features may depend on that.
+    originals = [batch for batch in batches[alone:] if "<variant>" not in "".join(batch)]
+    assert originals == batches[:alone]
+    assert batches[alone : 2 * alone] == originals
+    for digest in frame["pixel_hash"]:
+        features = plain.load((digest, *budget))
+        same_features = varied.load((digest, *budget))
+        for tensor, same_tensor in zip(features, same_features, strict=True):
+            assert tensor.equal(same_tensor)
+    assert len(varied.shards) == 2 * len(plain.shards)

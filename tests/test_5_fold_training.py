@@ -1,0 +1,156 @@
+"""Part 5, Epochs and Fold training: what an epoch shows, what a step does, and when a fold ends."""
+
+import numpy as np
+import torch
+from running import open_run_session, plain_prompts, quiet
+
+import vqa_helpers as vqa
+
+# --- Epochs ---------------------------------------------------------------------------------------
+
+
+def test_an_epoch_visits_every_row_once_and_keeps_the_tail():
+    lengths = np.arange(21) % 7
+    steps = vqa.plan_epoch(lengths, step_size=6, seed_keys=(42, 0, 1))
+    assert sorted(map(len, steps)) == [3, 6, 6, 6]
+    assert sorted(np.concatenate(steps)) == list(range(21))
+    again = vqa.plan_epoch(lengths, 6, (42, 0, 1))
+    other = vqa.plan_epoch(lengths, 6, (42, 0, 2))
+    assert np.array_equal(again[0], steps[0])
+    assert not np.array_equal(other[0], steps[0])
+
+
+def test_rows_of_similar_length_share_a_step_and_little_is_padded():
+    lengths = np.random.default_rng(0).integers(50, 800, 640)
+    steps = vqa.plan_epoch(lengths, 16, (42, 0, 1))
+    micro_batches = [step[start : start + 4] for step in steps for start in range(0, 16, 4)]
+    in_file_order = np.arange(640).reshape(-1, 4)
+    assert vqa.padding_share(lengths, micro_batches) < 0.05
+    assert vqa.padding_share(lengths, in_file_order) > 0.3
+    means = [lengths[step].mean() for step in steps]
+    correlation = np.corrcoef(range(len(steps)), means)[0, 1]
+    assert abs(correlation) < 0.4  # long and short steps alternate
+    assert vqa.padding_share([2, 4], [[0, 1]]) == 0.25
+    assert vqa.padding_share([2, 4], []) == 0
+
+
+def test_choice_order_is_a_function_of_seed_epoch_and_row():
+    config = vqa.Config.preset("demo")
+    orders = {vqa.training_order(config, epoch, "train_0001") for epoch in range(60)}
+    assert len(orders) > 12
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert vqa.training_order(config, 3, "x") == vqa.training_order(config, 3, "x")
+    unshuffled = vqa.Config.preset("demo", shuffle_choices=False)
+    assert vqa.training_order(unshuffled, 3, "x") == (0, 1, 2, 3)
+
+
+def test_training_draws_images_and_wordings_and_everything_else_sees_the_original(
+    with_final, monkeypatch
+):
+    def image_paths(prompts):
+        return [prompt.image_path for prompt in prompts]
+
+    def text_of(prompt):
+        return session.processor.tokenizer.decode(prompt.input_ids)
+
+    session = open_run_session(with_final)
+    trainer = vqa.FoldTrainer(session, with_final, 0)
+    epochs = [trainer.epoch_prompts(epoch) for epoch in range(3)]
+    assert image_paths(epochs[1]) == image_paths(trainer.epoch_prompts(1))
+    prompts = [prompt for epoch in epochs for prompt in epoch]
+    paths = image_paths(prompts)
+    assert {path.split("<variant>")[0] for path in paths} == set(trainer.train["image_path"])
+    changed = np.mean(["<variant>" in path for path in paths])
+    assert 0.4 < changed < 0.9
+    assert "<variant>" not in "".join(trainer.validation["image_path"])
+
+    texts = [text_of(prompt) for prompt in prompts]
+    starts = [task.split("{question}")[0].strip() for task in vqa._INSTRUCTIONS]
+    drawn = [sum(start in text for text in texts) for start in starts]
+    assert min(drawn) >= 3
+    assert sum(drawn) == len(texts)
+    (plain,) = plain_prompts(session, trainer.validation, [0])
+    assert starts[0] in text_of(plain)
+
+    # The run kept the features of all variants.
+    variants = vqa.image_variants(with_final.train, 2, with_final.config.seed)
+    budget = vqa.pixel_budget(with_final.config, session.processor)
+    monkeypatch.setattr(session.vision_cache, "compute_features", None)
+    assert session.vision_cache.fill(variants, budget, quiet)
+    assert "features" in vqa.collate(session, epochs[0][:8])
+    assert vqa.expected_memory(with_final.config, with_final.train).image_token > 0
+
+
+# --- A fold ---------------------------------------------------------------------------------------
+
+
+def test_training_leaves_the_base_model_untouched(mini_run):
+    run = mini_run()
+    session = open_run_session(run)
+    before = {name: value.clone() for name, value in session.model.state_dict().items()}
+    result = vqa.train_fold(run.config, 0, session)
+    after = session.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert result.history["loss"].notna().all()
+    assert set(result.kinds) == {"raw", "ema"}
+
+
+def test_a_finished_fold_is_read_not_trained_again(mini_run, monkeypatch):
+    run = mini_run()
+    first = vqa.train_fold(run.config, 0)
+    monkeypatch.setattr(vqa, "open_session", None)
+    assert vqa.train_fold(run.config, 0).kinds == first.kinds
+
+
+def test_early_stopping_ends_a_fold(mini_run):
+    run = mini_run(
+        num_epochs=6,
+        use_early_stopping=True,
+        early_stopping_patience=1,
+        learning_rate=1e-9,
+    )
+    assert len(vqa.train_fold(run.config, 0).history) == 2  # no gain over the first epoch
+
+
+def test_training_stops_when_the_time_budget_is_used(mini_run):
+    run = mini_run(num_epochs=3, time_budget_hours=1e-9)
+    vqa.atomic_write(run.directory / "session.json", '{"started": 0}')
+    assert len(vqa.train_fold(run.config, 0).history) == 1
+
+
+def test_swa_averages_a_tail_of_constant_learning_rate(mini_run):
+    run = mini_run(num_epochs=3, use_swa=True, swa_start_epoch=1)
+    trainer = vqa.FoldTrainer(open_run_session(run), run, 0)
+    rates = []
+    update = trainer.update_schedule_and_averages
+
+    def noting(epoch):
+        update(epoch)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+
+    trainer.update_schedule_and_averages = noting
+    trainer.fit()
+    assert len(set(rates[:3])) == 3
+    assert len(set(rates[3:])) == 1
+    assert trainer.averagers["swa"].updates == 6
+
+
+def test_half_precision_training_uses_the_scaler(mini_run, replace):
+    """On a CPU the scaler is only told to be there: state and steps go through it."""
+    run = mini_run()
+    session = open_run_session(run)
+    session.runtime = replace(session.runtime, precision="fp16")
+    trainer = vqa.FoldTrainer(session, run, 0)
+    assert trainer.scaler.is_enabled()
+    trainer.fit()
+    assert trainer.scaler.state_dict()["scale"] > 0
+
+
+def test_a_label_written_as_a_soft_target_trains_the_same_bytes(mini_run):
+    hard = mini_run(run_name="hard", lora_dropout=0.1)
+    soft = mini_run(run_name="soft", lora_dropout=0.1)
+    table = soft.train.copy()
+    table[list(vqa.TARGET_COLUMNS)] = np.eye(4)[soft.train["label"]]
+    vqa.write_table(table, soft.directory / "folds.csv")
+    assert vqa.train_fold(hard.config, 0).adapters == vqa.train_fold(soft.config, 0).adapters

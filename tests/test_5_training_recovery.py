@@ -1,0 +1,229 @@
+"""Part 5, Fold training: neither a stop, nor a bad number, nor little memory spoils a fold."""
+
+import math
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from running import (
+    ONE_VIEW,
+    Stop,
+    adapter_file,
+    open_run_session,
+    plain_batch,
+    raising,
+    read_logits,
+)
+
+import vqa_helpers as vqa
+
+# --- Stopped and resumed --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stop_at",
+    [
+        2,
+        pytest.param(3, marks=pytest.mark.slow),
+        pytest.param(5, marks=pytest.mark.slow),
+    ],
+)
+def test_a_resumed_fold_ends_bitwise_like_an_uninterrupted_one(mini_run, monkeypatch, stop_at):
+    """Stopped inside an epoch, at its end and in the second one: 18 rows make 3 steps an epoch."""
+    settings = {
+        "num_epochs": 2,
+        "lora_dropout": 0.1,
+        "use_swa": True,
+        "save_every_minutes": 1e-9,
+    }
+    whole = mini_run(run_name="whole", **settings)
+    broken = mini_run(run_name="broken", **settings)
+    vqa.train_fold(whole.config, 0)
+    step = vqa.FoldTrainer.optimizer_step
+    done = []
+
+    def stopping(self, *arguments):
+        if len(done) == stop_at:
+            raise Stop
+        done.append(1)
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(vqa.FoldTrainer, "optimizer_step", stopping)
+        vqa.train_fold(broken.config, 0)
+    vqa.train_fold(broken.config, 0)
+    for kind in ("raw", "ema", "swa"):
+        expected_weights = adapter_file(whole, 0, kind).read_bytes()
+        assert adapter_file(broken, 0, kind).read_bytes() == expected_weights, kind
+        expected_logits = read_logits(whole, 0, f"validation_{kind}")
+        assert np.array_equal(read_logits(broken, 0, f"validation_{kind}"), expected_logits)
+
+
+@pytest.mark.slow
+def test_a_fold_stopped_in_the_validation_that_ends_an_epoch_resumes_like_an_uninterrupted_one(
+    mini_run, monkeypatch
+):
+    settings = {"num_epochs": 2, "save_every_minutes": 1e-9}
+    whole = mini_run(run_name="whole", **settings)
+    broken = mini_run(run_name="broken", **settings)
+    expected = vqa.train_fold(whole.config, 0)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(vqa.FoldTrainer, "end_epoch", raising(Stop))
+        vqa.train_fold(broken.config, 0)
+    resumed = vqa.train_fold(broken.config, 0)
+    assert resumed.history["loss"].tolist() == expected.history["loss"].tolist()
+    assert resumed.kinds == expected.kinds
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(mini_run, replace):
+    run = mini_run(run_name="one", num_epochs=1)
+    vqa.FoldTrainer(open_run_session(run), run, 0).save(0, 1)
+    other_run = replace(run, fingerprint="other")
+    trainer = vqa.FoldTrainer(open_run_session(run), other_run, 0)
+    with pytest.raises(vqa.CheckpointError, match="another configuration"):
+        trainer.resume()
+
+
+# --- Numbers that are not finite ------------------------------------------------------------------
+
+
+def test_a_non_finite_loss_skips_the_step_and_above_a_limit_stops_with_the_rows(
+    mini_run, monkeypatch
+):
+    run = mini_run(max_skipped_steps=1)
+    trainer = vqa.FoldTrainer(open_run_session(run), run, 0)
+    before = {name: value.detach().clone() for name, value in trainer.parameters.items()}
+    monkeypatch.setattr(vqa, "choice_logits", lambda logits, letters: logits[:, :4] * math.nan)
+    with pytest.raises(
+        FloatingPointError,
+        match=r"2 steps were not finite, the last: loss nan.*step 1, rows \['train_",
+    ):
+        trainer.fit()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.parameters.items())
+    assert trainer.scheduler.last_epoch == 0
+    assert trainer.averagers["ema"].updates == 0
+    assert len(trainer.session.notes) == 2
+    for note in trainer.session.notes:
+        assert note.split(":")[1] == " skipped a step"
+
+
+def test_gradients_that_overflow_at_every_scale_stop_the_fold_and_move_no_schedule(
+    mini_run, replace
+):
+    run = mini_run(max_skipped_steps=0)
+    session = open_run_session(run)
+    session.runtime = replace(session.runtime, precision="fp16")
+    trainer = vqa.FoldTrainer(session, run, 0)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=0.002)
+    some_parameter = next(iter(trainer.parameters.values()))
+    some_parameter.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(
+        FloatingPointError, match=r"the last: loss \d.*, gradient norm nan at epoch 1, step 2"
+    ):
+        trainer.fit()
+    assert trainer.scheduler.last_epoch == 0
+    assert trainer.averagers["ema"].updates == 0
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+def out_of_memory_above(size, monkeypatch):
+    """Let the forward pass fail as a GPU's does for batches of more than `size` questions."""
+    forward = vqa.answer_hidden_states
+
+    def limited(session, batch):
+        if len(batch["prompts"]) > size:
+            raise torch.OutOfMemoryError("CUDA out of memory (a test)")
+        return forward(session, batch)
+
+    monkeypatch.setattr(vqa, "answer_hidden_states", limited)
+
+
+def test_without_memory_the_micro_batch_is_halved_and_the_update_stays_the_same(
+    mini_run, monkeypatch
+):
+    run = mini_run()
+
+    def accumulate():
+        """A trainer that has accumulated the gradients of eight questions, and these."""
+        trainer = vqa.FoldTrainer(open_run_session(run), run, 0)
+        batch = plain_batch(trainer.session, trainer.train, range(8))
+        trainer.accumulate_gradients(0, 0, [batch], n_rows=8)
+        gradients = [value.grad.flatten() for value in trainer.parameters.values()]
+        return trainer, torch.cat(gradients)
+
+    _, expected = accumulate()
+    out_of_memory_above(2, monkeypatch)
+    trainer, gradients = accumulate()
+    assert (gradients - expected).norm() < 1e-5 * expected.norm()
+    note = "4 questions per forward pass from here on; an optimizer step still takes 8"
+    assert note in trainer.session.notes[0]
+    trainer.optimizer.zero_grad()
+    trainer.fit()
+    assert trainer.session.memory_plan == trainer.plan  # the next fold starts with it
+    assert trainer.plan.micro_batch == 2
+    assert trainer.session.inference_batch_limit == 2
+    resumed = vqa.FoldTrainer(open_run_session(run), run, 0)
+    resumed.resume()
+    assert resumed.plan.micro_batch == 2  # the plan is part of the checkpoint
+
+
+def test_memory_that_runs_out_in_the_backward_pass_is_freed_before_the_next_try(
+    mini_run, monkeypatch
+):
+    run = mini_run()
+    trainer = vqa.FoldTrainer(open_run_session(run), run, 0)
+    training_loss = vqa.training_loss
+    states_of_failed_passes = []
+    alive_when_cleared = []
+
+    def out_of_memory(gradient):
+        raise torch.OutOfMemoryError("a test")
+
+    def failing_backward(session, states, batch):
+        loss = training_loss(session, states, batch)
+        if len(batch["prompts"]) > 4:
+            states_of_failed_passes.append(weakref.ref(states))
+            loss.register_hook(out_of_memory)
+        return loss
+
+    def clear_memory(logger=None):
+        alive_when_cleared.append(states_of_failed_passes[0]())
+
+    monkeypatch.setattr(vqa, "training_loss", failing_backward)
+    monkeypatch.setattr(vqa, "clear_memory", clear_memory)
+    trainer.train_epoch(0, 0)
+    assert trainer.plan.micro_batch == 4
+    assert alive_when_cleared == [None]
+
+
+def test_memory_that_does_not_hold_one_question_is_explained(mini_run, monkeypatch):
+    run = mini_run()
+    session = open_run_session(run)
+    out_of_memory_above(0, monkeypatch)
+    explained = "Out of GPU memory with one question per forward pass: set max_pixels"
+    with pytest.raises(RuntimeError, match=explained):
+        vqa.FoldTrainer(session, run, 0).fit()
+    with pytest.raises(RuntimeError, match=explained):
+        vqa.predict_logits(session, run.test, ONE_VIEW)
+
+
+def test_the_memory_plan_is_made_for_the_longest_prompt_of_all_epochs(
+    session, mini_run, monkeypatch
+):
+    planned = []
+
+    def noting(session, prompts, state):
+        planned.append(len(prompts))
+
+    monkeypatch.setattr(vqa, "plan_memory", noting)
+    for fields in ({}, {"paraphrases": 2}, {"augment_images": 1}):
+        run = mini_run(num_epochs=3, **fields)
+        session.config = run.config
+        session.memory_plan = None
+        trainer = vqa.FoldTrainer(session, run, 0)
+        assert trainer.plan is None
+        trainer.model.unload()
+    assert planned == [18, 54, 54]

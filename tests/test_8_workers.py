@@ -1,0 +1,224 @@
+"""Part 8, Workers: which devices take which folds, and what is said of a process that ended."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from cards import T4
+from running import adapter_file, quiet, read_logits
+
+import vqa_helpers as vqa
+
+CORE = vqa.CPU_CORE
+
+# --- Who does what --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("folds", "devices", "rounds"),
+    [
+        ((0, 1, 2), [0], [[((0,), (0, 1, 2))]]),
+        ((0, 1), [0, 1], [[((0,), (0,)), ((1,), (1,))]]),
+        ((0, 1, 2), [0, 1], [[((0,), (0,)), ((1,), (1,))], [((0, 1), (2,))]]),
+        ((0,), [0, 1], [[((0, 1), (0,))]]),
+        ((0, 1, 2, 3, 4), [0, 1], [[((0,), (0, 2)), ((1,), (1, 3))], [((0, 1), (4,))]]),
+        ((0, 1, 2), [0, 1, 2, 3], [[((0, 1, 2, 3), (0, 1, 2))]]),
+        (tuple(range(9)), list(range(10)), [[((n,), (n,)) for n in range(9)]]),
+        # Cores share no fold: its sums would depend on their number.
+        ((0, 1, 2), [CORE, CORE], [[((CORE,), (0, 2)), ((CORE,), (1,))]]),
+    ],
+)
+def test_no_device_is_idle_where_a_team_is_faster(folds, devices, rounds):
+    """A round is a list of jobs, a job the devices that share it and the folds it has."""
+    assert vqa.schedule_folds(folds, devices) == rounds
+
+
+def test_without_a_gpu_a_small_model_has_a_worker_on_each_core_with_one_thread(monkeypatch):
+    without_gpu = vqa.Runtime("local", (), "fp32", "sdpa", ())
+    monkeypatch.setattr(vqa, "detect_runtime", lambda *_: without_gpu)
+    monkeypatch.setattr(vqa, "usable_cores", lambda: 3)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert vqa.worker_devices(vqa.Config.preset("demo")) == [CORE, CORE, CORE]
+    assert vqa.device_environment(CORE)["OMP_NUM_THREADS"] == "1"
+    # A large one has all cores, and as many threads as the user allows.
+    assert vqa.worker_devices(vqa.Config.preset("kaggle_t4x2")) == [None]
+    assert vqa.device_environment(None)["OMP_NUM_THREADS"] == "8"
+
+
+def test_one_worker_sees_all_gpus_of_a_spread_model(monkeypatch):
+    two_gpus = vqa.Runtime("kaggle", (T4, T4 | {"index": 1}), "fp16", "sdpa", ())
+    monkeypatch.setattr(vqa, "detect_runtime", lambda *_: two_gpus)
+    assert vqa.worker_devices(vqa.Config.preset("kaggle_t4x2")) == ["0", "1"]
+    (together,) = vqa.worker_devices(vqa.Config.preset("kaggle_t4x2", spread_model=True))
+    (environment,) = vqa.process_group_environments([together])
+    assert environment["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert "RANK" not in environment
+
+
+def test_each_worker_sees_its_own_gpu(mini_run, monkeypatch):
+    run = mini_run()
+    seen = []
+
+    class Process:
+        def __init__(self, command, env, **_):
+            seen.append((env["CUDA_VISIBLE_DEVICES"], command[command.index("--folds") + 1]))
+
+        def poll(self):
+            return 0
+
+        wait = terminate = poll
+
+    monkeypatch.setattr(vqa.subprocess, "Popen", Process)
+    vqa.launch_workers(run, [((0,), [0, 2]), ((1,), [1])], ["train"])
+    assert seen == [("0", "0,2"), ("1", "1")]
+
+
+@pytest.mark.slow
+def test_several_devices_share_folds_and_the_odd_one_and_predict_in_further_rounds(
+    mini_run, monkeypatch
+):
+    run = mini_run(n_folds=3, tta_rotations=1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(vqa, "worker_devices", lambda config: [None, None])
+    rounds = []
+    launch = vqa.launch_workers
+
+    def noting(run, jobs, stages):
+        rounds.append((jobs, stages))
+        launch(run, jobs, stages)
+
+    monkeypatch.setattr(vqa, "launch_workers", noting)
+    results = vqa.run_folds(run.config)
+    assert [result.fold for result in results] == [0, 1, 2]
+    a_fold_each = [((None,), (0,)), ((None,), (1,))]
+    one_shared = [((None, None), (2,))]
+    assert rounds == [
+        (a_fold_each, ["train"]),
+        (one_shared, ["train"]),
+        (a_fold_each, ["predict"]),
+        (one_shared, ["predict"]),
+    ]
+    for fold in range(3):
+        for name in ("oof", "test"):
+            logits = read_logits(run, fold, name)
+            assert np.isfinite(logits).all()  # the parts of both processes
+
+
+def test_what_a_submission_needs_is_done_on_all_folds_before_anything_else(mini_run, monkeypatch):
+    run = mini_run(
+        n_folds=3,
+        quantization="4bit",
+        score_precision="16bit",
+        final_retrain=True,
+    )
+    launched = []
+    monkeypatch.setattr(vqa, "worker_devices", lambda config: ["0", "1"])
+    monkeypatch.setattr(vqa.Run, "unfinished_folds", lambda self, stage, folds: folds)
+
+    def launch(_, jobs, stages):
+        all_folds = [fold for _, folds in jobs for fold in folds]
+        launched.append((all_folds, stages))
+
+    monkeypatch.setattr(vqa, "launch_workers", launch)
+    vqa.run_folds(run.config)
+    assert launched == [
+        ([0, 1], ["train"]),
+        ([2], ["train"]),
+        ([0, 1], ["predict"]),
+        ([2], ["predict"]),
+        ([0, 1], ["rescore"]),
+        ([2], ["rescore"]),
+        ([3], ["train", "predict", "rescore"]),
+    ]
+
+
+def test_on_kaggle_the_budget_runs_from_the_start_of_the_notebook(mini_run, monkeypatch):
+    run = mini_run()
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setattr(vqa, "launch_workers", quiet)
+    vqa.run_folds(run.config)
+    started = json.loads((run.directory / "session.json").read_text())["started"]
+    assert started == vqa.psutil.Process().create_time()
+
+
+# --- Stopped and dead -----------------------------------------------------------------------------
+
+
+def worker(run, *arguments):
+    command = [
+        sys.executable,
+        vqa.__file__,
+        "worker",
+        "--run",
+        str(run.directory),
+        "--folds",
+        "0",
+        *arguments,
+    ]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_worker_saves_and_ends_with_its_own_status_and_the_next_one_continues(
+    mini_run, number
+):
+    settings = {"num_epochs": 8, "n_folds": 3, "train_folds": (0,)}
+    whole = mini_run(run_name="a", **settings)
+    stopped = mini_run(run_name="b", **settings)
+    vqa.train_fold(whole.config, 0)
+    process = worker(stopped, "--stages", "train")
+    metrics = stopped.fold_dir(0) / "metrics.jsonl"
+    wait_for(metrics.exists, process)
+    process.send_signal(number)
+    assert process.wait(60) == vqa.INTERRUPTED
+    checkpoints = vqa.CheckpointManager(stopped.fold_dir(0) / "checkpoints")
+    _, _, saved = checkpoints.restore(checkpoints.latest_verified())
+    steps = len(metrics.read_text().splitlines())
+    assert saved["epoch"] * 3 + saved["step_in_epoch"] == steps  # not one step was lost
+    assert not (stopped.fold_dir(0) / "result.json").exists()
+    vqa.train_fold(stopped.config, 0)
+    expected = adapter_file(whole, 0, "ema").read_bytes()
+    assert adapter_file(stopped, 0, "ema").read_bytes() == expected
+
+
+class Ended:
+    """A process that has ended."""
+
+    def __init__(self, status):
+        self.status = status
+
+    def wait(self):
+        return self.status
+
+    terminate = wait
+
+
+def test_the_notebook_says_that_an_interrupted_run_can_be_continued(mini_run, monkeypatch):
+    run = mini_run()
+    monkeypatch.setattr(vqa, "_show_progress", quiet)  # straight on to terminate()
+    monkeypatch.setattr(vqa.subprocess, "Popen", lambda *_, **__: Ended(vqa.INTERRUPTED))
+    with pytest.raises(vqa.Interrupted, match="Its work is saved: run the cell again"):
+        vqa.launch_workers(run, [((None,), [0])], ["train"])
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_shown_with_its_last_lines(mini_run, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run = mini_run(model_id="no/such-model")
+    with pytest.raises(
+        RuntimeError, match="(?s)A worker stopped. Run the cell again.*worker_0.log.*OSError"
+    ):
+        vqa.run_zeroshot(run)

@@ -1,0 +1,111 @@
+"""Part 9, Memory by computation: against what GPUs took, and on every card that a preset is for."""
+
+import memory_plan
+import pytest
+from cards import CARDS
+from running import plain_batch, plain_prompts
+
+import vqa_helpers as vqa
+
+# GiB on one H200 under bench_gpu.py's settings, with the optimizer's state, by questions in a
+# pass and layers that keep their activations.
+CAPPED = {(32, 0): 11.70, (16, 3): 10.86, (8, 9): 11.53, (4, 21): 11.89, (2, 36): 10.77}
+UNCAPPED = {(32, 36): 93.54, (16, 36): 49.70, (8, 36): 27.81, (4, 36): 16.88}
+NOT_COMPILED = {(8, 36): 30.88, (4, 36): 18.09, (2, 36): 11.70}
+SMALL = {(32, 6): 11.63, (16, 14): 11.96, (8, 30): 12.13, (4, 36): 8.22, (2, 36): 5.35}
+# Shapes, tokens a question, whether layers are compiled, peaks.
+MEASURED = {
+    "8B": (memory_plan.qwen3_8b, 366, True, CAPPED | UNCAPPED),
+    "8B, not compiled": (memory_plan.qwen3_8b, 366, False, NOT_COMPILED),
+    "3B": (memory_plan.qwen25_3b, 306, True, SMALL),
+}
+
+
+@pytest.mark.parametrize(
+    ("make_shapes", "tokens", "compiled", "peaks"), MEASURED.values(), ids=MEASURED
+)
+def test_the_computed_peak_is_within_5_percent_of_every_measured_one(
+    make_shapes, tokens, compiled, peaks
+):
+    costs = vqa.memory_costs(vqa.Config(), make_shapes({}), tokens, "bf16", compiled)
+    for plan, measured in peaks.items():
+        peak = sum(costs.peak(vqa.MemoryPlan(*plan)).values())
+        assert peak == pytest.approx(measured, rel=0.05), plan
+
+
+def test_computed_weights_are_those_measured_after_loading_and_at_rest():
+    big = vqa.memory_costs(vqa.Config(), memory_plan.qwen3_8b({}), 1, "bf16", True)
+    small = vqa.memory_costs(vqa.Config(), memory_plan.qwen25_3b({}), 1, "bf16", True)
+    assert big.loaded == pytest.approx(6.73, abs=0.01)
+    assert small.loaded == pytest.approx(3.16, abs=0.01)
+    assert big.rows["weights"] == pytest.approx(4.5, abs=0.01)
+    scales = 0.16  # of its 4-bit blocks, unpacked; its head is tied and stays
+    assert small.rows["weights"] == pytest.approx(small.loaded - small.tower + scales, abs=0.01)
+
+    plan = vqa.MemoryPlan(1, 0)
+    cached = big.table(plan, True, 0)["computed GiB"]
+    not_cached = big.table(plan, False, 0)["computed GiB"]
+    for row in ("weights", "all of these"):
+        assert not_cached[row] == pytest.approx(cached[row] + big.tower)
+
+
+def test_settings_change_the_rows_that_they_should():
+    def costs(**settings):
+        config = vqa.Config(**settings)
+        return vqa.memory_costs(config, memory_plan.qwen3_8b({}), 366, "bf16", True)
+
+    plain = costs()
+    assert costs(quantization="none").rows["weights"] == pytest.approx(14.1, abs=0.05)
+    with_head = costs(loss="vocabulary").rows["weights"]
+    assert with_head == pytest.approx(plain.rows["weights"] + 1.16, abs=0.01)
+    assert costs(lora_r=32).rows["optimizer"] == 2 * plain.rows["optimizer"]
+    assert costs(use_ema=False).rows["averages"] == 0
+    assert costs(use_swa=True).rows["averages"] == plain.rows["optimizer"]
+    assert costs(lora_dropout=0.0).layer < 0.8 * plain.layer
+
+
+@pytest.mark.parametrize(("cards", "preset", "_"), CARDS.values(), ids=CARDS)
+def test_what_auto_picks_fits_on_the_card_by_computation(cards, preset, _):
+    smallest = min(memory for _, memory, _ in cards)
+    row = memory_plan.memory_row(preset, smallest)
+    assert row["in a pass"] >= 8
+    assert row["sum"] <= row["free"]
+    assert row["loading"] <= row["free"]
+
+
+def test_a_card_below_the_smallest_preset_is_too_small_by_computation_for_the_larger_model():
+    costs = vqa.memory_costs(vqa.Config(), memory_plan.qwen3_8b({}), 878, "fp16", False)
+    verdict = costs.verdict(memory_plan.free_memory(6144))
+    figures = "6.7 GiB for one question at a time, 5.1 GiB free"
+    assert verdict.startswith(f"does not fit by computation: {figures}")
+    assert "smaller model_id" in verdict
+    assert "max_pixels" in verdict
+
+
+def test_the_readme_shows_what_the_script_prints():
+    readme = (vqa.HERE / "README.md").read_text(encoding="utf-8")
+    assert memory_plan.memory_table() in readme
+
+
+def test_computed_vision_features_are_the_bytes_of_the_cache(session, demo_rows):
+    """In both families, with and without DeepStack."""
+    batch = plain_batch(session, demo_rows.train, [0])
+    (features,) = session.vision_cache.compute_for_batch(batch)
+    costs = vqa.memory_costs(session.config, session.model.config, 1, "fp32", compiled=False)
+    tokens = len(features[0])
+    bytes_of_features = sum(tensor.nbytes for tensor in features)
+    assert bytes_of_features == pytest.approx(tokens * costs.image_token * 2**30)
+
+
+def test_before_loading_memory_is_that_of_the_longest_prompt_with_the_runs_own_templates(
+    session, demo_rows, replace
+):
+    longer = {}
+    for question_type, template in vqa.PROMPT_TEMPLATES.items():
+        longer[question_type] = "Look closely. " * 9 + template
+    session.config = replace(session.config, prompt_templates=longer)
+    frame = demo_rows.train.head(12)
+    prompts = plain_prompts(session, frame, range(12))
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    known = vqa.memory_costs(session.config, session.model.config, longest, "fp32", compiled=False)
+    assert vqa.expected_memory(session.config, frame) == known

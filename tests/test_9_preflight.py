@@ -1,0 +1,184 @@
+"""Part 9, Preflight: what five minutes show before hours are spent, also where it does not fit."""
+
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from machine import COMPETITION, start_run
+from running import raising
+from twins import TINY
+
+import vqa_helpers as vqa
+
+FEATURES = "vision features, on disk or in RAM"
+
+
+@pytest.fixture
+def preflight_config(mini_data, tmp_path):
+    """A config of the mini competition: preflight_config(augment_images=1, ...)."""
+
+    def make(**overrides):
+        settings = {"data_dir": str(mini_data), "cache_dir": str(tmp_path)}
+        return vqa.Config.preset("demo", **settings, **overrides)
+
+    return make
+
+
+def test_preflight_shows_computed_beside_measured_memory_and_goes_on_where_it_would_not_fit(
+    preflight_config, monkeypatch
+):
+    little_memory = SimpleNamespace(available=2**20)
+    monkeypatch.setattr(vqa.psutil, "virtual_memory", lambda: little_memory)
+    plan = vqa.MemoryPlan(8, 2, peak_gib=1.25)
+    monkeypatch.setattr(vqa, "plan_memory", lambda *_: plan)
+    config = preflight_config()
+    facts = vqa.preflight(config, rows=8)
+    computed = facts["memory"]["computed GiB"]
+    measured = facts["memory"]["measured GiB"]
+    rows = ["weights", "LoRA and gradients", "optimizer", "averages", "activations"]
+    assert list(computed) == [*rows, "all of these", FEATURES]
+    assert computed["all of these"] == pytest.approx(sum(computed[name] for name in rows))
+    assert measured == dict.fromkeys(computed, "") | {"all of these": 1.25}
+    assert facts["memory needed"].startswith("does not fit by computation: 0.")
+    json.dumps(facts)
+
+    competition = vqa.load_competition(config.data_dir)
+    counts = facts["token_counts"]
+    tokens_of_images = dict(zip(competition.train["pixel_hash"], counts["train"], strict=True))
+    tokens_of_images |= zip(competition.test["pixel_hash"], counts["test"], strict=True)
+    each_image_once = sum(tokens_of_images.values())
+    image_token = vqa.expected_memory(config, competition.train).image_token
+    assert computed[FEATURES] == pytest.approx(each_image_once * image_token)
+
+
+def test_weights_that_do_not_fit_end_preflight_with_what_to_change(preflight_config, monkeypatch):
+    out_of_memory = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(vqa, "memory_budget", lambda: 2**20)
+    monkeypatch.setattr(vqa, "open_session", raising(out_of_memory))
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        vqa.preflight(preflight_config(), rows=8)
+    note, *_ = caught.value.__notes__
+    assert note.startswith("Memory: does not fit by computation: ")
+    assert "0.0 GiB free; choose a smaller model_id" in note
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5"])
+def test_preflight_says_where_it_computes_no_memory(family, model_folders, mini_data, monkeypatch):
+    config = vqa.Config.preset("demo", model_id=str(model_folders[family]), data_dir=str(mini_data))
+    facts = vqa.preflight(config, rows=4)
+    assert facts["memory needed"] == "not computed for this family of models"
+    assert facts["memory"] == {}
+    assert "questions in a pass" in facts["memory plan"]
+
+    out_of_memory = torch.OutOfMemoryError("while loading")
+    monkeypatch.setattr(vqa, "open_session", raising(out_of_memory))
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        vqa.preflight(config, rows=4)
+    assert caught.value.__notes__ == ["Memory: not computed for this family of models"]
+
+
+def test_preflight_says_whether_the_unquantised_model_fits(
+    four_bits_on_the_cpu, preflight_config, monkeypatch
+):
+    config = preflight_config(quantization="4bit", score_precision="16bit")
+    verdict = vqa.preflight(config, rows=4)["scoring in 16 bits"]
+    assert verdict.startswith("0.5")
+    assert "GiB for the unquantised model" in verdict
+    monkeypatch.setattr(vqa, "free_gib", lambda: 0.1)
+    verdict = vqa.preflight(config, rows=4)["scoring in 16 bits"]
+    assert verdict.startswith("does not fit by computation: 0.5")
+
+
+def test_preflight_counts_the_features_of_the_variants(preflight_config):
+    def gib_of_features(variants):
+        facts = vqa.preflight(preflight_config(augment_images=variants), rows=4)
+        return facts["memory"]["computed GiB"][FEATURES]
+
+    # The test rows have no variants.
+    assert 2 < gib_of_features(3) / gib_of_features(0) <= 4
+
+
+# --- In a process of its own ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_preflight_reports_facts_from_a_process_of_its_own(mini_data, monkeypatch):
+    facts = vqa.run_preflight(vqa.Config.preset("demo", data_dir=str(mini_data)))
+    assert facts["letter tokens"].startswith("a=[")
+    assert facts["prompt"].endswith("<|im_start|>assistant\n")
+    assert len(facts["token_counts"]["train"]) == 36
+    assert max(facts["token_counts"]["test"]) <= facts["token_budget"]
+    assert facts["estimated minutes on one device"] > 0
+    assert "on 36 rows" in facts["zero-shot accuracy"]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    missing = vqa.Config.preset("demo", data_dir=str(mini_data), model_id="no/such-model")
+    with pytest.raises(RuntimeError, match="(?s)Preflight failed:.*OSError"):
+        vqa.run_preflight(missing)
+
+
+# Run at the start of a process: notes its connections, all refused, and what the hub was told.
+WATCH_THE_NETWORK = """
+import atexit
+import os
+import socket
+import sys
+
+
+def append(name, text):
+    with open(os.path.join(os.environ["NOTES"], name), "a") as file:
+        file.write(text)
+
+
+def refuse(*arguments, **options):
+    append("calls", str(arguments))
+    raise OSError("there is no network")
+
+
+def note():
+    hub = sys.modules.get("huggingface_hub.constants")
+    if hub:
+        append("offline", str(hub.HF_HUB_OFFLINE))
+
+
+socket.getaddrinfo = refuse
+socket.create_connection = refuse
+socket.socket.connect = refuse
+atexit.register(note)
+"""
+
+
+@pytest.mark.slow
+def test_a_local_model_is_loaded_without_asking_the_hub(machine, mini_data):
+    """By preflight in a process of its own; and by a worker, without stages to save time."""
+    site = machine.root / "site"
+    notes = machine.root / "notes"
+    site.mkdir()
+    notes.mkdir()
+    (site / "sitecustomize.py").write_text(WATCH_THE_NETWORK)
+    settings = {"n_folds": 2, "max_fallback_share": 0.5, "model_id": str(TINY)}
+    machine.environment(
+        PYTHONPATH=str(site),
+        NOTES=str(notes),
+        VQA_PRESET="demo",
+        VQA_OVERRIDES=json.dumps(settings),
+        HF_HUB_OFFLINE="0",  # so that it is put back
+    )
+    machine.monkeypatch.delenv("HF_HUB_OFFLINE")
+    machine.helper()
+    shutil.copytree(mini_data, machine.root / COMPETITION)
+    names = machine.run()
+    facts = names.vqa.run_preflight(names.config)
+    assert facts["zero-shot accuracy"].endswith("on 36 rows")
+    assert (notes / "offline").read_text() == "True"
+    assert not (notes / "calls").exists()
+    # The notebook's own process may turn to the hub for another model.
+    assert "HF_HUB_OFFLINE" not in os.environ
+
+    run = start_run(names)
+    progress = names.vqa.ProgressFile(run.directory / "progress_0.json")
+    names.vqa.run_worker(run, [0], [], progress)
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
