@@ -136,7 +136,7 @@ def test_default_run_name_depends_on_results_not_on_places():
 
 def test_config_table_shows_what_differs_from_the_default():
     table = vqa.Config.preset("demo").table()
-    assert table.loc["num_epochs"].tolist() == ["12", "2", "passes over the training rows"]
+    assert table.loc["num_epochs"].tolist() == ["6", "2", "passes over the training rows"]
     assert table.loc["seed"].tolist() == ["42", "", "of every random draw"]
     differs = (table["default, where it differs"] != "").tolist()
     assert differs == sorted(differs, reverse=True)  # they come first
