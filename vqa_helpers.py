@@ -10462,7 +10462,7 @@ def ensemble_runs(
 #
 # Distillation still tells a fold about its validation rows: the teacher's model for a row of
 # fold 1 was trained on fold 0, and a student of fold 0 that learns to answer like it also learns
-# what it knew by heart. On the demo OOF accuracy rose by 3.6 points, that of the hidden answers
+# what it knew by heart. On the demo OOF accuracy rose by 2.7 points, that of the hidden answers
 # did not: hence DISTILLED_WARNING. To be rid of it takes a teacher model for each pair of folds.
 # Test answers for fold 0 come from a model that never saw fold 0: they know it only through
 # decisions on OOF rows (epoch, weights, views, temperature).
