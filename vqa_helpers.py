@@ -11279,7 +11279,8 @@ GROUP_GRACE_SECONDS = 5  # between the end of one process of a group and that of
 # Exit status of a worker that was asked to stop and has saved its work (EX_TEMPFAIL).
 INTERRUPTED = 75
 CPU_CORE = "cpu core"  # a device: one core of a machine without a GPU
-SMALL_MODEL_GIB = 0.5  # weights of a model of which every core may hold a copy
+SMALL_MODEL_GIB = 0.5  # weights of a model of which every worker on a CPU may hold a copy
+SMALL_WORKER_GIB = 2  # memory of such a worker, with its libraries; the demo's takes 1 GiB
 
 
 class WorkerJob(NamedTuple):
@@ -11489,7 +11490,7 @@ def launch_workers(
 
 
 def is_small_model(config: Config) -> bool:
-    """Whether every CPU core may hold a copy of the model; False where its size is unknown."""
+    """Whether several workers on a CPU may hold a copy each; False where its size is unknown."""
     weights = list(Path(config.model_path).glob("*.safetensors"))
     size = sum(path.stat().st_size for path in weights)
     return 0 < size <= SMALL_MODEL_GIB * 2**30
@@ -11498,16 +11499,28 @@ def is_small_model(config: Config) -> bool:
 def worker_devices(config: Config) -> list[str | None]:
     """What each worker sees: one GPU, by its number, or all of them.
 
-    Without a GPU: one core for each worker, where the model is small, else all cores for
-    one worker (None).
+    Without a GPU: a worker of one thread for each fold, where the model is small, else one
+    worker with all cores (None).
     """
     gpus = detect_runtime(config.precision, config.attn_implementation).gpus
     numbers = [str(gpu["index"]) for gpu in gpus]
     if not numbers:
-        return [CPU_CORE] * usable_cores() if is_small_model(config) else [None]
+        if is_small_model(config):
+            return [CPU_CORE] * cpu_worker_count(len(config.folds_to_train))
+        return [None]
     if config.spread_model:
         return [",".join(numbers)]
     return numbers
+
+
+def cpu_worker_count(n_folds: int) -> int:
+    """How many workers of one thread train `n_folds` folds side by side.
+
+    One for each fold, even where the cores are fewer: they share the cores evenly, and none
+    is idle while the last fold trains. Where memory is short, one for each core.
+    """
+    fit_in_memory = int(psutil.virtual_memory().available / 2**30 / SMALL_WORKER_GIB)
+    return min(n_folds, max(usable_cores(), fit_in_memory))
 
 
 def usable_cores() -> int:

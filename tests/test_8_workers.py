@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,16 +38,34 @@ def test_no_device_is_idle_where_a_team_is_faster(folds, devices, rounds):
     assert vqa.schedule_folds(folds, devices) == rounds
 
 
-def test_without_a_gpu_a_small_model_has_a_worker_on_each_core_with_one_thread(monkeypatch):
+def test_without_a_gpu_a_small_model_has_a_worker_of_one_thread_for_each_fold(monkeypatch):
     without_gpu = vqa.Runtime("local", (), "fp32", "sdpa", ())
     monkeypatch.setattr(vqa, "detect_runtime", lambda *_: without_gpu)
-    monkeypatch.setattr(vqa, "usable_cores", lambda: 3)
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     assert vqa.worker_devices(vqa.Config.preset("demo")) == [CORE, CORE, CORE]
+    assert vqa.worker_devices(vqa.Config.preset("demo", train_folds=(1,))) == [CORE]
     assert vqa.device_environment(CORE)["OMP_NUM_THREADS"] == "1"
     # A large one has all cores, and as many threads as the user allows.
     assert vqa.worker_devices(vqa.Config.preset("kaggle_t4x2")) == [None]
     assert vqa.device_environment(None)["OMP_NUM_THREADS"] == "8"
+
+
+@pytest.mark.parametrize(
+    ("available_gib", "cores", "workers"),
+    [
+        pytest.param(20, 2, 5, id="one for each fold, although the cores are fewer"),
+        pytest.param(6, 2, 3, id="as many as fit into memory"),
+        pytest.param(1, 2, 2, id="one for each core, where memory is short"),
+        pytest.param(64, 16, 5, id="never more than folds"),
+    ],
+)
+def test_workers_on_a_cpu_are_as_many_as_folds_and_memory_allow(
+    available_gib, cores, workers, monkeypatch
+):
+    memory = SimpleNamespace(available=available_gib * 2**30)
+    monkeypatch.setattr(vqa.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(vqa, "usable_cores", lambda: cores)
+    assert vqa.cpu_worker_count(5) == workers
 
 
 def test_one_worker_sees_all_gpus_of_a_spread_model(monkeypatch):
