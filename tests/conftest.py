@@ -20,6 +20,7 @@ sys.path.append(str(ROOT / "tests" / "benchmarks"))
 
 from competition_folder import Folder, copy_demo_rows  # noqa: E402
 from machine import Machine  # noqa: E402
+from notebook_run import NotebookRun  # noqa: E402
 from running import quiet, run_all  # noqa: E402
 from twins import TINY, TWINS, build_twin  # noqa: E402
 
@@ -31,7 +32,7 @@ os.environ["TMPDIR"] = tempfile.tempdir
 atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 MARKERS = {
     "gpu": "needs a CUDA device",
-    "slow": "takes more than a minute",
+    "slow": "takes long, or repeats for more models what a quick test shows for one",
 }
 
 
@@ -107,6 +108,20 @@ def folder(tmp_path) -> Folder:
 def machine(tmp_path, monkeypatch) -> Machine:
     """A platform for the notebook's first cells, without GPUs and without a competition."""
     return Machine(tmp_path.resolve(), monkeypatch)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def notebook_run(request, tmp_path_factory):
+    """Execute the notebook on the mini competition, in the background of all other tests.
+
+    It takes a minute, in processes of its own. Begun only where some test looks at it.
+    """
+    if not any("executed" in item.fixturenames for item in request.session.items):
+        yield None
+        return
+    run = NotebookRun(tmp_path_factory.mktemp("notebook"), request.getfixturevalue("mini_data"))
+    yield run
+    run.stop()
 
 
 # --- Models ---------------------------------------------------------------------------------------

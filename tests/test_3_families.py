@@ -15,6 +15,11 @@ from twins import TWINS
 import vqa_helpers as vqa
 
 NOT_TRAINED = ("visual", "experts", "lm_head", "embed_tokens", "norm", "conv1d", "mlp.gate.")
+# A whole run takes seconds: the quick suite does one.
+FAMILIES_OF_A_WHOLE_RUN = [
+    "qwen3_vl",
+    *[pytest.param(family, marks=pytest.mark.slow) for family in sorted(TWINS)],
+]
 
 
 @pytest.fixture(params=sorted(vqa.FAMILIES))
@@ -42,6 +47,7 @@ def test_there_is_a_twin_of_every_family():
     assert {"qwen3_vl", *TWINS} == set(vqa.FAMILIES)
 
 
+@pytest.mark.parametrize("family", FAMILIES_OF_A_WHOLE_RUN)
 def test_a_family_trains_caches_rotates_and_resumes_to_the_same_bytes(
     family, mini_run, model_folders, tmp_path
 ):

@@ -141,6 +141,7 @@ def test_fast_and_selectively_checkpointed_gradients_are_the_plain_ones(session,
         assert (again - plain).norm() <= 1e-6 * plain.norm()
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_plain_gradients_and_one_compilation_serves_all(
     session, demo_rows, replace, monkeypatch
 ):

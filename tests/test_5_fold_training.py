@@ -1,6 +1,7 @@
 """Part 5, Epochs and Fold training: what an epoch shows, what a step does, and when a fold ends."""
 
 import numpy as np
+import pytest
 import torch
 from running import open_run_session, plain_prompts, quiet
 
@@ -119,6 +120,7 @@ def test_training_stops_when_the_time_budget_is_used(mini_run):
     assert len(vqa.train_fold(run.config, 0).history) == 1
 
 
+@pytest.mark.slow
 def test_swa_averages_a_tail_of_constant_learning_rate(mini_run):
     run = mini_run(num_epochs=3, use_swa=True, swa_start_epoch=1)
     trainer = vqa.FoldTrainer(open_run_session(run), run, 0)
@@ -147,6 +149,7 @@ def test_half_precision_training_uses_the_scaler(mini_run, replace):
     assert trainer.scaler.state_dict()["scale"] > 0
 
 
+@pytest.mark.slow
 def test_a_label_written_as_a_soft_target_trains_the_same_bytes(mini_run):
     hard = mini_run(run_name="hard", lora_dropout=0.1)
     soft = mini_run(run_name="soft", lora_dropout=0.1)

@@ -141,6 +141,7 @@ def out_of_memory_above(size, monkeypatch):
     monkeypatch.setattr(vqa, "answer_hidden_states", limited)
 
 
+@pytest.mark.slow
 def test_without_memory_the_micro_batch_is_halved_and_the_update_stays_the_same(
     mini_run, monkeypatch
 ):

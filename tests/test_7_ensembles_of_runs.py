@@ -106,6 +106,7 @@ def test_a_run_in_a_folder_called_vote_keeps_its_scores(two_runs, tmp_path, monk
     assert np.isnan(table.loc["vote", "nll"])
 
 
+@pytest.mark.slow
 def test_combining_runs_loads_no_torch(two_runs, tmp_path):
     code = """
 import sys

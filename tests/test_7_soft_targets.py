@@ -328,6 +328,7 @@ def test_a_model_on_all_rows_needs_a_teacher_of_all_rows(mini_run):
         mini_run(**settings, final_retrain=True)
 
 
+@pytest.mark.slow
 def test_targets_do_not_depend_on_the_last_digits_of_a_teachers_probabilities(
     mini_run, replace, monkeypatch
 ):
@@ -444,6 +445,7 @@ def test_pseudo_labels_of_a_teacher_that_trained_on_pseudo_labels_are_refused(mi
         taught_by(second, "third")
 
 
+@pytest.mark.slow
 def test_a_distilled_run_is_not_judged_by_oof_rows_that_its_teacher_was_trained_on(
     mini_run, teacher, caplog
 ):

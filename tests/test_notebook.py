@@ -7,41 +7,18 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import nbformat
 import pandas as pd
 import pytest
 from machine import COLAB, DRIVE, FIND, IMPORT
-from nbclient import NotebookClient
+from notebook_run import NOTEBOOK
 
 import vqa_helpers as vqa
 
-NOTEBOOK = vqa.HERE / "Kaggle_AllInOne.ipynb"
-
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory, mini_data):
-    """The notebook after a small run: few rows, one epoch, two folds; and its output folder."""
-    folder = tmp_path_factory.mktemp("notebook")
-    overrides = {
-        "num_epochs": 1,
-        "n_folds": 2,
-        "tta_rotations": 2,
-        "zeroshot_rows": 32,
-        "use_ema": False,
-    }
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    environment = {
-        "VQA_PRESET": "demo",
-        "VQA_OUTPUT_DIR": str(folder),
-        "VQA_OVERRIDES": json.dumps(overrides),
-        "VQA_DATA_DIR": str(mini_data),
-    }
-    resources = {"metadata": {"path": str(vqa.HERE)}}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        NotebookClient(notebook, timeout=400, resources=resources).execute()
-    return notebook, folder
+def executed(notebook_run):
+    """The notebook after a small run, and its output folder."""
+    return notebook_run.result(), notebook_run.folder
 
 
 def outputs(notebook):
