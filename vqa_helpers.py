@@ -3121,11 +3121,91 @@ def make_folds(train: pd.DataFrame, n_folds: int = 3, seed: int = 42, groups=Non
             f"{group_count} groups of images cannot fill n_folds={n_folds}; use fewer folds"
         )
     strata = _fold_strata(train, n_folds)
-    splitter = StratifiedGroupKFold(n_splits=n_folds, shuffle=True, random_state=seed)
+    # The groups are shuffled here: below scikit-learn 1.8 `shuffle=True` mixes up the counts of
+    # the groups instead (its pull request 32540), and folds come out as uneven as dealt at random.
+    shuffled = np.random.RandomState(seed).permutation(group_count)
+    place_of_group = np.argsort(shuffled)
+    splitter = StratifiedGroupKFold(n_splits=n_folds)
     folds = np.full(len(train), -1)
-    for fold, (_, held_out) in enumerate(splitter.split(train, strata, group_numbers)):
+    splits = splitter.split(train, strata, place_of_group[group_numbers])
+    for fold, (_, held_out) in enumerate(splits):
         folds[held_out] = fold
     return folds
+
+
+def _deviation_by_chance(groups: pd.Series, n_folds: int) -> float:
+    """Standard deviation of a fold's rows where whole groups are dealt out at random."""
+    rows_in_group = groups.value_counts()
+    variance = (rows_in_group**2).sum() * (n_folds - 1) / n_folds**2
+    return float(variance**0.5)
+
+
+def fold_balance(train: pd.DataFrame, groups=None) -> pd.DataFrame:
+    """How even the folds of `train` are: a row for all rows, each answer and each question type.
+
+    `train` has the column `fold`; `groups` as in `make_folds`. Columns: `part`; `rows`; `even`,
+    the rows that each fold would have; `furthest`, the fold that is furthest from it; `off`,
+    by how many rows; `is_even`. A part is uneven where a fold is off by more than three rows, and
+    by more than the standard deviation of folds to which the groups are dealt at random.
+
+    >>> train = pd.DataFrame({"answer": [*"aaaaaaabbbbbbb"], "fold": [0] * 7 + [1] * 7})
+    >>> balance = fold_balance(train.assign(type="color"), groups=range(14))
+    >>> balance[["part", "even", "off", "is_even"]].to_numpy().tolist()[:2]
+    [['all rows', 7.0, 0.0, True], ['answer a', 3.5, 3.5, False]]
+    """
+    labels = train["pixel_hash"] if groups is None else groups
+    group_of_row = pd.Series(np.asarray(labels), index=train.index)
+    numbers = np.unique(train["fold"])
+    parts = {"all rows": np.full(len(train), True)}
+    for column in ("answer", "type"):
+        for value in sorted(train[column].unique()):
+            parts[f"{column} {value}"] = (train[column] == value).to_numpy()
+    balance = []
+    for part, is_in_part in parts.items():
+        folds = train["fold"][is_in_part]
+        even = len(folds) / len(numbers)
+        deviations = folds.value_counts().reindex(numbers, fill_value=0) - even
+        furthest = deviations.abs().idxmax()
+        off = abs(deviations[furthest])
+        by_chance = _deviation_by_chance(group_of_row[is_in_part], len(numbers))
+        balance.append(
+            {
+                "part": part,
+                "rows": len(folds),
+                "even": even,
+                "furthest": furthest,
+                "off": off,
+                "is_even": off <= max(3, by_chance),
+            }
+        )
+    return pd.DataFrame(balance)
+
+
+def describe_balance(balance: pd.DataFrame) -> str:
+    """What `fold_balance` found, in sentences: the largest deviation, or the uneven parts.
+
+    >>> parts = {"part": ["answer a"], "even": [46.7], "furthest": [1], "off": [2.3]}
+    >>> describe_balance(pd.DataFrame(parts).assign(is_even=True))
+    'Folds are even: they differ most in answer a, where fold 1 is off by 2.3 of 46.7 rows.'
+    """
+    ranked = balance.sort_values("off", ascending=False, kind="stable")
+    uneven = ranked[~ranked["is_even"]]
+    if uneven.empty:
+        worst = ranked.iloc[0]
+        return (
+            f"Folds are even: they differ most in {worst['part']}, where fold "
+            f"{worst['furthest']} is off by {worst['off']:.1f} of {worst['even']:.1f} rows."
+        )
+    furthest = [
+        f"fold {row.furthest} is off by {row.off:.1f} of {row.even:.1f} rows in {row.part}"
+        for row in uneven.head(3).itertuples()
+    ]
+    return (
+        f"Warning: folds are uneven in {len(uneven)} of {len(balance)} parts "
+        f"(all rows, each answer, each question type): {'; '.join(furthest)}. "
+        "Scores of single folds then differ by their rows too. Large groups of copies do this: "
+        "look at the table of copies, or take fewer folds (n_folds)."
+    )
 
 
 # === Augmentation =================================================================================

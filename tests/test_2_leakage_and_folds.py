@@ -167,3 +167,66 @@ def test_impossible_folds_are_refused(rows, n_folds, message):
     train = many_rows(rows).assign(pixel_hash=list("abcdefghij")[:rows])
     with pytest.raises(ValueError, match=message):
         vqa.make_folds(train, n_folds=n_folds)
+
+
+# The folds of `many_rows(80)` by scikit-learn 1.8 and 1.9 with their own `shuffle=True`.
+FOLDS_OF_1_8 = {
+    2: "11001100011010001100100111110001011111000000110011110010001011000011111110010100",
+    3: "22011021211010002121100121111000221100102212012012202220201121020021022100211202",
+    5: "24022240021232003123300331134411443301414034132032301140244332120211344310012240",
+}
+
+
+@pytest.mark.parametrize("n_folds", FOLDS_OF_1_8)
+def test_folds_are_those_of_scikit_learn_1_8_on_every_version(n_folds):
+    folds = vqa.make_folds(many_rows(80), n_folds)
+    assert "".join(str(fold) for fold in folds) == FOLDS_OF_1_8[n_folds]
+
+
+def test_the_demo_has_its_folds_on_every_version_of_scikit_learn(demo_rows):
+    train = demo_rows.train
+    folds = vqa.make_folds(train, 3)
+    rows_of_answer = pd.crosstab(train["answer"], folds).to_numpy().tolist()
+    assert rows_of_answer == [[46, 47, 47], [48, 45, 47], [47, 46, 47], [46, 49, 45]]
+
+
+def dealt_at_random(rows, groups):
+    """Rows whose groups were dealt to three folds at random, as scikit-learn 1.6 in effect did."""
+    random = np.random.default_rng(3)
+    train = pd.DataFrame({"answer": random.choice(list("abcd"), rows), "type": "color"})
+    group_of_row = random.integers(0, groups, rows)
+    return train.assign(fold=random.integers(0, 3, groups)[group_of_row]), group_of_row
+
+
+@pytest.mark.parametrize(("rows", "groups"), [(560, 560), (560, 300), (3887, 3300)])
+def test_folds_that_are_dealt_at_random_are_called_uneven(rows, groups):
+    train, group_of_row = dealt_at_random(rows, groups)
+    said = vqa.describe_balance(vqa.fold_balance(train, group_of_row))
+    assert said.startswith("Warning: folds are uneven in ")
+    assert said.endswith("look at the table of copies, or take fewer folds (n_folds).")
+    folds = vqa.make_folds(train, 3, groups=group_of_row)
+    balance = vqa.fold_balance(train.assign(fold=folds), group_of_row)
+    assert balance["is_even"].all()
+    assert vqa.describe_balance(balance).startswith("Folds are even: they differ most in ")
+
+
+def test_the_sentence_about_balance_names_fold_answer_and_rows():
+    train = pd.DataFrame({"answer": ["a"] * 30 + ["b"] * 30, "type": "color"})
+    folds = [0] * 20 + [1] * 10 + [0] * 10 + [1] * 20
+    balance = vqa.fold_balance(train.assign(fold=folds), range(60))
+    assert balance["part"].tolist() == ["all rows", "answer a", "answer b", "type color"]
+    assert balance["is_even"].tolist() == [True, False, False, True]
+    assert vqa.describe_balance(balance) == (
+        "Warning: folds are uneven in 2 of 4 parts (all rows, each answer, each question type): "
+        "fold 0 is off by 5.0 of 15.0 rows in answer a; fold 0 is off by 5.0 of 15.0 rows in "
+        "answer b. Scores of single folds then differ by their rows too. Large groups of copies "
+        "do this: look at the table of copies, or take fewer folds (n_folds)."
+    )
+
+
+def test_what_large_groups_force_is_not_called_uneven():
+    train = pd.DataFrame({"answer": ["a", "b"] * 20, "type": "color"})
+    groups = np.repeat([0, 1, 2, 3], [16, 8, 8, 8])
+    balance = vqa.fold_balance(train.assign(fold=np.repeat([0, 1], [24, 16])), groups)
+    assert balance["off"].tolist() == [4.0, 2.0, 2.0, 4.0]
+    assert balance["is_even"].all()
