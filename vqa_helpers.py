@@ -155,9 +155,10 @@ import filelock
 import numpy as np
 import pandas as pd
 import psutil
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 from PIL import Image, ImageOps
-from safetensors import safe_open
 from scipy import special
 from scipy.optimize import minimize, minimize_scalar
 from scipy.sparse import coo_matrix, triu
@@ -200,6 +201,7 @@ bnb_functional = _LazyModule("bitsandbytes.functional")
 bnb_parametrize = _LazyModule("bitsandbytes.nn.parametrize")
 bnb_loading = _LazyModule("transformers.integrations.bitsandbytes")
 quantizers = _LazyModule("transformers.quantizers.auto")
+safetensors = _LazyModule("safetensors")  # section 1 may replace the one that is on disk
 safetensors_torch = _LazyModule("safetensors.torch")
 optuna = _LazyModule("optuna")
 vision_process = _LazyModule("qwen_vl_utils.vision_process")
@@ -383,59 +385,168 @@ def locate_competition(data_dir: str | Path | None = None) -> Path:
 MINIMUM_VERSIONS = {
     "transformers": "5.18",  # takes mm_encoder_outputs, which the vision cache needs
     "peft": "0.20",
-    "bitsandbytes": "0.46.1",
+    "bitsandbytes": "0.50",  # 0.46 to 0.49 fail on experts in 4 bits
     "accelerate": "1.6",
     "qwen-vl-utils": "0.0.14",
 }
-# Not needed; but where an older one is installed, as on Colab, peft refuses to work.
-OPTIONAL_MINIMUM_VERSIONS = {"torchao": "0.16"}
+# Nothing here uses torchao. But where one is installed, as on Kaggle and Colab, peft imports it,
+# and refuses to work with one below 0.16; 0.17 and 0.18 import what older versions of torch lack,
+# without saying so in their requirements. Loading a model with LoRA was tried: 0.16 works with
+# torch 2.6 to 2.14, 0.17 from 2.7 on, 0.18 from 2.10 on. So 0.16 is what is asked for.
+TORCHAO = "torchao>=0.16,<0.17"
+TORCHAO_BY_TORCH = (  # from this torch on, these versions work; the first row that fits
+    (Version("2.10"), SpecifierSet(">=0.16")),
+    (Version("2.7"), SpecifierSet(">=0.16,<0.18")),
+    (Version("0"), SpecifierSet(">=0.16,<0.17")),
+)
+# Libraries whose modules say the version that was loaded: module -> package.
+LIBRARIES = {
+    "PIL": "pillow",
+    "accelerate": "accelerate",
+    "bitsandbytes": "bitsandbytes",
+    "huggingface_hub": "huggingface-hub",
+    "numpy": "numpy",
+    "pandas": "pandas",
+    "peft": "peft",
+    "safetensors": "safetensors",
+    "scipy": "scipy",
+    "sklearn": "scikit-learn",
+    "tokenizers": "tokenizers",
+    "transformers": "transformers",
+}
+RESTART = (
+    "restart the session (Kaggle: Run > Restart, Colab: Runtime > Restart session) "
+    "and press Run all; what was installed stays"
+)
+
+
+@dataclass(frozen=True)
+class ReplacedPackage:
+    """A package of which this process has loaded another version than the one on disk."""
+
+    name: str
+    loaded: str  # version
+    installed: str  # version
+
+
+def _version_on_disk(name: str) -> str:
+    """The version of a package as its metadata have it; "0" where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
 
 
 def installed_version(name: str) -> Version:
     """The version of a package, found without importing it; 0 where it is not installed."""
-    try:
-        return Version(importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
-        return Version("0")
+    return Version(_version_on_disk(name))
+
+
+def torchao_fits(torchao: Version, torch_version: Version) -> bool:
+    """Whether peft takes this torchao, and this torch has what it imports.
+
+    >>> torchao_fits(Version("0.18.0"), Version("2.10.0"))
+    True
+    >>> torchao_fits(Version("0.18.0"), Version("2.8.0+cu126"))
+    False
+    """
+    works = next(works for lowest, works in TORCHAO_BY_TORCH if torch_version >= lowest)
+    return works.contains(torchao, prereleases=True)
 
 
 def missing_requirements(minimum: Mapping[str, str] = MINIMUM_VERSIONS) -> list[str]:
     """pip requirements for every package that is absent or too old.
 
-    Those of OPTIONAL_MINIMUM_VERSIONS count only where they are installed.
+    torchao counts only where one is installed that does not fit.
 
     >>> missing_requirements({"numpy": "1.0", "no-such-package": "1.2"})
     ['no-such-package>=1.2']
     """
-    wanted = dict(minimum)
-    for name, version in OPTIONAL_MINIMUM_VERSIONS.items():
-        if installed_version(name) > Version("0"):
-            wanted[name] = version
-    return [
+    missing = [
         f"{name}>={version}"
-        for name, version in wanted.items()
+        for name, version in minimum.items()
         if installed_version(name) < Version(version)
     ]
+    torchao = installed_version("torchao")
+    is_there = torchao > Version("0")
+    if is_there and not torchao_fits(torchao, installed_version("torch")):
+        missing.append(TORCHAO)
+    return missing
+
+
+def _versions_of_loaded_packages() -> dict[str, str]:
+    """Package -> version on disk, of every package of which a module is loaded."""
+    packages = set()
+    for module, names in importlib.metadata.packages_distributions().items():
+        if module in sys.modules:
+            packages.update(canonicalize_name(name) for name in names if name)
+    return {name: _version_on_disk(name) for name in sorted(packages)}
+
+
+def _replaced_on_disk(before: Mapping[str, str]) -> list[ReplacedPackage]:
+    """The packages whose version on disk is no longer the one of `before`."""
+    now = {name: _version_on_disk(name) for name in before}
+    return [
+        ReplacedPackage(name, version, now[name])
+        for name, version in before.items()
+        if now[name] != version
+    ]
+
+
+def _replaced_libraries() -> list[ReplacedPackage]:
+    """The loaded libraries that say another version than the one on disk."""
+    replaced = []
+    for module, name in LIBRARIES.items():
+        loaded = getattr(sys.modules.get(module), "__version__", None)
+        installed = installed_version(name)
+        if loaded is None or installed == Version("0"):
+            continue
+        if Version(loaded).public != installed.public:
+            replaced.append(ReplacedPackage(name, loaded, str(installed)))
+    return replaced
+
+
+def _refuse_old_modules() -> None:
+    """Raises RuntimeError where a loaded library is older than what this module needs."""
+    for name, version in MINIMUM_VERSIONS.items():
+        module = sys.modules.get(name.replace("-", "_"))
+        loaded = getattr(module, "__version__", version)  # what is not loaded cannot be too old
+        if Version(loaded) < Version(version):
+            raise RuntimeError(f"{name} {loaded} was loaded before {version} was there: {RESTART}")
+
+
+def _warn_of_replaced_packages(before: Mapping[str, str]) -> None:
+    """Say which loaded packages were replaced on disk; `before`: their versions before pip."""
+    found = [*_replaced_on_disk(before), *_replaced_libraries()]
+    replaced = {package.name: package for package in found}  # most are found in both ways
+    if not replaced:
+        return
+    versions = [
+        f"{package.name} ({package.loaded} is loaded, {package.installed} is installed)"
+        for package in replaced.values()
+    ]
+    LOGGER.warning(
+        "Replaced while loaded in this session: %s. Run all works, because models are trained "
+        "in processes of their own. What you import yourself in this notebook from now on may "
+        "fail, as `import peft` or loading a model. The cure: %s.",
+        ", ".join(versions),
+        RESTART,
+    )
 
 
 def install_requirements() -> list[str]:
     """pip install what is missing, and return its requirements.
 
-    Raises RuntimeError with the way out where pip fails, or where an older version had been
-    loaded in this process before.
+    A warning names the packages that are loaded in this process in another version than the one
+    that is installed now. Raises RuntimeError with the way out where pip fails, or where a loaded
+    one is too old.
     """
     missing = missing_requirements()
+    before = _versions_of_loaded_packages() if missing else {}
     if missing:
         pip_install(missing)
-    for name, version in MINIMUM_VERSIONS.items():
-        module = sys.modules.get(name.replace("-", "_"))
-        loaded = getattr(module, "__version__", version)  # what is not loaded cannot be too old
-        if Version(loaded) < Version(version):
-            raise RuntimeError(
-                f"{name} {loaded} was loaded before {version} was there: restart the session "
-                "(Kaggle: Run > Restart, Colab: Runtime > Restart session) and press Run all; "
-                "what was installed stays"
-            )
+    _refuse_old_modules()
+    _warn_of_replaced_packages(before)
     return missing
 
 
@@ -468,13 +579,21 @@ def _download_command(requirements: Sequence[str]) -> str:
 def pip_install(requirements: Sequence[str]) -> None:
     """Install from VQA_WHEELS or an attached folder `wheels`, else from the internet.
 
-    Raises RuntimeError with the ways to go on, and the last lines of what pip said.
+    What pip says of other packages is logged: those that wanted another version of what was
+    installed. Raises RuntimeError with the ways to go on, and the last lines of what pip said.
     """
     wheels = _find_wheels()
     source = ["--no-index", "--find-links", wheels] if wheels else []
     command = [sys.executable, "-m", "pip", "install", "--quiet", *source, *requirements]
     finished = subprocess.run(command, check=False, capture_output=True, text=True)
     if finished.returncode == 0:
+        conflicts = re.findall(r"^.+ requires .+, but you have .+$", finished.stderr, re.M)
+        if conflicts:
+            LOGGER.warning(
+                "These packages want other versions than this notebook, and may fail if you use "
+                "them in this session: %s",
+                "; ".join(line.rstrip(".") for line in conflicts),
+            )
         return
     said = "\n".join(finished.stderr.splitlines()[-5:])
     raise RuntimeError(
@@ -4069,7 +4188,7 @@ class VisionCache:
                 LOGGER.warning("Vision features recomputed: %s was damaged", path)
                 path.unlink()
                 continue
-            with safe_open(path, "pt") as file:
+            with safetensors.safe_open(path, "pt") as file:
                 keys = json.loads(file.metadata()["keys"])
             self.register_shard(path, [tuple(key) for key in keys])
 
@@ -4158,7 +4277,7 @@ class VisionCache:
         if key in self.features_in_memory:
             return self.features_in_memory[key]
         entry = self.shards[key]
-        with safe_open(entry.path, "pt") as file:  # memory-mapped: only this image is read
+        with safetensors.safe_open(entry.path, "pt") as file:  # mapped: only this image is read
             all_names = sorted(file.keys())
             names = [name for name in all_names if name.startswith(f"{entry.number}.")]
             return tuple(file.get_tensor(name) for name in names)
