@@ -2661,13 +2661,25 @@ def answer_labels(
     return means.to_numpy().argmax(axis=1)
 
 
+def _escape_formula(cell):
+    """Text that a spreadsheet would run as a formula, behind a quotation mark; else the cell."""
+    if not isinstance(cell, str):
+        return cell
+    return re.sub(r"^([=+@\t\r'-])", r"'\1", cell)
+
+
 def write_table(frame: pd.DataFrame, path: Path) -> None:
     """Write a frame without its index as CSV, whole or not at all.
 
     Text that a spreadsheet would run as a formula gets a quotation mark first;
     `read_table` takes it off.
     """
-    safe = frame.replace(r"^([=+@\t\r'-])", r"'\1", regex=True)
+    safe = frame.copy()
+    for position in range(frame.shape[1]):
+        column = frame.iloc[:, position]
+        if any(isinstance(cell, str) for cell in column):
+            cells = [_escape_formula(cell) for cell in column]
+            safe.isetitem(position, pd.Series(cells, index=frame.index, dtype=object))
     atomic_write(path, safe.to_csv(index=False))
 
 

@@ -87,3 +87,23 @@ def test_tables_for_people_hold_no_formulas_and_are_read_back_verbatim(tmp_path,
     cell = pd.read_csv(path, dtype=str, keep_default_na=False)["a"].iloc[0]
     assert not cell.startswith(("=", "+", "-", "@", "\t"))
     assert vqa.read_table(path)["a"].iloc[0] == text
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("cells", "lines"),
+    [
+        (pd.Series([1, 2], dtype=object), "1\n2\n"),
+        (pd.Series([1.5, None], dtype=object), '1.5\n""\n'),
+        (pd.Series([True, None, "=1"], dtype=object), 'True\n""\n\'=1\n'),
+        (pd.Series(["-1", "x"], dtype="category"), "'-1\nx\n"),
+        (pd.Series([-1.5, 2.0]), "-1.5\n2.0\n"),
+        (pd.Series([], dtype=object), ""),
+    ],
+    ids=["whole numbers", "numbers and nothing", "mixed", "categories", "floats", "no row"],
+)
+def test_cells_of_every_kind_are_written_without_a_warning(tmp_path, cells, lines):
+    """pandas 2.2 warns where text is replaced in a column of objects that are numbers."""
+    path = tmp_path / "table.csv"
+    vqa.write_table(pd.DataFrame({"a": cells}), path)
+    assert path.read_text(encoding="utf-8") == f"a\n{lines}"
