@@ -614,7 +614,9 @@ class Runtime:
     """The machine, and what follows from it, as detect_runtime finds them."""
 
     platform: str  # "kaggle", "colab" or "local"
-    gpus: tuple[dict, ...]  # each visible GPU: index, name, memory_gib, capability
+    # Each visible GPU: index, name, memory_gib, capability. Of a part of a GPU (MIG) the index
+    # is its name, MIG-...
+    gpus: tuple[dict, ...]
     precision: str  # number format of the base model's arithmetic: "fp16", "bf16" or "fp32"
     attention: str  # name of the implementation in transformers
     reasons: tuple[str, ...]  # a sentence for each decision, and warnings
@@ -681,50 +683,172 @@ def _detect_platform() -> str:
     return "local"
 
 
-def _query_gpus() -> list[list[str]]:
-    """Index, name, memory in MiB and capability of each GPU, as nvidia-smi prints them.
+def _ask_nvidia_smi(*arguments: str) -> list[str]:
+    """The lines that nvidia-smi prints; none where it is not there, or fails, with a warning.
 
     Torch is not asked, because that would initialise CUDA in this process.
     """
-    command = [
-        "nvidia-smi",
-        "--query-gpu=index,name,memory.total,compute_cap",
-        "--format=csv,noheader,nounits",
-    ]
-    if shutil.which(command[0]) is None:
+    if shutil.which("nvidia-smi") is None:
         return []
+    command = ["nvidia-smi", *arguments]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:  # the tool without a driver: the accelerator is switched off
         problem = answer.stdout.strip() or answer.stderr.strip()
         LOGGER.warning("No GPU is used: nvidia-smi failed with %r", problem)
         return []
-    lines = answer.stdout.strip().splitlines()
-    return [[cell.strip() for cell in line.split(",")] for line in lines]
+    return answer.stdout.strip().splitlines()
+
+
+def _query_gpus() -> dict[str, list[str]]:
+    """Number of each GPU -> its number, name, memory in MiB and capability, as texts."""
+    rows = {}
+    for line in _ask_nvidia_smi(
+        "--query-gpu=index,name,memory.total,compute_cap",
+        "--format=csv,noheader,nounits",
+    ):
+        cells = [cell.strip() for cell in line.split(",")]
+        rows[cells[0]] = cells
+    return rows
+
+
+@dataclass(frozen=True)
+class _Device:
+    """A GPU, or a part of one (MIG), by the names that CUDA_VISIBLE_DEVICES takes."""
+
+    number: str  # of the GPU
+    uuid: str = ""  # GPU-..., or MIG-... of a part; "" where only the number is known
+    profile: str = ""  # of a part, such as 1g.5gb
+
+
+def _list_devices() -> list[_Device]:
+    """Every GPU, and behind it its parts, as `nvidia-smi -L` names them."""
+    devices = []
+    number = ""
+    for line in _ask_nvidia_smi("-L"):
+        gpu = re.match(r"GPU (\d+): .*\(UUID: ([^)]+)\)", line)
+        part = re.match(r"\s+MIG (\S+) .*\(UUID: ([^)]+)\)", line)
+        if gpu:
+            number = gpu[1]
+            devices.append(_Device(number, gpu[2]))
+        elif part:
+            devices.append(_Device(number, part[2], part[1]))
+    return devices
+
+
+def _named_devices(name: str, devices: Sequence[_Device], numbers: Iterable[str]) -> list[_Device]:
+    """What one name in CUDA_VISIBLE_DEVICES stands for: one device, or none.
+
+    A number, the beginning of one UUID, or the UUID of a part. A GPU that is divided into parts
+    stands for its first one, as for CUDA.
+    """
+    if name in numbers:
+        number = name
+    else:
+        found = [device for device in devices if device.uuid.startswith(name)]
+        if len(found) != 1:
+            return []
+        if found[0].profile:
+            return found
+        number = found[0].number
+    parts = [device for device in devices if device.number == number and device.profile]
+    return parts[:1] or [_Device(number)]
+
+
+def _chosen_devices(
+    chosen: str, devices: Sequence[_Device], numbers: Iterable[str]
+) -> list[_Device]:
+    """The devices that CUDA_VISIBLE_DEVICES names, in its order.
+
+    Raises ValueError for a name that is unknown, unclear or there twice: CUDA would then see
+    fewer GPUs, or none, without a word.
+    """
+    found = []
+    for name in chosen.replace(" ", "").split(","):
+        if name in ("", "-1", "NoDevFiles"):  # the usual ways to hide the rest
+            break
+        named = _named_devices(name, devices, numbers)
+        if not named or named[0] in found:
+            known = [*numbers, *(device.uuid for device in devices)]
+            raise ValueError(
+                f"CUDA_VISIBLE_DEVICES is {chosen!r}, and {name!r} is not exactly one GPU more; "
+                f"unset it, or name some of {', '.join(known)}"
+            )
+        found += named
+    return found
+
+
+def _as_number(text: str, gpu: str, what: str) -> float:
+    """What nvidia-smi prints about a GPU as a number; RuntimeError where it is none."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise RuntimeError(
+            f"nvidia-smi says {text!r} for the {what} of {gpu}; "
+            "update the driver, or hide this GPU with CUDA_VISIBLE_DEVICES"
+        ) from error
+
+
+def _memory_gib(memory_mib: str, gpu: str, profile: str) -> float:
+    """Memory of a GPU, or of a part of it by the part's profile; in GiB."""
+    if profile:
+        size = re.search(r"(\d+)gb", profile)
+        # A part of "5gb" has 4.75 GiB.
+        return 0.95 * _as_number(size[1] if size else profile, gpu, "memory")
+    if memory_mib in ("[N/A]", "[Not Supported]"):
+        memory = psutil.virtual_memory().total / 2**30
+        LOGGER.warning(
+            "nvidia-smi gives no memory of its own for %s: taken to share the computer's, %.0f GiB",
+            gpu,
+            memory,
+        )
+        return memory
+    return _as_number(memory_mib, gpu, "memory") / 1024
+
+
+def _describe_gpu(device: _Device, row: Sequence[str]) -> dict:
+    """A GPU or a part of one as `Runtime.gpus` has it; RuntimeError for a row without facts."""
+    if len(row) != 4:
+        raise RuntimeError(
+            f"nvidia-smi says {', '.join(row)!r}, not number, name, memory, capability; "
+            "update the driver, or hide this GPU with CUDA_VISIBLE_DEVICES"
+        )
+    _, name, memory_mib, capability = row
+    if device.profile:
+        name = f"{name} MIG {device.profile}"
+    return {
+        "index": device.uuid if device.profile else int(device.number),
+        "name": name,
+        "memory_gib": _memory_gib(memory_mib, name, device.profile),
+        "capability": _as_number(capability, name, "capability"),
+    }
 
 
 def _visible_gpus() -> tuple[dict, ...]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves to this process; all where it is not set."""
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves to this process; all where it is not set.
+
+    Of a GPU that is divided into parts (MIG) the parts.
+    """
+    rows = _query_gpus()
+    if not rows:
+        return ()
+    devices = _list_devices()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = []
-    for index, name, memory_mib, capability in _query_gpus():
-        if chosen is not None and index not in chosen.replace(" ", "").split(","):
-            continue
-        gpus.append(
-            {
-                "index": int(index),
-                "name": name,
-                "memory_gib": float(memory_mib) / 1024,
-                "capability": float(capability),
-            }
-        )
-    return tuple(gpus)
+    if chosen is None:
+        visible = []
+        for number in rows:
+            parts = [device for device in devices if device.number == number and device.profile]
+            visible += parts or [_Device(number)]
+    else:
+        visible = _chosen_devices(chosen, devices, rows)
+    return tuple(_describe_gpu(device, rows[device.number]) for device in visible)
 
 
 def detect_runtime(precision: str = "auto", attn_implementation: str = "auto") -> Runtime:
     """What this machine is, and the decisions that follow from it; CUDA stays uninitialised.
 
     Raises RuntimeError or ValueError for what cannot run here, as decide_precision and
-    decide_attention do.
+    decide_attention do; ValueError for a name in CUDA_VISIBLE_DEVICES that no GPU has, and
+    RuntimeError for a GPU of which nvidia-smi does not say what is needed.
     """
     gpus = _visible_gpus()
     dtype, why_dtype = decide_precision(precision, gpus)
@@ -858,6 +982,10 @@ PRESETS = {
         "num_workers": 0,
     },
 }
+_CPU_PRESETS = (
+    "on a CPU 'demo' runs in minutes, to try the way with a toy model, and 'quick_test' "
+    "with quantization='none' runs in hours, with 16 GiB of memory"
+)
 SPREAD_MEMORY_SHARE = 0.7  # of each GPU for the weights of a spread model
 LARGE_MODEL_GIB = 18  # the 30B in 4-bit, with its head and vision tower in 16 bits
 
@@ -875,8 +1003,8 @@ def choose_preset(runtime: Runtime, has_competition: bool) -> tuple[str, str]:
         return "demo", "no competition files were found"
     if not runtime.gpus:
         raise RuntimeError(
-            "Competition files but no GPU: "
-            "switch on the accelerator (or choose the preset yourself)"
+            "Competition files but no GPU: switch on the accelerator (or choose the preset "
+            f"yourself, in section 2 or by the variable VQA_PRESET: {_CPU_PRESETS})"
         )
     memory, name = min((gpu["memory_gib"], gpu["name"]) for gpu in runtime.gpus)
     count = len(runtime.gpus)
@@ -2334,7 +2462,8 @@ def load_config(
 
     Each of these wins over those before it: the preset (VQA_PRESET over `preset`),
     `overrides`, the variables of single settings such as VQA_MODEL, and
-    VQA_OVERRIDES. Raises ValueError for what is unknown, impossible or not JSON.
+    VQA_OVERRIDES. Raises ValueError for what is unknown, impossible or not JSON, and what
+    `require_machine` raises for what cannot run here.
     """
     fields = dict(overrides or {})
     for name, variable in _FIELD_VARIABLES.items():
@@ -2343,7 +2472,9 @@ def load_config(
     fields.update(_environment_overrides(environ))
     fields["data_dir"] = str(find_competition(fields.get("data_dir")))
     config = Config.preset(environ.get("VQA_PRESET") or preset, **fields)
-    return fall_back_to_smaller_model(config)
+    config = fall_back_to_smaller_model(config)
+    require_machine(config)
+    return config
 
 
 def fall_back_to_smaller_model(config: Config) -> Config:
@@ -2367,6 +2498,66 @@ def fall_back_to_smaller_model(config: Config) -> Config:
         spread_model=False,
         preset_reason=reason,
     )
+
+
+# Bytes that a billion parameters take at least, in GiB, by how they are loaded.
+_GIB_A_BILLION = {"4bit": 0.5, "8bit": 0.93, "fp16": 1.86, "bf16": 1.86, "fp32": 3.73}
+# Beside the weights, at least: CUDA itself, the adapter, the activations of one question.
+_LEAST_ROOM_GIB = 1.0
+
+
+def billion_parameters(model_id: str) -> float | None:
+    """The number that a model's name gives for its size, in billions; None without one.
+
+    >>> billion_parameters("Qwen/Qwen3-VL-30B-A3B-Instruct"), billion_parameters("my/model")
+    (30.0, None)
+    """
+    sizes = re.findall(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)[Bb](?![A-Za-z0-9])", model_id)
+    return max(map(float, sizes), default=None)
+
+
+def _least_weights_gib(config: Config, precision: str) -> float:
+    """GiB that the base model's weights take at least; 0 where its name does not give its size."""
+    if Path(config.model_path).is_dir():
+        return 0.0  # preflight computes it from the shapes
+    kind = precision if config.quantization == "none" else config.quantization
+    return (billion_parameters(config.model_id) or 0.0) * _GIB_A_BILLION[kind]
+
+
+def require_machine(config: Config) -> None:
+    """Raise ValueError where these settings cannot run on this machine, and say what to do.
+
+    Nothing is downloaded or loaded: a model's size is what its name gives, so that preflight,
+    which computes it, may still find that it does not fit. Raises what `detect_runtime` raises,
+    too.
+    """
+    runtime = detect_runtime(config.precision, config.attn_implementation)
+    where = f"Preset {config.preset_name!r} cannot run here"
+    if not runtime.gpus and config.quantization != "none":
+        raise ValueError(
+            f"{where}: quantization {config.quantization!r} needs a GPU, and there is none. "
+            f"Switch on the accelerator, or choose another preset: {_CPU_PRESETS}"
+        )
+    parts = [gpu["name"] for gpu in runtime.gpus if str(gpu["index"]).startswith("MIG-")]
+    if parts and config.spread_model:
+        raise ValueError(
+            f"{where}: spread_model needs whole GPUs, and {parts[0]} is a part of one. "
+            "Set spread_model=False and a model_id that fits into it"
+        )
+    if runtime.gpus:
+        sizes = [gpu["memory_gib"] for gpu in runtime.gpus]
+        memory = SPREAD_MEMORY_SHARE * sum(sizes) if config.spread_model else min(sizes)
+        place = " and ".join(dict.fromkeys(gpu["name"] for gpu in runtime.gpus))
+    else:
+        memory = psutil.virtual_memory().total / 2**30
+        place = "this computer"
+    weights = _least_weights_gib(config, runtime.precision)
+    if weights and weights + _LEAST_ROOM_GIB > memory:
+        raise ValueError(
+            f"{where}: {config.model_id} takes {weights:.0f} GiB at least, and {place} has "
+            f"{memory:.0f} for it. Set PRESET = 'auto', a smaller model_id, or "
+            "quantization='4bit'"
+        )
 
 
 # === Questions ====================================================================================
@@ -11497,8 +11688,8 @@ SMALL_WORKER_GIB = 2  # memory of such a worker, with its libraries; the demo's 
 class WorkerJob(NamedTuple):
     """Folds that one device takes, or that several devices share."""
 
-    # GPU numbers such as "0" or, for one model over several, "0,1"; CPU_CORE; or None, for all
-    # CPU cores.
+    # GPU numbers such as "0" or, for one model over several, "0,1"; the name of a part of a GPU,
+    # MIG-...; CPU_CORE; or None, for all CPU cores.
     devices: tuple[str | None, ...]
     folds: tuple[int, ...]
 
@@ -11507,8 +11698,9 @@ def schedule_folds(folds: Sequence[int], devices: Sequence[str | None]) -> list[
     """Rounds of jobs, one after the other; the jobs of a round run side by side.
 
     Each device takes whole folds. The folds that would leave some of the devices idle are
-    trained by all of them together, unless that takes longer; CPU cores never share a fold,
-    because the sums of its gradients would then depend on their number.
+    trained by all of them together, unless that takes longer. CPU cores never share a fold,
+    because the sums of its gradients would then depend on their number; nor do parts of GPUs,
+    between which NCCL has no way.
 
     >>> for jobs in schedule_folds([0, 1, 2], ["0", "1"]):
     ...     print([(job.devices, job.folds) for job in jobs])
@@ -11521,7 +11713,8 @@ def schedule_folds(folds: Sequence[int], devices: Sequence[str | None]) -> list[
     n_shared = len(folds) % len(devices)
     # A group of n devices is taken to be 0.9 n times as fast as one, so that it trains the
     # shared folds in n_shared / (0.9 n) of the time of one fold; from 1 on, sharing gains nothing.
-    if CPU_CORE in devices or n_shared >= 0.9 * len(devices):
+    has_parts = any(str(device).startswith("MIG-") for device in devices)
+    if CPU_CORE in devices or has_parts or n_shared >= 0.9 * len(devices):
         n_shared = 0
     whole_folds = folds[: len(folds) - n_shared]
     single_jobs = []
@@ -11708,7 +11901,7 @@ def is_small_model(config: Config) -> bool:
 
 
 def worker_devices(config: Config) -> list[str | None]:
-    """What each worker sees: one GPU, by its number, or all of them.
+    """What each worker sees: one GPU, by its number, or a part of one, or all GPUs.
 
     Without a GPU: a worker of one thread for each fold, where the model is small, else one
     worker with all cores (None).
@@ -12397,8 +12590,10 @@ def plan_as_text(session: Session, plan: MemoryPlan) -> str:
 def run_preflight(config: Config) -> dict:
     """`preflight` in a process of its own, so that the notebook's never touches the GPU.
 
-    Raises RuntimeError with the last lines of that process where it fails.
+    Raises RuntimeError with the last lines of that process where it fails, and before it starts
+    what `require_machine` raises.
     """
+    require_machine(config)
     settings = json.dumps(dataclasses.asdict(config))
     environment = None  # this process's own
     if worker_devices(config)[0] == CPU_CORE:

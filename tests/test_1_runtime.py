@@ -171,3 +171,108 @@ def test_strict_seeding_makes_torch_deterministic(monkeypatch):
         torch.use_deterministic_algorithms(False)
         attention.enable_flash_sdp(had_flash)
         attention.enable_mem_efficient_sdp(had_memory_efficient)
+
+
+# --- GPUs by their names, and parts of GPUs -------------------------------------------------------
+
+LISTED = """\
+GPU 0: Tesla T4 (UUID: GPU-8932f937-d72c)
+GPU 1: Tesla T4 (UUID: GPU-89ab01cd-77aa)
+GPU 2: NVIDIA A100-SXM4-40GB (UUID: GPU-5d5ba0d6-d33d)
+  MIG 1g.5gb      Device  0: (UUID: MIG-c6d4f1ef-42e4)
+  MIG 3g.20gb     Device  1: (UUID: MIG-cba663e8-9bed)"""
+ROWS = """\
+0, Tesla T4, 15360, 7.5
+1, Tesla T4, 15360, 7.5
+2, NVIDIA A100-SXM4-40GB, [N/A], 8.0"""
+
+
+@pytest.fixture
+def named_gpus(nvidia_smi, monkeypatch):
+    """Two T4 and an A100 in two parts: named_gpus(CUDA_VISIBLE_DEVICES)."""
+
+    def make(chosen, rows=ROWS, listed=LISTED):
+        nvidia_smi(
+            f"if [ $1 = -L ]; then cat <<END\n{listed}\nEND",
+            f"else cat <<END\n{rows}\nEND",
+            "fi",
+        )
+        if chosen is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+
+    return make
+
+
+VISIBLE = {
+    "unset": (None, [0, 1, "MIG-c6d4f1ef-42e4", "MIG-cba663e8-9bed"]),
+    "numbers": ("0,1", [0, 1]),
+    "numbers in another order": ("1, 0", [1, 0]),
+    "a UUID": ("GPU-89ab01cd-77aa", [1]),
+    "the beginning of a UUID": ("GPU-893", [0]),
+    "UUID and number": ("GPU-89ab,0", [1, 0]),
+    "a part by its name": ("MIG-cba663e8-9bed", ["MIG-cba663e8-9bed"]),
+    "the number of a GPU in parts": ("2", ["MIG-c6d4f1ef-42e4"]),
+    "the UUID of a GPU in parts": ("GPU-5d5ba0d6-d33d", ["MIG-c6d4f1ef-42e4"]),
+    "hidden by -1": ("-1", []),
+    "hidden by nothing": ("", []),
+    "hidden from -1 on": ("0,-1,1", [0]),
+}
+
+
+@pytest.mark.parametrize(("chosen", "found"), VISIBLE.values(), ids=VISIBLE)
+def test_what_cuda_visible_devices_names_is_found(named_gpus, chosen, found):
+    named_gpus(chosen)
+    assert [gpu["index"] for gpu in vqa.detect_runtime().gpus] == found
+
+
+UNKNOWN_NAMES = {
+    "another number": ("7", "'7' is not exactly one GPU more"),
+    "another UUID": ("GPU-dead", "'GPU-dead' is not exactly one GPU more"),
+    "an unclear beginning": ("GPU-89", "'GPU-89' is not exactly one GPU more"),
+    "twice": ("0,GPU-8932", "'GPU-8932' is not exactly one GPU more"),
+    "a card's name": ("Tesla", "'Tesla' is not .*name some of 0, 1, 2, GPU-8932f937-d72c"),
+    "another part": ("MIG-0000", "'MIG-0000' is not .*MIG-cba663e8-9bed"),
+    "all": ("all", "CUDA_VISIBLE_DEVICES is 'all', .*unset it"),
+}
+
+
+@pytest.mark.parametrize(("chosen", "message"), UNKNOWN_NAMES.values(), ids=UNKNOWN_NAMES)
+def test_a_name_that_no_gpu_has_is_an_error_that_lists_the_names(named_gpus, chosen, message):
+    named_gpus(chosen)
+    with pytest.raises(ValueError, match=message):
+        vqa.detect_runtime()
+
+
+def test_a_part_of_a_gpu_has_its_own_memory_and_is_given_to_its_worker(named_gpus, demo_config):
+    named_gpus("MIG-cba663e8-9bed")
+    (part,) = vqa.detect_runtime().gpus
+    assert part["name"] == "NVIDIA A100-SXM4-40GB MIG 3g.20gb"
+    assert part["memory_gib"] == 19.0
+    assert part["capability"] == 8.0
+    (device,) = vqa.worker_devices(demo_config)
+    assert vqa.device_environment(device)["CUDA_VISIBLE_DEVICES"] == "MIG-cba663e8-9bed"
+    rounds = vqa.schedule_folds([0, 1, 2], ["MIG-1", "MIG-2"])  # none is shared
+    assert [[job.folds for job in jobs] for jobs in rounds] == [[(0, 2), (1,)]]
+
+
+def test_a_gpu_that_shares_the_computers_memory_is_said_to(named_gpus, caplog):
+    named_gpus(None, "0, NVIDIA GB10, [N/A], 12.1", "GPU 0: NVIDIA GB10 (UUID: GPU-1)")
+    (gpu,) = vqa.detect_runtime().gpus
+    assert gpu["memory_gib"] == vqa.psutil.virtual_memory().total / 2**30
+    assert "no memory of its own for NVIDIA GB10: taken to share the computer's" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("0, Odd Card, [Unknown Error], 8.0", r"'\[Unknown Error\]' for the memory of Odd Card"),
+        ("0, Odd Card, 15360, [N/A]", r"'\[N/A\]' for the capability of Odd Card; update the"),
+        ("0, Odd Card, 15360", "'0, Odd Card, 15360', not number, name, memory, capability"),
+    ],
+)
+def test_a_gpu_without_facts_is_an_error_unless_it_is_hidden(named_gpus, monkeypatch, row, message):
+    named_gpus(None, f"{row}\n1, Tesla T4, 15360, 7.5", "")
+    with pytest.raises(RuntimeError, match=message):
+        vqa.detect_runtime()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert [gpu["name"] for gpu in vqa.detect_runtime().gpus] == ["Tesla T4"]

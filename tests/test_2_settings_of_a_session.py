@@ -91,7 +91,6 @@ def test_auto_refuses_a_p100_with_the_way_out_and_a_card_that_is_too_small(plug_
         ((T4, T4), False),
         ((T4,), True),
         ((A100,), False),
-        ((), True),
     ],
 )
 def test_the_large_preset_steps_down_to_the_8b_where_its_model_does_not_fit(
@@ -108,3 +107,88 @@ def test_the_large_preset_steps_down_to_the_8b_where_its_model_does_not_fit(
     own = vqa.load_config("large", {"data_dir": str(vqa.DEMO), "model_id": "mine"}, environ={})
     assert own.model_id == "mine"
     assert own.spread_model
+
+
+def test_without_a_gpu_auto_names_the_variable_and_what_runs_on_a_cpu():
+    runtime = vqa.Runtime("kaggle", (), "fp32", "sdpa", ())
+    with pytest.raises(RuntimeError) as caught:
+        vqa.choose_preset(runtime, has_competition=True)
+    message = str(caught.value)
+    for part in ("VQA_PRESET", "on a CPU 'demo' runs", "'quick_test' with quantization='none'"):
+        assert part in message
+
+
+# Cards; preset and overrides; what the refusal says, None: it runs.
+ONE_T4 = [("Tesla T4", 15360, 7.5)]
+IMPOSSIBLE = {
+    "a quantised model on a CPU": (
+        [],
+        "kaggle_t4x2",
+        {},
+        "Preset 'kaggle_t4x2' cannot run here: quantization '4bit' needs a GPU.*'demo' runs",
+    ),
+    "8 billion in 16 bits on a T4": (
+        ONE_T4,
+        "colab_a100",
+        {},
+        r"Qwen3-VL-8B-Instruct takes 15 GiB at least, and Tesla T4 has 15 for it.*'4bit'",
+    ),
+    "32 billion in 4 bits on a T4": (
+        ONE_T4 * 2,
+        "colab_t4",
+        {"model_id": "Qwen/Qwen3-VL-32B-Instruct"},
+        "takes 16 GiB at least, and Tesla T4 has 15",
+    ),
+    "72 billion spread over two T4": (
+        ONE_T4 * 2,
+        "large",
+        {"model_id": "Qwen/Qwen2.5-VL-72B-Instruct"},
+        "takes 36 GiB at least, and Tesla T4 has 21",
+    ),
+    "more than the computer's memory": (
+        [],
+        "quick_test",
+        {"quantization": "none", "model_id": "some/Model-100000B"},
+        "takes 373000 GiB at least, and this computer has",
+    ),
+    "8 billion in 4 bits on a T4": (ONE_T4, "colab_t4", {}, None),
+    "8 billion in 4 bits on two T4": (ONE_T4 * 2, "max_score", {}, None),
+    "a size that the name does not give": (ONE_T4, "colab_a100", {"model_id": "my/vqa"}, None),
+    "a local folder, which preflight computes": (
+        ONE_T4,
+        "colab_a100",
+        {"model_id": "data/tiny_qwen3_vl"},
+        None,
+    ),
+    "a small model unquantised on a CPU": (
+        [],
+        "quick_test",
+        {"quantization": "none", "model_id": "some/Model-0.5B"},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("cards", "preset", "overrides", "message"), IMPOSSIBLE.values(), ids=IMPOSSIBLE
+)
+def test_a_preset_that_cannot_run_on_this_machine_is_refused_at_once(
+    plug_in, mini_data, cards, preset, overrides, message
+):
+    plug_in(cards)
+    fields = {"data_dir": str(mini_data), **overrides}
+    if message is None:
+        assert vqa.load_config(preset, fields, environ={}).preset_name == preset
+        return
+    with pytest.raises(ValueError, match=message):
+        vqa.load_config(preset, fields, environ={})
+
+
+def test_a_model_is_not_spread_over_parts_of_a_gpu(monkeypatch, replace):
+    part = {"index": "MIG-1", "name": "A100 MIG 7g.40gb", "memory_gib": 38.0, "capability": 8.0}
+    runtime = vqa.Runtime("local", (part,), "bf16", "sdpa", ())
+    monkeypatch.setattr(vqa, "detect_runtime", lambda *_: runtime)
+    config = vqa.Config.preset("large")
+    with pytest.raises(ValueError, match="spread_model needs whole GPUs, and A100 MIG 7g.40gb"):
+        vqa.require_machine(config)
+    vqa.require_machine(replace(config, spread_model=False))
