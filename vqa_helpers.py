@@ -1880,6 +1880,58 @@ def read_arrays(path: Path, fingerprint: str) -> dict[str, np.ndarray]:
 
 
 # === Checkpoints ==================================================================================
+WATCHED_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+def library_versions() -> dict[str, str]:
+    """The installed version of every library on which a checkpoint may depend."""
+    return {name: importlib.metadata.version(name) for name in WATCHED_LIBRARIES}
+
+
+def _other_versions(saved: Mapping[str, str]) -> str:
+    """The libraries that had another version when something was saved, with both."""
+    if not saved:
+        return "an earlier version of this module saved it, without its libraries' versions"
+    here = library_versions()
+    differing = []
+    for name, version in saved.items():
+        if version != here.get(name):
+            differing.append(f"{name} {version} (here {here.get(name)})")
+    if not differing:
+        return "it was saved with the same versions of all libraries"
+    return f"it was saved with {', '.join(differing)}: install that version"
+
+
+def require_fitting_weights(
+    path: Path,
+    stored: Mapping,
+    wanted: Mapping,
+    libraries: Mapping[str, str],
+) -> None:
+    """Raise CheckpointError unless stored weights have the names and shapes of the wanted ones.
+
+    `libraries`: name -> version with which they were saved, for the message: a library may have
+    renamed its weights since.
+    """
+    unknown = sorted(set(stored) - set(wanted))
+    missing = sorted(set(wanted) - set(stored))
+    problems = []
+    if unknown:
+        problems.append(f"{len(unknown)} weights in it are none of the model's: {unknown[0]!r}")
+    if missing:
+        problems.append(f"{len(missing)} of the model's are not in it: {missing[0]!r}")
+    for name in sorted(set(stored) & set(wanted)):
+        shapes = [tuple(weights[name].shape) for weights in (stored, wanted)]
+        if shapes[0] != shapes[1]:
+            problems.append(f"{name!r} has the shape {shapes[0]}, not {shapes[1]}")
+            break
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit the model: {'; '.join(problems)}; "
+            f"{_other_versions(libraries)}, or choose a new run_name"
+        )
+
+
 def _checkpoint_files(
     step: int, tensors: Mapping, state: Mapping, metadata: Mapping
 ) -> dict[str, bytes]:
@@ -4148,8 +4200,12 @@ def load_adapter(model, folder: Path):
             differing.append(name)
     in_one_only = set(loaded) ^ set(stored)
     if differing or in_one_only:
-        shown = differing[:3] or in_one_only
-        raise CheckpointError(f"{folder} was not loaded completely: {shown}")
+        shown = differing[:3] or sorted(in_one_only)[:3]
+        version = adapted.peft_config["default"].peft_version
+        raise CheckpointError(
+            f"{folder} was not loaded completely: {shown}; {_other_versions({'peft': version})}, "
+            "or delete that folder and run again to make it anew"
+        )
     return adapted
 
 
@@ -7306,6 +7362,8 @@ class FoldState:
             "epoch": epoch,
             "step_in_epoch": step,
             "fingerprint": self.run.fingerprint,
+            "libraries": library_versions(),
+            "precision": self.session.runtime.precision,
             "history": self.history,
             "losses": self.losses,
             "skipped": self.skipped,
@@ -7319,16 +7377,21 @@ class FoldState:
     def resume(self) -> tuple[int, int]:
         """The (epoch, step) to do next, by the newest verified checkpoint.
 
-        Raises CheckpointError for a checkpoint of another run.
+        Raises CheckpointError for a checkpoint of another run, and for one whose weights are
+        not the model's.
         """
         path = self.checkpoints.latest_verified()
         if path is None:
             return 0, 0
         tensors, state, metadata = self.checkpoints.restore(path)
         require_same_run(path, metadata["fingerprint"], self.run.fingerprint)
+        libraries = metadata.get("libraries", {})
+        require_fitting_weights(path, tensors, self.parameters, libraries)
         set_weights(self.parameters, tensors)
         for name, part in self.stateful_parts.items():
-            part.load_state_dict(state[name])
+            if name != "scaler":
+                part.load_state_dict(state[name])
+        self._resume_scaler(state["scaler"], metadata.get("precision"))
         self.best = state["best"]
         self.history = metadata["history"]
         self.losses = metadata["losses"]
@@ -7338,6 +7401,29 @@ class FoldState:
         step = metadata["step_in_epoch"]
         LOGGER.info("Fold %d continues at epoch %d, step %d", self.fold, epoch + 1, step)
         return epoch, step
+
+    def _resume_scaler(self, state: Mapping, before: str | None) -> None:
+        """Go on with the scale of the loss; with a fresh one where another format was used.
+
+        `before` is the number format of the training until here; None where an earlier version
+        did not note it. Formats differ between cards where precision is "auto".
+        """
+        now = self.session.runtime.precision
+        if before is None:  # only a scaler that was in use has a state
+            was_fp16 = bool(state)
+            is_same = was_fp16 == self.scaler.is_enabled()
+            before = "fp16" if was_fp16 else "another precision"
+        else:
+            is_same = before == now
+        if is_same:
+            self.scaler.load_state_dict(state)
+            return
+        scale = "with a fresh GradScaler" if self.scaler.is_enabled() else "without a GradScaler"
+        self.session.add_note(
+            f"fold {self.fold}: this card computes in {now}, the one before in {before}: "
+            f"training continues in {now} {scale}, and its results are not bitwise those of one "
+            "card; set precision to have the same on both"
+        )
 
     @functools.cached_property
     def plan(self) -> MemoryPlan:
@@ -11101,9 +11187,6 @@ def targets_sha256(run: Run) -> str:
 
 
 # === Starting a run ===============================================================================
-WATCHED_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-
-
 def run_fingerprints(run: Run, competition: Competition) -> dict[str, str]:
     """What a run is continued by, as a hash or text each: config, data, folds, model, targets."""
     assignment = run.train[["id", "fold"]].to_csv()
@@ -11144,7 +11227,7 @@ def start_run(config: Config, competition: Competition, folds: np.ndarray) -> Ru
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     content = {
         "version": __version__,
-        "libraries": {name: importlib.metadata.version(name) for name in WATCHED_LIBRARIES},
+        "libraries": library_versions(),
         "config": dataclasses.asdict(config),
         "parts": parts,
         "fallbacks": run.fallbacks,

@@ -1,6 +1,7 @@
 """Part 5, Fold training: neither a stop, nor a bad number, nor little memory spoils a fold."""
 
 import math
+import re
 import weakref
 
 import numpy as np
@@ -228,3 +229,104 @@ def test_the_memory_plan_is_made_for_the_longest_prompt_of_all_epochs(
         assert trainer.plan is None
         trainer.model.unload()
     assert planned == [18, 54, 54]
+
+
+# --- Another card, other libraries ----------------------------------------------------------------
+
+
+@pytest.fixture
+def trainer_on(mini_run, replace):
+    """Make a trainer of one run on a card of this precision: trainer_on("fp16")."""
+    run = mini_run(num_epochs=1)
+
+    def make(precision):
+        session = open_run_session(run)
+        session.runtime = replace(session.runtime, precision=precision)
+        return vqa.FoldTrainer(session, run, 0)
+
+    return make
+
+
+def saved_on(trainer):
+    """Save after a step whose scaler has a scale of its own, where it has any."""
+    if trainer.scaler.is_enabled():
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        trainer.stateful_parts["scaler"] = trainer.scaler
+        trainer.scaler.scale(torch.zeros(()))
+    trainer.save(0, 1)
+
+
+FIRST_SCALE = 65536.0  # of a fresh GradScaler
+CARD_CHANGES = {
+    "L4 to V100": ("bf16", "fp16", FIRST_SCALE, "in fp16, the one before in bf16: training con"),
+    "T4 to RTX": ("fp16", "bf16", 1.0, "in bf16, the one before in fp16: .*without a GradScaler"),
+    "T4 to T4": ("fp16", "fp16", 8.0, None),
+    "L4 to A100": ("bf16", "bf16", 1.0, None),
+    "CPU to T4": ("fp32", "fp16", FIRST_SCALE, "with a fresh GradScaler.*set precision to have"),
+}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "scale", "note"), CARD_CHANGES.values(), ids=CARD_CHANGES
+)
+def test_a_fold_continues_on_another_card_with_the_right_scaler_and_a_note(
+    trainer_on, before, now, scale, note
+):
+    saved_on(trainer_on(before))
+    trainer = trainer_on(now)
+    assert trainer.resume() == (0, 1)
+    assert trainer.scaler.is_enabled() is (now == "fp16")
+    assert trainer.scaler.get_scale() == scale
+    if note is None:
+        assert trainer.session.notes == []
+    else:
+        (found,) = trainer.session.notes
+        assert re.search(note, found), found
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "notes"), [("fp16", "fp16", 0), ("fp16", "bf16", 1), ("bf16", "fp16", 1)]
+)
+def test_a_checkpoint_that_names_no_precision_is_judged_by_its_scaler(
+    trainer_on, monkeypatch, before, now, notes
+):
+    """As earlier versions of the module wrote it."""
+    restore = vqa.CheckpointManager.restore
+
+    def without_precision(manager, path):
+        tensors, state, metadata = restore(manager, path)
+        del metadata["precision"], metadata["libraries"]
+        return tensors, state, metadata
+
+    saved_on(trainer_on(before))
+    monkeypatch.setattr(vqa.CheckpointManager, "restore", without_precision)
+    trainer = trainer_on(now)
+    assert trainer.resume() == (0, 1)
+    assert len(trainer.session.notes) == notes
+
+
+def test_weights_that_a_library_has_renamed_are_refused_with_both_versions(trainer_on, monkeypatch):
+    trainer = trainer_on("fp32")
+    renamed = {f"new.{name}": value for name, value in trainer.parameters.items()}
+    versions = vqa.library_versions()
+    with monkeypatch.context() as patch:
+        patch.setattr(vqa, "library_versions", lambda: {**versions, "peft": "0.1.0"})
+        trainer.parameters = renamed
+        trainer.save(0, 1)
+    here = re.escape(f"it was saved with peft 0.1.0 (here {versions['peft']}): install that")
+    unknown = f"{len(renamed)} weights in it are none of the model's: 'new.base_model"
+    missing = f"{len(renamed)} of the model's are not in it: 'base_model"
+    with pytest.raises(vqa.CheckpointError, match=f"step_.*{unknown}.*{missing}.*{here}"):
+        trainer_on("fp32").resume()
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    stored = {"a": torch.zeros(2, 3)}
+    wanted = {"a": torch.zeros(2, 4)}
+    with pytest.raises(
+        vqa.CheckpointError,
+        match=r"'a' has the shape \(2, 3\), not \(2, 4\); it was saved with the same versions",
+    ):
+        vqa.require_fitting_weights(tmp_path, stored, wanted, vqa.library_versions())
+    with pytest.raises(vqa.CheckpointError, match="an earlier version of this module saved it"):
+        vqa.require_fitting_weights(tmp_path, stored, {}, {})
