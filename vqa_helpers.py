@@ -78,6 +78,7 @@ above it.
    Submission                          written, read back, checked
    Ensembles of runs                   several finished runs as one submission
    Soft targets                        votes and other runs' probabilities as targets
+   Damaged files                       what cannot be read any more is made anew
    Starting a run                      a new run directory, or the one to continue
 8. Running
    Final model                         one more model, on all rows; `train_fold`, for any fold or it
@@ -213,6 +214,15 @@ vision_process = _LazyModule("qwen_vl_utils.vision_process")
 # === Exceptions ===================================================================================
 class CheckpointError(RuntimeError):
     """A checkpoint is damaged or belongs to another configuration."""
+
+
+class DamagedFileError(CheckpointError):
+    """A file of a run cannot be read as this module wrote it; the message names it."""
+
+    def __init__(self, path: Path, problem: object):
+        lines = str(problem).splitlines() or [type(problem).__name__]
+        self.problem = f"{path} cannot be read ({lines[0][:200]})"
+        super().__init__(f"{self.problem}; delete it and run again to make it anew")
 
 
 class DataError(ValueError):
@@ -1778,14 +1788,16 @@ class MetricLogger:
 def read_json_lines(path: Path) -> list[dict]:
     """The records that MetricLogger wrote; [] where there is no such file.
 
-    A line that a kill or a full disk has cut short is left out.
+    A line that a kill or a full disk has cut short, or that is no such record, is left out.
     """
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if isinstance(record, dict) and "time" in record:
+                records.append(record)
     return records
 
 
@@ -1845,6 +1857,24 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json(path: Path, needed: Sequence[str] = ()) -> dict:
+    """The JSON object in a file of a run.
+
+    Raises DamagedFileError where it cannot be read, is no object, or lacks one of the `needed`
+    keys, and FileNotFoundError where there is no such file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise DamagedFileError(path, error) from error
+    if not isinstance(content, dict):
+        raise DamagedFileError(path, f"a JSON {type(content).__name__}, not an object")
+    missing = [key for key in needed if key not in content]
+    if missing:
+        raise DamagedFileError(path, f"without {', '.join(missing)}")
+    return content
+
+
 def require_same_run(path: Path, found: str, expected: str) -> None:
     """Raise CheckpointError unless the fingerprint found in `path` is that of the run.
 
@@ -1863,19 +1893,25 @@ def write_arrays(path: Path, fingerprint: str, **arrays: np.ndarray) -> None:
     atomic_write(path, buffer.getvalue())
 
 
-def read_arrays(path: Path, fingerprint: str) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, fingerprint: str, needed: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """Load what `write_arrays` wrote, by name; the fingerprint is among it.
 
-    Raises CheckpointError for a damaged file, or one of another run.
+    Raises DamagedFileError for a file that cannot be read or lacks one of the `needed` arrays,
+    CheckpointError for one of another run.
     """
     try:
+        if path.exists() and not zipfile.is_zipfile(path):
+            raise ValueError("it is no .npz file")
         with np.load(path, allow_pickle=False) as file:  # checks each array's CRC
             content = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}); delete it and run again to make it anew"
-        ) from error
-    require_same_run(path, str(content.get("fingerprint")), fingerprint)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged header makes NumPy and zipfile raise anything
+        raise DamagedFileError(path, error) from error
+    missing = [name for name in ("fingerprint", *needed) if name not in content]
+    if missing:
+        raise DamagedFileError(path, f"without {', '.join(missing)}")
+    require_same_run(path, str(content["fingerprint"]), fingerprint)
     return content
 
 
@@ -1949,6 +1985,9 @@ def _checkpoint_files(
     return files
 
 
+CHECKPOINT_FILES = ("tensors.safetensors", "state.pt", "metadata.json")  # beside the manifest
+
+
 class CheckpointManager:
     """Checkpoints in one folder, each committed whole and verified before use.
 
@@ -1990,12 +2029,12 @@ class CheckpointManager:
     def problem(path: Path) -> str | None:
         """Why the checkpoint at `path` cannot be trusted; None where every hash is right."""
         try:
-            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+            manifest = read_json(path / "manifest.json", CHECKPOINT_FILES)
             damaged = []
-            for name, digest in manifest.items():
-                if file_sha256(path / name) != digest:
+            for name in CHECKPOINT_FILES:
+                if file_sha256(path / name) != manifest[name]:
                     damaged.append(name)
-        except (OSError, ValueError) as error:
+        except (OSError, DamagedFileError) as error:
             return f"{type(error).__name__}: {error}"
         if damaged:
             return f"SHA-256 differs: {', '.join(damaged)}"
@@ -2937,12 +2976,23 @@ NUMBER_COLUMNS = {
 }
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """What `write_table` wrote, as text but for the NUMBER_COLUMNS."""
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    frame = frame.map(lambda text: text.removeprefix("'"))
-    kinds = {column: kind for column, kind in NUMBER_COLUMNS.items() if column in frame}
-    return frame.astype(kinds)
+def read_table(path: Path, needed: Sequence[str] = ()) -> pd.DataFrame:
+    """What `write_table` wrote, as text but for the NUMBER_COLUMNS.
+
+    Raises DamagedFileError where it is anything else, or lacks one of the `needed` columns.
+    """
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        missing = [column for column in needed if column not in frame]
+        if missing:
+            raise ValueError(f"without {', '.join(missing)}")
+        if frame.isna().any(axis=None):
+            raise ValueError("its last row is cut off")
+        frame = frame.map(lambda text: text.removeprefix("'"))
+        kinds = {column: kind for column, kind in NUMBER_COLUMNS.items() if column in frame}
+        return frame.astype(kinds)
+    except ValueError as error:  # also pandas' and of the encoding
+        raise DamagedFileError(path, error) from error
 
 
 # === Images =======================================================================================
@@ -4201,7 +4251,7 @@ def load_adapter(model, folder: Path):
     in_one_only = set(loaded) ^ set(stored)
     if differing or in_one_only:
         shown = differing[:3] or sorted(in_one_only)[:3]
-        version = adapted.peft_config["default"].peft_version
+        version = read_json(folder / "adapter_config.json").get("peft_version", "of then")
         raise CheckpointError(
             f"{folder} was not loaded completely: {shown}; {_other_versions({'peft': version})}, "
             "or delete that folder and run again to make it anew"
@@ -5660,6 +5710,9 @@ STAGE_FILES = {  # the file that a stage writes last: where it is, the stage is 
 }
 
 
+CONFIG_KEYS = ("config", "fallbacks", "fingerprint", "libraries", "parts")  # of config.json
+
+
 @dataclass(frozen=True)
 class Run:
     """One run directory: the configuration, the rows with their folds, and all other files.
@@ -5720,20 +5773,40 @@ class Run:
 
     @classmethod
     def open(cls, directory: str | Path) -> Run:
-        """The run that `start_run` has written to this directory."""
+        """The run that `start_run` has written to this directory.
+
+        Raises DamagedFileError for a file that is not as it was written, and CheckpointError for
+        settings of another version of this module.
+        """
         directory = Path(directory)
-        content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        train = read_table(directory / "folds.csv")
-        extra_path = directory / "extra_rows.csv"
+        path = directory / "config.json"
+        content = read_json(path, CONFIG_KEYS)
+        try:
+            config = Config(**content["config"])
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: its settings are not those of version {__version__} ({error}); version "
+                f"{content.get('version')} wrote it: use that one, or choose a new run_name"
+            ) from error
+        tables = {}
+        for name, digest in content.get("tables", {}).items():
+            if not (directory / name).is_file():
+                raise DamagedFileError(directory / name, "it is gone")
+            if file_sha256(directory / name) != digest:
+                raise DamagedFileError(directory / name, "its SHA-256 is not that in config.json")
+        for name in ("folds", "test_rows", "sample_rows", "extra_rows"):
+            if name != "extra_rows" or (directory / f"{name}.csv").exists():
+                tables[name] = read_table(directory / f"{name}.csv", needed=("id",))
+        train = tables["folds"]
         return cls(
-            config=Config(**content["config"]),
+            config=config,
             directory=directory,
             train=train,
-            test=read_table(directory / "test_rows.csv"),
-            sample=read_table(directory / "sample_rows.csv"),
+            test=tables["test_rows"],
+            sample=tables["sample_rows"],
             fallbacks=content["fallbacks"],
             fingerprint=content["fingerprint"],
-            extra_rows=read_table(extra_path) if extra_path.exists() else _no_rows(train),
+            extra_rows=tables.get("extra_rows", _no_rows(train)),
         )
 
     def is_done(self, stage: str, fold: int) -> bool:
@@ -5764,8 +5837,7 @@ class Run:
         path = self.directory / "selection.json"
         if not path.exists():
             return []
-        selection = json.loads(path.read_text(encoding="utf-8"))
-        return selection["weights"].split("+")
+        return read_json(path, ["weights"])["weights"].split("+")
 
     @property
     def is_rescored(self) -> bool:
@@ -5817,10 +5889,12 @@ class Run:
         if not hours:
             hours = 11 if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else math.inf
         path = self.directory / "session.json"
+        started = time.time()
         if path.exists():
-            started = json.loads(path.read_text(encoding="utf-8"))["started"]
-        else:
-            started = time.time()
+            try:
+                started = float(read_json(path, ["started"])["started"])
+            except (DamagedFileError, TypeError, ValueError) as error:
+                LOGGER.warning("The time budget counts from now on: %s: %s", path, error)
         return started + 3600 * hours - time.time()
 
     def seconds_per_question(self) -> float:
@@ -6487,7 +6561,7 @@ class InferenceCheckpoint:
         if not self.path.exists():
             return 0, None
         try:
-            content = read_arrays(self.path, self.fingerprint)
+            content = read_arrays(self.path, self.fingerprint, ["done", "logits"])
         except CheckpointError as error:
             LOGGER.warning("Inference starts again: %s", error)
             return 0, None
@@ -6768,6 +6842,9 @@ def prompt_tokens(session: Session, frame: pd.DataFrame) -> np.ndarray:
         prompt = make_prompt(session, frame, row, [order])
         lengths.append(len(prompt.input_ids))
     return np.array(lengths)
+
+
+SCORE_ARRAYS = ("ids", "logits", "labels", "view_names")  # of every file of scores
 
 
 def write_logits(
@@ -7472,8 +7549,15 @@ class FoldResult:
 
 
 def read_fold_result(run: Run, fold: int) -> FoldResult:
-    """The result.json of a finished fold."""
-    content = json.loads((run.fold_dir(fold) / "result.json").read_text(encoding="utf-8"))
+    """The result.json of a finished fold.
+
+    Raises DamagedFileError where it is not as it was written, CheckpointError where it is
+    another run's.
+    """
+    path = run.fold_dir(fold) / "result.json"
+    content = read_json(path, [item.name for item in dataclasses.fields(FoldResult)])
+    # Earlier versions of this module wrote none.
+    require_same_run(path, content.pop("fingerprint", run.fingerprint), run.fingerprint)
     content["history"] = pd.DataFrame(content["history"])
     return FoldResult(**content)
 
@@ -7735,6 +7819,7 @@ class FoldTrainer(FoldState):
             "kinds": kinds,
             "history": self.history,
             "adapters": adapters,
+            "fingerprint": self.run.fingerprint,
         }
         atomic_write(folder / "result.json", json.dumps(result))
         LOGGER.info("Fold %d: best epoch %d, held-out %s", self.fold, best_epoch, kinds)
@@ -7747,6 +7832,8 @@ class FoldTrainer(FoldState):
         """
         folder = self.run.fold_dir(self.fold)
         adapter = folder / f"adapter_{kind}"
+        if adapter.exists():  # a damaged one: PEFT would read its model card
+            shutil.rmtree(adapter)
         with swapped_weights(self.parameters, tensors):
             logits, scores = self.validate()
             self.model.save_pretrained(adapter)
@@ -8541,9 +8628,10 @@ def read_scores(run: Run, fold: int, name: str) -> dict[str, np.ndarray]:
 
     Views in 16 bits stand behind the others, where all folds have them.
     """
-    content = read_arrays(run.fold_dir(fold) / f"{name}.npz", run.fingerprint)
+    folder = run.fold_dir(fold)
+    content = read_arrays(folder / f"{name}.npz", run.fingerprint, SCORE_ARRAYS)
     if run.is_rescored:
-        rescored = read_arrays(run.fold_dir(fold) / f"{name}_16bit.npz", run.fingerprint)
+        rescored = read_arrays(folder / f"{name}_16bit.npz", run.fingerprint, SCORE_ARRAYS)
         logits = [content["logits"], rescored["logits"]]
         view_names = [content["view_names"], rescored["view_names"]]
         content["logits"] = np.concatenate(logits, axis=1)
@@ -8711,13 +8799,16 @@ def _pooled_losses(run: Run) -> dict[str, float]:
     return shared_kinds.apply(np.average, weights=rows).to_dict()
 
 
-def _delete_scores(run: Run) -> None:
-    """Delete what the selected weights scored in each fold and the final model."""
+def score_files(run: Run) -> list[Path]:
+    """What the selected weights score in each fold and the final model, whether it exists or not.
+
+    Relative to the run directory.
+    """
     paths = []
     for fold in [*run.finished_folds, run.final_fold]:
         for name in ("oof", "test", "oof_16bit", "test_16bit"):
             paths.append(Path(f"fold_{fold}") / f"{name}.npz")
-    delete_outputs(run, paths)
+    return paths
 
 
 def select_weights(run: Run) -> str:
@@ -8733,7 +8824,7 @@ def select_weights(run: Run) -> str:
     LOGGER.info("Decision: %s weights for all folds, held-out NLL %s", chosen, pooled)
     earlier = "+".join(run.selected_weights)
     if earlier and earlier != chosen:  # a fold came later
-        _delete_scores(run)
+        delete_outputs(run, score_files(run))
     content = json.dumps({"weights": chosen, "nll": pooled})
     atomic_write(run.directory / "selection.json", content)
     return chosen
@@ -10484,7 +10575,8 @@ SCORE_COLUMNS = [*SCORES, "seconds"]  # the numbers of experiments.csv
 
 def wrap_up_table(run: Run) -> pd.DataFrame:
     """Wall time in seconds and peak memory in GiB of each worker stage, as the workers log them."""
-    frame = pd.DataFrame(read_json_lines(run.directory / "stages.jsonl")).set_index("label")
+    records = read_json_lines(run.directory / "stages.jsonl")
+    frame = pd.DataFrame(records, columns=None if records else ["label"]).set_index("label")
     return frame.filter(["seconds", "rss_gib", "gpu_peak_gib"])
 
 
@@ -10496,6 +10588,22 @@ def _changed_settings(config: Config) -> dict:
         if value != defaults[name] and name not in BOOKKEEPING_FIELDS:
             changed[name] = value
     return changed
+
+
+def _earlier_experiments(path: Path) -> pd.DataFrame:
+    """The rows of an experiments.csv; none where there is no such file, or a damaged one.
+
+    A damaged one is kept beside it: nobody else knows the runs that were only there.
+    """
+    if not path.exists():
+        return pd.DataFrame()
+    try:
+        return read_table(path, needed=("run", "finished"))
+    except DamagedFileError as error:
+        aside = path.with_suffix(".damaged.csv")
+        os.replace(path, aside)
+        LOGGER.warning("Begun anew, and the old file kept as %s: %s", aside.name, error.problem)
+        return pd.DataFrame()
 
 
 def log_experiment(run: Run, evaluation: Evaluation) -> None:
@@ -10519,7 +10627,7 @@ def log_experiment(run: Run, evaluation: Evaluation) -> None:
         run.directory.parent / "experiments.csv",
         run.directory / "tables" / "experiments.csv",
     ]
-    known = [read_table(path) for path in places if path.exists()]
+    known = [_earlier_experiments(path) for path in places]
     rows = pd.concat([*known, pd.DataFrame([row])])
     rows = rows.sort_values("finished", kind="stable").drop_duplicates("run", keep="last")
     for path in places:
@@ -10532,7 +10640,8 @@ def experiment_table(output_dir: str | Path) -> pd.DataFrame:
     Scores, the workers' seconds, and in `changed` the settings in which a run differs from the
     one before it; `note` says which scores are not to be compared.
     """
-    table = read_table(Path(output_dir) / "experiments.csv").set_index("run")
+    path = Path(output_dir) / "experiments.csv"
+    table = read_table(path, needed=("run", "finished")).set_index("run")
     columns = ["finished", "model", "folds", "rows", *SCORE_COLUMNS, "settings"]
     table = table.reindex(columns=columns, fill_value="")
     before = {}
@@ -11006,7 +11115,7 @@ def _open_teacher(run: Run, name: str) -> Run:
             "give the folder of a finished run, attached"
         )
     teacher = Run.open(directory)
-    content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    content = read_json(directory / "config.json")
     ids = _differing_ids(run.train[["id", "label"]], teacher.train[["id", "label"]])
     if ids:
         raise ValueError(
@@ -11186,6 +11295,129 @@ def targets_sha256(run: Run) -> str:
     return hashlib.sha256((targets + extra_rows).encode()).hexdigest()
 
 
+# === Damaged files ================================================================================
+def _problem_of(read: Callable, *arguments) -> str:
+    """What `read(*arguments)` finds damaged; "" where it reads the file, or there is none."""
+    try:
+        read(*arguments)
+    except DamagedFileError as error:
+        return error.problem
+    except FileNotFoundError:
+        return ""
+    return ""
+
+
+@dataclass(frozen=True)
+class _Damage:
+    """A damaged file, and what has to go with it so that it is made anew."""
+
+    problem: str  # that names the file
+    files: tuple[Path, ...]  # relative to the run directory
+
+
+def _score_damages(run: Run, fold: int) -> Iterator[_Damage]:
+    """Damaged files of the stages that score: both files are made anew, the last one decides."""
+    folder = run.fold_dir(fold)
+    for ending in ("", "_16bit"):
+        last = folder / f"test{ending}.npz"
+        for path in (folder / f"oof{ending}.npz", last):
+            problem = _problem_of(read_arrays, path, run.fingerprint, SCORE_ARRAYS)
+            if not path.exists() and last.exists():
+                problem = f"{path} is gone"
+            if problem:
+                names = [item.relative_to(run.directory) for item in (path, last)]
+                yield _Damage(problem, tuple(names))
+
+
+def _training_damages(run: Run, fold: int) -> Iterator[_Damage]:
+    """Damaged files that the end of a fold's training writes, from its last checkpoint."""
+    folder = run.fold_dir(fold)
+    result = folder / "result.json"
+    if not result.exists():
+        return  # training will write them all
+    name = result.relative_to(run.directory)
+    problem = _problem_of(read_fold_result, run, fold)
+    if problem:
+        yield _Damage(problem, (name,))
+        return
+    for kind in read_fold_result(run, fold).kinds:
+        path = folder / f"validation_{kind}.npz"
+        problem = _problem_of(read_arrays, path, run.fingerprint, SCORE_ARRAYS)
+        if not path.exists():
+            problem = f"{path} is gone"
+        if problem:
+            yield _Damage(problem, (path.relative_to(run.directory), name))
+
+
+def _selection_damages(run: Run) -> Iterator[_Damage]:
+    """A damaged selection.json, with the scores where it may have been about fewer folds.
+
+    Where all finished folds are scored, the decision was about them, and it will be the same.
+    """
+    problem = _problem_of(lambda: run.selected_weights)
+    if not problem:
+        return
+    files = [Path("selection.json")]
+    if run.unfinished_folds("predict", run.finished_folds):
+        files += score_files(run)
+    yield _Damage(problem, tuple(files))
+
+
+def _restore_history(run: Run, fold: int) -> None:
+    """Write a finished fold's history.csv anew where it is damaged or gone: the result has it."""
+    path = run.fold_dir(fold) / "history.csv"
+    problem = _problem_of(read_table, path, ("epoch", "loss"))
+    if not path.exists():
+        problem = f"{path} is gone"
+    if problem:
+        LOGGER.warning("Written anew from result.json: %s", problem)
+        write_table(read_fold_result(run, fold).history, path)
+
+
+def delete_damaged_files(run: Run) -> int:
+    """Delete what is damaged of the run, so that the stages make it anew; how many files were.
+
+    Each is logged, and noted for the report. Files of another run stay. Of a fold's result,
+    scores and selected weights, and of the zero-shot scores; `ensure_adapter` sees to the
+    adapters, and checkpoints are verified where they are read.
+    """
+    damages = []
+    zeroshot = run.directory / "zeroshot.npz"
+    problem = _problem_of(read_arrays, zeroshot, run.fingerprint, SCORE_ARRAYS)
+    if problem:
+        damages.append(_Damage(problem, (Path("zeroshot.npz"),)))
+    for fold in run.models_to_train:
+        damages += _training_damages(run, fold)
+        damages += _score_damages(run, fold)
+    damages += _selection_damages(run)
+    for damage in damages:
+        LOGGER.warning("Made anew: %s", damage.problem)
+        event = f"made anew: {damage.problem}"
+        MetricLogger(run.directory / "events.jsonl").log(event=event)
+        delete_outputs(run, damage.files)
+    for fold in run.models_to_train:
+        if run.is_done("train", fold):
+            _restore_history(run, fold)
+    return len(damages)
+
+
+def require_results_of(directory: Path, fingerprint: str, problem: str) -> None:
+    """Raise CheckpointError unless each result in a run directory says that it is this run's.
+
+    For a directory whose config.json has that `problem`: it does not say whose files these are.
+    """
+    for path in sorted(directory.glob("fold_*/result.json")):
+        try:
+            found = read_json(path).get("fingerprint")
+        except DamagedFileError:
+            continue  # it is made anew
+        if found != fingerprint:
+            raise CheckpointError(
+                f"{problem}, and {path} does not say that it is this run's; "
+                "choose a new run_name, or delete that folder"
+            )
+
+
 # === Starting a run ===============================================================================
 def run_fingerprints(run: Run, competition: Competition) -> dict[str, str]:
     """What a run is continued by, as a hash or text each: config, data, folds, model, targets."""
@@ -11244,14 +11476,31 @@ def start_run(config: Config, competition: Competition, folds: np.ndarray) -> Ru
     if not path.exists():
         _adopt_earlier_run(directory, config, fingerprint)
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        _check_same_run(before, content, directory, tables)
+        _check_config(path, content, tables)
+    content["tables"] = {}
     for name, frame in tables.items():
-        write_table(frame, directory / f"{name}.csv")
+        table = directory / f"{name}.csv"
+        write_table(frame, table)
+        content["tables"][table.name] = file_sha256(table)
     atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False))
     run = Run.open(directory)
+    delete_damaged_files(run)
     back_up(run)
     return run
+
+
+def _check_config(path: Path, content: Mapping, tables: Mapping[str, pd.DataFrame]) -> None:
+    """Raise CheckpointError where the run of config.json `path` is another than `content` says.
+
+    A damaged one is written anew where the results in its directory are this run's.
+    """
+    try:
+        before = read_json(path, CONFIG_KEYS)
+    except DamagedFileError as error:
+        require_results_of(path.parent, content["fingerprint"], error.problem)
+        LOGGER.warning("Written anew: %s", error.problem)
+        return
+    _check_same_run(before, content, path.parent, tables)
 
 
 def _find_earlier_runs(directory: Path, config: Config, fingerprint: str) -> dict[Path, tuple]:
@@ -11272,7 +11521,11 @@ def _find_earlier_runs(directory: Path, config: Config, fingerprint: str) -> dic
                 continue
             if path.resolve() == directory:
                 continue
-            earlier = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            try:
+                earlier = read_json(path / "config.json")
+            except DamagedFileError as error:
+                LOGGER.warning("An earlier run is not continued: %s", error.problem)
+                continue
             if earlier.get("fingerprint") == fingerprint:
                 scores = list(path.glob("fold_*/*.npz"))
                 checkpoints = list(path.glob("fold_*/checkpoints/step_*"))
@@ -11317,7 +11570,11 @@ def _differing_rows(directory: Path, tables: Mapping[str, pd.DataFrame]) -> list
         path = directory / f"{name}.csv"
         if not path.exists():
             continue
-        earlier = read_table(path)
+        try:
+            earlier = read_table(path)
+        except DamagedFileError as error:
+            differences.append(error.problem)
+            continue
         table = tables.get(name, earlier.head(0))
         columns = [column for column in earlier if column in table]
         columns = [column for column in columns if column not in ("image_path", "line")]
@@ -11496,23 +11753,37 @@ def score_rows(
     return predict_logits(session, frame, views, label, checkpoint)
 
 
+def _adapter_problem(run: Run, fold: int, kind: str) -> str:
+    """Why a fold's adapter cannot be used; "" where it is as it was written."""
+    folder = run.fold_dir(fold) / f"adapter_{kind}"
+    weights = folder / "adapter_model.safetensors"
+    if not weights.exists():
+        return f"{weights} is gone"
+    # The result is read only beside weights: without them it may be damaged, too.
+    if file_sha256(weights) != read_fold_result(run, fold).adapters[kind]:
+        return f"{weights} is damaged"
+    try:
+        read_json(folder / "adapter_config.json", ["peft_type", "target_modules"])
+    except FileNotFoundError as error:
+        return str(error)
+    except DamagedFileError as error:
+        return error.problem
+    return ""
+
+
 def ensure_adapter(session: Session, run: Run, fold: int, kind: str, retrain: bool) -> None:
     """Train the fold again from its last checkpoint where that adapter is damaged.
 
     Raises CheckpointError instead where `retrain` is false: the session's base model is then
     another than the adapter was trained on.
     """
-    directory = run.fold_dir(fold)
-    weights = directory / f"adapter_{kind}" / "adapter_model.safetensors"
-    # The result is read only beside weights: without them it may be damaged, too.
-    if weights.exists() and file_sha256(weights) == read_fold_result(run, fold).adapters[kind]:
+    problem = _adapter_problem(run, fold, kind)
+    if not problem:
         return
-    (directory / "result.json").unlink()
+    (run.fold_dir(fold) / "result.json").unlink()
     if not retrain:
-        raise CheckpointError(
-            f"{weights} is damaged; run again to make it anew from the last checkpoint"
-        )
-    LOGGER.warning("%s is damaged: made anew from the last checkpoint", weights)
+        raise CheckpointError(f"{problem}; run again to make it anew from the last checkpoint")
+    LOGGER.warning("%s: made anew from the last checkpoint", problem)
     train_fold(run.config, fold, session)
 
 
@@ -12056,6 +12327,7 @@ def run_folds(config: Config) -> list[FoldResult]:
     What is done already is skipped, and what was interrupted is continued.
     """
     run = Run.open(config.run_dir)
+    delete_damaged_files(run)
     note_start(run)
     devices = worker_devices(config)
     rounds = schedule_folds(config.folds_to_train, devices)
@@ -12150,7 +12422,7 @@ class TrialWatch:
         path = self.run.fold_dir(0) / "history.csv"
         if not path.exists():
             return self.pruned
-        history = read_table(path)
+        history = read_table(path, needed=("epoch", "nll"))
         epochs = history["epoch"].map(int)
         losses = history["nll"].map(float)
         for epoch, loss in zip(epochs, losses, strict=True):
@@ -12179,7 +12451,7 @@ def draw_trial(config: Config, distributions: Mapping, earlier: Sequence, path: 
     study = optuna.create_study(sampler=sampler, pruner=pruner)
     study.add_trials(earlier)
     if path.exists():
-        settings = json.loads(path.read_text(encoding="utf-8"))["config"]
+        settings = read_json(path, ["config"])["config"]
         study.enqueue_trial({name: settings[name] for name in distributions})
     return study.ask(distributions)
 
@@ -12721,7 +12993,7 @@ def _copy_for_fold(directory: Path, place: Path, folds: Sequence[int]) -> Path:
 
     copy = place / directory.name
     shutil.copytree(directory, copy, ignore=ignored)
-    content = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    content = read_json(copy / "config.json", CONFIG_KEYS)
     content["config"]["output_dir"] = str(place)
     atomic_write(copy / "config.json", json.dumps(content))
     return copy

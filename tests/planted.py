@@ -105,11 +105,21 @@ def planted_two_views(run, zeroshot_rows):
     return run
 
 
+def rewrite_rows(run, name, frame):
+    """Give the run other rows: those of folds, test_rows or sample_rows."""
+    table = run.directory / f"{name}.csv"
+    vqa.write_table(frame, table)
+    path = run.directory / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["tables"][table.name] = vqa.file_sha256(table)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
 def longer(run, replace, times=10):
     """The run with each training row that often, under other ids: a difference can show."""
     frames = [run.train.assign(id=run.train["id"] + f"_{number}") for number in range(times)]
     train = pd.concat(frames, ignore_index=True).assign(pixel_hash=lambda frame: frame["id"])
-    vqa.write_table(train, run.directory / "folds.csv")
+    rewrite_rows(run, "folds", train)
     return replace(run, train=train)
 
 
@@ -132,6 +142,12 @@ def write_kinds(run, fold, kinds):
         "adapters": {},
     }
     vqa.atomic_write(run.fold_dir(fold) / "result.json", json.dumps(content))
+    rows = rows_of_fold(run, fold)
+    for kind in kinds:
+        path = run.fold_dir(fold) / f"validation_{kind}.npz"
+        if not path.exists():
+            logits = np.zeros((len(rows), 1, 4))
+            vqa.write_logits(path, rows, logits, VIEWS[:1], run.fingerprint)
 
 
 def write_scores(run, fold, value):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from planted import rewrite_rows
 from running import open_run_session, plain_prompts, quiet
 
 import vqa_helpers as vqa
@@ -155,5 +156,5 @@ def test_a_label_written_as_a_soft_target_trains_the_same_bytes(mini_run):
     soft = mini_run(run_name="soft", lora_dropout=0.1)
     table = soft.train.copy()
     table[list(vqa.TARGET_COLUMNS)] = np.eye(4)[soft.train["label"]]
-    vqa.write_table(table, soft.directory / "folds.csv")
+    rewrite_rows(soft, "folds", table)
     assert vqa.train_fold(hard.config, 0).adapters == vqa.train_fold(soft.config, 0).adapters

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from planted import rewrite_rows
 from running import ONE_VIEW
 
 import vqa_helpers as vqa
@@ -19,7 +20,7 @@ def planted(run, signal, folds=(0, 1), zeroshot=0.5, times=10):
     copies = [run.train.assign(id=run.train["id"] + f"_{number}") for number in range(times)]
     train = pd.concat(copies, ignore_index=True)
     run = dataclasses.replace(run, train=train.assign(pixel_hash=train["id"]))
-    vqa.write_table(run.train, run.directory / "folds.csv")
+    rewrite_rows(run, "folds", run.train)
     for fold in folds:
         for name, frame in (("oof", run.train[run.train["fold"] == fold]), ("test", run.test)):
             truth = np.eye(4)[frame["label"]] if name == "oof" else np.zeros((len(frame), 4))

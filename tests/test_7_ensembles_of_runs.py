@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import reensemble
-from planted import hidden_labels, longer, planted_run
+from planted import hidden_labels, longer, planted_run, rewrite_rows
 
 import vqa_helpers as vqa
 
@@ -69,7 +69,7 @@ def test_rows_are_matched_by_id_although_the_runs_have_other_folds(two_runs, tmp
 def test_test_rows_are_matched_by_id_too(two_runs, replace, tmp_path):
     poor, good = two_runs
     backwards = replace(good, test=good.test[::-1].reset_index(drop=True))
-    vqa.write_table(backwards.test, good.directory / "test_rows.csv")
+    rewrite_rows(good, "test_rows", backwards.test)
     planted_run(backwards, signals=(9.0, 9.0))
     _, answers = vqa.ensemble_runs([poor.directory, good.directory], tmp_path)
     labels = answers["answer"].map(vqa.CHOICES.index)
@@ -139,7 +139,7 @@ def test_runs_on_other_rows_are_refused_by_name(mini_run, tmp_path, table, colum
     path = other.directory / f"{table}.csv"
     frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     frame.loc[0, column] += "_changed"
-    vqa.write_table(frame, path)
+    rewrite_rows(other, table, frame)
     with pytest.raises(ValueError, match=message):
         vqa.ensemble_runs([good.directory, other.directory], tmp_path / "ensemble")
     assert not (tmp_path / "ensemble").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from planted import one_hot, planted_run, rows_of_fold
+from planted import one_hot, planted_run, rewrite_rows, rows_of_fold
 from running import Stop, open_run_session
 
 import vqa_helpers as vqa
@@ -258,7 +258,7 @@ def with_another_label(mini_run, mini_data, tmp_path):
     table = run.train.copy()
     changed = table["id"] == "train_0001"
     table.loc[changed, "label"] = (table.loc[changed, "label"] + 1) % 4
-    vqa.write_table(table, run.directory / "folds.csv")
+    rewrite_rows(run, "folds", table)
     return str(run.directory)
 
 

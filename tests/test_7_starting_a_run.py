@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from machine import COMPETITION, CONFIG, FIND, HARDWARE, IMPORT, INSTALL, KAGGLE, start_run
+from planted import write_scores
 
 import vqa_helpers as vqa
 
@@ -86,12 +87,13 @@ def test_another_version_of_a_library_is_said(mini_run, caplog):
 
 def test_a_run_of_an_earlier_session_is_copied_and_continued(mini_run, tmp_path, caplog):
     old = mini_run(run_name="one", output_dir=str(tmp_path / "input" / "notebook" / "outputs"))
-    vqa.atomic_write(old.fold_dir(0) / "oof.npz", b"from the earlier session")
+    write_scores(old, 0, 1.0)
+    scores = (old.fold_dir(0) / "oof.npz").read_bytes()
     (tmp_path / "input" / "model").mkdir()
     (tmp_path / "input" / "model" / "config.json").write_text("[]")  # somebody else's
     vqa.LOGGER.setLevel("INFO")
     new = mini_run(run_name="one", resume_from=(str(tmp_path / "input"),))
-    assert (new.fold_dir(0) / "oof.npz").read_bytes() == b"from the earlier session"
+    assert (new.fold_dir(0) / "oof.npz").read_bytes() == scores
     assert f"Continuing the run of an earlier session, copied from {old.directory}" in caplog.text
     assert not (new.directory / "session.json").exists()
     other = mini_run(run_name="two", resume_from=(str(tmp_path / "input"),))
