@@ -11307,6 +11307,23 @@ def _problem_of(read: Callable, *arguments) -> str:
     return ""
 
 
+def adapter_problem(run: Run, fold: int, kind: str) -> str:
+    """Why a fold's adapter cannot be used; "" where it is as it was written."""
+    folder = run.fold_dir(fold) / f"adapter_{kind}"
+    weights = folder / "adapter_model.safetensors"
+    if not weights.exists():
+        return f"{weights} is gone"
+    if file_sha256(weights) != read_fold_result(run, fold).adapters[kind]:
+        return f"{weights} is damaged"
+    try:
+        read_json(folder / "adapter_config.json", ["peft_type", "target_modules"])
+    except FileNotFoundError as error:
+        return str(error)
+    except DamagedFileError as error:
+        return error.problem
+    return ""
+
+
 @dataclass(frozen=True)
 class _Damage:
     """A damaged file, and what has to go with it so that it is made anew."""
@@ -11340,7 +11357,12 @@ def _training_damages(run: Run, fold: int) -> Iterator[_Damage]:
     if problem:
         yield _Damage(problem, (name,))
         return
-    for kind in read_fold_result(run, fold).kinds:
+    content = read_fold_result(run, fold)
+    for kind in content.adapters:
+        problem = adapter_problem(run, fold, kind)
+        if problem:
+            yield _Damage(problem, (name,))
+    for kind in content.kinds:
         path = folder / f"validation_{kind}.npz"
         problem = _problem_of(read_arrays, path, run.fingerprint, SCORE_ARRAYS)
         if not path.exists():
@@ -11377,9 +11399,9 @@ def _restore_history(run: Run, fold: int) -> None:
 def delete_damaged_files(run: Run) -> int:
     """Delete what is damaged of the run, so that the stages make it anew; how many files were.
 
-    Each is logged, and noted for the report. Files of another run stay. Of a fold's result,
-    scores and selected weights, and of the zero-shot scores; `ensure_adapter` sees to the
-    adapters, and checkpoints are verified where they are read.
+    Each is logged, and noted for the report. Files of another run stay. It looks at the zero-shot
+    scores, at each fold's result, adapters and scores, and at the selected weights; checkpoints
+    are verified where they are read.
     """
     damages = []
     zeroshot = run.directory / "zeroshot.npz"
@@ -11753,31 +11775,13 @@ def score_rows(
     return predict_logits(session, frame, views, label, checkpoint)
 
 
-def _adapter_problem(run: Run, fold: int, kind: str) -> str:
-    """Why a fold's adapter cannot be used; "" where it is as it was written."""
-    folder = run.fold_dir(fold) / f"adapter_{kind}"
-    weights = folder / "adapter_model.safetensors"
-    if not weights.exists():
-        return f"{weights} is gone"
-    # The result is read only beside weights: without them it may be damaged, too.
-    if file_sha256(weights) != read_fold_result(run, fold).adapters[kind]:
-        return f"{weights} is damaged"
-    try:
-        read_json(folder / "adapter_config.json", ["peft_type", "target_modules"])
-    except FileNotFoundError as error:
-        return str(error)
-    except DamagedFileError as error:
-        return error.problem
-    return ""
-
-
 def ensure_adapter(session: Session, run: Run, fold: int, kind: str, retrain: bool) -> None:
     """Train the fold again from its last checkpoint where that adapter is damaged.
 
     Raises CheckpointError instead where `retrain` is false: the session's base model is then
     another than the adapter was trained on.
     """
-    problem = _adapter_problem(run, fold, kind)
+    problem = adapter_problem(run, fold, kind)
     if not problem:
         return
     (run.fold_dir(fold) / "result.json").unlink()
