@@ -26,6 +26,7 @@ above it.
    Archives                            unpacking a competition whole or not at all
    Settings of a session               preset, overrides and environment variables become one Config
    Questions                           their types, choices and targets
+   Columns                             which column of a file is which
    Tables                              CSV files, read verbatim and checked row by row
    Images                              finding, decoding, hashing
    Competition                         all tables of one competition, validated
@@ -170,6 +171,8 @@ from tqdm import tqdm
 __version__ = "0.3.0"  # the notebook asks for exactly this one
 
 CHOICES = ("a", "b", "c", "d")  # columns of the tables, and the letters that answer
+COLUMNS = ("id", "path", "question", *CHOICES, "answer")  # of the competition's tables
+VOTE_COLUMNS = ("answer1", "answer2", "answer3", "answer4", "answer5")  # of dev.csv
 QUESTION_TYPES = (
     "counting",
     "color",
@@ -1190,6 +1193,13 @@ class DataSettings:
         "folder with train.csv, test.csv, sample_submission.csv; None: search, else the demo",
         changes_result=False,
     )
+    columns: Mapping[str, str] = setting(
+        dict,
+        "our name -> the files' name of a column, such as {'question': 'Frage'}, where the files "
+        "have other names than id, path, question, a, b, c, d, answer",
+        changes_result=False,  # it is part of the data's fingerprint
+        searched=False,
+    )
     use_sample: bool = setting(False, "train on a random subset of the rows", searched=False)
     sample_size: int = setting(200, "rows of that subset", at_least=2, searched=False)
     max_fallback_share: float = setting(
@@ -1489,6 +1499,13 @@ def _check_training(config: Config) -> None:
 
     if not set(config.prompt_templates) <= set(QUESTION_TYPES):
         _refuse(config, "prompt_templates", f"keys among {QUESTION_TYPES}")
+
+    names = config.columns.values()
+    are_texts = all(isinstance(name, str) and name.strip() for name in names)
+    are_known = set(config.columns) <= {*COLUMNS, *VOTE_COLUMNS}
+    if not are_texts or not are_known or len(set(names)) < len(names):
+        needs = f"names among {', '.join(COLUMNS)}, each with the name that it has in the files"
+        _refuse(config, "columns", needs)
 
     if config.train_folds is not None:
         folds = set(config.train_folds)
@@ -2734,17 +2751,219 @@ def target_probabilities(row: Mapping) -> tuple[float, ...]:
     return tuple(probabilities)
 
 
-# === Tables =======================================================================================
-COLUMNS = ("id", "path", "question", *CHOICES, "answer")
-VOTE_COLUMNS = ("answer1", "answer2", "answer3", "answer4", "answer5")
+# === Columns ======================================================================================
 TABLE_COLUMNS = {
     "train.csv": COLUMNS,
     "test.csv": COLUMNS[:-1],
     "sample_submission.csv": ("id", "answer"),
     "dev.csv": (*COLUMNS[:-1], *VOTE_COLUMNS),  # some competitions have it
 }
+# What other competitions call our columns, as `_plain_name` writes it.
+COLUMN_ALIASES = {
+    "id": "questionid qid sampleid rowid 아이디 번호 문제번호 문항번호",
+    "path": "image imagepath imagefile imagefilename imagename "
+    "img imgpath imgfile imgname filename filepath photo picture "
+    "이미지 이미지경로 이미지파일 이미지파일명 사진 그림 파일명 경로",
+    "question": "questiontext query 질문 문제 질의 문항 질문내용",
+    "answer": "label target correct correctanswer correctchoice correctoption answerkey "
+    "groundtruth 정답 답 답안 라벨",
+}
+OUR_NAME_OF_ALIAS = {
+    alias: name for name, aliases in COLUMN_ALIASES.items() for alias in aliases.split()
+}
+# A choice's column: a, choice_a, option 1, 보기1, 선택지 가, ... The fifth mark is no choice of
+# ours, but has to be noticed.
+_CHOICE_COLUMN = re.compile(r"(choice|option|opt|보기|선택지|선지|)([a-e0-5가나다라마])")
 
 
+def _plain_name(name: str) -> str:
+    """A column's name without case, spaces and punctuation, and with plain digits.
+
+    >>> _plain_name(" Img_Path"), _plain_name("보기 ①")
+    ('imgpath', '보기1')
+    """
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    return re.sub(r"[\W_]+", "", plain)
+
+
+def _own_name(name: str) -> str:
+    """A column's name without case and without spaces around it."""
+    return unicodedata.normalize("NFC", name).strip().casefold()
+
+
+def _choice_number(name: str, names: Sequence[str]) -> int | None:
+    """Which choice the column of this plain name holds, from 0 on; None for another column.
+
+    `names` are those of all columns: where there is a choice_0, choice_1 is the second.
+    """
+    match = _CHOICE_COLUMN.fullmatch(name)
+    if match is None:
+        return None
+    prefix, mark = match.groups()
+    if mark.isdigit():
+        first = 0 if f"{prefix}0" in names else 1
+        return int(mark) - first
+    marks = "abcde" if mark.isascii() else "가나다라마"
+    return marks.index(mark)
+
+
+def _refuse_fifth_choice(file: str, header: _CsvRecord) -> None:
+    """Raise DataError where a column would be a fifth choice."""
+    names = [_plain_name(name) for name in header.fields]
+    for field_name, name in zip(header.fields, names, strict=True):
+        number = _choice_number(name, names)
+        if number is not None and number >= len(CHOICES):
+            raise DataError(
+                f"{file}, line {header.line}: column {field_name[:40]!r} is a fifth choice, but a "
+                "question here has the four choices a, b, c, d; "
+                f"rename or remove it where it is none; the header is {str(header.fields)[:200]}"
+            )
+
+
+def _alias_places(fields: Sequence[str]) -> dict[str, list[int]]:
+    """Our name -> the places of the columns that are another name for it."""
+    names = [_plain_name(field_name) for field_name in fields]
+    places = defaultdict(list)
+    for place, name in enumerate(names):
+        number = _choice_number(name, names)
+        if number is not None and number < len(CHOICES):
+            places[CHOICES[number]].append(place)
+        elif name in OUR_NAME_OF_ALIAS:
+            places[OUR_NAME_OF_ALIAS[name]].append(place)
+    return dict(places)
+
+
+@dataclass(frozen=True)
+class _ColumnReading:
+    """Where the columns of ours stand in a header, by their place from 0 on.
+
+    A name may have several places, which is then an error.
+    """
+
+    by_setting: dict[str, list[int]]  # as the setting `columns` says
+    by_name: dict[str, list[int]]  # under our own name
+    by_alias: dict[str, list[int]]  # under another name that is understood
+
+    @property
+    def places(self) -> dict[str, list[int]]:
+        """All of them together; the three do not share a name."""
+        return {**self.by_setting, **self.by_name, **self.by_alias}
+
+
+def _read_column_names(
+    file: str, fields: Sequence[str], columns: Mapping[str, str]
+) -> _ColumnReading:
+    """What each column of the header is: by the setting `columns`, its own name, or an alias.
+
+    The setting wins over our own names, and those win over aliases. A sample of two columns
+    has the id first and then the answer, whatever they are called.
+    """
+    needed = TABLE_COLUMNS[file]
+    known = needed if file == "sample_submission.csv" else {*COLUMNS, *needed}
+    own_names = [_own_name(field_name) for field_name in fields]
+    by_setting = {}
+    for name, file_name in columns.items():
+        places = [n for n, own_name in enumerate(own_names) if own_name == _own_name(file_name)]
+        if places and name in known:
+            by_setting[name] = places
+    taken = {*itertools.chain.from_iterable(by_setting.values())}
+    by_name = defaultdict(list)
+    for place, name in enumerate(own_names):
+        if name in known and name not in by_setting and place not in taken:
+            by_name[name].append(place)
+    by_alias = {}
+    for name, places in _alias_places(fields).items():
+        free = [place for place in places if place not in taken]
+        if free and name in known and name not in by_setting and name not in by_name:
+            by_alias[name] = free
+    reading = _ColumnReading(by_setting, dict(by_name), by_alias)
+    if file == "sample_submission.csv" and len(fields) == 2:
+        for place, name in enumerate(needed):
+            is_free = [place] not in reading.places.values()
+            if own_names[place] and is_free and name not in reading.places:
+                by_alias[name] = [place]
+    return reading
+
+
+def _header_problem(file: str, fields: Sequence[str], reading: _ColumnReading) -> str:
+    """What is wrong with the header, and what to do; "" where nothing is."""
+    needed = TABLE_COLUMNS[file]
+    for name, places in reading.by_alias.items():
+        if name in needed and len(places) > 1:
+            names = [fields[place] for place in places]
+            return (
+                f"columns {names} may all be {name!r}; say which one is meant in the setting "
+                f"columns, such as columns={{{name!r}: {names[0]!r}}}"
+            )
+    found = reading.places
+    used = [name for name in dict.fromkeys((*COLUMNS, *needed)) if name in needed or name in found]
+    wrong = [name for name in used if len(found.get(name, ())) != 1]
+    wrong = [name for name in wrong if name in needed or name not in reading.by_alias]
+    if not wrong:
+        in_order = [found[name] for name in needed] == [[place] for place in range(len(fields))]
+        if file == "sample_submission.csv" and not in_order:
+            return f"the columns must be id, answer; correct {str(fields)[:200]}"
+        return ""
+    problem = (
+        f"columns {wrong} are missing or double; correct the header {str(fields)[:200]}, "
+        "or say what the file calls them in the setting columns, "
+        f"such as columns={{{wrong[0]!r}: 'its name in the file'}}"
+    )
+    if len(fields) == 1:
+        marks = Counter(re.findall(r"[^\w\"']", fields[0]))
+        for mark, count in marks.most_common(1):
+            if count >= len(needed) - 1:
+                problem += f"; or {mark!r} separates its columns: save the file with commas"
+    return problem
+
+
+def _log_column_names(
+    file: str,
+    fields: Sequence[str],
+    columns: Mapping[str, str],
+    reading: _ColumnReading,
+    used: Mapping[str, int],
+) -> None:
+    """Say which column is read as what, where its name is not our own, and which is not used."""
+    for name, place in used.items():
+        if name not in reading.by_name:
+            LOGGER.info("%s: column %r is read as %s", file, fields[place], name)
+    for name in TABLE_COLUMNS[file]:
+        if name in columns and name not in reading.by_setting:
+            text = "%s: no column %r, as the setting columns has it; %r is read as %s"
+            LOGGER.warning(text, file, columns[name], fields[used[name]], name)
+    places = set(used.values())
+    unused = [name for place, name in enumerate(fields) if place not in places and name.strip()]
+    if unused:
+        LOGGER.info("%s: columns that are not used: %s", file, str(unused)[:200])
+
+
+def _locate_columns(
+    file: str, header: _CsvRecord, columns: Mapping[str, str], fallbacks: Counter
+) -> dict[str, int]:
+    """Our name -> place of each column that is used, in the order of COLUMNS, then of the votes.
+
+    What is read under another name than ours is logged and counted. Raises DataError for a
+    fifth choice, and where a column that is needed is missing or cannot be told.
+    """
+    if file != "sample_submission.csv":
+        _refuse_fifth_choice(file, header)
+    fields = header.fields
+    reading = _read_column_names(file, fields, columns)
+    problem = _header_problem(file, fields, reading)
+    if problem:
+        raise DataError(f"{file}, line {header.line}: {problem}")
+    found = reading.places
+    known = dict.fromkeys((*COLUMNS, *TABLE_COLUMNS[file]))
+    used = {name: found[name][0] for name in known if len(found.get(name, ())) == 1}
+    other_names = [name for name in used if name in reading.by_alias]
+    if other_names:
+        fallbacks["columns_under_other_names"] += len(other_names)
+    _log_column_names(file, fields, columns, reading, used)
+    return used
+
+
+# === Tables =======================================================================================
 def _raise_for_first_row(
     file: str, frame: pd.DataFrame, wrong: pd.Series, column: str, problem: str
 ) -> None:
@@ -2780,6 +2999,9 @@ def _decode_csv(path: Path, fallbacks: Counter) -> str:
     return text
 
 
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "pipe"}
+
+
 @dataclass(frozen=True)
 class _CsvRecord:
     """One record of a CSV file; it may span several lines."""
@@ -2788,8 +3010,53 @@ class _CsvRecord:
     fields: list[str]
 
 
-def _read_csv_records(path: Path, fallbacks: Counter) -> list[_CsvRecord]:
-    """The header and every record that is not blank; a blank file has a header without fields.
+@dataclass(frozen=True)
+class _CsvTable:
+    """The records of a CSV file that are not blank; a blank file has a header without fields."""
+
+    header: _CsvRecord
+    records: list[_CsvRecord]
+    separator: str  # one of SEPARATORS
+
+
+def _csv_records(file: str, text: str, separator: str) -> Iterator[_CsvRecord]:
+    """Each record that is not blank. Raises DataError for wrong quotes and NUL bytes."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    line = 1
+    try:
+        for fields in reader:
+            if any("\0" in field for field in fields):
+                raise csv.Error("a NUL byte, as in a file that is not UTF-8")
+            if fields:
+                yield _CsvRecord(line, fields)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{file}, line {line}: {error}; check the quotes from here on and the encoding"
+        ) from error
+
+
+def _find_separator(file: str, text: str, columns: Mapping[str, str]) -> str:
+    """What separates the columns in the header: the comma, unless another finds more of ours."""
+    best_separator = ","
+    best_score = (0, 1)  # columns that we know, and all columns
+    for separator in SEPARATORS:
+        try:
+            header = next(_csv_records(file, text, separator), None)
+        except DataError:  # of the header's quotes: reading the file will say it
+            continue
+        if header is None:
+            return ","
+        known = _read_column_names(file, header.fields, columns).places
+        score = (len(known), len(header.fields))
+        if score > best_score:
+            best_separator = separator
+            best_score = score
+    return best_separator
+
+
+def _read_csv_table(path: Path, columns: Mapping[str, str], fallbacks: Counter) -> _CsvTable:
+    """The header and every record; another separator than a comma is logged and counted.
 
     Raises DataError for a missing file, an unknown encoding or wrong quotes.
     """
@@ -2798,77 +3065,51 @@ def _read_csv_records(path: Path, fallbacks: Counter) -> list[_CsvRecord]:
             f"{path}: no such file; set data_dir to the folder with {', '.join(COMPETITION_FILES)}"
         )
     text = _decode_csv(path, fallbacks)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    records = []
-    line = 1
-    try:
-        for fields in reader:
-            if any("\0" in field for field in fields):
-                raise csv.Error("a NUL byte, as in a file that is not UTF-8")
-            if fields:
-                records.append(_CsvRecord(line, fields))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{path.name}, line {line}: {error}; check the quotes from here on and the encoding"
-        ) from error
-    return records or [_CsvRecord(line=1, fields=[])]
+    separator = _find_separator(path.name, text, columns)
+    if separator != ",":
+        LOGGER.info("%s: its columns are separated by a %s", path.name, SEPARATORS[separator])
+        fallbacks["csv_not_separated_by_commas"] += 1
+    records = [*_csv_records(path.name, text, separator)]
+    header, *rows = records or [_CsvRecord(line=1, fields=[])]
+    return _CsvTable(header, rows, separator)
 
 
-def _normalise_column_name(name: str) -> str:
-    """The name in lower case, without spaces around it; `path` where a file says `image`."""
-    name = name.strip().casefold()
-    return "path" if name == "image" else name
-
-
-def _used_columns(file: str, header: _CsvRecord, columns: list[str]) -> list[str]:
-    """The columns that are used, in the order of COLUMNS, then in that of TABLE_COLUMNS.
-
-    `columns` are the header's normalised names. Raises DataError where one that is
-    used stands there twice, or one that is needed does not.
-    """
-    needed = TABLE_COLUMNS[file]
-    known = dict.fromkeys((*COLUMNS, *needed))
-    used = [name for name in known if name in needed or name in columns]
-    wrong = [name for name in used if columns.count(name) != 1]
-    if wrong:
-        raise DataError(
-            f"{file}, line {header.line}: columns {wrong} are missing or double "
-            f"('image' means 'path'); correct the header {str(header.fields)[:99]}"
-        )
-    return used
-
-
-def _check_record_lengths(file: str, records: Sequence[_CsvRecord], columns: list[str]) -> None:
+def _check_record_lengths(file: str, table: _CsvTable) -> None:
     """Raise DataError about the first record without exactly one field for each column."""
-    for record in records:
-        if len(record.fields) != len(columns):
+    width = len(table.header.fields)
+    separator = SEPARATORS[table.separator]
+    for record in table.records:
+        if len(record.fields) != width:
             raise DataError(
                 f"{file}, line {record.line}, row {record.fields[0][:80]!r}: "
-                f"{len(record.fields)} fields but {len(columns)} columns; "
-                "correct it, with quotes around commas"
+                f"{len(record.fields)} fields but {width} columns; "
+                f"correct it, with quotes around {separator}s"
             )
 
 
-def _read_competition_table(path: Path, fallbacks: Counter) -> tuple[pd.DataFrame, list[str]]:
+def _read_competition_table(
+    path: Path, columns: Mapping[str, str], fallbacks: Counter
+) -> tuple[pd.DataFrame, list[str]]:
     """(frame, header) of one of the competition's tables, whose ids are checked.
 
-    The frame has the columns that are used, verbatim as text, and `line`; the
-    header has the file's own names. (pandas would shift short rows and lose the
-    text "None".)
+    The frame has the columns that are used under our names, verbatim as text, and
+    `line`; the header has the file's own names. `columns` maps our names to these.
+    (pandas would shift short rows and lose the text "None".)
     """
     file = path.name
-    header, *records = _read_csv_records(path, fallbacks)
-    columns = [_normalise_column_name(name) for name in header.fields]
-    used = _used_columns(file, header, columns)
-    if not records:
+    table = _read_csv_table(path, columns, fallbacks)
+    header = table.header
+    places = _locate_columns(file, header, columns, fallbacks)
+    if not table.records:
         raise DataError(
             f"{file}, line {header.line}: a header but no rows; download the file again"
         )
-    _check_record_lengths(file, records, columns)
-    rows = [record.fields for record in records]
-    frame = pd.DataFrame(rows, columns=columns, dtype=object)[used]
-    frame = frame.assign(line=[record.line for record in records])
+    _check_record_lengths(file, table)
+    texts = {
+        name: [record.fields[place] for record in table.records] for name, place in places.items()
+    }
+    frame = pd.DataFrame(texts, dtype=object)
+    frame = frame.assign(line=[record.line for record in table.records])
     is_blank = frame["id"].str.strip() == ""
     wrong = frame["id"].duplicated() | is_blank
     problem = "is blank or repeats an earlier row's; give each row its own"
@@ -3237,7 +3478,7 @@ class Competition:
     test: pd.DataFrame
     sample: pd.DataFrame  # sample_submission.csv: id and answer, under the file's own names
     fallbacks: Counter  # how often each fallback was taken; 0 for one that was not
-    fingerprint: str  # SHA-256 that changes with any byte of the tables and any pixel
+    fingerprint: str  # SHA-256 that changes with any byte of the tables, any pixel, `columns`
     data_dir: Path  # the folder that everything was read from
 
 
@@ -3284,7 +3525,12 @@ def _attach_images(
 
 
 def _load_train(
-    root: Path, limit: float, sample_size: int | None, seed: int, fallbacks: Counter
+    root: Path,
+    limit: float,
+    sample_size: int | None,
+    seed: int,
+    columns: Mapping[str, str],
+    fallbacks: Counter,
 ) -> pd.DataFrame:
     """Training rows with labels.
 
@@ -3292,7 +3538,7 @@ def _load_train(
     DataError where either are more than the share `limit`. With `sample_size` so
     many rows are drawn by `seed`.
     """
-    frame, _ = _read_competition_table(root / "train.csv", fallbacks)
+    frame, _ = _read_competition_table(root / "train.csv", columns, fallbacks)
     is_blank = frame["answer"].str.strip() == ""
     frame = frame.assign(problem=is_blank.map({True: "no answer", False: ""}))
     _count_dropped_rows(frame, "train", "blank_answer", "answer", limit, fallbacks)
@@ -3307,9 +3553,11 @@ def _load_train(
     return frame[frame["image_ok"]].reset_index(drop=True)
 
 
-def _load_test(root: Path, limit: float, fallbacks: Counter) -> pd.DataFrame:
+def _load_test(
+    root: Path, limit: float, columns: Mapping[str, str], fallbacks: Counter
+) -> pd.DataFrame:
     """Test rows, all of them; one without a usable image gets GREY_IMAGE and is counted."""
-    frame, _ = _read_competition_table(root / "test.csv", fallbacks)
+    frame, _ = _read_competition_table(root / "test.csv", columns, fallbacks)
     answers = frame.get("answer", ())  # a test table may have the column, which is not used
     fallbacks["test_answer_ignored"] += sum(bool(text.strip()) for text in answers)
     _check_questions("test", frame, fallbacks)
@@ -3318,17 +3566,15 @@ def _load_test(root: Path, limit: float, fallbacks: Counter) -> pd.DataFrame:
     return frame.drop(columns="answer", errors="ignore")
 
 
-def _load_sample(root: Path, test: pd.DataFrame, fallbacks: Counter) -> pd.DataFrame:
+def _load_sample(
+    root: Path, test: pd.DataFrame, columns: Mapping[str, str], fallbacks: Counter
+) -> pd.DataFrame:
     """The sample submission, under its own column names.
 
     Raises DataError unless its columns are id and answer, and its ids the test's.
     """
-    sample, header = _read_competition_table(root / "sample_submission.csv", fallbacks)
-    if [name.casefold() for name in header] != ["id", "answer"]:
-        raise DataError(
-            "sample_submission.csv, line 1: the columns must be id, answer; "
-            f"correct {str(header)[:200]}"
-        )
+    path = root / "sample_submission.csv"
+    sample, header = _read_competition_table(path, columns, fallbacks)
     problem = "is only in this file; take test.csv and sample_submission.csv from one download"
     unknown = ~sample["id"].isin(test["id"])
     _raise_for_first_row("sample_submission.csv", sample, unknown, "id", problem)
@@ -3338,19 +3584,25 @@ def _load_sample(root: Path, test: pd.DataFrame, fallbacks: Counter) -> pd.DataF
 
 
 def load_competition(
-    data_dir, max_fallback_share=0.01, sample_size: int | None = None, seed=42
+    data_dir,
+    max_fallback_share=0.01,
+    sample_size: int | None = None,
+    seed=42,
+    columns: Mapping[str, str] | None = None,
 ) -> Competition:
     """The validated tables of the competition in `data_dir`, with counts of all fallbacks.
 
     With `sample_size` only so many training rows, drawn with `seed`, are kept.
+    `columns` maps our names of columns to the files' own, where they are not understood.
     Raises DataError for what would need a guess, and for more losses than the share
     `max_fallback_share`.
     """
     root = Path(data_dir).resolve()
     fallbacks = Counter(csv_read_as_cp949=0)
-    train = _load_train(root, max_fallback_share, sample_size, seed, fallbacks)
-    test = _load_test(root, max_fallback_share, fallbacks)
-    sample = _load_sample(root, test, fallbacks)
+    columns = columns or {}
+    train = _load_train(root, max_fallback_share, sample_size, seed, columns, fallbacks)
+    test = _load_test(root, max_fallback_share, columns, fallbacks)
+    sample = _load_sample(root, test, columns, fallbacks)
     LOGGER.info(
         "Loaded %d training and %d test rows; fallbacks: %s",
         len(train),
@@ -3359,7 +3611,9 @@ def load_competition(
     )
     tables = b"".join((root / name).read_bytes() for name in COMPETITION_FILES)
     pixels = "".join(train["pixel_hash"]) + "".join(test["pixel_hash"])
-    fingerprint = hashlib.sha256(tables + pixels.encode()).hexdigest()
+    mapping = json.dumps(columns, sort_keys=True) if columns else ""
+    content = tables + pixels.encode() + mapping.encode()
+    fingerprint = hashlib.sha256(content).hexdigest()
     return Competition(
         train=train,
         test=test,
@@ -11077,14 +11331,16 @@ def _with_targets(frame: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFram
     return frame.assign(**columns)
 
 
-def _load_dev(root: Path, limit: float, fallbacks: Counter) -> pd.DataFrame:
+def _load_dev(
+    root: Path, limit: float, columns: Mapping[str, str], fallbacks: Counter
+) -> pd.DataFrame:
     """Rows of dev.csv with the shares of their votes as targets.
 
     Rows without a vote or a usable image are dropped and counted, up to the share `limit`.
     """
     if not (root / "dev.csv").is_file():
         raise DataError(f"{root / 'dev.csv'}: no such file; add it, or set use_dev_votes=False")
-    frame, _ = _read_competition_table(root / "dev.csv", fallbacks)
+    frame, _ = _read_competition_table(root / "dev.csv", columns, fallbacks)
     is_blank = frame[[*VOTE_COLUMNS]].map(str.strip) == ""
     has_no_vote = is_blank.all(axis=1)
     fallbacks["dev_blank_votes"] += int(is_blank.to_numpy().sum())
@@ -11252,7 +11508,7 @@ def add_soft_targets(run: Run, data_dir: Path) -> Run:
     teachers = {}
     extra_parts = []
     if config.use_dev_votes:
-        dev = _load_dev(data_dir, config.max_fallback_share, fallbacks)
+        dev = _load_dev(data_dir, config.max_fallback_share, config.columns, fallbacks)
         for fold in run.models_to_train:
             extra_parts.append(dev.assign(source="dev", fold=fold, teacher_fold=-1))
     if config.pseudo_label_from:
@@ -12861,6 +13117,7 @@ def preflight(config: Config, rows: int = 64) -> dict:
         config.max_fallback_share,
         config.rows_to_use,
         config.seed,
+        config.columns,
     )
     count = min(rows, len(competition.train))
     frame = competition.train.sample(count, random_state=config.seed, ignore_index=True)
