@@ -28,6 +28,7 @@ above it.
    Questions                           their types, choices and targets
    Columns                             which column of a file is which
    Tables                              CSV files, read verbatim and checked row by row
+   Answers                             what answers mean, and how a competition writes them
    Images                              finding, decoding, hashing
    Competition                         all tables of one competition, validated
    Leakage and folds                   copies of images, and folds that keep them together
@@ -3138,52 +3139,6 @@ def _check_questions(split: str, frame: pd.DataFrame, fallbacks: Counter) -> Non
         fallbacks[f"{split}_{name}"] += int(rows.sum())
 
 
-def _answer_marks(answers: pd.Series) -> pd.Series:
-    """The bare letter a-d or number 1-4 of every answer; NaN where it is another text."""
-    # NFKC turns letters and digits of full width into plain ones.
-    plain = answers.map(lambda text: unicodedata.normalize("NFKC", text)).str.casefold()
-    return plain.str.extract(r"^\(?([a-d1-4])[.)]?$", expand=False)
-
-
-def answer_labels(
-    frame: pd.DataFrame, name: str = "train.csv", column: str = "answer"
-) -> np.ndarray:
-    """Labels 0-3 (n,) of the choices that the texts in `column` mean.
-
-    The texts are letters a-d or numbers 1-4, written as a, A, (a), a. or in full
-    width, or else the choices' own texts. `frame` has a, b, c, d and `line` too;
-    `name` is its file, for the message. Raises DataError about the first row that
-    does not mean exactly one filled choice.
-
-    >>> frame = pd.DataFrame({"line": [2, 3], "a": "red", "b": "blue", "c": "tea", "d": ""})
-    >>> answer_labels(frame.assign(answer=["B", "(c)"])).tolist()
-    [1, 2]
-    >>> answer_labels(frame.assign(answer=["a", "tea"])).tolist()
-    [0, 2]
-    """
-    texts = frame[[*CHOICES, column]].map(str.strip)
-    texts = texts.map(lambda text: unicodedata.normalize("NFC", text))
-    choices = texts[[*CHOICES]]
-    answers = texts[column]
-    marks = _answer_marks(answers)
-    all_numbers = marks.isin(list("1234")).all()
-    all_letters = marks.isin(list("abcd")).all()
-    marks_of_choices = "1234" if all_numbers else "abcd"
-    # A column for each choice: whether the row's answer may mean it.
-    means = pd.DataFrame(
-        {choice: marks == mark for choice, mark in zip(CHOICES, marks_of_choices, strict=True)}
-    )
-    if not all_letters:  # where all are, a choice that reads "b" leaves the answer b clear
-        means |= choices.eq(answers, axis=0)
-    is_blank = (means & (choices == "")).any(axis=1)
-    unclear = (means.sum(axis=1) != 1) | is_blank
-    problem = "does not mean exactly one filled choice; write its letter a-d"
-    # First an answer without a mark: a 5 among numbers is to blame, not the numbers before it.
-    _raise_for_first_row(name, frame, unclear & marks.isna(), column, problem)
-    _raise_for_first_row(name, frame, unclear, column, problem)
-    return means.to_numpy().argmax(axis=1)
-
-
 def _escape_formula(cell):
     """Text that a spreadsheet would run as a formula, behind a quotation mark; else the cell."""
     if not isinstance(cell, str):
@@ -3217,8 +3172,12 @@ NUMBER_COLUMNS = {
 }
 
 
-def read_table(path: Path, needed: Sequence[str] = ()) -> pd.DataFrame:
-    """What `write_table` wrote, as text but for the NUMBER_COLUMNS.
+def read_table(
+    path: Path,
+    needed: Sequence[str] = (),
+    number_columns: Mapping[str, type] = NUMBER_COLUMNS,
+) -> pd.DataFrame:
+    """What `write_table` wrote, as text but for the columns of numbers.
 
     Raises DamagedFileError where it is anything else, or lacks one of the `needed` columns.
     """
@@ -3230,10 +3189,334 @@ def read_table(path: Path, needed: Sequence[str] = ()) -> pd.DataFrame:
         if frame.isna().any(axis=None):
             raise ValueError("its last row is cut off")
         frame = frame.map(lambda text: text.removeprefix("'"))
-        kinds = {column: kind for column, kind in NUMBER_COLUMNS.items() if column in frame}
+        kinds = {column: kind for column, kind in number_columns.items() if column in frame}
         return frame.astype(kinds)
     except ValueError as error:  # also pandas' and of the encoding
         raise DamagedFileError(path, error) from error
+
+
+# === Answers ======================================================================================
+# How marks for a, b, c, d are written, by the kind of answer. The order of the kinds is that in
+# which they are preferred where several fit a whole file and mean the same in every row.
+ANSWER_KINDS = {
+    "letters": ("abcd", "ABCD", "ａｂｃｄ", "ＡＢＣＤ", "ⓐⓑⓒⓓ", "ⒶⒷⒸⒹ", "⒜⒝⒞⒟"),
+    "numbers from 1": ("1234", "１２３４", "①②③④", "⑴⑵⑶⑷", "⒈⒉⒊⒋"),
+    "numbers from 0": ("0123", "０１２３", "⓪①②③"),
+    "Korean letters": ("가나다라", "ㄱㄴㄷㄹ", "㉮㉯㉰㉱", "㉠㉡㉢㉣", "㈎㈏㈐㈑", "㈀㈁㈂㈃"),
+    "texts of the choices": (),
+}
+# A mark may stand in brackets or before a full stop, and a number may read 1.0 or 1번.
+_MARKED_ANSWER = re.compile(r"[(\[]?(?:([a-d가나다라])|([0-4])(?:\.0+)?\s*번?)[.)\]]?")
+# Under NFKC ㄱ, ㉠ and ㈀ become the first consonants that syllables are composed of.
+_SYLLABLE_OF_CONSONANT = str.maketrans("\u1100\u1102\u1103\u1105", "가나다라")
+
+
+def _answer_mark(text: str) -> str:
+    """The plain letter, number or Korean letter that an answer is; "" for another text.
+
+    >>> [_answer_mark(text) for text in ("(Ａ)", "3번", "1.0", "㉢", "red", "a b")]
+    ['a', '3', '1', '다', '', '']
+    """
+    plain = unicodedata.normalize("NFKC", text).strip().casefold()
+    match = _MARKED_ANSWER.fullmatch(plain.translate(_SYLLABLE_OF_CONSONANT))
+    return match[1] or match[2] if match else ""
+
+
+def _composed(text: str) -> str:
+    """The text in composed characters, without spaces around it."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
+@dataclass(frozen=True)
+class AnswerNotation:
+    """How this competition writes an answer.
+
+    >>> capitals = AnswerNotation("letters", ("A", "B", "C", "D"))
+    >>> print(capitals)
+    letters (A, B, C, D)
+    >>> choices = pd.DataFrame([["red", "blue", "tea", "x"]], columns=CHOICES)
+    >>> capitals.write([1], choices)
+    ['B']
+    >>> capitals.read(["B"], choices).tolist(), capitals.read(["b"], choices).tolist()
+    ([1], [-1])
+    >>> AnswerNotation("texts of the choices", ()).write([1], choices)
+    ['blue']
+    """
+
+    kind: str = "letters"  # one of ANSWER_KINDS
+    marks: tuple[str, ...] = CHOICES  # what is written for a, b, c, d; () for texts
+    reason: str = field(default="nothing says otherwise", compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.kind} ({', '.join(self.marks)})" if self.marks else self.kind
+
+    @property
+    def needs(self) -> str:
+        """What to write as an answer, in words."""
+        if not self.marks:
+            return "write the text of one of the row's choices, as test.csv has it"
+        *first, last = self.marks
+        if self.kind == "letters":
+            noun = "upper-case letter" if last.isupper() else "lower-case letter"
+        else:
+            noun = "Korean letter" if self.kind == "Korean letters" else "number"
+        return f"write one {noun} of {', '.join(first)}, {last}"
+
+    def write(self, labels: Sequence[int], choices: pd.DataFrame) -> list[str]:
+        """The answers for (n,) labels 0-3; `choices` are the rows' texts a, b, c, d."""
+        if self.marks:
+            return [self.marks[label] for label in labels]
+        return [*choices[[*CHOICES]].to_numpy()[np.arange(len(choices)), labels]]
+
+    def read(self, answers: Sequence, choices: pd.DataFrame | None) -> np.ndarray:
+        """The labels (n,) of answers; -1 for one that is not written so.
+
+        A text that several choices have means the first. `choices` is needed for texts only.
+        """
+        if self.marks:
+            label_of_mark = {mark: label for label, mark in enumerate(self.marks)}
+            return np.array([label_of_mark.get(answer, -1) for answer in answers], dtype=int)
+        texts = choices[[*CHOICES]].to_numpy()
+        is_meant = texts == np.array([*answers], dtype=object)[:, None]
+        is_meant &= choices[[*CHOICES]].map(str.strip).to_numpy() != ""
+        return np.where(is_meant.any(axis=1), is_meant.argmax(axis=1), -1)
+
+
+SEVERAL_CHOICES = -2  # instead of a label: the text that several choices have
+
+
+@dataclass(frozen=True)
+class _AnswerReading:
+    """What the answers of a whole file mean if they are of one kind."""
+
+    kind: str  # one of ANSWER_KINDS
+    labels: np.ndarray  # (n,) 0-3; negative where an answer is not of this kind
+
+    @property
+    def fails(self) -> np.ndarray:
+        return self.labels < 0
+
+
+def _read_texts(choices: pd.DataFrame, answers: pd.Series) -> _AnswerReading:
+    """The answers as texts of the choices."""
+    is_meant = choices.eq(answers, axis=0) & (choices != "")
+    count = is_meant.sum(axis=1).to_numpy()
+    labels = np.where(count == 1, is_meant.to_numpy().argmax(axis=1), -1)
+    labels[count > 1] = SEVERAL_CHOICES
+    return _AnswerReading("texts of the choices", labels)
+
+
+def _answer_readings(frame: pd.DataFrame, of_sample: bool = False) -> list[_AnswerReading]:
+    """What the rows' `answer` means by each of ANSWER_KINDS.
+
+    Numbers count from 0 only where there is a 0, and no mark means a blank choice. A sample's
+    answers are examples, to which neither applies.
+    """
+    texts = frame[[*CHOICES, "answer"]].map(_composed)
+    choices = texts[[*CHOICES]]
+    is_blank = (choices == "").to_numpy()
+    marks = texts["answer"].map(_answer_mark)
+    readings = []
+    for kind, forms in ANSWER_KINDS.items():
+        if not forms:
+            readings.append(_read_texts(choices, texts["answer"]))
+            continue
+        label_of_mark = {mark: label for label, mark in enumerate(forms[0])}
+        labels = marks.map(label_of_mark).fillna(-1).to_numpy(dtype=int, copy=True)
+        if not of_sample:
+            labels[is_blank[np.arange(len(labels)), labels]] = -1
+            if kind == "numbers from 0" and 0 not in labels:
+                labels[:] = -1
+        readings.append(_AnswerReading(kind, labels))
+    return readings
+
+
+def _written_marks(text: str, kind: str, label: int) -> tuple[str, ...]:
+    """How all four marks are written where this text is that of `label`.
+
+    1.0 counts as 1: programs write whole numbers so where another row has none.
+
+    >>> _written_marks("(B)", "letters", 1), _written_marks("1번", "numbers from 1", 0)
+    (('(A)', '(B)', '(C)', '(D)'), ('1번', '2번', '3번', '4번'))
+    """
+    text = re.sub(r"(?<=\d)[.．][0０]+", "", _composed(text))
+    for marks in ANSWER_KINDS[kind]:
+        if marks[label] in text:
+            return tuple(text.replace(marks[label], mark, 1) for mark in marks)
+    return tuple(ANSWER_KINDS[kind][0])  # a rare kind of character
+
+
+def _notation_of(reading: _AnswerReading, frame: pd.DataFrame) -> tuple[AnswerNotation, int]:
+    """How most rows that the reading understands are written, and how many are not."""
+    if not ANSWER_KINDS[reading.kind]:
+        return AnswerNotation(reading.kind, ()), 0
+    writings = Counter()
+    for text, label in zip(frame["answer"], reading.labels, strict=True):
+        if label >= 0:
+            writings[_written_marks(text, reading.kind, label)] += 1
+    (marks, count), *_ = writings.most_common(1)
+    return AnswerNotation(reading.kind, marks), writings.total() - count
+
+
+def _raise_for_answer(file: str, frame: pd.DataFrame, wrong: np.ndarray, problem: str) -> None:
+    """Raise DataError about the first row where `wrong` is true."""
+    row = frame[wrong].iloc[0]
+    place = f"{file}, line {row['line']}, column {row['column']!r}"
+    raise DataError(f"{place}, value {row['answer'][:80]!r}: {problem}")
+
+
+def _is_letter_or_text(readings: Sequence[_AnswerReading]) -> np.ndarray:
+    """Which answers (n,) are clearly a letter or clearly a choice's text, also in a mixed file."""
+    by_kind = {reading.kind: reading for reading in readings}
+    letters = by_kind["letters"]
+    texts = by_kind["texts of the choices"]
+    is_letter = ~letters.fails & ((texts.labels == -1) | (texts.labels == letters.labels))
+    is_text = letters.fails & ~texts.fails
+    return is_letter | is_text
+
+
+def _raise_for_no_reading(
+    file: str, frame: pd.DataFrame, readings: Sequence[_AnswerReading]
+) -> None:
+    """Raise DataError: no kind of answer fits the whole file. It says how far each does."""
+    tried = []
+    never = []
+    for reading in readings:
+        count = int(reading.fails.sum())
+        if count == len(frame):
+            never.append(reading.kind)
+            continue
+        row = frame[reading.fails].iloc[0]
+        example = f"line {row['line']}, {row['answer'][:20]!r}"
+        tried.append(f"{reading.kind}: not {count} of {len(frame)} rows, such as {example}")
+    if never:
+        tried.append(f"{', '.join(never)}: no row")
+    failures = [~_is_letter_or_text(readings), *(reading.fails for reading in readings)]
+    fewest = min(failures, key=np.sum)
+    problem = "does not mean exactly one filled choice; write its letter a-d"
+    _raise_for_answer(file, frame, fewest, f"{problem}. Tried: {'; '.join(tried)}")
+
+
+def _require_agreement(file: str, frame: pd.DataFrame, readings: Sequence[_AnswerReading]) -> None:
+    """Raise DataError about the first row that the readings, which all fit, read differently."""
+    first, *others = readings
+    for other in others:
+        differs = first.labels != other.labels
+        if differs.any():
+            row = differs.argmax()
+            meanings = [
+                f"{CHOICES[reading.labels[row]]} ({reading.kind})" for reading in (first, other)
+            ]
+            problem = f"may mean {' or '.join(meanings)}, which both fit the whole file"
+            _raise_for_answer(file, frame, differs, f"{problem}; write letters a-d")
+
+
+def _read_answers(
+    frame: pd.DataFrame, file: str, fallbacks: Counter
+) -> tuple[np.ndarray, AnswerNotation]:
+    """Labels 0-3 (n,) of the texts in `answer`, and how they are written.
+
+    Which kind of answer is meant is decided for all rows together. `frame` has a, b, c, d, `line`
+    and `column`, the answer's own in the file, too. Raises DataError where no kind fits, or where
+    several fit and disagree.
+    """
+    readings = _answer_readings(frame)
+    fitting = [reading for reading in readings if not reading.fails.any()]
+    if fitting:
+        _require_agreement(file, frame, fitting)
+        labels = fitting[0].labels
+        if len(fitting) > 1:
+            fallbacks["answers_of_two_kinds_that_agree"] += len(frame)
+    else:
+        if not _is_letter_or_text(readings).all():
+            _raise_for_no_reading(file, frame, readings)
+        fitting = [readings[0], readings[-1]]  # letters and texts
+        fitting.sort(key=lambda reading: reading.fails.sum())
+        most, fewer = fitting
+        labels = np.where(most.fails, fewer.labels, most.labels)
+        fallbacks["answers_of_mixed_kinds"] += int(most.fails.sum())
+    notation, others = _notation_of(fitting[0], frame)
+    if others:
+        fallbacks["answers_in_another_writing"] += others
+    kinds = " and ".join(reading.kind for reading in fitting)
+    text = "%s: %d answers are read as %s, written %s; %d are written otherwise"
+    LOGGER.info(text, file, len(frame), kinds, notation, others)
+    return labels, notation
+
+
+def answer_labels(
+    frame: pd.DataFrame, name: str = "train.csv", column: str = "answer"
+) -> np.ndarray:
+    """Labels 0-3 (n,) of the choices that the texts in `column` mean.
+
+    The texts are of one of ANSWER_KINDS: letters a-d, numbers from 1 or 0, Korean letters, or
+    the choices' own texts, as fits all rows. `frame` has a, b, c, d and `line` too;
+    `name` is its file, for the message. Raises DataError about the first row that
+    does not mean exactly one filled choice.
+
+    >>> frame = pd.DataFrame({"line": [2, 3], "a": "red", "b": "2", "c": "tea", "d": ""})
+    >>> answer_labels(frame.assign(answer=["B", "(c)"])).tolist()
+    [1, 2]
+    >>> answer_labels(frame.assign(answer=["3번", "1번"])).tolist()
+    [2, 0]
+    >>> answer_labels(frame.assign(answer=["red", "tea"])).tolist()
+    [0, 2]
+    """
+    rows = frame.assign(answer=frame[column], column=column)
+    labels, _ = _read_answers(rows, name, Counter())
+    return labels
+
+
+def _notations_of_sample(rows: pd.DataFrame) -> list[AnswerNotation]:
+    """The notations that the sample's filled answers may have; `rows` have a, b, c, d too."""
+    readings = _answer_readings(rows, of_sample=True)
+    fitting = [reading for reading in readings if not reading.fails.any()]
+    return [_notation_of(reading, rows)[0] for reading in fitting]
+
+
+def _sample_rows(sample: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
+    """The sample's rows that have an answer, with the choices of the test row."""
+    answers = ["" if pd.isna(answer) else str(answer) for answer in sample.iloc[:, 1]]
+    by_id = test.assign(id=test["id"].map(str)).drop_duplicates("id").set_index("id")
+    choices = by_id[[*CHOICES]].reindex(sample.iloc[:, 0].map(str), fill_value="")
+    rows = choices.assign(answer=answers)
+    return rows[rows["answer"].str.strip() != ""]
+
+
+def decide_notation(
+    of_train: AnswerNotation, sample: pd.DataFrame, test: pd.DataFrame, fallbacks: Counter
+) -> AnswerNotation:
+    """How the submission writes its answers, and for which reason.
+
+    As the training answers are written, but where the sample's are filled and say clearly
+    something else, as those are. What differs is logged and counted.
+    """
+    rows = _sample_rows(sample, test)
+    if rows.empty:
+        reason = "as in train.csv; the sample's answers are blank"
+        return dataclasses.replace(of_train, reason=reason)
+    notations = _notations_of_sample(rows)
+    shown = repr(rows["answer"].iloc[0][:40])
+    same_kind = [notation for notation in notations if notation.kind == of_train.kind]
+    # Nothing but 0 says little: it fills the samples of any competition.
+    only_zeros = set(rows["answer"].map(_answer_mark)) == {"0"}
+    if of_train in notations:
+        return dataclasses.replace(of_train, reason="as in train.csv and in the sample")
+    is_clear = same_kind or (len(notations) == 1 and not only_zeros)
+    if is_clear:
+        [notation] = same_kind or notations
+        fallbacks["sample_answers_unlike_those_of_train"] += 1
+        reason = f"as in the sample, such as {shown}; train.csv has {of_train}"
+        return dataclasses.replace(notation, reason=reason)
+    if not notations:
+        fallbacks["sample_answers_not_understood"] += len(rows)
+        problem = "are none that we know"
+    else:
+        fallbacks["sample_answers_in_doubt"] += len(rows)
+        kinds = " or ".join(notation.kind for notation in notations)
+        problem = f"may be {kinds}" if len(notations) > 1 else "may be mere placeholders"
+    reason = f"as in train.csv; the sample's answers, such as {shown}, {problem}"
+    return dataclasses.replace(of_train, reason=reason)
 
 
 # === Images =======================================================================================
@@ -3480,6 +3763,7 @@ class Competition:
     fallbacks: Counter  # how often each fallback was taken; 0 for one that was not
     fingerprint: str  # SHA-256 that changes with any byte of the tables, any pixel, `columns`
     data_dir: Path  # the folder that everything was read from
+    notation: AnswerNotation = AnswerNotation()  # how a submission writes its answers
 
 
 def _count_dropped_rows(
@@ -3531,8 +3815,8 @@ def _load_train(
     seed: int,
     columns: Mapping[str, str],
     fallbacks: Counter,
-) -> pd.DataFrame:
-    """Training rows with labels.
+) -> tuple[pd.DataFrame, AnswerNotation]:
+    """Training rows with labels, and how the file writes its answers.
 
     Rows without an answer or a usable image are dropped and counted; raises
     DataError where either are more than the share `limit`. With `sample_size` so
@@ -3544,13 +3828,14 @@ def _load_train(
     _count_dropped_rows(frame, "train", "blank_answer", "answer", limit, fallbacks)
     frame = frame[~is_blank].drop(columns="problem")
     _check_questions("train", frame, fallbacks)
-    frame = frame.assign(label=answer_labels(frame))
+    labels, notation = _read_answers(frame.assign(column="answer"), "train.csv", fallbacks)
+    frame = frame.assign(label=labels)
     frame["answer"] = frame["label"].map(dict(enumerate(CHOICES)))
     if sample_size is not None:
         rows = min(sample_size, len(frame))
         frame = frame.sample(rows, random_state=seed).sort_index()
     frame = _attach_images(frame, root, "train", limit, fallbacks)
-    return frame[frame["image_ok"]].reset_index(drop=True)
+    return frame[frame["image_ok"]].reset_index(drop=True), notation
 
 
 def _load_test(
@@ -3600,9 +3885,15 @@ def load_competition(
     root = Path(data_dir).resolve()
     fallbacks = Counter(csv_read_as_cp949=0)
     columns = columns or {}
-    train = _load_train(root, max_fallback_share, sample_size, seed, columns, fallbacks)
+    train, notation_of_train = _load_train(
+        root, max_fallback_share, sample_size, seed, columns, fallbacks
+    )
     test = _load_test(root, max_fallback_share, columns, fallbacks)
     sample = _load_sample(root, test, columns, fallbacks)
+    notation = decide_notation(notation_of_train, sample, test, fallbacks)
+    in_doubt = fallbacks["sample_answers_in_doubt"] + fallbacks["sample_answers_not_understood"]
+    level = logging.WARNING if in_doubt else logging.INFO
+    LOGGER.log(level, "Submissions write answers as %s: %s", notation, notation.reason)
     LOGGER.info(
         "Loaded %d training and %d test rows; fallbacks: %s",
         len(train),
@@ -3621,6 +3912,7 @@ def load_competition(
         fallbacks=fallbacks,
         fingerprint=fingerprint,
         data_dir=root,
+        notation=notation,
     )
 
 

@@ -19,7 +19,10 @@ A table in cases/ may have these keys:
     loads.train, loads.test, loads.sample   values of their columns
     loads.counted                           fallbacks by name, all others are zero
     loads.size                              of the first training row's image
-    labels                                  of all training rows
+    loads.notation                          how a submission writes its answers, in words
+    loads.why                               part of the reason for it
+    labels                                  of all training rows; then also
+    counted, notation                       as those of loads
     refused                                 parts of the message
     doubtful                                line and value of an answer that is refused
 """
@@ -135,6 +138,8 @@ class Loads:
     sample: dict = field(default_factory=dict)
     size: tuple | None = None  # of the first training row's image
     pixels: list | None = None  # of the first training row's image, row by row
+    notation: str | None = None  # how a submission writes its answers
+    why: str = ""  # part of the reason for it
 
     def check(self, root):
         loaded = vqa.load_competition(root, max_fallback_share=0.5)
@@ -144,6 +149,9 @@ class Loads:
         assert_columns(loaded.test, self.test)
         assert_columns(loaded.sample, self.sample)
         assert {name: count for name, count in loaded.fallbacks.items() if count} == self.counted
+        if self.notation is not None:
+            assert str(loaded.notation) == self.notation
+        assert self.why in loaded.notation.reason
         if self.size or self.pixels:
             self.check_image(vqa.load_image(loaded.train["image_path"][0]))
 
@@ -171,10 +179,10 @@ class Refused:
         assert "\n" not in message
 
 
-def labels(*numbers):
-    """All training rows load, with these labels."""
+def labels(*numbers, **others):
+    """All training rows load, with these labels; `others` are further fields of Loads."""
     answers = ["abcd"[number] for number in numbers]
-    return Loads(train={"label": list(numbers), "answer": answers})
+    return Loads(train={"label": list(numbers), "answer": answers}, **others)
 
 
 def doubtful(line, value):
@@ -239,7 +247,8 @@ def described_outcome(description):
     if "doubtful" in description:
         return doubtful(**description["doubtful"])
     if "labels" in description:
-        return labels(*description["labels"])
+        others = {key: description[key] for key in ("counted", "notation") if key in description}
+        return labels(*description["labels"], **others)
     return Loads(**description["loads"])
 
 
