@@ -6270,7 +6270,7 @@ class Run:
 
     | file                           | written by    | content
     | ------------------------------ | ------------- | -----------------------------------------
-    | config.json                    | start_run     | settings, libraries, fingerprints
+    | config.json                    | start_run     | settings, libraries, fingerprints, notation
     | folds.csv                      | start_run     | `train`
     | test_rows.csv, sample_rows.csv | start_run     | `test`, `sample`
     | extra_rows.csv                 | start_run     | `extra_rows`, where there are any
@@ -6312,6 +6312,9 @@ class Run:
     # Further training rows, filled by `add_soft_targets`: the columns of `train`,
     # `source` (dev or test), and `fold`, here the one that trains on the row.
     extra_rows: pd.DataFrame
+    # How a submission writes its answers; None where an earlier version, which did not
+    # record it, has made the run.
+    notation: AnswerNotation | None = None
 
     def fold_dir(self, fold: int) -> Path:
         """The folder of a fold's files, whether it exists or not."""
@@ -6334,25 +6337,29 @@ class Run:
                 f"{path}: its settings are not those of version {__version__} ({error}); version "
                 f"{content.get('version')} wrote it: use that one, or choose a new run_name"
             ) from error
-        tables = {}
         for name, digest in content.get("tables", {}).items():
             if not (directory / name).is_file():
                 raise DamagedFileError(directory / name, "it is gone")
             if file_sha256(directory / name) != digest:
                 raise DamagedFileError(directory / name, "its SHA-256 is not that in config.json")
-        for name in ("folds", "test_rows", "sample_rows", "extra_rows"):
-            if name != "extra_rows" or (directory / f"{name}.csv").exists():
-                tables[name] = read_table(directory / f"{name}.csv", needed=("id",))
-        train = tables["folds"]
+        train = read_table(directory / "folds.csv", needed=("id",))
+        notation = content.get("notation")
+        if notation is not None:
+            notation = AnswerNotation(**{**notation, "marks": tuple(notation["marks"])})
+        extra_rows = _no_rows(train)
+        if (directory / "extra_rows.csv").exists():
+            extra_rows = read_table(directory / "extra_rows.csv", needed=("id",))
         return cls(
             config=config,
             directory=directory,
             train=train,
-            test=tables["test_rows"],
-            sample=tables["sample_rows"],
+            test=read_table(directory / "test_rows.csv", needed=("id",)),
+            # Its columns have names of their own: a "label" in it is no number of ours.
+            sample=read_table(directory / "sample_rows.csv", number_columns={}),
             fallbacks=content["fallbacks"],
             fingerprint=content["fingerprint"],
-            extra_rows=tables.get("extra_rows", _no_rows(train)),
+            extra_rows=extra_rows,
+            notation=notation,
         )
 
     def is_done(self, stage: str, fold: int) -> bool:
@@ -11228,6 +11235,19 @@ def plot_experiments(table: pd.DataFrame):
 
 
 # === Report =======================================================================================
+def _report_notation(run: Run) -> list[str]:
+    """A paragraph on how submissions write answers; none where that is the usual a-d."""
+    notation = run.notation or AnswerNotation()
+    columns = [*run.sample.columns]
+    doubts = [name for name, count in run.fallbacks.items() if "sample_answers" in name and count]
+    if notation == AnswerNotation() and columns == ["id", "answer"] and not doubts:
+        return []
+    return [
+        f"Submissions write answers as {notation}: {notation.reason}. "
+        f"Their columns are {', '.join(columns)}, as in the sample."
+    ]
+
+
 def _report_introduction(run: Run, evaluation: Evaluation) -> list[str]:
     """The paragraphs that say what the run is and how to read its figures."""
     config = run.config
@@ -11248,6 +11268,7 @@ def _report_introduction(run: Run, evaluation: Evaluation) -> list[str]:
             "pooled temperature. No row is out of fold for it: whether it helps cannot be seen "
             "here."
         )
+    paragraphs += _report_notation(run)
     if config.distill_from:
         paragraphs.append(f"**Do not compare runs by these figures**: {DISTILLED_WARNING}.")
     return paragraphs
@@ -11311,14 +11332,13 @@ def _refuse_rows(frame: pd.DataFrame, is_bad: pd.Series, path: Path, problem: st
     raise SubmissionError(f"{path}, row {row + 1} (id {name!r}, answer {answer!r}): {problem}")
 
 
-def _check_rows(frame: pd.DataFrame, sample: pd.DataFrame, path: Path) -> None:
-    """Raise SubmissionError unless the rows are the sample's, in its order, with letters.
+def _check_ids(frame: pd.DataFrame, sample: pd.DataFrame, path: Path) -> None:
+    """Raise SubmissionError unless the rows are the sample's, in its order.
 
     Both frames hold ids in their first column and answers in their second.
     """
     ids = sample.iloc[:, 0].map(str)
     names = frame.iloc[:, 0]
-    answers = frame.iloc[:, 1]
     unknown = "this id is not in the sample; remove the row"
     _refuse_rows(frame, ~names.isin(ids), path, unknown)
     repeated = "this id occurs twice; keep one row per id"
@@ -11330,8 +11350,42 @@ def _check_rows(frame: pd.DataFrame, sample: pd.DataFrame, path: Path) -> None:
         )
     moved = "the sample has another id in this row; keep the sample's order"
     _refuse_rows(frame, names != ids.tolist(), path, moved)
-    no_letter = "write one lower-case letter of a, b, c, d"
-    _refuse_rows(frame, ~answers.isin(CHOICES), path, no_letter)
+
+
+def _choices_of_sample(
+    sample: pd.DataFrame, test: pd.DataFrame | None, notation: AnswerNotation
+) -> pd.DataFrame | None:
+    """The texts a, b, c, d of the sample's rows, in its order; None where nobody needs them."""
+    if notation.marks:
+        return None
+    if test is None:
+        raise SubmissionError(
+            "this competition's answers are the texts of the choices: give test, its test rows, too"
+        )
+    ids = sample.iloc[:, 0].map(str)
+    by_id = test.assign(id=test["id"].map(str)).set_index("id")[[*CHOICES]]
+    missing = sorted(set(ids) - set(by_id.index))
+    if missing:
+        raise SubmissionError(
+            f"the test rows lack {missing[:3]} of the sample: take both from one download"
+        )
+    return by_id.loc[ids].reset_index(drop=True)
+
+
+def _notation_to_use(
+    notation: AnswerNotation | None, sample: pd.DataFrame, test: pd.DataFrame | None
+) -> AnswerNotation:
+    """The notation; without one that of the sample where it is filled, else letters a-d."""
+    if notation is not None:
+        return notation
+    if test is None:
+        test = pd.DataFrame({"id": sample.iloc[:, 0].map(str), **dict.fromkeys(CHOICES, "")})
+    doubts = Counter()
+    decided = decide_notation(AnswerNotation(), sample, test, doubts)
+    if doubts:
+        text = "Answers are written as %s, because no notation is given and the sample says: %s"
+        LOGGER.warning(text, decided, decided.reason)
+    return decided
 
 
 def _read_verbatim(path) -> pd.DataFrame:
@@ -11354,11 +11408,20 @@ def _read_verbatim(path) -> pd.DataFrame:
         ) from error
 
 
-def validate_submission(path, sample) -> dict:
-    """Check the file at `path` against the sample: `rows`, and `letters` with the count of each.
+def validate_submission(
+    path,
+    sample,
+    notation: AnswerNotation | None = None,
+    test: pd.DataFrame | None = None,
+) -> dict:
+    """Check the file at `path` against the sample and the competition's notation.
 
-    Raises SubmissionError, which names the first row that is wrong.
+    `notation` is that of `load_competition`; without one the sample's where it is filled, else
+    letters a-d. `test`: the test rows, needed where answers are the choices' texts. Returns
+    `rows`, `letters` with the count of each choice, and `notation` in words. Raises
+    SubmissionError, which names the first row that is wrong.
     """
+    notation = _notation_to_use(notation, sample, test)
     raw = _read_verbatim(path)
     found = raw.iloc[0].tolist()
     columns = list(sample.columns)
@@ -11367,19 +11430,30 @@ def validate_submission(path, sample) -> dict:
             f"{path}: columns are {found}; name them {columns}, as the sample does"
         )
     frame = raw.iloc[1:].reset_index(drop=True)
-    _check_rows(frame, sample, path)
+    _check_ids(frame, sample, path)
+    labels = notation.read(frame[1], _choices_of_sample(sample, test, notation))
+    _refuse_rows(frame, pd.Series(labels < 0), path, notation.needs)
     return {
         "rows": len(frame),
-        "letters": {letter: int((frame[1] == letter).sum()) for letter in CHOICES},
+        "letters": {letter: int((labels == label).sum()) for label, letter in enumerate(CHOICES)},
+        "notation": str(notation),
     }
 
 
-def make_submission(sample, letters, path) -> dict:
-    """Write `letters` (id -> letter) like the sample, read it back and return its counts.
+def make_submission(
+    sample,
+    letters,
+    path,
+    notation: AnswerNotation | None = None,
+    test: pd.DataFrame | None = None,
+) -> dict:
+    """Write `letters` (id -> a, b, c or d) like the sample, and read the file back.
 
-    Raises SubmissionError for letters that do not fit; an earlier file at `path` then
-    survives. Returns what `validate_submission` does.
+    In the file they stand in the competition's `notation`, see `validate_submission`, whose
+    counts are returned. Raises SubmissionError for letters that do not fit; an earlier file at
+    `path` then survives.
     """
+    notation = _notation_to_use(notation, sample, test)
     ids = sample.iloc[:, 0].map(str)
     letters = pd.Series(letters, dtype=object).rename(str)  # its ids as text
     missing = sorted(set(ids) - set(letters.index))
@@ -11392,9 +11466,17 @@ def make_submission(sample, letters, path) -> dict:
         )
     rows = zip(ids, letters[ids], strict=True)
     frame = pd.DataFrame(rows, columns=sample.columns, dtype=object)
-    _check_rows(frame, sample, path)
+    _check_ids(frame, sample, path)
+    plain = AnswerNotation()
+    labels = plain.read(frame.iloc[:, 1], None)
+    _refuse_rows(frame, pd.Series(labels < 0), path, plain.needs)
+    choices = _choices_of_sample(sample, test, notation)
+    answers = notation.write(labels, choices)
+    is_blank = pd.Series([not answer.strip() for answer in answers])
+    _refuse_rows(frame, is_blank, path, "this choice is blank; answer one that is filled")
+    frame.isetitem(1, answers)
     atomic_write(path, frame.to_csv(index=False, lineterminator="\n"))
-    return validate_submission(path, sample)
+    return validate_submission(path, sample, notation, test)
 
 
 def copy_to_kaggle_working(path: Path, config: Config) -> None:
@@ -11406,20 +11488,26 @@ def copy_to_kaggle_working(path: Path, config: Config) -> None:
         atomic_write("submission.csv", path.read_bytes())
 
 
-def _write_answers(
-    answers: np.ndarray,
-    test: pd.DataFrame,
-    sample: pd.DataFrame,
-    path: Path,
-) -> pd.DataFrame:
-    """Write (n,) answers, 0-3, as a checked submission, and return it as read."""
+def _write_answers(answers: np.ndarray, run: Run, path: Path) -> pd.DataFrame:
+    """Write (n,) answers, 0-3, as a checked submission, and return it as read.
+
+    The frame's `attrs` are what `validate_submission` returns, and `why` that notation.
+    """
+    notation = _notation_to_use(run.notation, run.sample, run.test)
     letters = np.array(CHOICES)[answers]
-    make_submission(sample, dict(zip(test["id"], letters, strict=True)), path)
-    return pd.read_csv(path, dtype=str, keep_default_na=False)
+    by_id = dict(zip(run.test["id"], letters, strict=True))
+    checked = make_submission(run.sample, by_id, path, notation, run.test)
+    LOGGER.info("%s: answers are %s, %s", path.name, notation, notation.reason)
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    frame.attrs = {**checked, "why": notation.reason}
+    return frame
 
 
 def write_submissions(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFrame]:
     """Write and check the run's two submissions, and return them by name.
+
+    They are written in the competition's notation; each frame's `attrs` have it as `notation`,
+    with `why`, `rows` and the count of each choice as `letters`.
 
     `single`, the best fold by OOF, is submission_single.csv; `ensemble`, of all models,
     is submission_ensemble.csv, which on Kaggle is also copied to the working folder.
@@ -11433,7 +11521,7 @@ def write_submissions(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFram
     frames = {}
     for name, predicted in answers.items():
         path = run.directory / f"submission_{name}.csv"
-        frames[name] = _write_answers(predicted, run.test, run.sample, path)
+        frames[name] = _write_answers(predicted, run, path)
     copy_to_kaggle_working(run.directory / "submission_ensemble.csv", run.config)
     return frames
 
@@ -11477,6 +11565,17 @@ def _require_independent(run: Run, named_runs: Sequence[tuple[str, Run]]) -> Non
         raise ValueError(
             f"{run.directory} cannot be judged beside other runs: {DISTILLED_WARNING}; leave it out"
         )
+
+
+def _shared_notation(runs: Mapping[str, Run]) -> AnswerNotation | None:
+    """How the runs write answers, as far as they know. Raises ValueError where they differ."""
+    known = {name: run.notation for name, run in runs.items() if run.notation is not None}
+    if len(set(known.values())) > 1:
+        notations = ", ".join(f"{name}: {notation}" for name, notation in known.items())
+        raise ValueError(
+            f"these runs write answers differently ({notations}); combine runs on the same files"
+        )
+    return next(iter(known.values()), None)
 
 
 def _predict_run(run: Run, test_ids: pd.Series) -> RunPredictions:
@@ -11553,14 +11652,15 @@ def ensemble_runs(
     to expect: each twentieth of the images is answered by what would be chosen without
     it.
 
-    Raises ValueError for runs on other rows, for one run named twice, for one that
-    learned from another, and for runs that share no row.
+    Raises ValueError for runs on other rows or with other notations, for one run named twice,
+    for one that learned from another, and for runs that share no row.
     """
     named_runs = [(str(directory), Run.open(directory)) for directory in directories]
     first = named_runs[0][1]
     runs = dict(named_runs)
     for run in runs.values():
         _require_same_rows(first, run)
+    first = dataclasses.replace(first, notation=_shared_notation(runs))
     predictions = {}
     for name, run in runs.items():
         _require_independent(run, named_runs)
@@ -11592,7 +11692,7 @@ def ensemble_runs(
     else:
         probabilities = fit_and_blend(chosen, oof_members, labels, test_members)
     path = Path(folder) / "submission.csv"
-    answers = _write_answers(probabilities.argmax(axis=1), first.test, first.sample, path)
+    answers = _write_answers(probabilities.argmax(axis=1), first, path)
     write_table(table.reset_index(), path.with_name("ladder.csv"))
     copy_to_kaggle_working(path, first.config)
     return table, answers
@@ -11641,10 +11741,14 @@ def _load_dev(
     frame = frame[~has_no_vote].drop(columns=["problem", "answer"], errors="ignore")
     frame = frame.reset_index(drop=True)
     _check_questions("dev", frame, fallbacks)
-    votes = np.zeros((len(frame), 4))
+    given_votes = []
     for column in VOTE_COLUMNS:
         given = frame[frame[column].str.strip() != ""]
-        votes[given.index] += np.eye(4)[answer_labels(given, "dev.csv", column)]
+        given_votes.append(given.assign(answer=given[column], column=column))
+    rows = pd.concat(given_votes)
+    labels, _ = _read_answers(rows, "dev.csv", fallbacks)  # all votes are of one kind
+    votes = np.zeros((len(frame), 4))
+    np.add.at(votes, (rows.index, labels), 1)
     frame = _with_targets(frame, votes).drop(columns=[*VOTE_COLUMNS])
     frame = _attach_images(frame, root, "dev", limit, fallbacks)
     return frame[frame["image_ok"]]
@@ -12034,6 +12138,7 @@ def start_run(config: Config, competition: Competition, folds: np.ndarray) -> Ru
         "parts": parts,
         "fallbacks": run.fallbacks,
         "fingerprint": fingerprint,
+        "notation": dataclasses.asdict(competition.notation),
     }
     tables = {
         "folds": run.train,

@@ -1,5 +1,7 @@
 """Part 7, Ensembles of runs: several runs combined row by row, or refused by name."""
 
+import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -159,3 +161,25 @@ def test_runs_of_which_each_trained_another_fold_share_no_row(mini_run, tmp_path
     second = planted_run(mini_run(run_name="y", train_folds=(1,)))
     with pytest.raises(ValueError, match="no training row is out of fold in all of them"):
         vqa.ensemble_runs([first.directory, second.directory], tmp_path)
+
+
+def with_notation(run, notation):
+    """Record another notation, or none, in the run's config.json."""
+    path = run.directory / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content.pop("notation", None)
+    if notation is not None:
+        content["notation"] = dataclasses.asdict(notation)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_combined_answers_are_in_the_notation_that_the_runs_know(two_runs, tmp_path):
+    folders = [run.directory for run in two_runs]
+    with_notation(two_runs[0], None)  # of an earlier version
+    with_notation(two_runs[1], vqa.AnswerNotation("letters", ("A", "B", "C", "D")))
+    _, answers = vqa.ensemble_runs(folders, tmp_path)
+    assert answers["answer"].isin([*"ABCD"]).all()
+    assert answers.attrs["notation"] == "letters (A, B, C, D)"
+    with_notation(two_runs[0], vqa.AnswerNotation())
+    with pytest.raises(ValueError, match=r"write answers differently .*letters \(a, b, c, d\)"):
+        vqa.ensemble_runs(folders, tmp_path)

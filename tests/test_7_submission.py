@@ -1,5 +1,7 @@
 """Part 7, Submission: exactly the sample's rows, in its order, with letters, as read back."""
 
+import json
+import shutil
 from types import MappingProxyType
 
 import numpy as np
@@ -24,7 +26,11 @@ KINDS_OF_PREDICTIONS = {
 def test_a_submission_has_the_ids_order_and_columns_of_the_sample(predictions, tmp_path):
     checked = vqa.make_submission(SAMPLE, predictions, tmp_path / "submission.csv")
     assert (tmp_path / "submission.csv").read_bytes() == GOOD.encode()
-    assert checked == {"rows": 4, "letters": {"a": 2, "b": 1, "c": 0, "d": 1}}
+    assert checked == {
+        "rows": 4,
+        "letters": {"a": 2, "b": 1, "c": 0, "d": 1},
+        "notation": "letters (a, b, c, d)",
+    }
     # No temporary file is left.
     assert [path.name for path in tmp_path.iterdir()] == ["submission.csv"]
 
@@ -185,3 +191,140 @@ def test_on_kaggle_the_ensemble_is_copied_to_the_working_folder(finished, monkey
     vqa.write_submissions(finished, vqa.evaluate_run(finished))
     ensemble = (finished.directory / "submission_ensemble.csv").read_bytes()
     assert (tmp_path / "submission.csv").read_bytes() == ensemble
+
+
+# --- The competition's notation -------------------------------------------------------------------
+
+CAPITALS = vqa.AnswerNotation("letters", ("A", "B", "C", "D"))
+NUMBERS = vqa.AnswerNotation("numbers from 1", ("1", "2", "3", "4"))
+FROM_0 = vqa.AnswerNotation("numbers from 0", ("0", "1", "2", "3"))
+WITH_SUFFIX = vqa.AnswerNotation("numbers from 1", ("1번", "2번", "3번", "4번"))
+KOREAN = vqa.AnswerNotation("Korean letters", ("가", "나", "다", "라"))
+TEXTS = vqa.AnswerNotation("texts of the choices", ())
+ODD_TEXTS = [" 두 칸 ", "1,000", 'say "x"', "two\nlines"]
+TEST = pd.DataFrame(
+    {"id": IDS, "a": ODD_TEXTS[0], "b": ODD_TEXTS[1], "c": "", "d": ODD_TEXTS[2:] * 2}
+)
+WRITTEN = {
+    "capitals": (CAPITALS, ["A", "B", "A", "D"]),
+    "numbers": (NUMBERS, ["1", "2", "1", "4"]),
+    "numbers from 0": (FROM_0, ["0", "1", "0", "3"]),
+    "numbers with 번": (WITH_SUFFIX, ["1번", "2번", "1번", "4번"]),
+    "Korean letters": (KOREAN, ["가", "나", "가", "라"]),
+    "texts": (TEXTS, [" 두 칸 ", "1,000", " 두 칸 ", "two\nlines"]),
+}
+
+
+@pytest.mark.parametrize(("notation", "answers"), WRITTEN.values(), ids=WRITTEN)
+def test_a_submission_is_written_and_checked_in_the_notation(notation, answers, tmp_path):
+    path = tmp_path / "submission.csv"
+    sample = SAMPLE.set_axis(["ID", "label"], axis=1)
+    checked = vqa.make_submission(sample, LETTERS, path, notation, TEST)
+    written = pd.read_csv(path, dtype=str, keep_default_na=False)
+    assert written.to_dict("list") == {"ID": IDS, "label": answers}
+    assert checked == {
+        "rows": 4,
+        "letters": {"a": 2, "b": 1, "c": 0, "d": 1},
+        "notation": str(notation),
+    }
+    for other, _ in WRITTEN.values():
+        if other != notation:
+            with pytest.raises(vqa.SubmissionError, match=r"row \d \(id .*\): write "):
+                vqa.validate_submission(path, sample, other, TEST)
+
+
+def test_the_text_of_a_blank_choice_is_refused_and_the_earlier_file_survives(tmp_path):
+    path = tmp_path / "submission.csv"
+    path.write_text(GOOD)
+    message = r"row 2 \(id 'NA', answer 'c'\): this choice is blank; answer one that is filled"
+    with pytest.raises(vqa.SubmissionError, match=message):
+        vqa.make_submission(SAMPLE, LETTERS | {"NA": "c"}, path, TEXTS, TEST)
+    assert path.read_text() == GOOD
+
+
+def test_texts_cannot_be_written_without_the_test_rows(tmp_path):
+    path = tmp_path / "submission.csv"
+    with pytest.raises(vqa.SubmissionError, match="texts of the choices: give test, its test rows"):
+        vqa.make_submission(SAMPLE, LETTERS, path, TEXTS)
+    with pytest.raises(vqa.SubmissionError, match=r"the test rows lack \['test_0002.jpg'\]"):
+        vqa.make_submission(SAMPLE, LETTERS, path, TEXTS, TEST[1:])
+    assert not path.exists()
+
+
+# The sample's answers, and the notation that follows where none is given.
+FILLED_SAMPLES = {
+    "capitals": (["A"] * 4, CAPITALS),
+    "numbers": ([4, 1, 1, 1], NUMBERS),
+    "numbers that pandas read with a gap": ([4.0, np.nan, 1.0, 1.0], NUMBERS),
+    "texts": ([" 두 칸 ", "1,000", 'say "x"', "1,000"], TEXTS),
+}
+
+
+@pytest.mark.parametrize(("answers", "notation"), FILLED_SAMPLES.values(), ids=FILLED_SAMPLES)
+def test_without_a_notation_that_of_a_filled_sample_is_written(answers, notation, tmp_path):
+    sample = SAMPLE.assign(answer=answers)
+    checked = vqa.make_submission(sample, LETTERS, tmp_path / "submission.csv", test=TEST)
+    assert checked["notation"] == str(notation)
+
+
+def test_a_sample_in_doubt_is_a_warning(tmp_path, caplog):
+    sample = SAMPLE.assign(answer=1)
+    vqa.make_submission(sample, LETTERS, tmp_path / "submission.csv")
+    assert (tmp_path / "submission.csv").read_text() == GOOD
+    [message] = caplog.messages
+    assert "Answers are written as letters (a, b, c, d), because no notation is given" in message
+    assert "may be numbers from 1 or numbers from 0" in message
+
+
+@pytest.fixture
+def foreign_data(mini_data, tmp_path):
+    """The mini competition with answers 1번 to 4번, and with ID, label as the sample's columns."""
+    data = shutil.copytree(mini_data, tmp_path / "foreign")
+    train = pd.read_csv(data / "train.csv", dtype=str, keep_default_na=False)
+    positions = train["answer"].map(vqa.CHOICES.index) + 1
+    train.assign(answer=positions.map("{}번".format)).to_csv(data / "train.csv", index=False)
+    sample = pd.read_csv(data / "sample_submission.csv", dtype=str, keep_default_na=False)
+    sample.columns = ["ID", "label"]
+    sample.to_csv(data / "sample_submission.csv", index=False)
+    return data
+
+
+def test_a_run_keeps_the_notation_and_writes_submissions_in_it(mini_run, foreign_data, tmp_path):
+    run = mini_run(data_dir=str(foreign_data), run_name="foreign")
+    planted_two_views(run, run.train)
+    assert run.train["answer"].isin([*vqa.CHOICES]).all()
+    assert vqa.Run.open(run.directory).notation == WITH_SUFFIX
+    evaluation = vqa.evaluate_run(run)
+    frames = vqa.write_submissions(run, evaluation)
+    labels = vqa.combine_models(run, np.stack(list(vqa.predict_test(run, evaluation).values())))
+    frame = frames["ensemble"]
+    assert frame.columns.tolist() == ["ID", "label"]
+    assert frame["label"].tolist() == [f"{label + 1}번" for label in labels]
+    assert frame.attrs["notation"] == "numbers from 1 (1번, 2번, 3번, 4번)"
+    assert frame.attrs["why"] == "as in train.csv; the sample's answers are blank"
+    assert sum(frame.attrs["letters"].values()) == frame.attrs["rows"] == 12
+    paragraph = (
+        f"Submissions write answers as {WITH_SUFFIX}: {frame.attrs['why']}. "
+        "Their columns are ID, label, as in the sample."
+    )
+    assert paragraph in vqa._report_introduction(run, evaluation)
+    again = mini_run(data_dir=str(foreign_data), run_name="foreign")  # continued, not refused
+    assert again.fingerprint == run.fingerprint
+
+
+def test_the_usual_notation_is_no_paragraph_of_the_report(finished):
+    assert vqa._report_notation(finished) == []
+
+
+def test_a_run_of_an_earlier_version_writes_what_its_sample_says(mini_run, foreign_data):
+    run = mini_run(data_dir=str(foreign_data))
+    planted_two_views(run, run.train)
+    path = run.directory / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["notation"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    vqa.write_table(run.sample.assign(label="D"), run.directory / "sample_rows.csv")
+    earlier = vqa.Run.open(run.directory)
+    assert earlier.notation is None
+    frame = vqa.write_submissions(earlier, vqa.evaluate_run(earlier))["single"]
+    assert frame["label"].isin([*"ABCD"]).all()
