@@ -2764,7 +2764,7 @@ COLUMN_ALIASES = {
     "id": "questionid qid sampleid rowid 아이디 번호 문제번호 문항번호",
     "path": "image imagepath imagefile imagefilename imagename "
     "img imgpath imgfile imgname filename filepath photo picture "
-    "이미지 이미지경로 이미지파일 이미지파일명 사진 그림 파일명 경로",
+    "이미지 이미지경로 이미지파일 이미지파일명 사진 그림 파일 파일명 경로",
     "question": "questiontext query 질문 문제 질의 문항 질문내용",
     "answer": "label target correct correctanswer correctchoice correctoption answerkey "
     "groundtruth 정답 답 답안 라벨",
@@ -2774,7 +2774,7 @@ OUR_NAME_OF_ALIAS = {
 }
 # A choice's column: a, choice_a, option 1, 보기1, 선택지 가, ... The fifth mark is no choice of
 # ours, but has to be noticed.
-_CHOICE_COLUMN = re.compile(r"(choice|option|opt|보기|선택지|선지|)([a-e0-5가나다라마])")
+_CHOICE_COLUMN = re.compile(r"(choices?|options?|opt|보기|선택지|선택|선지|)([a-e0-5가나다라마])")
 
 
 def _plain_name(name: str) -> str:
@@ -3146,6 +3146,21 @@ def _escape_formula(cell):
     return re.sub(r"^([=+@\t\r'-])", r"'\1", cell)
 
 
+def csv_text(frame: pd.DataFrame) -> str:
+    r"""A frame without its index as CSV, which is read back as it was.
+
+    Where there is a carriage return, all fields are quoted: pandas leaves one bare that stands
+    alone, and it would end the row.
+
+    >>> csv_text(pd.DataFrame({"a": ["x\ry"], "b": ["z"]}))
+    '"a","b"\n"x\ry","z"\n'
+    """
+    text = frame.to_csv(index=False, lineterminator="\n")
+    if "\r" in text:
+        return frame.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    return text
+
+
 def write_table(frame: pd.DataFrame, path: Path) -> None:
     """Write a frame without its index as CSV, whole or not at all.
 
@@ -3158,7 +3173,7 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
         if any(isinstance(cell, str) for cell in column):
             cells = [_escape_formula(cell) for cell in column]
             safe.isetitem(position, pd.Series(cells, index=frame.index, dtype=object))
-    atomic_write(path, safe.to_csv(index=False))
+    atomic_write(path, csv_text(safe))
 
 
 # Of the tables that we write ourselves.
@@ -3489,7 +3504,13 @@ def decide_notation(
     """How the submission writes its answers, and for which reason.
 
     As the training answers are written, but where the sample's are filled and say clearly
-    something else, as those are. What differs is logged and counted.
+    something else, as those are. What differs is counted in `fallbacks`.
+
+    >>> sample = pd.DataFrame({"ID": ["t1"], "label": ["A"]})
+    >>> test = pd.DataFrame([["t1", "red", "blue", "", ""]], columns=["id", *CHOICES])
+    >>> notation = decide_notation(AnswerNotation(), sample, test, Counter())
+    >>> print(f"{notation}: {notation.reason}")
+    letters (A, B, C, D): as in the sample, such as 'A'; train.csv has letters (a, b, c, d)
     """
     rows = _sample_rows(sample, test)
     if rows.empty:
@@ -11421,6 +11442,7 @@ def validate_submission(
     `rows`, `letters` with the count of each choice, and `notation` in words. Raises
     SubmissionError, which names the first row that is wrong.
     """
+    is_given = notation is not None
     notation = _notation_to_use(notation, sample, test)
     raw = _read_verbatim(path)
     found = raw.iloc[0].tolist()
@@ -11432,7 +11454,8 @@ def validate_submission(
     frame = raw.iloc[1:].reset_index(drop=True)
     _check_ids(frame, sample, path)
     labels = notation.read(frame[1], _choices_of_sample(sample, test, notation))
-    _refuse_rows(frame, pd.Series(labels < 0), path, notation.needs)
+    problem = notation.needs if is_given else f"{notation.needs}, or give the right notation"
+    _refuse_rows(frame, pd.Series(labels < 0), path, problem)
     return {
         "rows": len(frame),
         "letters": {letter: int((labels == label).sum()) for label, letter in enumerate(CHOICES)},
@@ -11475,7 +11498,7 @@ def make_submission(
     is_blank = pd.Series([not answer.strip() for answer in answers])
     _refuse_rows(frame, is_blank, path, "this choice is blank; answer one that is filled")
     frame.isetitem(1, answers)
-    atomic_write(path, frame.to_csv(index=False, lineterminator="\n"))
+    atomic_write(path, csv_text(frame))
     return validate_submission(path, sample, notation, test)
 
 

@@ -107,3 +107,12 @@ def test_cells_of_every_kind_are_written_without_a_warning(tmp_path, cells, line
     path = tmp_path / "table.csv"
     vqa.write_table(pd.DataFrame({"a": cells}), path)
     assert path.read_text(encoding="utf-8") == f"a\n{lines}"
+
+
+@pytest.mark.parametrize("text", ["x\ry", "x\r\ny", "x\ny", " x\r", 'x"\ry', "x,\ry"])
+def test_line_ends_inside_a_text_end_no_row_of_our_tables(text, tmp_path):
+    """pandas writes a lone carriage return without quotes, and reads it as the row's end."""
+    frame = pd.DataFrame({"id": ["1", "2"], "a": [text, "z"], "label": [3, 0]})
+    vqa.write_table(frame, tmp_path / "table.csv")
+    read = vqa.read_table(tmp_path / "table.csv")
+    assert read.to_dict("list") == {"id": ["1", "2"], "a": [text, "z"], "label": [3, 0]}

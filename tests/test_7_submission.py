@@ -201,7 +201,7 @@ FROM_0 = vqa.AnswerNotation("numbers from 0", ("0", "1", "2", "3"))
 WITH_SUFFIX = vqa.AnswerNotation("numbers from 1", ("1번", "2번", "3번", "4번"))
 KOREAN = vqa.AnswerNotation("Korean letters", ("가", "나", "다", "라"))
 TEXTS = vqa.AnswerNotation("texts of the choices", ())
-ODD_TEXTS = [" 두 칸 ", "1,000", 'say "x"', "two\nlines"]
+ODD_TEXTS = [" 두 칸 ", "1,000", 'say "x"', "two\rlines"]
 TEST = pd.DataFrame(
     {"id": IDS, "a": ODD_TEXTS[0], "b": ODD_TEXTS[1], "c": "", "d": ODD_TEXTS[2:] * 2}
 )
@@ -211,7 +211,7 @@ WRITTEN = {
     "numbers from 0": (FROM_0, ["0", "1", "0", "3"]),
     "numbers with 번": (WITH_SUFFIX, ["1번", "2번", "1번", "4번"]),
     "Korean letters": (KOREAN, ["가", "나", "가", "라"]),
-    "texts": (TEXTS, [" 두 칸 ", "1,000", " 두 칸 ", "two\nlines"]),
+    "texts": (TEXTS, [" 두 칸 ", "1,000", " 두 칸 ", "two\rlines"]),
 }
 
 
@@ -265,6 +265,15 @@ def test_without_a_notation_that_of_a_filled_sample_is_written(answers, notation
     sample = SAMPLE.assign(answer=answers)
     checked = vqa.make_submission(sample, LETTERS, tmp_path / "submission.csv", test=TEST)
     assert checked["notation"] == str(notation)
+
+
+def test_without_a_notation_a_message_says_that_one_may_be_given(tmp_path):
+    path = tmp_path / "submission.csv"
+    vqa.make_submission(SAMPLE, LETTERS, path, CAPITALS)
+    message = r"write one lower-case letter of a, b, c, d, or give the right notation"
+    with pytest.raises(vqa.SubmissionError, match=message):
+        vqa.validate_submission(path, SAMPLE)
+    assert vqa.validate_submission(path, SAMPLE, CAPITALS)["letters"]["a"] == 2
 
 
 def test_a_sample_in_doubt_is_a_warning(tmp_path, caplog):
