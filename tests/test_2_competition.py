@@ -92,6 +92,14 @@ FIELDS = [
     "/etc",
     "http://x",
 ]
+OTHER_NAMES = {
+    "path": "img_path",
+    "question": "질문",
+    "a": "choice_a",
+    "d": "보기4",
+    "answer": "label",
+}
+SEPARATORS = ",;\t|"
 TABLES = [name for name in BASE if name.endswith(".csv")]
 PICTURES = [name for name in BASE if name.endswith(".png")]
 
@@ -146,6 +154,22 @@ def change_field(files, pick):
     files[name] = b"\n".join(b",".join(fields) for fields in rows)
 
 
+def rename_columns(files, pick):
+    """Give up to two columns of a table other names that are understood, or take a fifth choice."""
+    name = TABLES[pick(len(TABLES))]
+    header, *rows = files[name].split(b"\n")
+    columns = header.decode(errors="replace").split(",")
+    for _ in range(2):
+        at = pick(len(columns))
+        columns[at] = OTHER_NAMES.get(columns[at], ("E", "image")[pick(2)])
+    files[name] = b"\n".join([",".join(columns).encode(), *rows])
+
+
+def change_separator(files, pick):
+    name = TABLES[pick(len(TABLES))]
+    files[name] = files[name].replace(b",", SEPARATORS[pick(4)].encode())
+
+
 def damage_picture(files, pick):
     name = PICTURES[pick(len(PICTURES))]
     content = files.pop(name, b"")
@@ -172,6 +196,8 @@ DAMAGES = [
     rearrange_rows,
     rearrange_columns,
     change_field,
+    rename_columns,
+    change_separator,
     damage_picture,
     move_picture,
 ]
@@ -183,9 +209,14 @@ def records(content):
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("cp949")
-    reader = csv.reader(io.StringIO(text, newline=""))
+    separator = max(SEPARATORS, key=text.lstrip().splitlines()[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     header, *rows = [fields for fields in reader if fields]
-    names = [name.strip().casefold().replace("image", "path") for name in header]
+    names = [name.strip().casefold() for name in header]
+    others = [*OTHER_NAMES.items(), ("path", "image"), ("a", "(a)"), ("a", "가")]
+    for ours, other in others:
+        if ours not in names:
+            names = [ours if name == other else name for name in names]
     return [dict(zip(names, fields, strict=True)) for fields in rows]
 
 
@@ -200,7 +231,8 @@ def assert_rows_are_the_files_own(frame, rows, root):
     for row, path in zip(rows, frame["image_path"], strict=True):
         if path != vqa.GREY_IMAGE:
             assert Path(path).resolve().is_relative_to(root.resolve())
-            assert Path(path).name.lower() == Path(row["path"].strip()).name.lower()
+            written = row["path"].strip().replace("\\", "/")
+            assert Path(path).name.lower() == Path(written).name.lower()
     assert (frame["image_path"][~frame["image_ok"]] == vqa.GREY_IMAGE).all()
     assert (frame.loc[frame["image_ok"], "pixel_hash"] != "").all()
 
