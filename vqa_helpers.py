@@ -25,6 +25,11 @@ above it.
 2. Data
    Archives                            unpacking a competition whole or not at all
    Settings of a session               preset, overrides and environment variables become one Config
+   Texts                               as they are compared, and as they stand in the prompt
+   Looks of choices                    colours, small numbers, sides, yes and no
+   Words of Korean questions           the noun that is asked for
+   Korean questions                    their interrogatives, and what each asks for
+   English questions                   the same in English
    Questions                           their types, choices and targets
    Columns                             which column of a file is which
    Tables                              CSV files, read verbatim and checked row by row
@@ -103,8 +108,9 @@ Where to change what:
    a kind of view                      Settings; Views; Prediction `group_views_by_prompt`;
                                        Out-of-fold rows `cost`
    an item of a checkpoint             Fold state
-   a prompt                            Prompt; number of wordings: Settings; a question type:
-                                       `QUESTION_TYPES`, Questions
+   a prompt                            Prompt; number of wordings: Settings
+   a question type                     `QUESTION_TYPES`; Korean questions, English questions;
+                                       its hint: Prompt
    a preset                            Presets; notebook and README list the names
    a kind of archive                   Finding data and models; Archives
 """
@@ -2669,43 +2675,854 @@ def require_machine(config: Config) -> None:
         )
 
 
-# === Questions ====================================================================================
-# The first match wins, so the narrow patterns stand before the wide ones: "what colour is the
-# text" asks for a colour.
-_QUESTION_PATTERNS = {
-    # "how many" with the word that counts people, animals, things, sheets, times, ...
-    "counting": r"몇\s*([개명대권장병채척잔번층줄칸쌍벌]|마리|송이|그루|켤레|가지|자루)"
-    r"|개수|how many|number of",
-    "color": r"색|빛깔|colou?r",
-    # letters, digits, "written", "read", signs
-    "ocr": r"글자|글씨|숫자|문자|적힌|적혀|쓰인|쓰여|써\s*있|읽|표지판|간판|텍스트|번호"
-    r"|\btext\b|written|\bread\b|\bsays?\b|digit",
-    # "where", position, which side, left, right
-    "location": r"어디|위치|어느\s*(쪽|방향|곳)|왼쪽|오른쪽|\bwhere\b|which side|located",
-    # no word that asks for a thing or person, and an ending such as "is it?", "are there?"
-    "yesno": r"^(?!.*(어떤|무슨|무엇|누구|어느|뭐))"
-    r".*((있|맞|보이|하|같|되)(나요|습니까|는가|을까요?)|인가요|입니까)\W*$"
-    r"|^(is|are|does|do|can)\b",
-    # shape, material, kind, state, size, weather, "which", "what kind of"
-    "attribute": r"모양|재질|종류|상태|형태|크기|날씨|어떤|무슨"
-    r"|shape|material|kind of|type of|\bsize\b",
+# === Texts ========================================================================================
+# What shows nothing: control and format characters (zero width, soft hyphen, byte order mark,
+# marks of direction), Hangul fillers, the blank Braille cell.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u115f\u1160\u180b-\u180e"
+    "\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0\ufff9-\ufffb]"
+)
+# These join signs into another one, as in a family of emoji; alone they show nothing either.
+_JOINERS = re.compile("[\u200c\u200d\ufe00-\ufe0f]")
+
+
+def _on_one_line(text: str) -> str:
+    """The text with composed Hangul and one space for every stretch of blanks, none at the ends."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _is_decomposed(text: str) -> bool:
+    """Whether Hangul or accents stand in it as parts, as in names of files from a Mac."""
+    return not unicodedata.is_normalized("NFC", text)
+
+
+def _has_line_break(text: str) -> bool:
+    """Whether it has more than one line, blank ones at its ends aside."""
+    return len(text.strip().splitlines()) > 1
+
+
+def _has_invisible(text: str) -> bool:
+    """Whether it has characters that show nothing and that `prompt_text` leaves out."""
+    return bool(_INVISIBLE.search(text))
+
+
+def comparable_text(text: str) -> str:
+    """The text as a reader sees it, so that two texts that look alike are equal.
+
+    Hangul is composed (NFC), characters that show nothing are left out, and every stretch
+    of blanks or line breaks is one space, with none at the ends. Capitals stay.
+
+    >>> comparable_text("red\\u200b\\u00a0 apple\\n")
+    'red apple'
+    >>> comparable_text("\\u3164\\u00ad")
+    ''
+    """
+    shown = _INVISIBLE.sub("", text)
+    return _on_one_line(_JOINERS.sub("", shown))
+
+
+def prompt_text(text: str) -> str:
+    """The text as it stands in the prompt: one line without blanks at its ends.
+
+    It is `comparable_text` with the joiners of emoji kept. A line break would look like a
+    further choice, and a chat template may trim the end of the last choice.
+
+    >>> prompt_text(" red \\nb. blue ")
+    'red b. blue'
+    """
+    if comparable_text(text) == "":
+        return ""
+    return _on_one_line(_INVISIBLE.sub("", text))
+
+
+# === Looks of choices =============================================================================
+def _alternatives(words: str) -> str:
+    """A regular expression's alternatives from words with spaces between them.
+
+    >>> _alternatives("red green")
+    'red|green'
+    """
+    return "|".join(words.split())
+
+
+_COLOR_NAMES = _alternatives(
+    r"""
+    빨강 빨간 붉은 파랑 파란 푸른 노랑 노란 초록 연두 주황 분홍 핑크 보라 자주 검정 검은 까만
+    흰 하양 하얀 베이지 아이보리 청록 민트 카키 와인 네이비 살구 오렌지
+    블랙 화이트 레드 블루 그린 옐로\S? 그레이 브라운
+    red orange yellow green blue purple violet pink brown black white gr[ae]y beige gold golden
+    silver navy turquoise teal crimson maroon olive cyan magenta ivory tan
+    """
+)
+# 하늘색, 은빛: any word that ends so, but not words like 특색 and 검색.
+_ANY_COLOR = r"\S{1,3}(?<![특검염탐수])[색빛]"
+_SHADES = _alternatives("연한 진한 짙은 밝은 어두운 옅은 light dark bright pale")
+_COLOR_ENDINGS = _alternatives("색 빛 불 색깔 색상 계열 light colou?r")
+_COLOR = re.compile(
+    rf"(?:(?:{_SHADES})\s?)?"
+    rf"(?:{_COLOR_NAMES}|{_ANY_COLOR})"
+    rf"(?:\s?(?:{_COLOR_ENDINGS}))*"
+    r"(?:이다|입니다|이에요|예요)?"
+)
+_BETWEEN_COLORS = re.compile(r"(?:와|과|및|\band\b)\s+|[,/·&]")
+
+_COUNTERS = _alternatives(
+    """
+    개 명 마리 대 권 병 그루 송이 잔 장 채 척 줄 칸 쌍 벌 켤레 가지 자루 조각 사람 인 자리
+    그릇 접시 봉지 상자 묶음 다발 알 판 통 캔 컵 군데 곳
+    """
+)
+_NATIVE_NUMBERS = _alternatives("하나 둘 셋 넷 한 두 세 네 다섯 여섯 일곱 여덟 아홉")
+_NUMBER_WORDS = _alternatives(
+    """
+    열 스물 스무 서른
+    none zero one two three four five six seven eight nine ten eleven twelve
+    """
+)
+_COUNT = re.compile(
+    r"(?:약\s?)?"
+    r"(?:\d{1,3}|[영공일이삼사오육칠팔구십백]{1,3}"
+    rf"|(?:열|스물|서른)?\s?(?:{_NATIVE_NUMBERS})|{_NUMBER_WORDS})"
+    rf"\s?(?:{_COUNTERS})?(?:이다|입니다)?"
+)
+_NUMBER = re.compile(r"\D{0,8}\d[\d,.:/~-]*.{0,12}")
+
+_KOREAN_SIDES = _alternatives(
+    r"""
+    정?중앙 한?가운데 (?:왼|오른|위|아래|앞|뒤|안|바깥|옆|동|서|남|북)[쪽편측] [좌우]측
+    [좌우]?[상하]단 좌 우 위 아래 앞 뒤 옆 안 밖 밑
+    """
+)
+_ENGLISH_SIDES = _alternatives(
+    "left right center centre middle top bottom above below front back behind"
+)
+_SIDE = re.compile(
+    rf"(?:\S+의 )?(?:{_KOREAN_SIDES})(?: (?:위|아래|끝|모서리|구석))?(?:에 있다|에)?"
+    r"|(?:(?:on|in|at|to) )?(?:the )?(?:(?:upper|lower|top|bottom|far)[ -])?"
+    rf"(?:{_ENGLISH_SIDES})(?: side)?"
+)
+
+_YES_WORDS = _alternatives(
+    "예 네 응 그렇다 그렇습니다 맞다 맞음 맞습니다 있다 있음 있습니다 있어요 yes true 참 o"
+)
+_NO_WORDS = _alternatives(
+    """
+    아니 아니다 아니오 아니요 아닙니다 아님 없다 없음 없습니다 없어요 틀리다 틀림
+    no false 거짓 x
+    """
+)
+_YES = re.compile(rf"(?:{_YES_WORDS})(?:[,.].*)?")  # not "네 명", four people
+_NO = re.compile(rf"(?:{_NO_WORDS})(?:[,.].*)?")
+# What an answer to a yes/no question ends in: a predicate, or a word that is unsure.
+_PREDICATE = re.compile(
+    r".*(?:다|요|음|함|됨|임|림|힘|김|짐|없|불가|불명|가능|모름)"
+    r"|.*\b(?:yes|no|true|false|unknown|unclear|cannot|can't|not|partly|maybe)\b.*"
+)
+
+
+def _names_colors(text: str) -> bool:
+    """Whether the text is one colour or a few."""
+    parts = _BETWEEN_COLORS.split(text)
+    return all(_COLOR.fullmatch(part.strip()) for part in parts)
+
+
+# The look of choices -> what tells whether a choice has it. The first that fits is taken.
+_LOOKS = {
+    "color": _names_colors,
+    "counting": _COUNT.fullmatch,
+    "location": _SIDE.fullmatch,
+    "number": _NUMBER.fullmatch,
 }
 
 
-def question_type(text: str) -> str:
-    """One of QUESTION_TYPES for a Korean or English question, by its wording alone.
+def _filled_texts(choices: Sequence[str]) -> list[str]:
+    """The choices that show anything, comparable and in lower case."""
+    texts = [comparable_text(choice).casefold().rstrip(".!") for choice in choices]
+    return [text for text in texts if text]
+
+
+def look_of_choices(choices: Sequence[str]) -> str:
+    """What the choices have in common, in whatever order: "" where they have nothing.
+
+    "yesno" where one says yes and one says no; else "color", "counting" (small numbers, with
+    or without a counter such as 개), "location" (sides) or "number" (others, with units)
+    where all are, or all but one of three or more.
+
+    >>> look_of_choices(["yes", "no", "both", "unknown"])
+    'yesno'
+    >>> look_of_choices(["빨간색", "파란색", "흰색", "없음"])
+    'color'
+    >>> look_of_choices(["3,000원", "3,500원", "4,000원", "4,500원"])
+    'number'
+    """
+    texts = _filled_texts(choices)
+    if any(map(_YES.fullmatch, texts)) and any(map(_NO.fullmatch, texts)):
+        return "yesno"
+    needed = max(2, len(texts) - 1)
+    for look, has_it in _LOOKS.items():
+        count = sum(bool(has_it(text)) for text in texts)
+        if count >= needed:
+            return look
+    return ""
+
+
+def _can_answer_yes_or_no(choices: Sequence[str]) -> bool:
+    """Whether some choice is a predicate or unsure, as answers to a yes/no question are."""
+    texts = _filled_texts(choices)
+    return not texts or any(map(_PREDICATE.fullmatch, texts))
+
+
+# === Words of Korean questions ====================================================================
+# What a noun asks for where a question is about it. These also end compounds: 전화번호.
+_KOREAN_NOUNS = {
+    "color": _alternatives("색깔 색상 빛깔 색채 색조 컬러"),
+    "counting": _alternatives(
+        "개수 갯수 마릿수 인원 인원수 명수 대수 권수 가짓수 횟수 수량 글자수 사람수"
+    ),
+    "ocr": _alternatives(
+        """
+        글자 글씨 글귀 문자 문구 문장부호 단어 숫자 번호 알파벳 한자 텍스트 메시지 구호 슬로건 표어
+        가격 금액 요금 비용 할인가 정가 총액 합계 잔액 할인율 비율 점수 스코어
+        이름 명칭 상호 상호명 제목 브랜드 브랜드명 상표 회사 회사명 제조사 업체 은행 기관 출판사
+        제품명 상품명 품명 모델명 가게명 간판명 도로명 건물명 영화명 역명 지명 메뉴 저자 지은이
+        주소 전화 이메일 홈페이지 웹사이트 시각 시간 날짜 일시 기간 기한 요일 연도 년도
+        휴무일 개봉일 제조일 마감일 생년월일 온도 기온 농도 속도 속력 용량 중량 함량 칼로리
+        열량 도수 호선 노선 호수 층수 원산지 행선지 목적지 도착지 출발지 종점 정류장 안내문
+        """
+    ),
+    "location": _alternatives("위치 방향 장소 방위 지점 방면 (?<!별)자리"),
+    "attribute": _alternatives(
+        """
+        재질 재료 소재 질감 촉감 느낌 모양 형태 모습 생김새 외관 외형 외양 도형 구조 체형 무늬 문양
+        패턴 크기 사이즈 길이 높이 너비 넓이 두께 굵기 밝기 상태 날씨 기상 계절 시간대 때 정도
+        종류 유형 품종 차종 종목 장르 양식 형식 방식 스타일 디자인 글씨체 글꼴 서체 배열 조리법
+        표정 감정 기분 분위기 자세 포즈 동작 손동작 몸짓 행동 행위 활동
+        옷차림 복장 차림 성별 나이 연령 연령대 특징 특성 특색
+        """
+    ),
+    "general": _alternatives(
+        """
+        설명 이유 까닭 원인 목적 용도 의미 뜻 직업 관계 역할 기능 방법
+        물건 물체 사물 동물 음식
+        """
+    ),
+}
+# These are too short for that: they count alone, or behind one of the words below.
+_KOREAN_SHORT_NOUNS = {
+    "color": _alternatives("색 빛"),
+    "counting": _alternatives("수"),
+    "ocr": _alternatives("값 글"),
+    "location": _alternatives("곳 쪽 편 데"),
+    "attribute": _alternatives("맛 종 향 결 멋"),
+}
+_BEFORE_SHORT_NOUN = _alternatives(
+    """
+    글자 글씨 배경 바탕 옷 털 머리 머리카락 하늘 벽 눈 눈동자 피부 꽃 잎 지붕 신발 모자 가방
+    차 차량 자동차 입술 주 주요 대표 메인 페인트 조명 테두리 사람 인원 학생 창문 바퀴 층 총
+    음식 밥 물건 커피
+    """
+)
+# Forms of "to be" that end a question, and particles. Not 도 behind a short noun: 수도.
+_KOREAN_COPULA = _alternatives(
+    r"인가\S* 인지\S* 입니\S* 일까\S* 이에요 예요 이니 이냐 이야 이죠 이며 이고"
+)
+_SHORT_PARTICLES = _alternatives("은 는 이 가 을 를 의 으로 로 으로는 에 에서")
+_PARTICLES = _alternatives("도 만 과 와 에는 로는 처럼 라고 이라고")
+
+
+def _korean_noun_pattern(name: str) -> re.Pattern:
+    """What matches a word that is a noun of this type, with or without a particle."""
+    long_ending = rf"(?:{_SHORT_PARTICLES}|{_PARTICLES}|{_KOREAN_COPULA})?$"
+    short_ending = rf"(?:{_SHORT_PARTICLES}|{_KOREAN_COPULA})?$"
+    pattern = rf"(?:{_KOREAN_NOUNS[name]}){long_ending}"
+    if name in _KOREAN_SHORT_NOUNS:
+        short = rf"^(?:{_BEFORE_SHORT_NOUN})?(?:{_KOREAN_SHORT_NOUNS[name]}){short_ending}"
+        pattern = f"{pattern}|{short}"
+    return re.compile(pattern)
+
+
+_KOREAN_NOUN_PATTERNS = {name: _korean_noun_pattern(name) for name in _KOREAN_NOUNS}
+# What has a name that is not written on it: the name of an animal is the animal.
+_NAMED_BY_LOOK = re.compile(
+    "(?:"
+    + _alternatives(
+        """
+        동물 식물 꽃 나무 새 곤충 음식 요리 과일 채소 야채 간식 빵 물건 물체 사물 도구 기구 악기
+        운동 스포츠 종목 탈것 교통수단 가구 캐릭터 인물 도형 기계 장비 놀이 옷
+        """
+    )
+    + ")의?$"
+)
+_WRITTEN = re.compile(
+    _alternatives(
+        """
+        적혀 적힌 적혔 적은 적어 쓰여 쓰인 씌어 씌여 써져 써진 써있 표기 표시 인쇄 새겨 새긴
+        기재 읽히 찍혀 출력
+        """
+    )
+    + "|써 있|나와 있|읽을 수|찍힌 (?:글|숫|번)"
+)
+# "written on it", but not "the place where something is written"
+_WRITTEN_ON = re.compile(
+    "에 (?:"
+    + _alternatives("적힌 쓰인 쓰여진 표시된 표기된 인쇄된 기재된 새겨진")
+    + ") (?!위치|곳|부분|자리)"
+)
+# A thing without a name of its own, whose description says what is asked for.
+_KOREAN_THING = re.compile(r"것|건$|걸$|게$|(?:내용|말|표현|문장|정보|언어|일)(?:은|는|이|을|를)?$")
+_FITTING = re.compile(
+    r"(\S+?)으?로(?: 가장| 바르게)* (?:알맞|옳|적절|적당|맞는|맞은|올바|바른|해당)\S*$"
+)
+_BEING_DONE = re.compile(r"[이가] (?:\S+에서 )?(?:지금 |현재 )?하고 있는$|[이가] 하는$")
+_DIGITS = re.compile(r"(?:번호|숫자).*자리|[한두세네] 자리")
+_DUTY = re.compile(r"(?:안 되는|안되는|해야|할|금지\S*|허용\S*|가능한|삼가\S*|주의)(?: \S+)?$")
+
+
+def _type_of_korean_name(before: Sequence[str], word: str) -> str | None:
+    """Of a question for a name: written, unless it is the name of a thing that is seen."""
+    if _WRITTEN.search(" ".join(before)):
+        return "ocr"
+    compound = re.sub(r"(?:이름|명칭).*", "", word)
+    owner = compound or "".join(before[-1:])
+    return None if _NAMED_BY_LOOK.search(owner) else "ocr"
+
+
+def _type_of_korean_noun(
+    word: str, before: Sequence[str] = (), after: Sequence[str] = ()
+) -> str | None:
+    """The type of a question about the noun `word`, or None where it tells nothing.
+
+    `before` and `after` are the words around it.
+    """
+    following = "".join(after[:1])
+    if re.match(r"수[가는를]?$", word) and re.match(r"있|없", following):
+        return None  # "can" and "cannot"
+    if "자리" in word and _DIGITS.search(" ".join([*before, word])):
+        return "ocr"  # the last four digits of a number
+    if re.search(r"(?:이름|명칭)\S{0,3}$", word):
+        return _type_of_korean_name(before, word)
+    for name, pattern in _KOREAN_NOUN_PATTERNS.items():
+        if pattern.search(word):
+            return name
+    return None
+
+
+def _type_of_korean_thing(before: Sequence[str]) -> str | None:
+    """Of a question for "what ...": 색으로 알맞은 것, 적혀 있는 것, 하고 있는 것."""
+    text = " ".join(before)
+    fitting = _FITTING.search(text)
+    if fitting:
+        return _type_of_korean_noun(fitting[1], text[: fitting.start()].split())
+    if _WRITTEN.search(" ".join(before[-3:])):
+        return "ocr"
+    return "attribute" if _BEING_DONE.search(text) else None
+
+
+def _type_of_korean_topic(words: Sequence[str]) -> str | None:
+    """Of the last noun that is a topic, subject or object, or stands without a particle."""
+    for place in reversed(range(len(words))):
+        word = words[place]
+        before = words[:place]
+        if _KOREAN_THING.match(word):
+            return _type_of_korean_thing(before)
+        if re.match(r"행동|행위|활동", word) and _DUTY.search(" ".join(before)):
+            return "general"  # what is allowed is not what somebody is doing
+        if re.search(r"(?:에서|에|의|과|와|중|로|고|서|[하되]여)$", word):
+            continue
+        found = _type_of_korean_noun(word, before, words[place + 1 :])
+        if found in (None, "attribute") and _WRITTEN_ON.search(" ".join([*before[-2:], word])):
+            return "ocr"
+        if found or re.search(r"[은는이가을를]$", word):
+            return found
+    return None
+
+
+# === Korean questions =============================================================================
+_INTERROGATIVE = re.compile(
+    _alternatives(
+        r"""
+        몇(?!몇) 며칠 얼마 언제(?!나|든) 언젠가요 언젠지 어디(?!든|선가) 어딘가요 어딘지
+        어느 어떤 어떠 어떻 어때 어떨 무슨 무엇 무얼 뭐 뭘 뭔(?!가$) 누구(?!나|든) 누가 누굴
+        누군가요 누군지 왜$ 왜[인일] 어째
+        """
+    )
+)
+# Behind 몇: what is read from a clock, a board or a label rather than counted.
+_READ_UNIT = re.compile(
+    _alternatives(
+        r"""
+        시 분 초 월 일 년 연도 개월 주 교시 층 호 번 동 킬로 키로 미터 센티 km cm mm m
+        원 만 천 달러 유로 퍼센트 프로 % 도(?!막) 그램 g kg 리터 ml l 칼로리 kcal 볼트 와트
+        세 점 등(?!분) 위 쪽 페이지 학년 반 인분 인용 사이즈 배 급 박 회 단계
+        """
+    )
+    + "|대 몇"
+)
+_PEOPLE = re.compile("사람|손님|어르신|분들|계신|계시|앉|서 있")
+_HEIGHT_OF_BUILDING = re.compile(r"층\s?(?:짜리|건물|으로 (?:되|이루|지어))")
+_LIMIT = re.compile("정원|최대|최소|까지")
+_PARTS_OF_TIME = re.compile(
+    r"\D*(?:아침|점심|낮|저녁|밤|새벽|오전|오후|봄|여름|가을|겨울|해 ?질)\D*"
+)
+# Names behind "where" and "who" that stand on goods, on a timetable or on a book.
+_WRITTEN_PLACE = re.compile(
+    "(?:"
+    + _alternatives(
+        """
+        제조사 제조국 제조원 원산지 행선지 목적지 종점 정류장 정차역 도착역 출발역 도착지 출발지
+        회사 브랜드 업체 출판사 은행 발행처 주최 후원
+        """
+    )
+    + "|(?:다음|이번) 역)[은는이가]?$"
+)
+_WRITTEN_PERSON = re.compile(
+    "(?:저자|지은이|글쓴이|작가|옮긴이|감독|가수|발신인|수신인)[은는이가]?$"
+)
+_IS_WHAT = re.compile(r"[인입일예야죠임]|이[에지며고었니냐]|였|뭔")
+_PART_OF_THING = re.compile("쪽|편|부분|측|면|구역|모서리|지역|거리|손|발|다리|팔|귀")
+_COMMAND = re.compile(
+    _alternatives(
+        "고르 고른 골라 찾 선택 맞히 맞추 세어 세시 답하 말하 말해 쓰시 적으 구하 보세요 보시"
+    )
+)
+_ASKING_END = re.compile(
+    r"(?:까|까요|나요|가요|지요|죠|나|니|냐|지|[어아여해워려예에]요|[는은인한된던른]가)$"
+)
+_QUOTATION = re.compile(r"\"[^\"]*\"|'[^']*'|“[^”]*”|‘[^’]*’|「[^」]*」|『[^』]*』|《[^》]*》")
+_REMARK = re.compile(r"\([^)]*\)|\[[^]]*\]")
+# Interrogatives that may be written without a space before or behind them: 모두 몇개.
+_GLUED = re.compile(r"(?<!몇)몇(?!몇)|무슨|어느|뭔(?!가|지)|어떤(?!가요|가\b|지)")
+
+
+@dataclass(frozen=True)
+class _KoreanQuestion:
+    """The words of a Korean question around its interrogative."""
+
+    before: list[str]
+    word: str  # the interrogative with its ending; "" where there is none
+    after: list[str]
+    choices: Sequence[str]
+
+    @property
+    def rest(self) -> str:
+        """What follows the interrogative."""
+        return " ".join(self.after)
+
+    @property
+    def topic(self) -> str:
+        """The two words before the interrogative."""
+        return " ".join(self.before[-2:])
+
+
+def _asking_sentence(text: str, interrogative: re.Pattern) -> str:
+    """The last sentence with an interrogative, else with a question mark, else the last one."""
+    sentences = [part for part in re.split(r"(?<=[.?!])\s+", text) if part.strip(" .?!")]
+    asking = [part for part in sentences if interrogative.search(part)]
+    marked = [part for part in sentences if part.endswith("?")]
+    candidates = asking or marked or sentences or [""]
+    return candidates[-1]
+
+
+def _split_korean(text: str, choices: Sequence[str]) -> _KoreanQuestion:
+    """The question's words. Quotations and remarks in brackets are not its own words."""
+    text = _QUOTATION.sub("○", text)
+    text = _REMARK.sub(" ", text)
+    text = _GLUED.sub(r" \g<0> ", text)
+    at_start_of_word = re.compile(rf"(?:^|\s)(?:{_INTERROGATIVE.pattern})")
+    sentence = _asking_sentence(text, at_start_of_word)
+    words = re.findall(r"[^\s,.?!:;…~]+", sentence)
+    places = [place for place, word in enumerate(words) if _INTERROGATIVE.match(word)]
+    if not places:
+        return _KoreanQuestion(words, "", [], choices)
+    place = places[-1]
+    return _KoreanQuestion(words[:place], words[place], words[place + 1 :], choices)
+
+
+def _type_of_how_many(asked: _KoreanQuestion) -> str:
+    """몇: a number that is counted, read (몇 시, 몇 번, 몇 층) or a place in a row (몇 번째)."""
+    if asked.word.startswith("며칠"):
+        return "ocr"
+    rest = asked.rest
+    before = " ".join(asked.before)
+    if re.match(r"번\s?째|번재|째", rest):
+        return "location"
+    if rest.startswith("살"):
+        return "attribute"
+    if rest.startswith("분") and _PEOPLE.search(f"{before} {rest}"):
+        return "counting"
+    if rest.startswith("점") and re.search(r"작품|그림|액자|사진이", before):
+        return "counting"
+    if _HEIGHT_OF_BUILDING.match(rest) or re.match(r"차[로선]", rest):
+        return "counting"
+    unit = "".join(asked.after[:1])
+    if re.match(_KOREAN_COPULA, unit) and _type_of_korean_topic(asked.before) == "ocr":
+        return "ocr"  # "what is the number?"
+    if _LIMIT.search(f"{asked.topic} {unit}"):
+        return "ocr"  # what a sign allows, such as the persons in a lift
+    return "ocr" if _READ_UNIT.match(rest) else "counting"
+
+
+def _type_of_how_much(asked: _KoreanQuestion) -> str:
+    """얼마: a price, unless it is the number of something; 얼마나: how many, long, big, ..."""
+    if _type_of_korean_topic(asked.before) == "counting":
+        return "counting"
+    if not asked.word.startswith("얼마나") and not asked.rest.startswith("만큼"):
+        return "ocr"
+    if re.match(r"많|여러|있", asked.rest):
+        return "counting"
+    is_read = re.match(r"되|돼|됩|걸리|남|자주|오래|빨리|멀|떨어|할인|비싸|싸|소요", asked.rest)
+    return "ocr" if is_read else "attribute"
+
+
+def _type_of_when(asked: _KoreanQuestion) -> str:
+    """언제: read from a board or label, unless it is a season or a part of the day."""
+    if _type_of_korean_topic(asked.before) == "attribute":
+        return "attribute"
+    texts = _filled_texts(asked.choices)
+    is_seen = texts and all(map(_PARTS_OF_TIME.fullmatch, texts))
+    return "attribute" if is_seen else "ocr"
+
+
+def _type_of_where(asked: _KoreanQuestion) -> str:
+    """어디: a place, unless a name is asked for that stands on goods or on a timetable."""
+    if re.match(r"쓰는|쓰이|쓸|쓰나|사용|이용|활용", asked.rest):
+        return "general"
+    if re.match(r"전화|연락|문의", asked.rest):
+        return "ocr"
+    if "라고" in asked.word and _WRITTEN.search(asked.rest):
+        return "ocr"
+    is_name = re.match(r"어디[인입일예야]|어딘", asked.word)
+    if is_name and _WRITTEN_ON.search(" ".join(asked.before)):
+        return "ocr"
+    return "ocr" if _WRITTEN_PLACE.search(asked.topic) else "location"
+
+
+def _type_of_who(asked: _KoreanQuestion) -> str:
+    """누구: a person that is seen, unless it is written."""
+    is_read = _WRITTEN.search(asked.rest) or _WRITTEN_PERSON.search(asked.topic)
+    return "ocr" if is_read else "general"
+
+
+def _type_of_why(asked: _KoreanQuestion) -> str:
+    """왜: a reason."""
+    return "general"
+
+
+def _type_of_which(asked: _KoreanQuestion) -> str | None:
+    """무슨, 어떤, 어느: by the noun behind it; 어느 것 by the topic before it."""
+    if not asked.after:
+        return None
+    noun, *rest = asked.after
+    if re.match(r"것|건$|걸$|게$|편[인입이]", noun):
+        return _type_of_korean_topic(asked.before)
+    if re.match(r"일[을이]?$", noun):
+        return "attribute" if "".join(rest).startswith("하") else None
+    if asked.word == "어느" and _PART_OF_THING.match(noun):
+        return "location"
+    found = _type_of_korean_noun(noun, after=rest)
+    if found is None and rest:  # a compound of two words: 무슨 글자 색
+        found = _type_of_korean_noun(rest[0], [noun], rest[1:])
+    if found in (None, "general") and _WRITTEN.search(" ".join(rest)):
+        return "ocr"
+    return found
+
+
+def _type_of_quality(asked: _KoreanQuestion) -> str | None:
+    """어떤가요, 어떻습니까: by the topic, else how something is."""
+    found = _type_of_korean_topic(asked.before)
+    if found not in (None, "general"):
+        return found
+    return None if look_of_choices(asked.choices) else "attribute"
+
+
+def _type_of_manner(asked: _KoreanQuestion) -> str | None:
+    """어떻게: how something looks, reads or is done."""
+    if re.match(r"되|돼|됩", asked.rest):
+        return _type_of_korean_topic(asked.before)
+    if _WRITTEN.search(asked.rest):
+        return "ocr"
+    looks = r"생기|생겼|생긴|보이|보여|느껴|입고|앉|서 있|서서|누워|들고"
+    is_arranged = r"놓|배치|배열|정렬|나열|쌓|묶|조리|요리|꾸며|장식|포장|\S+ 있"
+    return "attribute" if re.match(f"{looks}|{is_arranged}", asked.rest) else "general"
+
+
+def _type_of_what(asked: _KoreanQuestion) -> str | None:
+    """무엇, 뭐: by what is done with it; where it only asks "what is", by the topic."""
+    word = asked.word
+    rest = asked.rest
+    is_opinion = re.match(r"보[이여입인일]|생각|판단|추정|여겨", rest)
+    if "라고" in word and not is_opinion:
+        is_name = re.match(r"부르|불리|하는|하나|합니", rest)
+        return None if is_name else "ocr"
+    if is_opinion or not rest or re.match(r"닮|비슷", rest) or _IS_WHAT.search(word):
+        return _type_of_korean_topic(asked.before)
+    if _WRITTEN.search(rest):
+        return "ocr"
+    if word.endswith("로"):
+        return _type_of_made_of(rest)
+    if re.fullmatch(r"무엇|무엇의|뭐", word) and re.match(r"위|아래|밑|옆|앞|뒤|안|속|사이", rest):
+        return "location"
+    if re.fullmatch(r"(?:무엇|뭐|뭘|무얼)[을를]?", word) and rest.startswith("하"):
+        is_purpose = re.match(r"하는 (?!중|모습|것|상황|동작|사람들)|하기|하려|하러|할 때", rest)
+        return None if is_purpose else "attribute"
+    return None
+
+
+def _type_of_made_of(rest: str) -> str | None:
+    """무엇으로: the colour of paint, the material of a thing, or neither."""
+    if re.match(r"칠|염색|물들", rest):
+        return "color"
+    is_made = re.match(r"만들|만든|지어|지은|제작|이루|이뤄|구성|되어|돼|됐|된|덮|포장", rest)
+    return "attribute" if is_made else None
+
+
+_KOREAN_RULES = {
+    "몇|며칠": _type_of_how_many,
+    "얼마": _type_of_how_much,
+    "언제|언젠": _type_of_when,
+    "어디|어딘": _type_of_where,
+    "누": _type_of_who,
+    "왜|어째": _type_of_why,
+    "어떻게": _type_of_manner,
+    "어떤(?=가|지)|어떠|어떻|어때|어떨": _type_of_quality,
+    "무슨|어떤|어느|뭔$": _type_of_which,
+    "무|뭐|뭘|뭔": _type_of_what,
+}
+
+
+def _korean_type(text: str, choices: Sequence[str]) -> str | None:
+    """The type of a Korean question; None where its words leave it open."""
+    asked = _split_korean(text, choices)
+    for pattern, rule in _KOREAN_RULES.items():
+        if re.match(pattern, asked.word):
+            return rule(asked)
+    words = list(asked.before)
+    asks_whether = re.search(r"(?:여부|[는은인]지)\S{0,2}(?: \S+)?$", " ".join(words))
+    if asks_whether or _ASKING_END.search("".join(words[-1:])):
+        return "yesno"
+    while words and _COMMAND.match(words[-1]):
+        words.pop()
+    return _type_of_korean_topic(words)
+
+
+# === English questions ============================================================================
+_ENGLISH_NOUNS = {
+    "color": _alternatives("colou?r shade hue tint"),
+    "counting": _alternatives("count quantity"),
+    "ocr": _alternatives(
+        """
+        word letter text name brand company number digit title logo slogan message phrase caption
+        headline sentence label sign inscription author publisher url address website code plate
+        price cost fare fee total score percentage discount limit speed temperature
+        time date day year month hour deadline
+        route destination floor gate platform store shop restaurant
+        """
+    ),
+    "location": _alternatives(
+        """
+        side direction position location place corner way part area spot end setting room hand
+        """
+    ),
+    "attribute": _alternatives(
+        """
+        material texture fabric shape form pattern print design style size length height weather
+        season kind type sort breed species variety condition state expression emotion mood
+        atmosphere posture pose action activity gender age hairstyle flavou?r
+        """
+    ),
+}
+_ENGLISH_INTERROGATIVES = _alternatives("how what which where when who whose whom why")
+_ENGLISH_AUXILIARY = re.compile(
+    _alternatives(
+        """
+        is are was were isn't aren't do does did doesn't don't didn't can could can't
+        has have had will would should may might must
+        """
+    )
+)
+# A noun phrase ends before these.
+_ENGLISH_END_OF_PHRASE = re.compile(
+    _alternatives(
+        """
+        of in on at to from for with by near under above below behind beside between next inside
+        outside across around along against into that which who shown seen visible like displayed
+        printed written being used worn best describes shows appears
+        """
+    )
+)
+_ENGLISH_DETERMINERS = frozenset({"the", "a", "an", "this", "that", "following", "one"})
+_ENGLISH_UNIT = re.compile(
+    _alternatives(
+        """
+        percent kilomet km mile met(?:er|re) dollar won euro cent hour minute second day week
+        month calorie gram kg ml lit(?:er|re) degree pound point
+        """
+    )
+)
+_ENGLISH_LOOKS = re.compile(
+    r"\b(?:"
+    + _alternatives(
+        "looks? feels? feeling appear dressed posed cooked prepared weather arranged shaped"
+    )
+    + r")\b"
+)
+_SAYS = re.compile(
+    r"\b(?:" + _alternatives("says? reads? written spell spelled printed engraved costs?") + r")\b"
+)
+_HAS_SIGN = re.compile(r"\b(?:shop|store|restaurant|hotel|cafe|street|road|company|station)\b")
+_MADE_OR_DOING = re.compile(r"\bmade (?:of|from|out of)\b|\bdoing\b|\blooks? like\b")
+_NAMED_THING = re.compile(
+    r"\bname of (?:the|this) (?:\w+ )?(?:animal|flower|fruit|sport|food|dish|plant|tool)"
+)
+# "The number of the bus" is read; "the number of chairs" is counted.
+_NUMBER_OF = re.compile(
+    r"\bnumber of (?!(?:the|this) (?:"
+    + _alternatives("bus route room gate platform house player train flight page track exit car")
+    + r")\b)"
+)
+
+
+def _type_of_english_noun(words: Sequence[str]) -> str | None:
+    """The type of a question about a noun phrase: by its last noun before a preposition."""
+    phrase = []
+    for word in words:
+        if _ENGLISH_END_OF_PHRASE.fullmatch(word):
+            break
+        if phrase and _ENGLISH_AUXILIARY.fullmatch(word):
+            break
+        if word not in _ENGLISH_DETERMINERS:
+            phrase.append(word)
+    head = "".join(phrase[-1:])
+    text = " ".join(words)
+    if head == "number" and _NUMBER_OF.search(text):
+        return "counting"
+    if re.search(r"\btime of (?:the )?(?:day|year)", text):
+        return "attribute"
+    if _NAMED_THING.search(text):
+        return None
+    for name, nouns in _ENGLISH_NOUNS.items():
+        if re.fullmatch(rf"(?:{nouns})s?", head):
+            return name
+    return None
+
+
+def _type_of_english_how(rest: Sequence[str]) -> str:
+    """Of a question that begins "how ..."."""
+    first = "".join(rest[:1])
+    second = "".join(rest[1:2])
+    text = " ".join(rest)
+    if first == "many":
+        return "ocr" if _ENGLISH_UNIT.match(second) else "counting"
+    if first in ("much", "far", "fast", "late", "early", "often", "soon", "expensive"):
+        return "ocr"
+    if first == "long" and second in ("does", "do", "will", "can", "must"):
+        return "ocr"
+    if not _ENGLISH_AUXILIARY.fullmatch(first):
+        return "attribute"  # how big, how tall, how old
+    if re.search(r"\b(?:written|spelled|spelt)\b", text):
+        return "ocr"
+    return "attribute" if _ENGLISH_LOOKS.search(text) else "general"
+
+
+def _type_of_english_what(rest: Sequence[str]) -> str | None:
+    """Of a question that asks "what ..." or "which ..."."""
+    text = " ".join(rest)
+    # "which of these is the colour", "which of these colours"
+    text = re.sub(r"^of (?:the following|these|them)\b ?", "", text)
+    rest = text.split()
+    first = "".join(rest[:1])
+    if not _ENGLISH_AUXILIARY.fullmatch(first):
+        # "what text appears ...": no preposition ends the phrase, so its first words count, too.
+        for phrase in (rest, rest[:1], rest[1:2]):
+            found = _type_of_english_noun(phrase)
+            if found:
+                return found
+    if _SAYS.search(text):
+        asks_color = _type_of_english_noun(rest[1:]) == "color"
+        return "color" if asks_color else "ocr"
+    if re.search(r"\b(?:named|called)\b", text) and _HAS_SIGN.search(text):
+        return "ocr"
+    if _MADE_OR_DOING.search(text):
+        return "attribute"
+    is_purpose = re.search(r"\bused\b", text)
+    if first in ("is", "are", "was", "were", "best", "describes") and not is_purpose:
+        return _type_of_english_noun(rest[1:])
+    return None
+
+
+def _type_of_english_phrase(words: Sequence[str]) -> str | None:
+    """Of a question without an interrogative: "count the ...", "choose the colour of ..."."""
+    first = "".join(words[:1])
+    if first == "count":
+        return "counting"
+    is_command = first in ("choose", "select", "identify", "name", "find", "pick", "read", "give")
+    return _type_of_english_noun(words[1:] if is_command else words)
+
+
+def _english_type(text: str) -> str | None:
+    """The type of an English question; None where its words leave it open."""
+    text = text.casefold().replace("’", "'")
+    text = re.sub(r"\"[^\"]*\"|“[^”]*”|\([^)]*\)", " ", text)
+    text = re.sub(r"\b(what|where|who|how|when|why)'s\b", r"\1 is", text)
+    text = re.sub(r"\b(?:can|could) you (?:please )?(?:tell|say|name|read)(?: me)?\b", "", text)
+    interrogative = re.compile(rf"\b(?:{_ENGLISH_INTERROGATIVES})\b")
+    sentence = _asking_sentence(text, interrogative)
+    for clause in sentence.split(","):
+        first = "".join(clause.split()[:1])
+        if _ENGLISH_AUXILIARY.fullmatch(first):
+            return "yesno"
+    words = re.findall(r"[a-z0-9%'-]+", sentence)
+    places = [place for place, word in enumerate(words) if interrogative.fullmatch(word)]
+    if not places:
+        return _type_of_english_phrase(words)
+    word = words[places[0]]
+    rest = words[places[0] + 1 :]
+    if word == "how":
+        return _type_of_english_how(rest)
+    if word in ("what", "which", "whose"):
+        return _type_of_english_what(rest)
+    if word == "who" and rest[:1] == ["wrote"]:
+        return "ocr"
+    types = {"where": "location", "when": "ocr"}
+    return types.get(word, "general")  # who, why
+
+
+# === Questions ====================================================================================
+@functools.lru_cache(maxsize=65536)  # a prompt is built in every order, epoch and wording
+def _question_type(text: str, choices: tuple[str, ...]) -> str:
+    """What `question_type` returns."""
+    look = look_of_choices(choices)
+    if look == "yesno":
+        return "yesno"
+    text = comparable_text(text)
+    is_korean = re.search("[가-힣]", text)
+    found = _korean_type(text, choices) if is_korean else _english_type(text)
+    texts = _filled_texts(choices)
+    if found == "color" and texts and not any(map(_names_colors, texts)):
+        found = None  # the choices rule it out
+    if found == "yesno" and (look or not _can_answer_yes_or_no(choices)):
+        found = None
+    by_look = {"": "general", "number": "ocr"}.get(look, look)
+    return found or by_look
+
+
+def question_type(text: str, choices: Sequence[str] = ()) -> str:
+    """One of QUESTION_TYPES for a Korean or English question.
+
+    Its interrogative decides, then the noun that is asked for, and where both leave it open
+    the choices, in whatever order: colours, numbers, sides, yes and no. What the choices rule
+    out, such as a colour where none of them names one, is not chosen.
 
     >>> question_type("How many dogs are there?")
     'counting'
     >>> question_type("간판에 적힌 글자는 무엇인가요?")
     'ocr'
+    >>> question_type("The bus?", ["red", "blue", "green", "white"])
+    'color'
     >>> question_type("Why?")
     'general'
     """
-    for name, pattern in _QUESTION_PATTERNS.items():
-        if re.search(pattern, text.strip(), re.IGNORECASE):
-            return name
-    return "general"
+    return _question_type(text, tuple(map(str, choices)))
 
 
 def neutralise_special_tokens(text: str) -> str:
@@ -3826,7 +4643,8 @@ def _attach_images(
     frame = frame.merge(facts, how="left", on="image_path")
     _count_dropped_rows(frame, split, "unusable_image", "path", limit, fallbacks)
     frame = frame.drop(columns=["path", "problem"])
-    return frame.assign(type=frame["question"].map(question_type))
+    rows = frame[["question", *CHOICES]].itertuples(index=False)
+    return frame.assign(type=[question_type(question, choices) for question, *choices in rows])
 
 
 def _load_train(
@@ -4399,7 +5217,7 @@ def build_messages(row, order=(0, 1, 2, 3), templates=PROMPT_TEMPLATES) -> list[
         if text.strip():
             lines.append(f"{letter}. {text}")
     question = neutralise_special_tokens(str(row["question"]))
-    template = templates[question_type(question)]
+    template = templates[question_type(question, [row[choice] for choice in CHOICES])]
     text = template.format(question=question, choices="\n".join(lines))
     content = [
         {"type": "image", "image": row["image_path"]},

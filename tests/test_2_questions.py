@@ -87,7 +87,7 @@ def test_an_answer_means_exactly_one_choice_or_is_refused(tmp_path, changes, out
         ("이 사진은 실내에서 찍은 것이 맞습니까?", "yesno"),
         ("Is the door open?", "yesno"),
         ("고양이는 어디에 있나요?", "location"),
-        ("의자 왼쪽에 무엇이 있습니까?", "location"),
+        ("의자 왼쪽에 무엇이 있습니까?", "general"),
         ("Where is the cat?", "location"),
         ("탁자는 어떤 모양인가요?", "attribute"),
         ("What kind of animal is this?", "attribute"),
