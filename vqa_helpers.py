@@ -3537,12 +3537,12 @@ def neutralise_special_tokens(text: str) -> str:
 
 
 def present_choices(row: Mapping) -> list[bool]:
-    """Whether each of a, b, c, d holds any text; a blank choice cannot be the answer.
+    """Whether each of a, b, c, d shows any text; a blank choice cannot be the answer.
 
     >>> present_choices({"a": "red", "b": " ", "c": "blue", "d": ""})
     [True, False, True, False]
     """
-    return [bool(str(row[choice]).strip()) for choice in CHOICES]
+    return [comparable_text(str(row[choice])) != "" for choice in CHOICES]
 
 
 TARGET_COLUMNS = tuple(f"target_{choice}" for choice in CHOICES)
@@ -3928,7 +3928,7 @@ def _read_competition_table(
     }
     frame = pd.DataFrame(texts, dtype=object)
     frame = frame.assign(line=[record.line for record in table.records])
-    is_blank = frame["id"].str.strip() == ""
+    is_blank = frame["id"].map(comparable_text) == ""
     wrong = frame["id"].duplicated() | is_blank
     problem = "is blank or repeats an earlier row's; give each row its own"
     _raise_for_first_row(file, frame, wrong, "id", problem)
@@ -3938,19 +3938,24 @@ def _read_competition_table(
 def _check_questions(split: str, frame: pd.DataFrame, fallbacks: Counter) -> None:
     """Raise DataError for a row with fewer than two choices; count what is odd but usable.
 
-    That is repeated choices, blank questions, and text that looks like control
-    tokens. A blank choice is masked later.
+    That is repeated choices, blank questions, and what `prompt_text` changes. A blank
+    choice is masked later.
     """
-    choices = frame[[*CHOICES]].map(str.strip)
+    choices = frame[[*CHOICES]].map(comparable_text)
     is_filled = choices != ""
     filled_count = is_filled.sum(axis=1)
     problem = "fewer than two choices are filled; complete the row"
     _raise_for_first_row(f"{split}.csv", frame, filled_count < 2, "id", problem)
-    text = frame["question"].str.cat(frame[[*CHOICES]], sep="\n")
+    texts = frame[["question", *CHOICES]]
+    in_prompt = texts.map(prompt_text)
+    without_tokens = in_prompt.map(neutralise_special_tokens)
     odd_rows = {
         "repeated_choices": choices.where(is_filled).nunique(axis=1) < filled_count,
-        "blank_question": frame["question"].str.strip() == "",
-        "special_tokens_neutralised": text.map(neutralise_special_tokens) != text,
+        "blank_question": frame["question"].map(comparable_text) == "",
+        "special_tokens_neutralised": (without_tokens != in_prompt).any(axis=1),
+        "decomposed_text_composed": texts.map(_is_decomposed).any(axis=1),
+        "line_break_replaced": texts.map(_has_line_break).any(axis=1),
+        "invisible_characters_removed": texts.map(_has_invisible).any(axis=1),
     }
     for name, rows in odd_rows.items():
         fallbacks[f"{split}_{name}"] += int(rows.sum())
@@ -4054,11 +4059,6 @@ def _answer_mark(text: str) -> str:
     return match[1] or match[2] if match else ""
 
 
-def _composed(text: str) -> str:
-    """The text in composed characters, without spaces around it."""
-    return unicodedata.normalize("NFC", text).strip()
-
-
 @dataclass(frozen=True)
 class AnswerNotation:
     """How this competition writes an answer.
@@ -4144,7 +4144,7 @@ def _answer_readings(frame: pd.DataFrame, of_sample: bool = False) -> list[_Answ
     Numbers count from 0 only where there is a 0, and no mark means a blank choice. A sample's
     answers are examples, to which neither applies.
     """
-    texts = frame[[*CHOICES, "answer"]].map(_composed)
+    texts = frame[[*CHOICES, "answer"]].map(comparable_text)
     choices = texts[[*CHOICES]]
     is_blank = (choices == "").to_numpy()
     marks = texts["answer"].map(_answer_mark)
@@ -4171,7 +4171,7 @@ def _written_marks(text: str, kind: str, label: int) -> tuple[str, ...]:
     >>> _written_marks("(B)", "letters", 1), _written_marks("1번", "numbers from 1", 0)
     (('(A)', '(B)', '(C)', '(D)'), ('1번', '2번', '3번', '4번'))
     """
-    text = re.sub(r"(?<=\d)[.．][0０]+", "", _composed(text))
+    text = re.sub(r"(?<=\d)[.．][0０]+", "", comparable_text(text))
     for marks in ANSWER_KINDS[kind]:
         if marks[label] in text:
             return tuple(text.replace(marks[label], mark, 1) for mark in marks)
@@ -4662,7 +4662,7 @@ def _load_train(
     many rows are drawn by `seed`.
     """
     frame, _ = _read_competition_table(root / "train.csv", columns, fallbacks)
-    is_blank = frame["answer"].str.strip() == ""
+    is_blank = frame["answer"].map(comparable_text) == ""
     frame = frame.assign(problem=is_blank.map({True: "no answer", False: ""}))
     _count_dropped_rows(frame, "train", "blank_answer", "answer", limit, fallbacks)
     frame = frame[~is_blank].drop(columns="problem")
@@ -4701,6 +4701,15 @@ def _load_sample(
     sample, header = _read_competition_table(path, columns, fallbacks)
     problem = "is only in this file; take test.csv and sample_submission.csv from one download"
     unknown = ~sample["id"].isin(test["id"])
+    looks_known = sample["id"].map(comparable_text).isin(test["id"].map(comparable_text))
+    has_more_blanks = sample["id"].str.strip().isin(test["id"])
+    problem = (
+        "looks like an id of test.csv, but is written in other characters (decomposed Hangul, "
+        "or characters that show nothing); write both alike"
+    )
+    only_looks_known = unknown & looks_known & ~has_more_blanks
+    _raise_for_first_row("sample_submission.csv", sample, only_looks_known, "id", problem)
+    problem = "is only in this file; take test.csv and sample_submission.csv from one download"
     _raise_for_first_row("sample_submission.csv", sample, unknown, "id", problem)
     absent = ~test["id"].isin(sample["id"])
     _raise_for_first_row("test.csv", test, absent, "id", problem)
@@ -5211,17 +5220,19 @@ def build_messages(row, order=(0, 1, 2, 3), templates=PROMPT_TEMPLATES) -> list[
     >>> user["content"][1]["text"].splitlines()[1:]
     ['질문: How many dogs?', '보기:', 'a. 4', 'b. 1', 'c. 2']
     """
-    texts = [neutralise_special_tokens(str(row[choice])) for choice in CHOICES]
+    original_choices = [str(row[choice]) for choice in CHOICES]
+    texts = [neutralise_special_tokens(prompt_text(text)) for text in original_choices]
     lines = []
     for letter, text in zip(CHOICES, permute_choices(texts, order), strict=True):
-        if text.strip():
+        if text:
             lines.append(f"{letter}. {text}")
-    question = neutralise_special_tokens(str(row["question"]))
-    template = templates[question_type(question, [row[choice] for choice in CHOICES])]
+    original_question = str(row["question"])
+    question = neutralise_special_tokens(prompt_text(original_question))
+    template = templates[question_type(original_question, original_choices)]
     text = template.format(question=question, choices="\n".join(lines))
     content = [
         {"type": "image", "image": row["image_path"]},
-        {"type": "text", "text": text},
+        {"type": "text", "text": text.strip()},  # chat templates may trim it, too
     ]
     return [
         {"role": "system", "content": SYSTEM_PROMPT},
@@ -12574,7 +12585,7 @@ def _load_dev(
     if not (root / "dev.csv").is_file():
         raise DataError(f"{root / 'dev.csv'}: no such file; add it, or set use_dev_votes=False")
     frame, _ = _read_competition_table(root / "dev.csv", columns, fallbacks)
-    is_blank = frame[[*VOTE_COLUMNS]].map(str.strip) == ""
+    is_blank = frame[[*VOTE_COLUMNS]].map(comparable_text) == ""
     has_no_vote = is_blank.all(axis=1)
     fallbacks["dev_blank_votes"] += int(is_blank.to_numpy().sum())
     frame = frame.assign(problem=has_no_vote.map({True: "no vote", False: ""}))
@@ -12584,7 +12595,7 @@ def _load_dev(
     _check_questions("dev", frame, fallbacks)
     given_votes = []
     for column in VOTE_COLUMNS:
-        given = frame[frame[column].str.strip() != ""]
+        given = frame[frame[column].map(comparable_text) != ""]
         given_votes.append(given.assign(answer=given[column], column=column))
     rows = pd.concat(given_votes)
     labels, _ = _read_answers(rows, "dev.csv", fallbacks)  # all votes are of one kind

@@ -35,15 +35,22 @@ KEPT_TEXTS = [
     " 다섯 ",
     "=1+1",
     "é",
-    "e\u0301",
 ]
+DECOMPOSED = "e\u0301"
 CHOICES = [
+    *(
+        case(
+            f"the text {text!r} is kept",
+            table("train", R2.replace("셋", text)),
+            Loads(train={"c": [text], "a": ["하나"]}),
+        )
+        for text in KEPT_TEXTS
+    ),
     case(
-        f"the text {text!r} is kept",
-        table("train", R2.replace("셋", text)),
-        Loads(train={"c": [text], "a": ["하나"]}),
-    )
-    for text in KEPT_TEXTS
+        "a decomposed text is kept and counted",
+        table("train", R2.replace("셋", DECOMPOSED)),
+        Loads(train={"c": [DECOMPOSED]}, counted={"train_decomposed_text_composed": 1}),
+    ),
 ]
 ANSWERS = [
     *read_cases("answers"),
