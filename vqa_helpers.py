@@ -2434,6 +2434,14 @@ _UNSAFE_MEMBER_NAME = re.compile(
     """,
     re.VERBOSE,
 )
+_ZIP_NAME_IS_UTF8 = 0x800  # a flag of a .zip's members
+_LARGEST_TABLE = 64 * 2**20  # bytes that are read of a table in an archive
+# What a name is made of, in each encoding that is tried.
+_LETTERS_OF_NAMES = {
+    "utf-8": r"(?s).*",
+    "cp949": r"[ -~가-힣ㄱ-ㅣ一-\u9fff\u3000-\u303f\uff01-\uff5e]+",  # Korean, hanja, full width
+    "cp437": r"[ -~ÇüéâäàåçêëèïîìÄÅÉæÆôöòûùÿÖÜáíóúñÑß]+",  # western Europe
+}
 
 
 def _check_end_of_tar(opened: tarfile.TarFile) -> None:
@@ -2473,12 +2481,88 @@ def _check_members(
             )
 
 
+def _unmarked_names(archive: Path) -> list[bytes]:
+    """The names in a .zip beyond ASCII without a note of their encoding, as their bytes."""
+    names = []
+    with zipfile.ZipFile(archive) as opened:
+        for member in opened.infolist():
+            is_marked = member.flag_bits & _ZIP_NAME_IS_UTF8
+            if not is_marked and not member.orig_filename.isascii():
+                names.append(member.orig_filename.encode("cp437"))  # as zipfile decoded it
+    return names
+
+
+def _decode_names(names: Sequence[bytes], encoding: str) -> list[str]:
+    """The names in this encoding; empty where one is not in it, or is not made of its letters."""
+    try:
+        decoded = [name.decode(encoding) for name in names]
+    except UnicodeDecodeError:
+        return []
+    letters = re.compile(_LETTERS_OF_NAMES[encoding])
+    return decoded if all(map(letters.fullmatch, decoded)) else []
+
+
+def _count_in_tables(names: Sequence[str], archive: Path) -> int:
+    """How many of the names occur in the tables that lie in the .zip or beside it."""
+    text = b""
+    with zipfile.ZipFile(archive) as opened:
+        for member in opened.namelist():
+            if Path(member).name in COMPETITION_FILES:
+                text += opened.open(member).read(_LARGEST_TABLE)
+    for name in COMPETITION_FILES:
+        path = archive.with_name(name)
+        if path.is_file():
+            text += path.read_bytes()
+    found = 0
+    for name in names:
+        last_part = name.rstrip("/").rpartition("/")[2]
+        found += last_part.encode() in text or last_part.encode("cp949", "replace") in text
+    return found
+
+
+def zip_name_encoding(archive: Path) -> str:
+    """The encoding of the names in a .zip that are not marked as UTF-8.
+
+    They are UTF-8 where all can be (a Mac writes it). Else cp949 (Korean Windows) or
+    cp437 (the format's own), whichever gives names of plain letters; where both do, the one
+    whose names the tables have. Raises ValueError where that leaves none or two.
+    """
+    names = _unmarked_names(archive)
+    if not names or _decode_names(names, "utf-8"):
+        return "utf-8"
+    readings = {}
+    for encoding in ("cp949", "cp437"):
+        decoded = _decode_names(names, encoding)
+        if decoded:
+            readings[encoding] = decoded
+    if len(readings) > 1:
+        in_tables = {name: _count_in_tables(texts, archive) for name, texts in readings.items()}
+        most = max(in_tables.values())
+        readings = {name: readings[name] for name, count in in_tables.items() if count == most}
+    if len(readings) != 1:
+        tried = ", ".join(f"{name} {texts[0]!r}" for name, texts in readings.items())
+        raise ValueError(
+            f"{len(names)} names have no note of their encoding, for example {names[0]!r}; "
+            f"tried UTF-8, cp949 and cp437, what makes sense: {tried or 'none'}"
+        )
+    encoding, decoded = readings.popitem()
+    LOGGER.warning(
+        "%s: %d names have no note of their encoding and are read as %s, for example %r",
+        archive,
+        len(names),
+        encoding,
+        decoded[0],
+    )
+    return encoding
+
+
 def _extract(archive: Path, folder: Path) -> None:
     """Unpack an archive into a folder once all its members are known to be harmless.
 
-    Raises what `_check_members` and `_check_end_of_tar` raise.
+    Raises what `zip_name_encoding`, `_check_members` and `_check_end_of_tar` raise.
     """
-    with _open_archive(archive, zip_encoding="utf-8") as opened:
+    encoding = zip_name_encoding(archive) if zipfile.is_zipfile(archive) else None
+    with _open_archive(archive, encoding) as opened:
         packed_bytes = archive.stat().st_size
         free_bytes = shutil.disk_usage(folder).free
         _check_members(opened, packed_bytes, free_bytes)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from machine import COMPETITION, CONFIG, T4_CARD
 from running import raising
-from small_competition import BASE, write
+from small_competition import BASE, with_path, write
 
 import vqa_helpers as vqa
 
@@ -302,9 +302,9 @@ def rename_a_member(content):
     return content.replace(b"more.txt", b"less.txt")
 
 
-def name_in_cp949(content):
-    """A name as old Windows programs wrote it, without a note of its encoding."""
-    return content.replace(b"more.txt", "가나".encode("cp949") + b".txt")
+def name_in_no_encoding(content):
+    """Bytes that are a name neither in UTF-8 nor in cp949, and lines of a box in cp437."""
+    return content.replace(b"more.txt", b"\xff\xb3\xc4\xff.txt")
 
 
 # The archive, what is done to its bytes, and the reason with which it is refused.
@@ -320,7 +320,12 @@ DAMAGED = {
         "the end of the archive is missing",
     ),
     "a tar with a damaged member": (plain_tar, rename_a_member, "a member is damaged"),
-    "a name of unknown encoding": (make_zip, name_in_cp949, "UnicodeDecodeError"),
+    "a name of unknown encoding": (
+        make_zip,
+        name_in_no_encoding,
+        "1 names have no note of their encoding, for example b'\\xff\\xb3\\xc4\\xff.txt'; "
+        "tried UTF-8, cp949 and cp437, what makes sense: none",
+    ),
     "damaged bytes in a zip": (make_zip, change_a_byte, ""),
     "a password": (make_zip, encrypt, "is encrypted, password required"),
 }
@@ -352,3 +357,71 @@ def test_too_many_members_and_too_little_disk_space_are_refused(tmp_path, monkey
     monkeypatch.setattr(vqa.shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
     with pytest.raises(vqa.DataError, match=r"member 'train.csv' is number 1 .* and 9 \(disk\)"):
         vqa.unpack_archive(tmp_path / "archive", tmp_path / "data")
+
+
+# --- Names without a note of their encoding -------------------------------------------------------
+
+
+def zip_with_raw_name(path, name, files=(), content=b"more"):
+    """A zip file as old programs write it: a member has this name in bytes, unmarked."""
+    placeholder = "Z" * len(name)
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, data in dict(files).items():
+            archive.writestr(member, data)
+        archive.writestr(placeholder, content)
+    path.write_bytes(path.read_bytes().replace(placeholder.encode(), name))
+
+
+# In cp437 a letter of western Europe and a plain one; in cp949 both are one rare syllable.
+AMBIGUOUS = "für.png".encode("cp437")
+AS_CP949 = AMBIGUOUS.decode("cp949")
+RAW_NAMES = {
+    "cp949": ("사진/빨간 차.png".encode("cp949"), "사진/빨간 차.png", "cp949"),
+    "cp949 with hanja": ("大韓.png".encode("cp949"), "大韓.png", "cp949"),
+    "cp949 with rare syllables": ("펲똠방.png".encode("cp949"), "펲똠방.png", "cp949"),
+    "cp437": ("café.png".encode("cp437"), "café.png", "cp437"),
+}
+
+
+@pytest.mark.parametrize(("raw", "name", "encoding"), RAW_NAMES.values(), ids=RAW_NAMES)
+def test_an_unmarked_name_is_read_in_the_encoding_in_which_it_is_a_word(
+    tmp_path, caplog, raw, name, encoding
+):
+    zip_with_raw_name(tmp_path / "a.zip", raw)
+    folder = vqa.unpack_archive(tmp_path / "a.zip", tmp_path / "data")
+    assert unpacked(folder) == {name: b"more"}
+    logged = "1 names have no note of their encoding and are read as"
+    assert f"{logged} {encoding}, for example {name!r}" in caplog.text
+
+
+@pytest.mark.parametrize("in_table", ["für.png", AS_CP949])
+@pytest.mark.parametrize("place", ["in the archive", "beside it"])
+def test_an_unmarked_name_of_two_meanings_is_read_as_the_tables_have_it(tmp_path, in_table, place):
+    table = f"id,path\nr1,train/{in_table}\n".encode()
+    files = {}
+    if place == "in the archive":
+        files["open/train.csv"] = table
+    else:
+        (tmp_path / "train.csv").write_bytes(table)
+    zip_with_raw_name(tmp_path / "a.zip", AMBIGUOUS, files)
+    folder = vqa.unpack_archive(tmp_path / "a.zip", tmp_path / "data")
+    assert unpacked(folder) == files | {in_table: b"more"}
+
+
+def test_an_unmarked_name_of_two_meanings_without_a_table_is_refused(tmp_path):
+    zip_with_raw_name(tmp_path / "a.zip", AMBIGUOUS)
+    with pytest.raises(vqa.DataError) as caught:
+        vqa.unpack_archive(tmp_path / "a.zip", tmp_path / "data")
+    readings = f"what makes sense: cp949 {AS_CP949!r}, cp437 'für.png'"
+    assert f"tried UTF-8, cp949 and cp437, {readings}" in str(caught.value)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_competition_whose_images_have_names_in_cp949_loads(tmp_path):
+    files = BASE | with_path("train/빨강.png")
+    content = files.pop("train/1.png")
+    zip_with_raw_name(tmp_path / "a.zip", "train/빨강.png".encode("cp949"), files, content)
+    folder = vqa.unpack_archive(tmp_path / "a.zip", tmp_path / "data")
+    loaded = vqa.load_competition(folder)
+    assert loaded.train["image_path"][0] == str(folder / "train/빨강.png")
+    assert loaded.train["image_ok"].all()
