@@ -34,6 +34,7 @@ above it.
    Columns                             which column of a file is which
    Tables                              CSV files, read verbatim and checked row by row
    Answers                             what answers mean, and how a competition writes them
+   Damaged images                      what can be saved of PNG and JPEG files, and formats by name
    Images                              finding, decoding, hashing
    Competition                         all tables of one competition, validated
    Leakage and folds                   copies of images, and folds that keep them together
@@ -167,7 +168,7 @@ import psutil
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageChops
 from scipy import special
 from scipy.optimize import minimize, minimize_scalar
 from scipy.sparse import coo_matrix, triu
@@ -4441,6 +4442,188 @@ def decide_notation(
     return dataclasses.replace(of_train, reason=reason)
 
 
+# === Damaged images ===============================================================================
+MIN_DECODED_SHARE = 0.9  # of a JPEG that is cut off, so that it is used
+_LARGEST_IMAGE_FILE = 2**28  # bytes that are read of a file in order to repair it
+# Formats by how their files begin, and what to do about one that is not read.
+_UNREAD_FORMATS = {
+    rb"....ftyp(hei[cmsx]|hev[cx]|mif1|msf1)": "HEIC: pip install pillow-heif and start again",
+    rb"....ftyp(avif|avis)": 'AVIF: pip install "pillow>=11.3" and start again',
+    rb"\xff\x4f\xff\x51|....jP  \r\n": "JPEG 2000: install a Pillow that has OpenJPEG",
+    rb"\xff\x0a|....JXL \r\n": "JPEG XL: convert it with the package pillow-jxl-plugin",
+    rb"\s*(<\?xml.{0,400})?<svg": "SVG: convert it with the package cairosvg",
+    rb"%PDF": "PDF: convert it with the package pdf2image",
+    rb"8BPS": "Photoshop's format: convert it with the package psd-tools",
+    rb"II.{6}CR": "a camera's raw file: convert it with the package rawpy",
+}
+
+
+def _unread_format(content: bytes) -> str:
+    """What a file is that no decoder here reads, and what to do; "" where it is not known.
+
+    >>> _unread_format(b"%PDF-1.4 ...")
+    'PDF: convert it with the package pdf2image'
+    """
+    for beginning, remedy in _UNREAD_FORMATS.items():
+        if re.match(beginning, content, re.DOTALL):
+            return remedy
+    return ""
+
+
+def _png_without_blocks(content: bytes) -> bytes:
+    """A PNG of those blocks that make the picture and its rotation, if they are undamaged.
+
+    Texts, colour profiles and further frames are left out, and whatever is between blocks.
+    """
+    kept = [content[:8]]
+    for match in re.finditer(b"IHDR|PLTE|tRNS|IDAT|eXIf|IEND", content):
+        start = match.start() - 4  # a block: its length, name, data and checksum
+        end = match.end() + int.from_bytes(content[start : start + 4], "big")
+        checksum = zlib.crc32(content[match.start() : end])
+        if content[end : end + 4] == checksum.to_bytes(4, "big"):
+            kept.append(content[start : end + 4])
+    return b"".join(kept)
+
+
+@dataclass(frozen=True)
+class _JpegSegment:
+    """One segment of a JPEG; that of a scan includes the pixels' data."""
+
+    marker: int
+    start: int
+    end: int
+
+
+_SOS = 0xDA  # the marker of a scan
+_FRAMES = (0xC0, 0xC1, 0xC2)  # the markers of usual pictures: the size, and how it is coded
+_NOT_FOR_THE_PICTURE = {*range(0xE2, 0xEE), 0xEF, 0xFE}  # profiles, previews, comments
+
+
+def _jpeg_segments(content: bytes, start: int = 2) -> list[_JpegSegment]:
+    """The segments from `start` on, up to the end or to the first that leads astray."""
+    segments = []
+    while start + 4 <= len(content) and content[start] == 0xFF:
+        marker = content[start + 1]
+        if marker == 0xFF:  # a byte of padding
+            start += 1
+            continue
+        end = start + 2 + int.from_bytes(content[start + 2 : start + 4], "big")
+        if marker == 0xD9 or end > len(content):
+            break
+        if marker == _SOS:  # its data end at the next marker that is no restart
+            following = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]").search(content, end)
+            end = following.start() if following else len(content)
+        if content[end : end + 1] not in (b"\xff", b""):  # its length is wrong
+            break
+        segments.append(_JpegSegment(marker, start, end))
+        start = end
+    return segments
+
+
+def _jpeg_area(content: bytes, segments: Sequence[_JpegSegment]) -> int:
+    """Pixels of the picture that these segments hold; 0 where they hold none."""
+    area = 0
+    has_scan = any(segment.marker == _SOS for segment in segments)
+    for segment in segments:
+        if segment.marker in _FRAMES and has_scan:
+            height = int.from_bytes(content[segment.start + 5 : segment.start + 7], "big")
+            width = int.from_bytes(content[segment.start + 7 : segment.start + 9], "big")
+            area = height * width
+    return area
+
+
+def _jpeg_without_blocks(content: bytes) -> bytes:
+    """A JPEG of those segments that make the picture and its rotation.
+
+    Where a segment leads astray, the largest picture behind it is taken: others are previews.
+    """
+    segments = _jpeg_segments(content)
+    if not _jpeg_area(content, segments):
+        picture = []
+        for table in re.finditer(b"\xff\xdb", content):  # with which a picture begins
+            behind = _jpeg_segments(content, table.start())
+            if _jpeg_area(content, behind) > _jpeg_area(content, picture):
+                picture = behind
+        segments += picture
+    kept = [content[:2]]
+    for segment in segments:
+        if segment.marker not in _NOT_FOR_THE_PICTURE:
+            kept.append(content[segment.start : segment.end])
+    end = segments[-1].end if segments else len(content)
+    kept.append(content[end : end + 2])  # the mark of its end, unless it is cut off
+    return b"".join(kept)
+
+
+def _jpeg_detail(content: bytes) -> float:
+    """The mean share of the colour channels' 64 frequencies that the file has, from 0 to 1.
+
+    A progressive JPEG sends them in several scans; of one that is cut off, only what it refines
+    is taken for known.
+    """
+    known = defaultdict(set)
+    segments = _jpeg_segments(content)
+    channels = 0
+    for segment in segments:
+        if segment.marker in _FRAMES:
+            channels = content[segment.start + 9]
+    for scan in segments:
+        if scan.marker != _SOS:
+            continue
+        count = content[scan.start + 4]
+        after_channels = scan.start + 5 + 2 * count
+        first, last = content[after_channels : after_channels + 2]
+        is_whole_picture = count == channels and (first, last) == (0, 63)
+        if scan.end < len(content) or is_whole_picture:
+            for channel in content[scan.start + 5 : after_channels : 2]:
+                known[channel].update(range(first, last + 1))
+    return sum(map(len, known.values())) / (64 * max(channels, 1))
+
+
+def _decoded_share(image: Image.Image, undisturbed: Image.Image, detail: float) -> float:
+    """Share of the pixels that a JPEG's data gave, times the share of their `detail`.
+
+    `image`: decoded as if the data ended where the file is cut off. `undisturbed`: its negative,
+    on which the decoder has put the rows that it had the data for. Below these rows, the
+    decoder fills what is missing with one colour: that of the last pixel.
+    """
+    pixels = np.atleast_3d(np.asarray(image))
+    is_row_given = (pixels == np.atleast_3d(np.asarray(undisturbed))).all(axis=(1, 2))
+    is_filled = (pixels == pixels[-1, -1]).all(axis=2) & ~is_row_given[:, None]
+    return float(1 - is_filled.mean()) * detail
+
+
+def _shrunken_size(size: Sequence[int], max_side: int) -> list[int]:
+    """The size at which the longer side is `max_side`, or a little more.
+
+    >>> _shrunken_size((300, 200), max_side=30)
+    [30, 20]
+    """
+    return [math.ceil(side * max_side / max(size)) for side in size]
+
+
+def _decode_cut_jpeg(content: bytes, max_side: int) -> tuple[Image.Image, float]:
+    """(image, share of it that was decoded) of a JPEG that may be cut off.
+
+    It is decoded at 1/2 to 1/8 of its size where that is far more than `max_side`. Raises what
+    PIL raises where not even the picture's size is there.
+    """
+    detail = _jpeg_detail(content)
+    segments = _jpeg_segments(content)
+    end = segments[-1].end if segments else len(content)
+    if content[end : end + 2] != b"\xff\xd9":
+        content = content[:end]  # without a last segment that is not whole
+    image = Image.open(io.BytesIO(content + b"\xff\xd9"), formats=["JPEG"])
+    image.draft("RGB", _shrunken_size(image.size, max_side))
+    image.load()
+    cut = Image.open(io.BytesIO(content), formats=["JPEG"])
+    cut.draft("RGB", _shrunken_size(cut.size, max_side))
+    cut.im = ImageChops.invert(image).im  # PIL decodes into it
+    with contextlib.suppress(OSError):  # it raises where the data end, and leaves what it has
+        cut.load()
+    cut.tile = []  # nothing more to decode
+    return image, _decoded_share(image, cut.copy(), detail)
+
+
 # === Images =======================================================================================
 # The `image_path` of a test row without a usable image; `load_image` knows it.
 GREY_IMAGE = "<grey image>"
@@ -4449,7 +4632,18 @@ VARIANT_MARK = "<variant>"
 # Pixels; more than any pixel budget asks for, and it bounds the memory of one image.
 MAX_IMAGE_SIDE = 4096
 # Not EPS, for example: it starts Ghostscript.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+IMAGE_FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+    "AVIF",
+    "JPEG2000",
+    "HEIF",  # where pillow-heif is installed
+)
 
 
 def _first_file(paths: Iterable[str]) -> str | None:
@@ -4517,12 +4711,17 @@ def _grey_range(mode: str, lowest: float, highest: float) -> tuple[float, float]
     """The grey values of an image of more than 8 bits that become black and white.
 
     From 0 to the smallest usual maximum that holds all values; the values' own
-    range where some are negative.
+    range where some are negative. Floats may exceed 1 by half, as resizing makes them do.
+
+    >>> _grey_range("F", 0.0, 1.02), _grey_range("F", 0.0, 200.0), _grey_range("I", 0, 2)
+    ((0, 1), (0, 255), (0, 255))
     """
     if lowest < 0:
         return lowest, highest
     if mode.startswith("I;16"):
         return 0, 65535
+    if mode == "F" and highest <= 1.5:
+        return 0, 1
     for usual_maximum in (1, 255, 65535):
         if highest <= usual_maximum:
             return 0, usual_maximum
@@ -4535,7 +4734,7 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
     black, white = _grey_range(image.mode, values.min(), values.max())
     width = (white - black) or 1  # all values are alike
     scaled = (values - black) / width * 255
-    return Image.fromarray(np.rint(scaled).astype(np.uint8))
+    return Image.fromarray(np.rint(scaled).clip(0, 255).astype(np.uint8))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -4584,43 +4783,174 @@ def apply_image_change(image: Image.Image, change: Mapping) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-def _decode_image(path: str | Path, max_side: int) -> Image.Image:
-    """The file's image, upright and in RGB.
+@functools.cache
+def _readable_formats() -> list[str]:
+    """Those of IMAGE_FORMATS that this PIL knows."""
+    Image.init()
+    if importlib.util.find_spec("pillow_heif"):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    return [name for name in IMAGE_FORMATS if name in Image.OPEN]
+
+
+# Kinds of what an image was used in spite of: the names of their fallbacks.
+CUT_OFF = "image_cut_off_but_used"
+BLOCKS_LEFT_OUT = "image_without_its_damaged_blocks"
+ROTATION_IGNORED = "image_rotation_not_readable"
+OWN_GREYS = "image_greys_scaled_to_their_own_range"
+IMAGE_REPAIRS = (CUT_OFF, BLOCKS_LEFT_OUT, ROTATION_IGNORED, OWN_GREYS)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """An image, and how it was repaired: kinds among IMAGE_REPAIRS and what there is to say."""
+
+    image: Image.Image
+    repairs: dict[str, str] = field(default_factory=dict)
+
+
+def _turn_upright(image: Image.Image, repairs: dict[str, str]) -> Image.Image:
+    """The image as its camera was held; as it is, and noted, where that cannot be read.
+
+    Unlike PIL's own function it does not write the EXIF block anew, which fails for one that is
+    too long or has a value of the wrong kind.
+    """
+    image.load()
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception as error:  # a damaged block, in which PIL's parser may stumble anywhere
+        repairs[ROTATION_IGNORED] = f"{type(error).__name__}: {error}"
+        return image
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def _finish_image(image: Image.Image, repairs: dict[str, str]) -> _Decoded:
+    """The image of an opened file, upright and in RGB."""
+    image = _turn_upright(image, repairs)
+    if image.mode == "F" or image.mode == "I":
+        lowest, highest = image.getextrema()
+        if lowest < 0 or highest > 65535:
+            repairs[OWN_GREYS] = f"from {lowest:g} to {highest:g}"
+    return _Decoded(_to_rgb(image), repairs)
+
+
+def _blocks_left_out(content: bytes, kept: bytes, reason: str) -> dict[str, str]:
+    """The repairs of an image of which only the bytes in `kept` were used."""
+    repairs = {BLOCKS_LEFT_OUT: reason}
+    for name in (b"Exif\0\0", b"eXIf"):  # of JPEG, of PNG
+        if name in content and name not in kept:
+            repairs[ROTATION_IGNORED] = "its EXIF block is damaged"
+    return repairs
+
+
+def _repair_jpeg(path: str | Path, content: bytes, max_side: int, reason: str) -> _Decoded:
+    """A JPEG that PIL refuses for a `reason`: cut off, or without blocks that are not needed.
+
+    Raises ImageError where less than MIN_DECODED_SHARE decodes, else what PIL raises.
+    """
+    kept = _jpeg_without_blocks(content)
+    repairs = {}
+    try:
+        image, share = _decode_cut_jpeg(content, max_side)
+    except Exception as error:  # of a block before the picture, or of no picture at all
+        LOGGER.debug("%s: tried without its blocks, after %s", path, error)
+        share = 0.0
+    if share < MIN_DECODED_SHARE and kept != content:
+        image, share = _decode_cut_jpeg(kept, max_side)
+        repairs = _blocks_left_out(content, kept, reason)
+    if share < MIN_DECODED_SHARE:
+        raise ImageError(
+            f"{path}: cut off, only {share:.0%} of it can be decoded, "
+            f"{MIN_DECODED_SHARE:.0%} are needed; replace the file"
+        )
+    if share < 1 or not repairs:
+        repairs[CUT_OFF] = f"{share:.1%} decoded"
+    return _finish_image(image, repairs)
+
+
+def _repair_png(content: bytes, reason: str) -> _Decoded:
+    """A PNG that PIL refuses for a `reason`, without blocks that are not needed.
+
+    Raises what PIL raises.
+    """
+    kept = _png_without_blocks(content)
+    image = Image.open(io.BytesIO(kept), formats=["PNG"])
+    return _finish_image(image, _blocks_left_out(content, kept, reason))
+
+
+def _repair_image(path: str | Path, max_side: int, error: Exception) -> _Decoded:
+    """What can be saved of an image that PIL refuses with `error`.
+
+    Raises ImageError for what cannot.
+    """
+    content = b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # PIL has met the error, too
+        content = file.read(_LARGEST_IMAGE_FILE)
+    reason = f"{type(error).__name__}: {error}"[:200]
+    try:
+        if content.startswith(b"\xff\xd8\xff"):
+            return _repair_jpeg(path, content, max_side, reason)
+        if content.startswith(b"\x89PNG"):
+            return _repair_png(content, reason)
+    except ImageError:
+        raise
+    except Exception as second_error:
+        LOGGER.debug("%s: not repaired either (%s)", path, second_error)
+    remedy = _unread_format(content)
+    remedy = f"it is {remedy}, or replace it" if remedy else "replace the file"
+    raise ImageError(f"{path}: not a readable image ({reason}); {remedy}") from error
+
+
+def _decode_image(path: str | Path, max_side: int) -> _Decoded:
+    """The file's image, upright and in RGB, repaired where it must be.
 
     A JPEG far larger than `max_side` is decoded at 1/2 to 1/8 of its size. Raises
     ImageError for what cannot be read; PIL refuses a decompression bomb.
     """
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:  # reads the header only
-            longer_side = max(image.size)
-            wanted_size = [math.ceil(side * max_side / longer_side) for side in image.size]
-            image.draft("RGB", wanted_size)
-            return _to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(path, formats=_readable_formats()) as image:  # reads the header only
+            image.draft("RGB", _shrunken_size(image.size, max_side))
+            return _finish_image(image, {})
     except Exception as error:  # each decoder raises its own, and PIL passes them on
-        raise ImageError(
-            f"{path}: not a readable image ({type(error).__name__}: {error}); replace the file"
-        ) from error
+        return _repair_image(path, max_side, error)
+
+
+def _load_image(path: str | Path, max_side: int) -> _Decoded:
+    """`load_image`, with what was repaired."""
+    if str(path) == GREY_IMAGE:
+        return _Decoded(grey_image())
+    if VARIANT_MARK in str(path):
+        original, recipe = str(path).split(VARIANT_MARK)
+        decoded = _load_image(original, max_side)
+        changed = apply_image_change(decoded.image, json.loads(recipe))
+        return _Decoded(changed, decoded.repairs)
+    decoded = _decode_image(path, max_side)
+    image = decoded.image
+    image.thumbnail((max_side, max_side))
+    if max(image.size) > 200 * min(image.size):  # the models' processors take no more
+        raise ImageError(f"{path}: its sides {image.size} differ more than 200 to 1; crop it")
+    return decoded
 
 
 def load_image(path: str | Path, max_side: int = MAX_IMAGE_SIDE) -> Image.Image:
     """The upright RGB image, longer side at most `max_side` pixels, transparency on white.
 
-    `path` may also be GREY_IMAGE, or a file, VARIANT_MARK and the JSON of a change.
-    Raises ImageError for an image that cannot be used.
+    `path` may also be GREY_IMAGE, or a file, VARIANT_MARK and the JSON of a change. Of a JPEG
+    that is cut off, what is missing is grey. Raises ImageError for an image that cannot be used.
 
     >>> load_image(GREY_IMAGE).size
     (224, 224)
     """
-    if str(path) == GREY_IMAGE:
-        return grey_image()
-    if VARIANT_MARK in str(path):
-        original, recipe = str(path).split(VARIANT_MARK)
-        return apply_image_change(load_image(original, max_side), json.loads(recipe))
-    image = _decode_image(path, max_side)
-    image.thumbnail((max_side, max_side))
-    if max(image.size) > 200 * min(image.size):  # the models' processors take no more
-        raise ImageError(f"{path}: its sides {image.size} differ more than 200 to 1; crop it")
-    return image
+    return _load_image(path, max_side).image
 
 
 def _difference_hash(image: Image.Image) -> str:
@@ -4637,14 +4967,17 @@ def _image_facts(path: str) -> dict:
     """Size, content hash and perceptual hash of one image, from one full decode.
 
     Where it is unusable, `problem` says why, the hashes are "" and the size is the
-    grey image's.
+    grey image's. `repairs` are those of `_Decoded`.
     """
     image = grey_image()
     pixel_hash = ""
     dhash = ""
     problem = ""
+    repairs = {}
     try:
-        image = load_image(path)
+        decoded = _load_image(path, MAX_IMAGE_SIDE)
+        repairs = decoded.repairs
+        image = decoded.image
         pixel_hash = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
         dhash = _difference_hash(image)
     except ImageError as error:
@@ -4657,6 +4990,7 @@ def _image_facts(path: str) -> dict:
         "pixel_hash": pixel_hash,
         "dhash": dhash,
         "problem": problem,
+        "repairs": repairs,
     }
 
 
@@ -4710,6 +5044,26 @@ def _count_dropped_rows(
         _raise_for_first_row(f"{split}.csv", frame, is_lost, column, problem)
 
 
+def _count_repaired_images(frame: pd.DataFrame, split: str, fallbacks: Counter) -> None:
+    """Count and log, by kind, the rows whose image was used although something is wrong with it."""
+    for kind in IMAGE_REPAIRS:
+        is_repaired = [kind in repairs for repairs in frame["repairs"]]
+        rows = frame[is_repaired]
+        fallbacks[kind] += len(rows)
+        if not rows.empty:
+            first = rows.iloc[0]
+            LOGGER.warning(
+                "%s.csv: %s in %d of %d rows, for example line %d: %s (%s)",
+                split,
+                kind,
+                len(rows),
+                len(frame),
+                first["line"],
+                first["image_path"],
+                first["repairs"][kind][:200],
+            )
+
+
 def _attach_images(
     frame: pd.DataFrame, root: Path, split: str, limit: float, fallbacks: Counter
 ) -> pd.DataFrame:
@@ -4726,7 +5080,8 @@ def _attach_images(
         facts = pd.DataFrame(pool.map(_image_facts, frame["image_path"].unique()))
     frame = frame.merge(facts, how="left", on="image_path")
     _count_dropped_rows(frame, split, "unusable_image", "path", limit, fallbacks)
-    frame = frame.drop(columns=["path", "problem"])
+    _count_repaired_images(frame, split, fallbacks)
+    frame = frame.drop(columns=["path", "problem", "repairs"])
     rows = frame[["question", *CHOICES]].itertuples(index=False)
     return frame.assign(type=[question_type(question, choices) for question, *choices in rows])
 

@@ -207,6 +207,12 @@ def shown(title, content, *pixels):
     return case(title, {IMAGE: content}, Loads(pixels=list(pixels)))
 
 
+def own_greys(title, content, *pixels):
+    """The same, of greys whose range is none of the usual ones, which is counted."""
+    counted = {"image_greys_scaled_to_their_own_range": 1}
+    return case(title, {IMAGE: content}, Loads(counted, pixels=list(pixels)))
+
+
 def pixel(mode, colour=0, **options):
     """A PNG of one pixel."""
     return encoded(Image.new(mode, (1, 1), colour), **options)
@@ -258,9 +264,9 @@ DECODED = [
     shown("8 bits in 32", array(RAMP.astype(np.int32)), BLACK, GREY, WHITE),
     shown("16 bits in 32", array((RAMP * 257).astype(np.int32)), BLACK, GREY, WHITE),
     shown("floats up to 1", array((RAMP / 255).astype(np.float32)), BLACK, GREY, WHITE),
-    shown("floats below 0", array((RAMP - 300).astype(np.float32)), BLACK, GREY, WHITE),
+    own_greys("floats below 0", array((RAMP - 300).astype(np.float32)), BLACK, GREY, WHITE),
     shown("floats with NaN", array(WITH_NAN), BLACK, WHITE),
-    shown("equal floats below 0", array(ALIKE_BELOW_0), BLACK),
+    own_greys("equal floats below 0", array(ALIKE_BELOW_0), BLACK),
     shown("the first frame of an animation", animation(), RED),
 ]
 
