@@ -6143,6 +6143,37 @@ def pixel_budget(config: Config, processor, scale: float = 1.0) -> tuple[int, in
     return min_pixels, max_pixels
 
 
+def resized_size(width: int, height: int, processor, budget: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) to which an image of that size in pixels is resized for the model.
+
+    `budget` is (min_pixels, max_pixels). The aspect ratio is kept, but for the rounding
+    to whole image tokens. Each side has at least one, also where that costs the ratio:
+    smart_resize gives long strips at small budgets a side of zero, and takes no longer ones.
+
+    >>> qwen = SimpleNamespace(image_processor=SimpleNamespace(patch_size=16, merge_size=2))
+    >>> resized_size(640, 320, qwen, budget=(4096, 786432))
+    (640, 320)
+    >>> resized_size(3000, 2, qwen, budget=(1024, 4096))
+    (128, 32)
+    """
+    images = processor.image_processor
+    token_side = images.patch_size * images.merge_size
+    min_pixels, max_pixels = budget
+    least_side = math.ceil(max(width, height) / vision_process.MAX_RATIO)
+    new_height, new_width = vision_process.smart_resize(
+        max(height, least_side),
+        max(width, least_side),
+        factor=token_side,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+    )
+    if 0 in (new_height, new_width):
+        longest = max(max_pixels // token_side**2, 1) * token_side
+        new_height = min(max(new_height, token_side), longest)
+        new_width = min(max(new_width, token_side), longest)
+    return new_width, new_height
+
+
 def image_grid(width: int, height: int, processor, budget: tuple[int, int]) -> tuple[int, int, int]:
     """(1, rows, columns) of patches for an image of that size in pixels.
 
@@ -6153,25 +6184,13 @@ def image_grid(width: int, height: int, processor, budget: tuple[int, int]) -> t
     >>> image_grid(640, 320, qwen, budget=(4096, 786432))
     (1, 20, 40)
     """
-    images = processor.image_processor
-    min_pixels, max_pixels = budget
-    resized_height, resized_width = vision_process.smart_resize(
-        height,
-        width,
-        factor=images.patch_size * images.merge_size,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-    )
-    rows = resized_height // images.patch_size
-    columns = resized_width // images.patch_size
-    return 1, rows, columns
+    patch_size = processor.image_processor.patch_size
+    resized_width, resized_height = resized_size(width, height, processor, budget)
+    return 1, resized_height // patch_size, resized_width // patch_size
 
 
-def prepare_image(image, processor, budget: tuple[int, int]):
-    """(pixel_values (patches, values), grid (1, rows, columns)) of a PIL image.
-
-    The image is resized once; the processor does not resize it again.
-    """
+def _resize_by_vision_process(image, processor, budget: tuple[int, int]) -> list:
+    """The image in a list, resized as the family's own package does it."""
     min_pixels, max_pixels = budget
     content = {
         "type": "image",
@@ -6183,6 +6202,19 @@ def prepare_image(image, processor, budget: tuple[int, int]):
         [{"role": "user", "content": [content]}],
         image_patch_size=processor.image_processor.patch_size,
     )
+    return resized
+
+
+def prepare_image(image, processor, budget: tuple[int, int]):
+    """(pixel_values (patches, values), grid (1, rows, columns)) of a PIL image.
+
+    The image is resized once; the processor does not resize it again.
+    """
+    size = resized_size(image.width, image.height, processor, budget)
+    if min(size) ** 2 == merged_patch_area(processor):
+        resized = [image.resize(size)]  # a strip, of which process_vision_info may leave nothing
+    else:
+        resized = _resize_by_vision_process(image, processor, budget)
     inputs = processor.image_processor(images=resized, do_resize=False, return_tensors="pt")
     grid = tuple(inputs["image_grid_thw"][0].tolist())
     return inputs["pixel_values"], grid
