@@ -34,8 +34,10 @@ above it.
    Columns                             which column of a file is which
    Tables                              CSV files, read verbatim and checked row by row
    Answers                             what answers mean, and how a competition writes them
+   Paths and folders                   what a table's paths mean, and what is in folders
+   Image places                        where a row's image lies, and where else it may
    Damaged images                      what can be saved of PNG and JPEG files, and formats by name
-   Images                              finding, decoding, hashing
+   Images                              decoding, hashing
    Competition                         all tables of one competition, validated
    Leakage and folds                   copies of images, and folds that keep them together
    Augmentation                        mildly changed copies of training images
@@ -2557,13 +2559,21 @@ def zip_name_encoding(archive: Path) -> str:
     return encoding
 
 
+def _open_with_names(archive: Path) -> zipfile.ZipFile | tarfile.TarFile:
+    """The archive, open for reading, with names in the encoding in which they were written.
+
+    Raises what `zip_name_encoding` raises.
+    """
+    encoding = zip_name_encoding(archive) if zipfile.is_zipfile(archive) else None
+    return _open_archive(archive, encoding)
+
+
 def _extract(archive: Path, folder: Path) -> None:
     """Unpack an archive into a folder once all its members are known to be harmless.
 
     Raises what `zip_name_encoding`, `_check_members` and `_check_end_of_tar` raise.
     """
-    encoding = zip_name_encoding(archive) if zipfile.is_zipfile(archive) else None
-    with _open_archive(archive, encoding) as opened:
+    with _open_with_names(archive) as opened:
         packed_bytes = archive.stat().st_size
         free_bytes = shutil.disk_usage(folder).free
         _check_members(opened, packed_bytes, free_bytes)
@@ -2602,11 +2612,11 @@ def unpack_archive(archive: str | Path, folder: str | Path) -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def unpack_competition(archive: Path) -> Path:
-    """The competition's folder, unpacked from an archive that holds it.
+def unpack_once(archive: Path) -> Path:
+    """The folder of an archive that is unpacked into the system's one for temporary files.
 
-    It goes into the system's folder for temporary files, once: the next call finds
-    it again by the archive's name, size and time.
+    The next call finds it again by the archive's name, size and time. Raises DataError as
+    `unpack_archive` does.
     """
     status = archive.stat()
     identity = f"{archive.name} {status.st_size} {status.st_mtime_ns}"
@@ -2617,7 +2627,12 @@ def unpack_competition(archive: Path) -> Path:
     else:
         LOGGER.info("Competition data: %s, being unpacked from %s", folder, archive)
         unpack_archive(archive, folder)
-    return find_competition(folder)
+    return folder
+
+
+def unpack_competition(archive: Path) -> Path:
+    """The competition's folder, unpacked from an archive that holds it."""
+    return find_competition(unpack_once(archive))
 
 
 def find_competition(data_dir: str | Path | None = None) -> Path:
@@ -4442,6 +4457,429 @@ def decide_notation(
     return dataclasses.replace(of_train, reason=reason)
 
 
+# === Paths and folders ============================================================================
+_MOST_FOLDERS = 100_000  # that are searched for an image in another spelling
+_SPLIT_FOLDERS = ("train", "test", "dev", "val", "valid", "validation")
+_IMAGE_ENDING = re.compile(
+    r"\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|pgm|avif|jp2|hei[cf])$", re.IGNORECASE
+)
+
+
+def _spelling(path: str) -> str:
+    """What two spellings of one path have in common: normalised Unicode, no capitals."""
+    return unicodedata.normalize("NFC", path).casefold()
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What is in a folder: names, and of the files whether each is a link."""
+
+    files: dict[str, bool] = field(default_factory=dict)
+    folders: set[str] = field(default_factory=set)
+
+
+class _FolderReader:
+    """The folders below `tops`, each listed once: on a slow disk every look takes long."""
+
+    def __init__(self, *tops: str):
+        self.tops = set(tops)
+        self.listings = {}
+        self.real_folders = {}
+
+    def listing(self, folder: str) -> _Listing:
+        """What is in a folder; nothing where there is none."""
+        if folder not in self.listings:
+            parent, name = os.path.split(folder)
+            is_there = folder in self.tops or name in self.listing(parent).folders
+            self.listings[folder] = self._list(folder) if is_there else _Listing()
+        return self.listings[folder]
+
+    def _list(self, folder: str) -> _Listing:
+        listing = _Listing()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            LOGGER.warning("%s: no image is looked for in it (%s)", folder, error)
+            entries = []
+        for entry in entries:
+            is_link = entry.is_symlink()
+            is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
+            if is_folder:
+                listing.folders.add(entry.name)
+            else:
+                listing.files[entry.name] = is_link
+        return listing
+
+    def has_file(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        return name in self.listing(folder).files
+
+    def has_folder(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        return name in self.listing(folder).folders
+
+    def is_outside(self, path: str) -> bool:
+        """Whether links lead from this file to a place outside of all `tops`."""
+        folder, name = os.path.split(path)
+        is_link = self.listing(folder).files.get(name, False)
+        real = os.path.realpath(path) if is_link else self.real_folder(folder)
+        return not any(Path(real).is_relative_to(top) for top in self.tops)
+
+    def real_folder(self, folder: str) -> str:
+        """Where a folder is when all links are followed."""
+        if folder not in self.real_folders:
+            self.real_folders[folder] = os.path.realpath(folder)
+        return self.real_folders[folder]
+
+    def all_files(self) -> Iterator[str]:
+        """Every file below the tops; a folder to which several links lead is read once."""
+        seen = set()
+        folders = deque(sorted(self.tops))
+        while folders:
+            folder = folders.popleft()
+            real = self.real_folder(folder)
+            if real in seen:
+                continue
+            seen.add(real)
+            if len(seen) > _MOST_FOLDERS:  # as where a link leads to a whole disk
+                LOGGER.warning("%s: no image is looked for here, nor further down", folder)
+                return
+            listing = self.listing(folder)
+            for name in listing.files:
+                yield os.path.join(folder, name)
+            for name in sorted(listing.folders):
+                folders.append(os.path.join(folder, name))
+
+
+@dataclass(frozen=True)
+class _ImagePath:
+    """A path of a table, without what it says about another machine's folders."""
+
+    text: str  # relative, without "." and ".."
+    is_absolute: bool
+
+
+def _parse_image_path(text: str, root: str) -> _ImagePath | None:
+    """What a table's path says; None for a URL and for one that leads out of `root`.
+
+    >>> _parse_image_path("./train/../1.png ", "/data")
+    _ImagePath(text='1.png', is_absolute=False)
+    >>> _parse_image_path("C:\\\\me\\\\1.png", "/data")
+    _ImagePath(text='me/1.png', is_absolute=True)
+    >>> _parse_image_path("/data/1.png", "/data")
+    _ImagePath(text='1.png', is_absolute=False)
+    """
+    path = text.strip().replace("\\", "/")
+    has_drive = re.match(r"[A-Za-z]:/", path)
+    if re.match(r"[A-Za-z][\w+.-]*:", path) and not has_drive:
+        return None
+    if path.startswith(root + "/"):
+        path = path.removeprefix(root).lstrip("/")
+    without_top = re.sub(r"^([A-Za-z]:)?/+", "", path)
+    relative = os.path.normpath(without_top)
+    if relative == ".." or relative.startswith("../"):
+        return None
+    return _ImagePath(relative, is_absolute=without_top != path)
+
+
+# === Image places =================================================================================
+# How an image was found elsewhere than its path says: the names of the fallbacks.
+DEEPER = "image_found_in_a_deeper_folder"
+IN_ARCHIVE = "image_found_in_an_archive"
+OTHER_SPELLING = "image_found_under_other_spelling"
+WITHOUT_ENDING = "image_found_without_its_ending"
+BY_TAIL = "image_found_by_the_end_of_its_path"
+THROUGH_LINK = "image_found_through_a_link"
+IMAGE_RESCUES = (DEEPER, IN_ARCHIVE, OTHER_SPELLING, WITHOUT_ENDING, BY_TAIL, THROUGH_LINK)
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A folder from which paths may be meant."""
+
+    folder: str
+    names_split: bool = False  # all in it belongs to the table's split
+    kind: str = ""  # the fallback that is counted for a file here
+    prefix: str = ""  # the beginning of paths that this folder stands for, such as "train/"
+
+    def join(self, path: str) -> str:
+        return os.path.join(self.folder, path.removeprefix(self.prefix))
+
+
+def _bases(top: str, split: str, deeper_kind: str, kind: str = "") -> list[_Base]:
+    """The folders below `top` in which images are looked for, in this order."""
+    return [
+        _Base(top, kind=kind),
+        _Base(os.path.join(top, "images"), kind=kind),
+        _Base(os.path.join(top, split), names_split=True, kind=kind),
+        _Base(os.path.join(top, split, "images"), names_split=True, kind=deeper_kind),
+        _Base(os.path.join(top, "images", split), names_split=True, kind=deeper_kind),
+    ]
+
+
+@dataclass(frozen=True)
+class _FoundImage:
+    """Where a row's image is: its file, and by kind of IMAGE_RESCUES where it was found.
+
+    Without a file, `problem` says why.
+    """
+
+    path: str
+    rescues: dict[str, str] = field(default_factory=dict)
+    problem: str = ""
+
+
+def _archives_with(names: set[str], root: str, split: str) -> Iterator[Path]:
+    """The archives in `root` that hold files with some of these names, in any spelling.
+
+    One that is named after another split is none of them, and a damaged one neither.
+    """
+    for path in sorted(Path(root).iterdir()):
+        words = re.split(r"[\W_]+", path.name.casefold())
+        others = set(words).intersection(_SPLIT_FOLDERS) - {split}
+        is_archive = path.name.lower().endswith(ARCHIVE_ENDINGS) and path.is_file()
+        if not is_archive or (others and split not in words):
+            continue
+        try:
+            with _open_with_names(path) as opened:
+                members = [Path(member.name).name for member in _archive_members(opened)]
+        except Exception as error:  # each format and each decoder raises its own
+            LOGGER.warning("%s: no image is looked for in it, it is damaged (%s)", path, error)
+            continue
+        held = {_spelling(member) for member in members}
+        held.update({_IMAGE_ENDING.sub("", member) for member in held})
+        if not names.isdisjoint(held):
+            yield path
+
+
+def _bases_in_archive(archive: Path, split: str) -> list[_Base]:
+    """The archive, unpacked, and the folders in it that paths may be meant from."""
+    folder = str(unpack_once(archive))
+    stem = re.sub(r"\.(zip|tar|tgz|tar\.gz)$", "", archive.name, flags=re.IGNORECASE)
+    names_split = stem == split
+    inner = [entry for entry in os.scandir(folder) if entry.name != "__MACOSX"]
+    bases = [_Base(folder, names_split, IN_ARCHIVE, prefix=f"{stem}/")]
+    bases += _bases(folder, split, IN_ARCHIVE, IN_ARCHIVE)
+    if len(inner) == 1 and inner[0].is_dir():  # all is in one folder
+        bases += _bases(inner[0].path, split, IN_ARCHIVE, IN_ARCHIVE)
+    return bases
+
+
+class _ImageFinder:
+    """Looks for the images of one table of a competition, `split`.csv in `root`."""
+
+    def __init__(self, root: Path, split: str):
+        self.root = str(root)
+        self.split = split
+        self.bases = _bases(self.root, split, DEEPER)
+        self.reader = _FolderReader(self.root)
+        self.archives = []
+
+    def find_exactly(self, path: _ImagePath, bases: Sequence[_Base]) -> _FoundImage | None:
+        """The file to which a path leads in the first of the bases that has it."""
+        if path.is_absolute:
+            return None
+        for base in bases:
+            file = base.join(path.text)
+            if self.reader.has_file(file):
+                return self.found(file, base.kind)
+        return None
+
+    def found(self, file: str, *kinds: str) -> _FoundImage:
+        """The record of a file, with what is counted."""
+        rescues = {kind: file for kind in kinds if kind}
+        if self.reader.is_outside(file):
+            rescues[THROUGH_LINK] = os.path.realpath(file)
+        return _FoundImage(file, rescues)
+
+    def open_archives(self, paths: Sequence[_ImagePath]) -> None:
+        """Unpack the archives beside the tables that have some of these images.
+
+        Their folders become further bases.
+        """
+        names = {_spelling(os.path.basename(path.text)) for path in paths}
+        for archive in _archives_with(names, self.root, self.split):
+            bases = _bases_in_archive(archive, self.split)
+            self.archives.append(archive.name)
+            self.bases += bases
+            self.reader.tops.add(bases[0].folder)
+
+    @functools.cached_property
+    def files(self) -> dict[str, set[str]]:
+        """Every file by its spelling, and image files also by that without their ending."""
+        files = defaultdict(set)
+        for path in self.reader.all_files():
+            spelling = _spelling(path)
+            files[spelling].add(path)
+            if _IMAGE_ENDING.search(spelling):
+                files[_IMAGE_ENDING.sub(".*", spelling)].add(path)
+        return files
+
+    def similar_files(self, path: str, ending: str, bases: Sequence[_Base]) -> dict[str, str]:
+        """The files that a path may mean in these bases, each with the base's kind."""
+        similar = {}
+        for base in bases:
+            for file in self.files.get(_spelling(base.join(path)) + ending, ()):
+                similar.setdefault(file, base.kind)
+        return similar
+
+    def find_similar(self, path: _ImagePath) -> _FoundImage | None:
+        """The one file that a path means in another spelling or without its ending.
+
+        None where there is none; several are a problem.
+        """
+        if path.is_absolute:
+            return None
+        for ending, kind in (("", OTHER_SPELLING), (".*", WITHOUT_ENDING)):
+            similar = self.similar_files(path.text, ending, self.bases)
+            if len(similar) > 1:
+                names = sorted(similar)[:3]
+                problem = f"several files are meant, such as {names}; write one of them"
+                return _FoundImage(self.bases[0].join(path.text), problem=problem)
+            for file, base_kind in similar.items():
+                return self.found(file, base_kind, kind)
+        return None
+
+    def find_by_tail(self, path: _ImagePath) -> dict[str, str]:
+        """The files that the longest possible end of a path means, with their bases' kinds.
+
+        A folder that names a split is left out only where the base stands for that split, and
+        nothing is left out of a relative path whose first folder is here: its image is missing.
+        """
+        parts = path.text.split("/")
+        if not path.is_absolute:
+            folders = [os.path.join(base.folder, parts[0]) for base in self.bases]
+            if len(parts) == 1 or any(map(self.reader.has_folder, folders)):
+                return {}
+        for number in range(len(parts)):
+            left_out = {part.casefold() for part in parts[:number]}.intersection(_SPLIT_FOLDERS)
+            bases = self.bases
+            if left_out:
+                bases = [base for base in bases if base.names_split and left_out == {self.split}]
+            for ending in ("", ".*"):
+                similar = self.similar_files("/".join(parts[number:]), ending, bases)
+                if similar:
+                    return similar
+        return {}
+
+    def missing(self, path: _ImagePath) -> _FoundImage:
+        """The record of an image that is nowhere, with where it was looked for."""
+        places = f"images, {self.split}, {self.split}/images, images/{self.split}"
+        archives = f" and in {', '.join(self.archives)}" if self.archives else ""
+        problem = (
+            f"No such file: looked for it in {self.root}, there in {places}{archives}, in other "
+            "spelling, without its ending and by the end of its path; put it there"
+        )
+        return _FoundImage(os.path.join(self.root, path.text), problem=problem)
+
+
+def _count_kinds(
+    frame: pd.DataFrame,
+    notes: Sequence[Mapping[str, str]],
+    kinds: Sequence[str],
+    split: str,
+    fallbacks: Counter,
+) -> None:
+    """Count the rows by the kinds of their `notes`, and log each kind that occurs.
+
+    Each row has a mapping from kinds to what there is to say; the log has the first row's.
+    """
+    for kind in kinds:
+        rows = [row for row, note in enumerate(notes) if kind in note]
+        fallbacks[kind] += len(rows)
+        if rows:
+            LOGGER.warning(
+                "%s.csv: %s in %d of %d rows, for example line %d: %r (%s)",
+                split,
+                kind,
+                len(rows),
+                len(frame),
+                frame["line"].iloc[rows[0]],
+                frame["path"].iloc[rows[0]],
+                notes[rows[0]][kind][:200],
+            )
+
+
+def _have_one_folder(first: str, second: str) -> bool:
+    """Whether two paths agree in the folder of their file too, and not in its name alone.
+
+    >>> _have_one_folder("/data/train/1.png", "me/Train/1.png")
+    True
+    >>> _have_one_folder("/data/1.png", "1.png")
+    False
+    """
+    folders = [_spelling(path).split("/")[-2:-1] for path in (first, second)]
+    return folders[0] == folders[1] != []
+
+
+def _find_by_tails(
+    finder: _ImageFinder, frame: pd.DataFrame, paths: Mapping[int, _ImagePath]
+) -> dict[int, _FoundImage]:
+    """The images of these rows, by number, that only the ends of their paths lead to.
+
+    Raises DataError for an end that several files have, or a bare name by which two
+    different paths would mean one file.
+    """
+    found = {}
+    text_of_file = {}
+    texts = frame["path"].tolist()
+    for row, path in paths.items():
+        similar = finder.find_by_tail(path)
+        problem = ""
+        if len(similar) > 1:
+            problem = f"its end leads to several files, such as {sorted(similar)[:3]}"
+        for file, kind in similar.items():
+            found[row] = finder.found(file, kind, BY_TAIL)
+            other = text_of_file.setdefault(file, path.text)
+            if other != path.text and not _have_one_folder(file, path.text):
+                problem = f"its name leads to {file}, and so does {other!r}"
+        if problem:
+            is_this_row = pd.Series(range(len(texts)), index=frame.index) == row
+            problem = f"{problem}; write the paths as they are in {finder.root}"
+            _raise_for_first_row(f"{finder.split}.csv", frame, is_this_row, "path", problem)
+    return found
+
+
+def _find_images(
+    frame: pd.DataFrame, root: Path, split: str, fallbacks: Counter
+) -> list[_FoundImage]:
+    """Every row's image, looked for in `root`, its `images` and the split's folder.
+
+    Then in the split's folder of `images` and the `images` of the split's folder, in archives
+    beside the tables, in another spelling, without its ending, and by the end of a path of
+    another machine; what is found so is counted and logged. Links are followed: they are the
+    user's. Raises DataError for a URL, a path that leads out of `root`, and an end that may
+    mean several files.
+    """
+    finder = _ImageFinder(root, split)
+    parsed = [_parse_image_path(text, finder.root) for text in frame["path"]]
+    leads_out = pd.Series([path is None for path in parsed], index=frame.index)
+    problem = "is a URL or leads out of the data folder; copy it there"
+    _raise_for_first_row(f"{split}.csv", frame, leads_out, "path", problem)
+    found = {}
+    blank = _FoundImage(finder.root, problem="the path is blank; write the image's file name")
+    for row, text in enumerate(frame["path"]):
+        found[row] = finder.find_exactly(parsed[row], finder.bases) if text.strip() else blank
+
+    def still_missing() -> dict[int, _ImagePath]:
+        return {row: parsed[row] for row, image in found.items() if image is None}
+
+    if still_missing():
+        known_bases = len(finder.bases)
+        finder.open_archives(list(still_missing().values()))
+        for row, path in still_missing().items():
+            found[row] = finder.find_exactly(path, finder.bases[known_bases:])
+    for row, path in still_missing().items():
+        found[row] = finder.find_similar(path)
+    found.update(_find_by_tails(finder, frame, still_missing()))
+    for row, path in still_missing().items():
+        found[row] = finder.missing(path)
+    images = list(found.values())
+    rescues = [image.rescues for image in images]
+    _count_kinds(frame, rescues, IMAGE_RESCUES, split, fallbacks)
+    return images
+
+
 # === Damaged images ===============================================================================
 MIN_DECODED_SHARE = 0.9  # of a JPEG that is cut off, so that it is used
 _LARGEST_IMAGE_FILE = 2**28  # bytes that are read of a file in order to repair it
@@ -4644,67 +5082,6 @@ IMAGE_FORMATS = (
     "JPEG2000",
     "HEIF",  # where pillow-heif is installed
 )
-
-
-def _first_file(paths: Iterable[str]) -> str | None:
-    """The first of the paths at which there is a file."""
-    for path in paths:
-        if os.path.isfile(path):
-            return path
-    return None
-
-
-def _spelling(path: str) -> str:
-    """What two spellings of one path have in common: normalised Unicode, no capitals."""
-    return unicodedata.normalize("NFC", path).casefold()
-
-
-def _files_by_spelling(root: Path) -> dict[str, set[str]]:
-    """All files below `root`, by `_spelling`."""
-    files = defaultdict(set)
-    for path in root.rglob("*"):
-        if path.is_file():
-            files[_spelling(str(path))].add(str(path))
-    return files
-
-
-def _find_other_spelling(places: Sequence[str], files: Mapping, fallbacks: Counter) -> str:
-    """The file whose spelling is like that of one of the `places`; it is counted.
-
-    Without one, or with several between which it would be a guess, the first place.
-    `files` are those of `_files_by_spelling`.
-    """
-    similar = set()
-    for place in places:
-        similar |= files.get(_spelling(place), set())
-    is_found = len(similar) == 1
-    fallbacks["image_found_under_other_spelling"] += int(is_found)
-    return similar.pop() if is_found else places[0]
-
-
-def _find_images(frame: pd.DataFrame, root: Path, split: str, fallbacks: Counter) -> list[str]:
-    """Path of every row's image, looked for in `root`, its `images` and the split's folder.
-
-    One that is not found keeps its path in `root`. Raises DataError for a URL or a
-    path that leads out of `root`.
-    """
-    paths = frame["path"].str.strip().str.replace("\\", "/")
-    places = []  # where each row's image may be
-    for path in paths:
-        places.append([str(root / folder / path) for folder in ("", "images", split)])
-    found = [_first_file(row_places) for row_places in places]
-    files = {}
-    if None in found:  # listing all files takes long
-        files = _files_by_spelling(root)
-    for row, row_places in enumerate(places):
-        if found[row] is None:
-            found[row] = _find_other_spelling(row_places, files, fallbacks)
-    is_url = paths.str.match(r"[A-Za-z][\w+.-]*:").to_numpy()
-    real_paths = [Path(os.path.realpath(path)) for path in found]
-    leads_out = np.array([not path.is_relative_to(root) for path in real_paths])
-    problem = "is a URL or leads out of the data folder; copy it there"
-    _raise_for_first_row(f"{split}.csv", frame, leads_out | is_url, "path", problem)
-    return found
 
 
 def _grey_range(mode: str, lowest: float, highest: float) -> tuple[float, float]:
@@ -4963,18 +5340,19 @@ def _difference_hash(image: Image.Image) -> str:
     return np.packbits(gets_lighter).tobytes().hex()
 
 
-def _image_facts(path: str) -> dict:
+def _image_facts(path: str, problem: str = "") -> dict:
     """Size, content hash and perceptual hash of one image, from one full decode.
 
-    Where it is unusable, `problem` says why, the hashes are "" and the size is the
-    grey image's. `repairs` are those of `_Decoded`.
+    Where it is unusable, for the `problem` that is given or another one, `problem` says why,
+    the hashes are "" and the size is the grey image's. `repairs` are those of `_Decoded`.
     """
     image = grey_image()
     pixel_hash = ""
     dhash = ""
-    problem = ""
     repairs = {}
     try:
+        if problem:
+            raise ImageError(problem)
         decoded = _load_image(path, MAX_IMAGE_SIDE)
         repairs = decoded.repairs
         image = decoded.image
@@ -5044,26 +5422,6 @@ def _count_dropped_rows(
         _raise_for_first_row(f"{split}.csv", frame, is_lost, column, problem)
 
 
-def _count_repaired_images(frame: pd.DataFrame, split: str, fallbacks: Counter) -> None:
-    """Count and log, by kind, the rows whose image was used although something is wrong with it."""
-    for kind in IMAGE_REPAIRS:
-        is_repaired = [kind in repairs for repairs in frame["repairs"]]
-        rows = frame[is_repaired]
-        fallbacks[kind] += len(rows)
-        if not rows.empty:
-            first = rows.iloc[0]
-            LOGGER.warning(
-                "%s.csv: %s in %d of %d rows, for example line %d: %s (%s)",
-                split,
-                kind,
-                len(rows),
-                len(frame),
-                first["line"],
-                first["image_path"],
-                first["repairs"][kind][:200],
-            )
-
-
 def _attach_images(
     frame: pd.DataFrame, root: Path, split: str, limit: float, fallbacks: Counter
 ) -> pd.DataFrame:
@@ -5072,15 +5430,17 @@ def _attach_images(
     Each file is decoded once, on all cores. Unusable images are counted; raises
     DataError where they are more than the share `limit`.
     """
-    frame = frame.assign(image_path=_find_images(frame, root, split, fallbacks))
+    found = _find_images(frame, root, split, fallbacks)
+    frame = frame.assign(image_path=[image.path for image in found])
+    problems = {image.path: image.problem for image in found}
     with (
         warnings.catch_warnings(action="ignore"),  # of PIL, whose errors suffice
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
-        facts = pd.DataFrame(pool.map(_image_facts, frame["image_path"].unique()))
+        facts = pd.DataFrame(pool.map(_image_facts, problems, problems.values()))
     frame = frame.merge(facts, how="left", on="image_path")
     _count_dropped_rows(frame, split, "unusable_image", "path", limit, fallbacks)
-    _count_repaired_images(frame, split, fallbacks)
+    _count_kinds(frame, frame["repairs"], IMAGE_REPAIRS, split, fallbacks)
     frame = frame.drop(columns=["path", "problem", "repairs"])
     rows = frame[["question", *CHOICES]].itertuples(index=False)
     return frame.assign(type=[question_type(question, choices) for question, *choices in rows])

@@ -198,7 +198,7 @@ def test_above_nine_tenths_it_is_used_and_counted_below_it_is_refused_with_the_s
     content = encoded(LARGE, "JPEG")
     used = Loads({CUT_OFF: 1}, size=(480, 360))
     used.check(write(tmp_path / "used", {IMAGE: content[: -len(content) // 20]}))
-    row = f"train.csv: {CUT_OFF} in 1 of 2 rows, for example line 2: {tmp_path}/used/{IMAGE} (9"
+    row = f"train.csv: {CUT_OFF} in 1 of 2 rows, for example line 2: {IMAGE!r} (9"
     assert row in caplog.text
     refused = Refused("train/1.png: cut off, only 87% of it can be decoded, 90% are needed")
     refused.check(write(tmp_path / "refused", {IMAGE: content[: -len(content) // 8]}))

@@ -34,13 +34,24 @@ LEADS_OUT = {
     "upwards": "../secret.png",
     "down and upwards": "train/../../secret.png",
     "upwards with backslashes": "..\\secret.png",
-    "absolute": "/etc/passwd",
-    "a drive": "C:\\x.png",
-    "a network share": "//host/share/x.png",
+    "absolute and upwards": "/../secret.png",
+    "a drive without its top": "C:x.png",
     "a web address": "http://host/x.png",
     "a file address after a space": " file:///x.png",
     "data": "data:image/png;base64;AAAA",
 }
+# Absolute paths are another machine's: their ends are looked for here, and nothing is opened there.
+ELSEWHERE = {
+    "absolute": "/etc/passwd",
+    "a drive": "C:\\x.png",
+    "a network share": "//host/share/x.png",
+}
+LINKED = Loads({"image_found_through_a_link": 1}, size=(7, 5))
+
+
+def nowhere(path):
+    place = f"train.csv, line 2, column 'path', value {path!r}"
+    return Refused(f"{place}: No such file: looked for it in ", "unusable_image in 1 of 1 rows")
 
 
 def outside(path):
@@ -65,16 +76,17 @@ PATHS = [
         with_path("x" * 300),
         Refused("train.csv, line 2, column 'path', value 'xxx", "unusable_image in 1 of 1"),
     ),
+    *(case(title, with_path(path), nowhere(path)) for title, path in ELSEWHERE.items()),
     *(case(title, with_path(path) | SECRET, outside(path)) for title, path in LEADS_OUT.items()),
     case(
-        "a link that leads out",
+        "a link that leads out is the user's",
         with_path("link.png") | SECRET | {"link.png": Path("../secret.png")},
-        outside("link.png"),
+        LINKED,
     ),
     case(
-        "a folder that leads out",
+        "a folder that leads out is the user's",
         with_path("folder/secret.png") | SECRET | {"folder": Path("..")},
-        outside("folder/secret.png"),
+        LINKED,
     ),
 ]
 
