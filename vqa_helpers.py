@@ -371,15 +371,29 @@ def list_competitions(mounts: Mapping[str, int] | None) -> list[Path]:
     return sorted(filter(holds_competition, archives))
 
 
+def named_folder(data_dir: str | Path) -> Path:
+    """The folder or archive that a user names: `~` is the home folder, a table means its folder.
+
+    >>> str(named_folder("/data/vqa/train.csv"))
+    '/data/vqa'
+    """
+    path = Path(os.path.expanduser(data_dir))
+    is_table = path.suffix.lower() in (".csv", ".tsv") and not path.is_dir()
+    return path.parent if is_table else path
+
+
 def locate_competition(data_dir: str | Path | None = None) -> Path:
     """The competition's folder, or the archive that holds it.
 
-    With `data_dir` it is that archive, or is searched in that folder; else it is searched in
-    MOUNTS, and the built-in demo takes its place where nothing is attached. Raises ValueError
-    where there are several, FileNotFoundError where there is none, not even the demo.
+    With `data_dir` it is that archive, or is searched in that folder, or in that of a table;
+    else it is searched in MOUNTS, and the built-in demo takes its place where nothing is
+    attached. Raises ValueError where there are several, FileNotFoundError where there is none,
+    not even the demo.
     """
-    if data_dir is not None and Path(data_dir).is_file():
-        return Path(data_dir)
+    if data_dir is not None:
+        data_dir = named_folder(data_dir)
+        if data_dir.is_file():
+            return data_dir
     mounts = None if data_dir is None else {str(data_dir): 4}
     found = list_competitions(mounts)
     remedy = "set data_dir in OVERRIDES (or VQA_DATA_DIR) to"
@@ -390,7 +404,7 @@ def locate_competition(data_dir: str | Path | None = None) -> Path:
     if found:
         return found[0]
     if data_dir is not None:
-        absent = [name for name in COMPETITION_FILES if not (Path(data_dir) / name).is_file()]
+        absent = [name for name in COMPETITION_FILES if not (data_dir / name).is_file()]
         raise FileNotFoundError(
             f"{data_dir} has no {', '.join(absent)}; {remedy} the folder or archive that has them"
         )
@@ -580,7 +594,7 @@ def _find_wheels() -> str | None:
     """
     named = os.environ.get("VQA_WHEELS")
     if named:
-        return named
+        return os.path.expanduser(named)
     for folder, _, files in walk_mounts():
         if folder.name == "wheels" and any(".whl" in name for name in files):
             return str(folder)
@@ -1484,6 +1498,30 @@ def _is_of_kind(value, annotation: str) -> bool:
     return isinstance(value, KINDS[first_word])
 
 
+# Fields that may name a folder below the home folder, as "~/vqa".
+PATH_FIELDS = (
+    "model_id",
+    "data_dir",
+    "output_dir",
+    "cache_dir",
+    "backup_dir",
+    "resume_from",
+    "distill_from",
+    "pseudo_label_from",
+)
+
+
+def _expand_home(value):
+    """A path or a tuple of paths with the home folder for `~`; other values as they are.
+
+    >>> _expand_home(("/data", 3, None))
+    ('/data', 3, None)
+    """
+    if isinstance(value, tuple):
+        return tuple(map(_expand_home, value))
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
 def _refuse(config: Config, name: str, needs: str) -> None:
     """Raise the ValueError about a field's value."""
     value = getattr(config, name)
@@ -1592,6 +1630,8 @@ class Config(
             value = getattr(self, item.name)
             if item.type.startswith("tuple") and isinstance(value, list):  # JSON has no tuples
                 object.__setattr__(self, item.name, tuple(value))
+        for name in PATH_FIELDS:
+            object.__setattr__(self, name, _expand_home(getattr(self, name)))
         _check_values(self)  # first, so that the other rules may compare values
         _check_training(self)
         _check_inference(self)
@@ -2604,7 +2644,7 @@ def unpack_archive(archive: str | Path, folder: str | Path) -> Path:
         _extract(archive, unfinished)
         return unfinished.rename(folder)
     except Exception as error:  # each format and each decoder raises its own
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(
             f"{archive}: not unpacked ({reason}); download it again, or unpack it by hand"
         ) from error
@@ -5529,7 +5569,7 @@ def load_competition(
     Raises DataError for what would need a guess, and for more losses than the share
     `max_fallback_share`.
     """
-    root = Path(data_dir).resolve()
+    root = named_folder(data_dir).resolve()
     fallbacks = Counter(csv_read_as_cp949=0)
     columns = columns or {}
     train, notation_of_train = _load_train(

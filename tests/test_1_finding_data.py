@@ -4,6 +4,7 @@ import zipfile
 
 import pytest
 from machine import COMPETITION, CONFIG, T4_CARD
+from small_competition import BASE, write
 
 import vqa_helpers as vqa
 
@@ -151,3 +152,58 @@ def test_find_competition_prefers_the_named_folder_then_the_mounts_then_the_demo
     (second / "test.csv").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no test\.csv"):
         vqa.find_competition(second)
+
+
+# --- What a user may name -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["~/vqa", "~/vqa/train.csv", "~/vqa/TEST.CSV", "~"])
+def test_the_home_folder_and_a_table_s_folder_are_understood(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    root = tmp_path / "vqa"
+    root.mkdir()
+    write(root, {})
+    assert vqa.find_competition(name) == root
+    if name != "~":  # it is searched there, not loaded
+        assert vqa.load_competition(name).data_dir == root
+
+
+def test_a_table_of_an_incomplete_folder_is_an_error_about_the_folder(tmp_path):
+    write(tmp_path, {"test.csv": None})
+    with pytest.raises(FileNotFoundError) as caught:
+        vqa.find_competition(tmp_path / "train.csv")
+    assert str(caught.value).startswith(f"{tmp_path} has no test.csv; set data_dir in OVERRIDES")
+
+
+def test_a_folder_that_is_called_like_a_table_is_a_folder(tmp_path):
+    root = tmp_path / "vqa.csv"
+    root.mkdir()
+    assert vqa.find_competition(write(root, {})) == root
+
+
+def test_an_archive_below_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with zipfile.ZipFile(tmp_path / "open.zip", "w") as archive:
+        for name, content in BASE.items():
+            archive.writestr(name, content)
+    assert vqa.locate_competition("~/open.zip") == tmp_path / "open.zip"
+
+
+@pytest.mark.parametrize("field", vqa.PATH_FIELDS)
+def test_the_home_folder_is_expanded_in_every_setting_that_is_a_path(monkeypatch, field):
+    monkeypatch.setenv("HOME", "/home/me")
+    value = ("~/a", "/b") if field == "resume_from" else "~/a"
+    expected = ("/home/me/a", "/b") if field == "resume_from" else "/home/me/a"
+    config = vqa.Config.preset("demo", **{field: value})
+    assert getattr(config, field) == expected
+
+
+def test_every_setting_that_names_a_folder_has_its_home_folder_expanded():
+    named = {item.name for item in vqa.dataclasses.fields(vqa.Config) if item.name[-4:] == "_dir"}
+    assert named <= set(vqa.PATH_FIELDS)
+
+
+def test_wheels_may_lie_below_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("VQA_WHEELS", "~/wheels")
+    assert vqa._find_wheels() == "/home/me/wheels"
