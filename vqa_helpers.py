@@ -4680,6 +4680,7 @@ def _archives_with(names: set[str], root: str, split: str) -> Iterator[Path]:
         is_archive = path.name.lower().endswith(ARCHIVE_ENDINGS) and path.is_file()
         if not is_archive or (others and split not in words):
             continue
+        LOGGER.info("Looking for images of %s.csv in %s", split, path)
         try:
             with _open_with_names(path) as opened:
                 members = [Path(member.name).name for member in _archive_members(opened)]
@@ -4826,8 +4827,8 @@ def _count_kinds(
     """
     for kind in kinds:
         rows = [row for row, note in enumerate(notes) if kind in note]
-        fallbacks[kind] += len(rows)
         if rows:
+            fallbacks[kind] += len(rows)
             LOGGER.warning(
                 "%s.csv: %s in %d of %d rows, for example line %d: %r (%s)",
                 split,
