@@ -8583,6 +8583,14 @@ def calibration_row(probabilities, labels) -> dict[str, float]:
     }
 
 
+# From here on the letter that a model answers most is called a collapse: the excess over that
+# letter's share of the labels is so large, and by chance so unlikely.
+COLLAPSE_ROWS = 30  # fewer rows prove nothing
+COLLAPSE_RATIO = 1.5  # times the letter's share of the labels
+COLLAPSE_EXCESS = 0.2  # above the letter's share of the labels
+COLLAPSE_P_VALUE = 0.001  # one-sided, of so many such answers if they fell like the labels
+
+
 def _letter_indices(values) -> np.ndarray:
     """(n,) indices 0-3 of (n, 4) probabilities, letters or indices."""
     if np.ndim(values) == 2:
@@ -8603,11 +8611,16 @@ def _normalised_entropy(shares: np.ndarray) -> float:
 
 
 def prediction_diversity(predictions, validation_labels) -> dict:
-    """Whether a model answers one letter to almost everything: the mode-collapse alarm.
+    """Whether a model prefers one letter far beyond the labels: the mode-collapse alarm.
 
     Both arguments may be (n, 4) probabilities, (n,) letters or (n,) indices. `entropy` is that
     of the predicted letters, 1 where they are even and 0 for a single one; `label_share` is the
-    top letter's share of the labels.
+    top letter's share of the labels, `top_rows` of `rows` predictions have it.
+
+    `collapsed` needs both an effect and evidence: at least 30 predictions, a top letter with at
+    least 1.5 times and 20 points more than its share of the labels, and p < 0.001 in a one-sided
+    binomial test of that share. A model that always answers a letter which most labels have
+    is none: such a model is not above guessing, which `measure_skill` says.
 
     >>> alarm = prediction_diversity(["b"] * 50, ["a", "b", "c", "d"] * 10)
     >>> alarm["top_letter"], alarm["top_share"], alarm["label_share"], alarm["collapsed"]
@@ -8616,23 +8629,36 @@ def prediction_diversity(predictions, validation_labels) -> dict:
     predicted = _letter_indices(predictions)
     labels = _letter_indices(validation_labels)
     shares = _letter_shares(predicted)
-    label_shares = _letter_shares(labels)
-    entropy = _normalised_entropy(shares)
     top = int(shares.argmax())
+    top_rows = int((predicted == top).sum())
     top_share = float(shares[top])
-    label_share = float(label_shares[top])
-    # Collapsed: an excess of the top letter that chance does not explain and that is large.
-    n_top = int((predicted == top).sum())
-    test = binomtest(n_top, len(predicted), label_share, alternative="greater")
-    is_uneven = entropy < 0.6 * _normalised_entropy(label_shares)
-    is_large = top_share - label_share > 0.3 or is_uneven
+    label_share = float(_letter_shares(labels)[top])
+    # Rounded, or 0.25 + 0.2 would lie a hair above 0.45.
+    needed = round(max(COLLAPSE_RATIO * label_share, label_share + COLLAPSE_EXCESS), 9)
+    is_large = len(predicted) >= COLLAPSE_ROWS and round(top_share, 9) >= needed
+    test = binomtest(top_rows, len(predicted), label_share, alternative="greater")
     return {
-        "entropy": entropy,
+        "entropy": _normalised_entropy(shares),
         "top_letter": CHOICES[top],
+        "top_rows": top_rows,
+        "rows": len(predicted),
         "top_share": top_share,
         "label_share": label_share,
-        "collapsed": bool(test.pvalue < 0.001 and is_large),
+        "collapsed": bool(is_large and test.pvalue < COLLAPSE_P_VALUE),
     }
+
+
+def describe_preference(diversity: Mapping) -> str:
+    """What `prediction_diversity` has measured of the top letter, as a clause.
+
+    >>> describe_preference(prediction_diversity(["b"] * 61 + ["a"] * 19, ["a", "b"] * 40))
+    'the model answered b in 61 of 80 rows (76%); b is right in 50%'
+    """
+    letter = diversity["top_letter"]
+    return (
+        f"the model answered {letter} in {diversity['top_rows']:,} of {diversity['rows']:,} rows "
+        f"({diversity['top_share']:.0%}); {letter} is right in {diversity['label_share']:.0%}"
+    )
 
 
 # === Views ========================================================================================
@@ -10036,23 +10062,25 @@ class FoldTrainer(FoldState):
         logits = predict_logits(self.session, self.validation, views, label)
         probabilities = softmax(logits[:, 0])
         labels = self.validation["label"].to_numpy()
-        diversity = prediction_diversity(probabilities, labels)
-        if diversity["collapsed"]:
-            LOGGER.warning(
-                "Fold %d: the model answers %r to almost everything: %s",
-                self.fold,
-                diversity["top_letter"],
-                diversity,
-            )
         scores = {
             "accuracy": accuracy(probabilities, labels),
             "nll": negative_log_likelihood(probabilities, labels),
         }
         return logits, scores
 
+    def preferred_letter(self, logits: np.ndarray) -> str:
+        """Which letter the logits (n, 1, 4) of the held-out rows prefer by far; "" for none."""
+        if not len(logits):
+            return ""
+        diversity = prediction_diversity(softmax(logits[:, 0]), self.validation["label"])
+        return describe_preference(diversity) if diversity["collapsed"] else ""
+
     def end_epoch(self, epoch: int, speed: float) -> None:
         """Validate, keep the best weights, and record the epoch in history.csv and the log."""
-        _, scores = self.validate()
+        logits, scores = self.validate()
+        preference = self.preferred_letter(logits)
+        if preference:  # later epochs may cure it: `save_weights` warns
+            LOGGER.info("Fold %d epoch %d: %s", self.fold, epoch + 1, preference)
         # Without held-out rows there are no scores, and the last epoch is the best.
         score = [scores["accuracy"], -scores["nll"]] if scores else None
         if self.best["score"] is None or score > self.best["score"]:
@@ -10112,6 +10140,9 @@ class FoldTrainer(FoldState):
         with swapped_weights(self.parameters, tensors):
             logits, scores = self.validate()
             self.model.save_pretrained(adapter)
+        preference = self.preferred_letter(logits)
+        if preference:
+            self.session.add_note(f"fold {self.fold}, {kind} weights: {preference}")
         path = folder / f"validation_{kind}.npz"
         write_logits(path, self.validation, logits, ["rotation 0"], self.run.fingerprint)
         return scores, file_sha256(adapter / "adapter_model.safetensors")
@@ -12153,10 +12184,8 @@ def _prediction_alarms(run: Run, evaluation: Evaluation) -> list[str]:
     alarms = []
     letters = prediction_diversity(evaluation.probabilities, evaluation.oof.labels)
     if letters["collapsed"]:
-        alarms.append(
-            f"The predictions have collapsed: {letters['top_share']:.0%} of the answers are "
-            f"{letters['top_letter']!r}, but {letters['label_share']:.0%} of the labels."
-        )
+        preference = describe_preference(letters)
+        alarms.append(f"One letter is preferred in the out-of-fold rows: {preference}.")
     at_bound = evaluation.fold_table.index[evaluation.fold_table["at_bound"].astype(bool)]
     if run.config.use_temperature_scaling and len(at_bound):
         folds = ", ".join(map(str, at_bound))

@@ -292,7 +292,7 @@ def test_each_folder_is_listed_once_and_no_file_is_looked_at(tmp_path, monkeypat
     (root / folder).mkdir(parents=True, exist_ok=True)
     for number in range(500):
         (root / folder / f"{number}.png").write_bytes(b"")
-    frame, _ = vqa._read_competition_table(root / "train.csv", vqa.Counter())
+    frame, _ = vqa._read_competition_table(root / "train.csv", {}, vqa.Counter())
     looks = []
 
     def noting(look):

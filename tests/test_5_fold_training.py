@@ -1,6 +1,7 @@
 """Part 5, Epochs and Fold training: what an epoch shows, what a step does, and when a fold ends."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from planted import rewrite_rows
@@ -158,3 +159,24 @@ def test_a_label_written_as_a_soft_target_trains_the_same_bytes(mini_run):
     table[list(vqa.TARGET_COLUMNS)] = np.eye(4)[soft.train["label"]]
     rewrite_rows(soft, "folds", table)
     assert vqa.train_fold(hard.config, 0).adapters == vqa.train_fold(soft.config, 0).adapters
+
+
+def test_kept_weights_that_prefer_a_letter_are_noted_for_the_report(mini_run, monkeypatch):
+    def prefer_b(session, frame, *_):
+        return np.tile([0.0, 1.0, 0.0, 0.0], (len(frame), 1, 1))
+
+    monkeypatch.setattr(vqa, "predict_logits", prefer_b)
+    run = mini_run()
+    session = open_run_session(run)
+    trainer = vqa.FoldTrainer(session, run, 0)
+    few = trainer.validation
+    trainer.validation = pd.concat([few, few], ignore_index=True)  # 18 rows would prove nothing
+    trainer.save_weights("ema", trainer.parameters)
+    share = (trainer.validation["answer"] == "b").mean()
+    assert session.notes == [
+        f"fold 0, ema weights: the model answered b in 36 of 36 rows (100%); "
+        f"b is right in {share:.0%}"
+    ]
+    trainer.validation = few
+    trainer.save_weights("raw", trainer.parameters)
+    assert len(session.notes) == 1

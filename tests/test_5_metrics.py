@@ -166,3 +166,48 @@ def test_diversity_of_probabilities_letters_and_indices_agree():
     assert expected["entropy"] == pytest.approx(math.log(3) / math.log(4))
     with pytest.raises(ValueError, match="row 1 with label -1"):
         vqa.prediction_diversity(["a", "e"], [0])
+
+
+def top_letter(times, rows, label_times, labels):
+    """Whether `a` in so many of the predictions, and of the labels, is an alarm."""
+    predicted = ["a"] * times + [*"bcd"] * rows
+    truth = ["a"] * label_times + [*"bcd"] * labels
+    return vqa.prediction_diversity(predicted[:rows], truth[:labels])
+
+
+@pytest.mark.parametrize(
+    ("times", "rows", "label_times", "labels", "collapsed"),
+    [
+        (4, 13, 3, 13, False),  # 31%, of which the module once said "almost everything"
+        (29, 29, 7, 28, False),
+        (30, 30, 7, 28, True),
+        (44, 100, 25, 100, False),
+        (45, 100, 25, 100, True),
+        (74, 100, 50, 100, False),
+        (75, 100, 50, 100, True),
+        (14, 31, 25, 100, False),  # 45%, which chance gives to 1 of 90 such models
+        (100, 100, 70, 100, False),
+    ],
+    ids=[
+        "31 percent of 13",
+        "29 rows",
+        "30 rows",
+        "19 points more",
+        "20 points more",
+        "1.48 times as many",
+        "1.5 times as many",
+        "p 0.01",
+        "nothing but what most labels are",
+    ],
+)
+def test_the_alarm_of_a_preferred_letter_needs_an_effect_and_evidence(
+    times, rows, label_times, labels, collapsed
+):
+    assert top_letter(times, rows, label_times, labels)["collapsed"] is collapsed
+
+
+def test_the_alarm_speaks_of_what_it_measured():
+    alarm = top_letter(1061, 1200, 270, 1000)
+    assert vqa.describe_preference(alarm) == (
+        "the model answered a in 1,061 of 1,200 rows (88%); a is right in 27%"
+    )
