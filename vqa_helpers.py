@@ -5605,10 +5605,18 @@ def load_competition(
 
 
 # === Leakage and folds ============================================================================
+COPY_PLACES = ("across train and test", "inside train", "inside test")
+
+
 @dataclass(frozen=True)
 class LeakageReport:
-    """Copies of images within train and between train and test."""
+    """Copies of images within train, within test and between them."""
 
+    # Every row that shares its group with another one, those of groups across train and test
+    # first: what `count_copies` counts. Columns: where (one of COPY_PLACES), kind ("exact": the
+    # group's pixels are all equal; else "near"), group (as in `image_group`), split, id, image
+    # (rows with the same number have the same pixels), image_path.
+    groups: pd.DataFrame
     # Each row is a pair of rows that show copies. Columns: split_a, id_a, image_path_a of the
     # first one, split_b, id_b, image_path_b of the second one, kind ("exact" or "near"),
     # difference (mean over the thumbnails, in grey levels of 255; 0 for exact copies).
@@ -5617,9 +5625,19 @@ class LeakageReport:
     image_group: pd.Series
     # The same of each test row that has a usable image; the numbers are those of `image_group`.
     test_group: pd.Series
-    groups_in_train: int  # groups with at least two training rows
-    test_rows_in_train: int  # test rows whose image has a copy in train
     alarm: str  # why near copies were not used for grouping; "" where they were
+
+    @property
+    def groups_in_train(self) -> int:
+        """Groups with at least two training rows."""
+        groups = self.groups.loc[self.groups["split"] == "train", "group"]
+        return int((groups.value_counts() > 1).sum())
+
+    @property
+    def test_rows_in_train(self) -> int:
+        """Test rows whose image has a copy in train."""
+        is_across = self.groups["where"] == COPY_PLACES[0]
+        return int((is_across & (self.groups["split"] == "test")).sum())
 
 
 @dataclass(frozen=True)
@@ -5692,6 +5710,61 @@ def _table_of_copies(rows: pd.DataFrame, exact: np.ndarray, near: _NearCopies) -
     return copies
 
 
+def _rows_of_groups(rows: pd.DataFrame, group: np.ndarray) -> pd.DataFrame:
+    """`LeakageReport.groups`, from rows of both tables and the group (n,) of each."""
+    images, _ = pd.factorize(rows["pixel_hash"])
+    table = rows[["split", "id", "image_path"]].assign(group=group, image=images)
+    by_group = table.groupby("group")
+    is_across = by_group["split"].transform("nunique") > 1
+    is_inside_train = ~is_across & (table["split"] == "train")
+    has_two_images = by_group["image"].transform("nunique") > 1
+    table["where"] = np.select([is_across, is_inside_train], COPY_PLACES[:2], COPY_PLACES[2])
+    table["kind"] = np.where(has_two_images, "near", "exact")
+    table["place"] = table["where"].map(COPY_PLACES.index)
+
+    copies = table[by_group["id"].transform("size") > 1]
+    copies = copies.sort_values(["place", "kind", "group"], kind="stable", ignore_index=True)
+    return copies[["where", "kind", "group", "split", "id", "image", "image_path"]]
+
+
+def count_copies(groups: pd.DataFrame) -> pd.DataFrame:
+    """How many groups of copies there are, and how many rows they have, in each of COPY_PLACES.
+
+    `groups`: that of a `LeakageReport`. The index is the place; columns: exact groups, exact
+    rows, near groups, near rows.
+
+    >>> rows = {"where": "inside train", "kind": "exact", "group": [0, 0, 0]}
+    >>> count_copies(pd.DataFrame(rows)).loc["inside train"].tolist()
+    [1, 3, 0, 0]
+    """
+    counts = pd.DataFrame(index=pd.Index(COPY_PLACES, name="copies"))
+    for kind in ("exact", "near"):
+        by_place = groups[groups["kind"] == kind].groupby("where")["group"]
+        counts[f"{kind} groups"] = by_place.nunique()
+        counts[f"{kind} rows"] = by_place.size()
+    return counts.fillna(0).astype(int)
+
+
+def describe_copies(counts: pd.DataFrame) -> str:
+    """What `count_copies` has counted, as a sentence.
+
+    >>> rows = {"where": "inside train", "kind": "near", "group": [0, 0, 4, 4, 4]}
+    >>> counts = count_copies(pd.DataFrame(rows))
+    >>> describe_copies(counts.loc[["inside train", "inside test"]])
+    'Copies of images: 2 near groups (5 rows) inside train; none inside test.'
+    """
+    parts = []
+    for place, row in counts.iterrows():
+        found = []
+        for kind in ("exact", "near"):
+            groups = row[f"{kind} groups"]
+            if groups:
+                noun = "group" if groups == 1 else "groups"
+                found.append(f"{groups} {kind} {noun} ({row[f'{kind} rows']} rows)")
+        parts.append(f"{' and '.join(found) or 'none'} {place}")
+    return f"Copies of images: {'; '.join(parts)}."
+
+
 def leakage_report(
     train: pd.DataFrame,
     test: pd.DataFrame,
@@ -5725,14 +5798,11 @@ def leakage_report(
 
     in_train = (rows["split"] == "train").to_numpy()
     test_index = test.index[test["image_ok"]]
-    image_group = pd.Series(group[in_train], index=train.index, name="image_group")
-    test_group = pd.Series(group[~in_train], index=test_index, name="image_group")
     return LeakageReport(
+        groups=_rows_of_groups(rows, group),
         copies=_table_of_copies(rows, exact, near),
-        image_group=image_group,
-        test_group=test_group,
-        groups_in_train=int((image_group.value_counts() > 1).sum()),
-        test_rows_in_train=int(test_group.isin(image_group).sum()),
+        image_group=pd.Series(group[in_train], index=train.index, name="image_group"),
+        test_group=pd.Series(group[~in_train], index=test_index, name="image_group"),
         alarm=alarm,
     )
 

@@ -108,6 +108,80 @@ def test_an_implausible_group_raises_the_alarm_and_only_exact_copies_count(tmp_p
     assert report.image_group[0] == report.image_group[12]
 
 
+def mixed_copies(root):
+    """Copies of each kind and in each place, and some images that are alone."""
+    original = picture(1, (240, 180))
+    smaller = original.resize((200, 150), Image.Resampling.LANCZOS)
+    train = [(original, "PNG"), *numbered([2, 2, 2]), *numbered([3]), *numbered([4, 9, 9])]
+    test = [(smaller, "JPEG"), *numbered([3, 5, 5, 6]), *numbered([3, 7, 8])]
+    return with_images(root, train, test)
+
+
+def test_the_sentence_the_table_and_the_file_count_the_same_copies(tmp_path, mini_run):
+    loaded = mixed_copies(tmp_path)
+    report = vqa.leakage_report(loaded.train, loaded.test)
+    counts = vqa.count_copies(report.groups)
+    assert counts.to_dict("index") == {
+        "across train and test": numbers(exact=(1, 3), near=(1, 2)),
+        "inside train": numbers(exact=(2, 5), near=(0, 0)),
+        "inside test": numbers(exact=(1, 2), near=(0, 0)),
+    }
+    assert vqa.describe_copies(counts) == (
+        "Copies of images: 1 exact group (3 rows) and 1 near group (2 rows) across train and "
+        "test; 2 exact groups (5 rows) inside train; 1 exact group (2 rows) inside test."
+    )
+    run = mini_run()
+    vqa.save_table(report.groups, run, "copies")
+    written = pd.read_csv(run.directory / "tables" / "copies.csv")
+    assert vqa.count_copies(written).equals(counts)
+    assert written["id"].tolist() == [
+        *["train_4", "test_1", "test_5"],
+        *["train_0", "test_0"],
+        *["train_1", "train_2", "train_3", "train_6", "train_7"],
+        *["test_2", "test_3"],
+    ]
+
+
+def numbers(exact, near):
+    """A line of `count_copies`, from groups and rows of each kind."""
+    columns = ["exact groups", "exact rows", "near groups", "near rows"]
+    return dict(zip(columns, [*exact, *near], strict=True))
+
+
+def test_each_row_is_in_one_group_also_where_copies_are_exact_and_near(tmp_path):
+    original = picture(1, (240, 180))
+    smaller = original.resize((200, 150), Image.Resampling.LANCZOS)
+    train = [(original, "PNG"), (original, "PNG"), *numbered([2])]
+    loaded = with_images(tmp_path, train, [(smaller, "PNG"), *numbered([3, 4])])
+    report = vqa.leakage_report(loaded.train, loaded.test)
+    table = report.groups[["where", "kind", "id", "image"]].to_numpy().tolist()
+    assert table == [
+        ["across train and test", "near", "train_0", 0],
+        ["across train and test", "near", "train_1", 0],
+        ["across train and test", "near", "test_0", 2],
+    ]
+    assert (report.groups_in_train, report.test_rows_in_train) == (1, 1)
+
+
+def test_without_copies_the_sentence_says_none_everywhere(folder):
+    loaded = folder.load()
+    counts = vqa.count_copies(vqa.leakage_report(loaded.train, loaded.test).groups)
+    assert counts.to_numpy().sum() == 0
+    assert vqa.describe_copies(counts) == (
+        "Copies of images: none across train and test; none inside train; none inside test."
+    )
+
+
+def test_near_copies_that_form_no_group_are_not_counted_as_one(tmp_path):
+    greys = [(Image.new("RGB", (8, 8), (100 + n, 100 + n, 100 + n)), "PNG") for n in range(12)]
+    loaded = with_images(tmp_path, [*greys, greys[0]], numbered(range(50, 63)))
+    report = vqa.leakage_report(loaded.train, loaded.test)
+    sentence = vqa.describe_copies(vqa.count_copies(report.groups))
+    assert "; 1 exact group (2 rows) inside train; " in sentence
+    assert "near" not in sentence
+    assert (report.copies["kind"] == "near").sum() > 10  # they are listed as pairs
+
+
 # --- Folds ----------------------------------------------------------------------------------------
 
 
