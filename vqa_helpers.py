@@ -73,6 +73,7 @@ above it.
    Ensembles                           votes, means, weights, stacks
    Automatic choice                    another candidate than the mean, only where it clearly wins
    Out-of-fold rows                    their scores and costs, and the sets of views that they admit
+   Skill                               whether a model knows more than a guess
    Selected weights                    raw, EMA or SWA: one decision for all folds
    Out-of-fold rows in doubt           adaptive views, as the test rows get them
    Ladder                              what each step from zero-shot to submission is worth
@@ -1835,6 +1836,29 @@ def setup_logging(
     LOGGER.setLevel(level)
     LOGGER.propagate = False  # a notebook's root logger would print every line again
     return LOGGER
+
+
+@contextlib.contextmanager
+def each_warning_once() -> Iterator[None]:
+    """Log a warning that repeats within it once, at its end, with its count.
+
+    It also decorates a function: `@each_warning_once()`.
+    """
+    counts = Counter()
+
+    def count(record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        counts[record.getMessage()] += 1
+        return False
+
+    LOGGER.addFilter(count)
+    try:
+        yield
+    finally:
+        LOGGER.removeFilter(count)
+        for message, times in counts.items():
+            LOGGER.warning("%s%s", message, f" ({times} times)" if times > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -10229,6 +10253,21 @@ CALIBRATION_PARTS = 5  # of the rows; each part is scaled by temperatures fitted
 SHRINKAGE_ROWS = 50  # a fold of so many rows keeps half of its own log-temperature
 
 
+def why_at_bound(all_right: bool, is_upper: bool = True) -> str:
+    """Why the best temperature of some rows lies at an end of TEMPERATURE_BOUNDS.
+
+    `all_right`: whether all rows are answered rightly; `is_upper`: which end it is.
+
+    >>> why_at_bound(all_right=True)
+    'all answers are right, so nothing shows how sure to be'
+    """
+    if all_right:
+        return "all answers are right, so nothing shows how sure to be"
+    if is_upper:
+        return "the right choices score no higher than the others: no information about the answers"
+    return "nearly all answers are right, and the others only just wrong"
+
+
 class TemperatureScaler:
     """Temperature scaling, softmax(logits / T), which changes no answer.
 
@@ -10271,8 +10310,10 @@ class TemperatureScaler:
         # The search never quite touches its ends.
         self.at_bound = min(best - low, high - best) < 1e-3
         if self.at_bound:
-            advice = "temperature %.2g is at its bound: too few rows, or all right or wrong"
-            (logger or LOGGER).warning(advice, self.temperature)
+            all_right = bool((logits.argmax(axis=1) == labels).all())
+            reason = why_at_bound(all_right, is_upper=self.temperature > 1)
+            advice = "temperature %.2g is at its bound: %s"
+            (logger or LOGGER).warning(advice, self.temperature, reason)
         return self
 
     @staticmethod
@@ -10442,6 +10483,22 @@ def bootstrap_interval(changes, groups, fitted_parameters=1.0) -> np.ndarray:
     draws = _group_draws(len(sums))
     means = draws @ sums / np.maximum(1, draws @ sizes)
     return np.quantile(means, [0.05, 0.95], axis=0)
+
+
+def accuracy_interval(correct, groups) -> tuple[float, float]:
+    """Ends of the 90 % interval of the accuracy, from (n,) right or wrong.
+
+    `groups` (n,): rows of one image share a number and are drawn together.
+
+    >>> low, high = accuracy_interval([True] * 80 + [False] * 20, np.arange(100))
+    >>> round(low, 2), round(high, 2)
+    (0.73, 0.86)
+    """
+    correct = np.asarray(correct, dtype=float)
+    mean = correct.mean()
+    deviations = (correct - mean)[:, None]  # about zero: the imaginary rows must not shift it
+    low, high = mean + bootstrap_interval(deviations, groups)[:, 0]
+    return max(0.0, float(low)), min(1.0, float(high))
 
 
 def compare_paired(correct_a, correct_b) -> dict:
@@ -11111,6 +11168,83 @@ def admit_views(
     return admitted_views, table
 
 
+# === Skill ========================================================================================
+@dataclass(frozen=True)
+class Skill:
+    """How a model compares with the better of two guesses that look at neither image nor text."""
+
+    right: int  # out-of-fold rows that are answered rightly by the mean over all views
+    rows: int
+    guess: str  # the guess, in words
+    guess_accuracy: float
+    low: float  # lower end of the 90 % interval of the model's accuracy
+
+    @property
+    def has_skill(self) -> bool:
+        """Whether the model is better than the guess beyond chance.
+
+        Without skill, nothing is fitted to its scores: no temperature and no blend, and no
+        label is suspected.
+        """
+        return self.low > self.guess_accuracy
+
+    @property
+    def accuracy(self) -> float:
+        """Share of rows that are answered rightly."""
+        return self.right / self.rows
+
+
+def guess_hits(frame: pd.DataFrame) -> np.ndarray:
+    """(n,) the chance that one of a row's choices, drawn at random, is right; a blank is none.
+
+    >>> guess_hits(pd.DataFrame([{"a": "1", "b": "2", "c": "", "d": ""}])).tolist()
+    [0.5]
+    """
+    counts = [sum(present_choices(row)) for row in frame[[*CHOICES]].to_dict("records")]
+    return 1 / np.array(counts)
+
+
+def measure_skill(oof: OofLogits, train_answers: pd.Series) -> Skill:
+    """Compare the accuracy of the mean over all views with that of a guess.
+
+    The guesses are a choice drawn at random, and always the letter that is most frequent in
+    `train_answers`; the better one counts. The model has to be better by more than the lower
+    half of the 90 % interval of its accuracy, which respects images (`accuracy_interval`).
+    """
+    is_right = combine_views(oof.logits).argmax(axis=1) == oof.labels
+    low, _ = accuracy_interval(is_right, oof.groups)
+    letter = train_answers.mode()[0]
+    accuracies = {
+        "one of the choices at random": guess_hits(oof.frame).mean(),
+        f"always {letter}": (oof.labels == CHOICES.index(letter)).mean(),
+    }
+    guess = max(accuracies, key=accuracies.get)
+    return Skill(
+        right=int(is_right.sum()),
+        rows=len(is_right),
+        guess=guess,
+        guess_accuracy=float(accuracies[guess]),
+        low=low,
+    )
+
+
+def lack_of_skill(skill: Skill) -> str:
+    """A sentence on a model without skill; "" for one with skill.
+
+    >>> skill = Skill(968, 3887, "always b", 0.2531, low=0.238)
+    >>> print(textwrap.fill(lack_of_skill(skill), 90))
+    The model has learned nothing that shows: its out-of-fold accuracy, 0.249 (968 of 3,887
+    rows), is not above guessing, 0.253 (always b), beyond chance.
+    """
+    if skill.has_skill:
+        return ""
+    return (
+        "The model has learned nothing that shows: its out-of-fold accuracy, "
+        f"{skill.accuracy:.3f} ({skill.right:,} of {skill.rows:,} rows), is not above guessing, "
+        f"{skill.guess_accuracy:.3f} ({skill.guess}), beyond chance."
+    )
+
+
 # === Selected weights =============================================================================
 def fold_table(results: Sequence[FoldResult]) -> pd.DataFrame:
     """Held-out accuracy and NLL of each fold and kind of weights.
@@ -11187,6 +11321,7 @@ def score_files(run: Run) -> list[Path]:
     return paths
 
 
+@each_warning_once()
 def select_weights(run: Run) -> str:
     """Raw, EMA or SWA weights, or a mix such as "raw+ema": one decision for all folds.
 
@@ -11298,14 +11433,17 @@ def _simulate_budgets(oof: OofLogits) -> dict[str, OofLogits]:
     return simulated
 
 
+@each_warning_once()
 def adaptive_curve(run: Run) -> pd.DataFrame:
     """Accuracy and NLL on OOF rows by `adaptive_tta`.
 
     That is the share of the last step's cost that the rows in doubt get. `rows`: share
     of the rows that it pays for; `cost`: as in the ladder; `seconds`: of a device. The
-    last line is all rows, in one pass. Temperatures are cross-fitted at each point.
+    last line is all rows, in one pass. Temperatures are cross-fitted at each point, but for a
+    model without skill.
     """
     oof = _without_16_bit_views(read_oof(run))
+    has_skill = measure_skill(oof, run.train["answer"]).has_skill
     first, later = split_views(oof.view_names)
     points = _simulate_budgets(oof)
     points["all rows"] = oof
@@ -11315,7 +11453,7 @@ def adaptive_curve(run: Run) -> pd.DataFrame:
             combine_views(point.logits),
             point.labels,
             point.folds,
-            run.config.use_temperature_scaling,
+            run.config.use_temperature_scaling and has_skill,
         )
         rows[name] = {
             "rows": _share_with_any_view(point.logits[:, later]),
@@ -11579,6 +11717,7 @@ class Evaluation:
     """Every decision taken on OOF, and the OOF probabilities behind it."""
 
     oof: OofLogits
+    skill: Skill  # decides whether anything is fitted
     views: list[int]  # admitted views
     view_table: pd.DataFrame  # of `admit_views`
     calibration: Calibration  # of the mean over the admitted views
@@ -11594,7 +11733,8 @@ class ViewDecisions:
     """What is decided about the views of one run, each decision after those above it."""
 
     views: list[int]  # admitted views
-    scaled: Calibration  # with fitted temperatures, where the configuration asks for them
+    # With fitted temperatures, where the configuration asks for them; None without skill.
+    scaled: Calibration | None
     calibration: Calibration  # the one in use: `scaled`, or every temperature at 1
     candidates: dict[str, Candidate]  # ways to combine the views; the mean comes first
     method: str  # the candidate of the submission
@@ -11605,11 +11745,12 @@ def temperature_table(
     oof: OofLogits,
     scores: np.ndarray,
     temperatures: Mapping[int, float],
+    has_skill: bool = True,
 ) -> pd.DataFrame:
     """Each fold's temperature, and its scores before it.
 
     `scores`: (n, 4) combined over views; `at_bound`: the fold's rows alone asked for a
-    temperature beyond TEMPERATURE_BOUNDS.
+    temperature beyond TEMPERATURE_BOUNDS. A model without skill is not asked.
     """
     rows = {}
     for fold, temperature in temperatures.items():
@@ -11619,7 +11760,7 @@ def temperature_table(
             "rows": int(inside.sum()),
             **score_row(softmax(scores[inside]), labels),
             "temperature": temperature,
-            "at_bound": TemperatureScaler().fit(scores[inside], labels).at_bound,
+            "at_bound": has_skill and TemperatureScaler().fit(scores[inside], labels).at_bound,
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("fold")
 
@@ -11675,6 +11816,20 @@ def _choose_method(
     if method not in eligible:
         method = "mean"
     return method, candidates[method].probabilities
+
+
+def _unfitted_views(oof: OofLogits, views: list[int]) -> ViewDecisions:
+    """The plain mean over the views, with every temperature at 1: nothing is fitted to labels."""
+    scores = combine_views(oof.logits[:, views])
+    plain = calibrate(scores, oof.labels, oof.folds, enabled=False)
+    return ViewDecisions(
+        views=views,
+        scaled=None,
+        calibration=plain,
+        candidates={"mean": Candidate(plain.probabilities)},
+        method="mean",
+        probabilities=plain.probabilities,
+    )
 
 
 def decide_views(run: Run, oof: OofLogits, views: list[int]) -> ViewDecisions:
@@ -11744,7 +11899,7 @@ def decision_ladder_steps(
     )
     # The mean over the admitted views is what the further steps are compared with.
     (mean_step,) = [name for name, step in steps.items() if step.views == decisions.views]
-    if run.config.use_temperature_scaling:
+    if run.config.use_temperature_scaling and decisions.scaled is not None:
         steps[STEP_TEMPERATURE] = _temperature_step(decisions, mean_step)
         if decisions.calibration is decisions.scaled:
             mean_step = STEP_TEMPERATURE
@@ -11758,30 +11913,57 @@ def decision_ladder_steps(
     return steps
 
 
+def _mark_used_steps(ladder: pd.DataFrame, skill: Skill) -> None:
+    """Say beside the steps of the submission that they have not earned their place.
+
+    The column `alarm` is there only where training has not helped.
+    """
+    tuned = ladder.loc[STEP_ONE_VIEW]
+    if not skill.has_skill:
+        mark = "not above guessing"
+    elif tuned["gain_high"] < 0:
+        mark = "worse than zero-shot"
+    elif tuned["gain_low"] <= 0:
+        mark = "not above zero-shot"
+    else:
+        return
+    ladder["alarm"] = np.where(ladder["used"].astype(bool), mark, "")
+
+
+@each_warning_once()
 def evaluate_run(run: Run) -> Evaluation:
     """Take every decision on OOF rows, and say what each step is worth, all from saved logits.
 
-    The decisions: which views are admitted, whether temperatures are used, and how
-    views are combined.
+    The decisions: whether the model has skill, which views are admitted, whether temperatures
+    are used, and how views are combined. Without skill there are no temperatures, and views
+    are combined by their mean.
     """
     oof = with_test_time_views(run, read_oof(run))
-    views, view_table = admit_views(oof, run.config.use_temperature_scaling)
-    decisions = decide_views(run, oof, views)
+    skill = measure_skill(oof, run.train["answer"])
+    views, view_table = admit_views(oof, run.config.use_temperature_scaling and skill.has_skill)
+    if skill.has_skill:
+        decisions = decide_views(run, oof, views)
+    else:
+        LOGGER.warning("%s: %s", run.directory.name, lack_of_skill(skill))
+        decisions = _unfitted_views(oof, views)
     steps = decision_ladder_steps(run, oof, view_table, decisions)
     ladder = build_ladder(run, oof, steps)
     if STEP_AUTOMATIC in steps:
         eligible = _without_vote(decisions.candidates)
         set_choice_interval(ladder, eligible, oof.labels, oof.groups)
+    _mark_used_steps(ladder, skill)
     scores = combine_views(oof.logits[:, views])
+    temperatures = decisions.calibration.temperatures
     return Evaluation(
         oof=oof,
+        skill=skill,
         views=views,
         view_table=view_table,
         calibration=decisions.calibration,
         method=decisions.method,
         probabilities=decisions.probabilities,
         ladder=ladder,
-        fold_table=temperature_table(oof, scores, decisions.calibration.temperatures),
+        fold_table=temperature_table(oof, scores, temperatures, skill.has_skill),
     )
 
 
@@ -12060,9 +12242,15 @@ def save_table(table: pd.DataFrame, run: Run, name: str) -> pd.DataFrame:
 
 
 def _suspect_rows(evaluation: Evaluation) -> pd.DataFrame:
-    """`label_suspects` of the evaluation, with ids, texts and letters for a reader."""
+    """`label_suspects` of the evaluation, with ids, texts and letters for a reader.
+
+    Empty for a model without skill, whose doubts say nothing about a label.
+    """
     probabilities = evaluation.probabilities
     suspects = label_suspects(probabilities, evaluation.oof.labels)
+    if not evaluation.skill.has_skill:
+        LOGGER.warning("No label is suspected: the model is not above guessing")
+        suspects = suspects.head(0)
     frame = evaluation.oof.frame.iloc[suspects["row"]].reset_index(drop=True)
     of_label = probabilities[suspects["row"], suspects["label"]]
     return frame[["id", "question", *CHOICES, "answer"]].assign(
@@ -12107,6 +12295,8 @@ DISTILLED_WARNING = (
     "it was distilled, and its teacher was trained on the rows that validate it: "
     "its OOF figures are too good"
 )
+ALARM_COLOUR = "#d9822b"
+GOOD_COLOUR = "#2e8b57"
 SHARE_CUT_TO_ACT_ON = 0.2  # of the images: from here on more pixels are the thing to try next
 
 
@@ -12120,7 +12310,8 @@ class Verdict:
     accuracy: float  # to expect on a leaderboard: that of the OOF rows
     low: float  # lower end of its interval, for a leaderboard of `test_rows` rows
     high: float  # upper end
-    guessing: float  # accuracy of a guess among the choices that exist
+    guessing: float  # accuracy of the guess that is harder to beat, as in `Skill`
+    has_skill: bool  # whether the model is above guessing beyond chance
     zeroshot_accuracy: float  # of the base model, on the rows that it scored
     gain: float  # accuracy that training adds in one view, on rows that both scored; else NaN
     gain_low: float
@@ -12131,22 +12322,6 @@ class Verdict:
     wall_seconds: float  # on the clock, while any worker was at work
     worker_seconds: float  # of all workers together
     next_step: str  # the one thing to try, a sentence
-
-
-def accuracy_interval(correct, groups) -> tuple[float, float]:
-    """Ends of the 90 % interval of the accuracy, from (n,) right or wrong.
-
-    `groups` (n,): rows of one image share a number and are drawn together.
-
-    >>> low, high = accuracy_interval([True] * 80 + [False] * 20, np.arange(100))
-    >>> round(low, 2), round(high, 2)
-    (0.73, 0.86)
-    """
-    correct = np.asarray(correct, dtype=float)
-    mean = correct.mean()
-    deviations = (correct - mean)[:, None]  # about zero: the imaginary rows must not shift it
-    low, high = mean + bootstrap_interval(deviations, groups)[:, 0]
-    return max(0.0, float(low)), min(1.0, float(high))
 
 
 def widen_for_leaderboard(
@@ -12165,16 +12340,6 @@ def widen_for_leaderboard(
     low = accuracy - factor * (accuracy - interval[0])
     high = accuracy + factor * (interval[1] - accuracy)
     return max(0.0, low), min(1.0, high)
-
-
-def guessing_accuracy(frame: pd.DataFrame) -> float:
-    """Accuracy of a guess: 1 / the number of choices that are not blank, on average over rows.
-
-    >>> guessing_accuracy(pd.DataFrame([{"a": "1", "b": "2", "c": "", "d": ""}]))
-    0.5
-    """
-    counts = [sum(present_choices(row)) for row in frame[[*CHOICES]].to_dict("records")]
-    return float(np.mean(1 / np.array(counts)))
 
 
 def covered_seconds(spans: Iterable[tuple[float, float]]) -> float:
@@ -12235,34 +12400,71 @@ def unplanned_events(run: Run) -> list[dict]:
     return [record for record in records if not record["event"].startswith(tuple(made_up_for))]
 
 
-def _learning_alarms(verdict: Verdict, oof_low: float) -> list[str]:
-    """Sentences where the model has learned nothing; `oof_low`: of the OOF accuracy's interval."""
-    alarms = []
-    if oof_low <= verdict.guessing:
-        alarms.append(
-            f"The out-of-fold accuracy, {verdict.accuracy:.3f}, is not above guessing, "
-            f"{verdict.guessing:.3f}, beyond chance."
+def _gain_alarm(evaluation: Evaluation) -> str:
+    """A sentence where training is not better than the base model beyond chance, else ""."""
+    tuned = evaluation.ladder.loc[STEP_ONE_VIEW]
+    if math.isnan(tuned["gain"]) or tuned["gain_low"] > 0:
+        return ""
+    base = evaluation.ladder.loc[STEP_ZERO_SHOT, "accuracy"]
+    gain = points_with_interval(tuned["gain"], tuned["gain_low"], tuned["gain_high"])
+    if tuned["gain_high"] < 0:
+        return f"Training did harm: {gain} points against the base model, which has {base:.3f}."
+    return (
+        "Training is not better than the base model beyond chance: "
+        f"{gain} points against its {base:.3f}."
+    )
+
+
+def learning_alarm(evaluation: Evaluation) -> str:
+    """What to know before anything else of a run that learned nothing; "" for a good one.
+
+    Two cases, which may both hold: the out-of-fold accuracy is not above guessing (`Skill`), or
+    not above the base model's, beyond chance. What follows for the submission comes last.
+    """
+    lack = lack_of_skill(evaluation.skill)
+    gain = _gain_alarm(evaluation)
+    if lack:
+        consequence = (
+            "So no temperature and no blend is fitted and no label is suspected: "
+            "the submission is the plain mean of the models, and worth a guess."
         )
-    if verdict.gain_low <= 0:
-        gain = points_with_interval(verdict.gain, verdict.gain_low, verdict.gain_high)
-        alarms.append(f"Training is not better than the base model beyond chance: {gain} points.")
-    return alarms
+    elif gain:
+        consequence = "The submission is made of the fine-tuned models all the same."
+    else:
+        consequence = ""
+    return " ".join(sentence for sentence in (lack, gain, consequence) if sentence)
+
+
+def learning_html(evaluation: Evaluation) -> str:
+    """The learning alarm in large type, or a line that says that there is none."""
+    skill = evaluation.skill
+    alarm = learning_alarm(evaluation)
+    base = evaluation.ladder.loc[STEP_ZERO_SHOT, "accuracy"]
+    text = alarm or (
+        f"The model has learned: {skill.accuracy:.3f} of the out-of-fold rows are right; "
+        f"guessing has {skill.guess_accuracy:.3f} ({skill.guess}), the base model {base:.3f}."
+    )
+    colour = ALARM_COLOUR if alarm else GOOD_COLOUR
+    size = 20 if alarm else 15
+    title = "<b>Alarm · 경고</b><br>" if alarm else ""
+    return (
+        f'<div style="border-left:10px solid {colour}; padding:8px 24px; max-width:860px; '
+        f'font-size:{size}px; line-height:1.5">{title}{html.escape(text)}</div>'
+    )
 
 
 def _prediction_alarms(run: Run, evaluation: Evaluation) -> list[str]:
-    """Sentences about answers that are nearly all one letter, and about impossible temperatures."""
+    """Sentences about a letter that is preferred, and about temperatures at a bound."""
     alarms = []
     letters = prediction_diversity(evaluation.probabilities, evaluation.oof.labels)
     if letters["collapsed"]:
         preference = describe_preference(letters)
         alarms.append(f"One letter is preferred in the out-of-fold rows: {preference}.")
-    at_bound = evaluation.fold_table.index[evaluation.fold_table["at_bound"].astype(bool)]
-    if run.config.use_temperature_scaling and len(at_bound):
-        folds = ", ".join(map(str, at_bound))
-        alarms.append(
-            f"The temperature is at its bound in fold {folds}: "
-            "it has too few rows, or they are all right or all wrong."
-        )
+    at_bound = evaluation.fold_table[evaluation.fold_table["at_bound"].astype(bool)]
+    if run.config.use_temperature_scaling:
+        for fold, row in at_bound.iterrows():
+            reason = why_at_bound(row["accuracy"] == 1, is_upper=row["accuracy"] < 0.5)
+            alarms.append(f"The temperature is at its bound in fold {fold}: {reason}.")
     return alarms
 
 
@@ -12297,9 +12499,7 @@ def _stage_seconds(run: Run) -> tuple[float, float]:
     return covered_seconds(spans), sum(record["seconds"] for record in records)
 
 
-def _next_step(
-    run: Run, verdict: Verdict, oof_low: float, results: Sequence[FoldResult], share_cut: float
-) -> str:
+def _next_step(run: Run, verdict: Verdict, results: Sequence[FoldResult], share_cut: float) -> str:
     """The one thing to try next, with the figure that speaks for it: the first rule that holds."""
     config = run.config
     asked_for = len(config.folds_to_train)
@@ -12315,7 +12515,7 @@ def _next_step(
             f"Start a new run with fewer num_epochs or more time: {cut_short} of {asked_for} "
             f"folds ended before epoch {config.num_epochs}."
         )
-    if oof_low <= verdict.guessing:
+    if not verdict.has_skill:
         return (
             "Check the answers' column and lower the learning rate, now "
             f"{config.learning_rate:g}: the accuracy is {verdict.accuracy:.3f}, "
@@ -12367,7 +12567,8 @@ def make_verdict(
         accuracy=accuracy,
         low=low,
         high=high,
-        guessing=guessing_accuracy(oof.frame),
+        guessing=evaluation.skill.guess_accuracy,
+        has_skill=evaluation.skill.has_skill,
         zeroshot_accuracy=float(evaluation.ladder.loc["zero-shot", "accuracy"]),
         gain=float(tuned["gain"]),
         gain_low=float(tuned["gain_low"]),
@@ -12379,11 +12580,12 @@ def make_verdict(
         worker_seconds=worker_seconds,
         next_step="",
     )
-    alarms = _learning_alarms(verdict, interval[0])
+    learning = learning_alarm(evaluation)
+    alarms = [learning] if learning else []
     alarms += _prediction_alarms(run, evaluation)
     alarms += [leakage_alarm] if leakage_alarm else []
     alarms += _run_alarms(run)
-    next_step = _next_step(run, verdict, interval[0], results, share_cut)
+    next_step = _next_step(run, verdict, results, share_cut)
     return dataclasses.replace(verdict, alarms=tuple(alarms), next_step=next_step)
 
 
@@ -12422,7 +12624,7 @@ def _time_sentence(verdict: Verdict) -> str:
 
 def verdict_html(verdict: Verdict) -> str:
     """The verdict in large type, readable on a white and on a dark page."""
-    colour = "#d9822b" if verdict.alarms else "#2e8b57"
+    colour = ALARM_COLOUR if verdict.alarms else GOOD_COLOUR
     rows = [
         ("Did training help? · 학습 효과", html.escape(_training_sentence(verdict))),
         ("Alarms · 경고", _alarms_html(verdict)),
@@ -12904,8 +13106,13 @@ def describe_fallbacks(fallbacks: Mapping[str, int]) -> str:
 def ladder_for_people(ladder: pd.DataFrame) -> pd.DataFrame:
     """The six columns of a ladder that one reads, as text; the others are in its CSV file.
 
-    The gain in accuracy is in points, with its 90 % interval.
+    The gain in accuracy is in points, with its 90 % interval. Beside the "yes" of what the
+    submission is made of stands its alarm, where training has not helped.
     """
+    used = pd.Series(np.where(ladder["used"].astype(bool), "yes", ""), index=ladder.index)
+    if "alarm" in ladder:
+        is_marked = ladder["alarm"] != ""
+        used = used.where(~is_marked, "yes, but " + ladder["alarm"])
     gains = []
     for change, low, high in zip(
         ladder["gain"], ladder["gain_low"], ladder["gain_high"], strict=True
@@ -12918,7 +13125,7 @@ def ladder_for_people(ladder: pd.DataFrame) -> pd.DataFrame:
             "NLL change": ladder["nll_change"].map("{:+.3f}".format),
             "seconds": ladder["seconds"].map("{:,.1f}".format),
             "against": ladder["against"],
-            "used": np.where(ladder["used"].astype(bool), "yes", ""),
+            "used": used.to_numpy(),
         },
         index=[*ladder.index],
     ).replace({"nan": "", "+nan": ""})
@@ -13357,6 +13564,7 @@ class RunPredictions:
     oof: pd.DataFrame  # (n, 4) probabilities of the rows that it scored out of fold, by id
     test: pd.DataFrame  # (n, 4) probabilities of the test rows, in the first run's order, by id
     seconds: float  # time of its workers in all stages
+    has_skill: bool  # whether it is above guessing, as in `Skill`
 
 
 def _require_same_rows(first: Run, other: Run) -> None:
@@ -13411,6 +13619,7 @@ def _predict_run(run: Run, test_ids: pd.Series) -> RunPredictions:
         oof=pd.DataFrame(evaluation.probabilities, index=oof_ids),
         test=pd.DataFrame(test, index=run.test["id"]).loc[test_ids],
         seconds=sum(record["seconds"] for record in stages),
+        has_skill=evaluation.skill.has_skill,
     )
 
 
@@ -13463,6 +13672,7 @@ def _run_ladder(
     return table, chosen
 
 
+@each_warning_once()
 def ensemble_runs(
     directories: Iterable[str | Path],
     folder: str | Path,
@@ -13473,7 +13683,7 @@ def ensemble_runs(
     submission.csv and ladder.csv into `folder` and returns the table and the answers.
     `seconds` is the workers' time of the runs behind a row. "automatic choice" is what
     to expect: each twentieth of the images is answered by what would be chosen without
-    it.
+    it. Runs of which none has skill are compared with their plain mean only.
 
     Raises ValueError for runs on other rows or with other notations, for one run named twice,
     for one that learned from another, and for runs that share no row.
@@ -13502,7 +13712,9 @@ def ensemble_runs(
     oof_members = np.stack(oof_of_runs)  # (runs, n, 4)
     test_members = np.stack(test_of_runs)
 
-    blends = cross_fitted_blends(oof_members, labels, groups)
+    has_skill = any(prediction.has_skill for prediction in predictions.values())
+    names = BLENDS if has_skill else ["mean"]  # else nothing is fitted to the labels
+    blends = cross_fitted_blends(oof_members, labels, groups, names, scaling=has_skill)
     single_runs = {}
     for name, probabilities in zip(predictions, oof_members, strict=True):
         single_runs[name] = Candidate(probabilities)
@@ -13513,7 +13725,7 @@ def ensemble_runs(
     if chosen in predictions:
         probabilities = predictions[chosen].test.to_numpy()
     else:
-        probabilities = fit_and_blend(chosen, oof_members, labels, test_members)
+        probabilities = fit_and_blend(chosen, oof_members, labels, test_members, has_skill)
     path = Path(folder) / "submission.csv"
     answers = _write_answers(probabilities.argmax(axis=1), first, path)
     write_table(table.reset_index(), path.with_name("ladder.csv"))
