@@ -79,6 +79,27 @@ def test_the_notebook_shows_the_verdict_and_only_the_settings_that_differ(execut
     assert "weight_decay" in folded
 
 
+def test_the_notebook_says_whether_anything_was_learned_before_its_curves(executed):
+    notebook, _ = executed
+    pages = shown(notebook, "text/html")
+    boxes = [page for page in pages if page.startswith('<div style="border-left:10px')]
+    learned, verdict = boxes
+    assert "The model has learned" in learned or "Training " in learned
+    assert "Accuracy to expect on the leaderboard" in verdict
+    if "Alarm" in learned:
+        alarm = learned.split("<br>")[1].removesuffix("</div>")
+        assert f"<li>{alarm}</li>" in verdict
+    (curves,) = [page for page in pages if 'alt="Training loss' in page]
+    assert pages.index(learned) < pages.index(curves) < pages.index(verdict)
+
+
+def test_the_notebook_counts_copies_as_the_file_lists_them(executed):
+    notebook, folder = executed
+    (file,) = folder.glob("demo-*/tables/copies.csv")
+    sentence = vqa.describe_copies(vqa.count_copies(pd.read_csv(file)))
+    assert any(sentence in text for text in printed(notebook))
+
+
 def test_the_notebook_says_why_it_runs_that_preset_and_what_memory_is_computed(executed):
     notebook, _ = executed
     assert any("preset demo: chosen by name" in text for text in printed(notebook))
