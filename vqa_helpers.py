@@ -12408,11 +12408,10 @@ def _gain_alarm(evaluation: Evaluation) -> str:
     base = evaluation.ladder.loc[STEP_ZERO_SHOT, "accuracy"]
     gain = points_with_interval(tuned["gain"], tuned["gain_low"], tuned["gain_high"])
     if tuned["gain_high"] < 0:
-        return f"Training did harm: {gain} points against the base model, which has {base:.3f}."
-    return (
-        "Training is not better than the base model beyond chance: "
-        f"{gain} points against its {base:.3f}."
-    )
+        result = "Training did harm"
+    else:
+        result = "Training is not better than the base model beyond chance"
+    return f"{result}: {gain} points in one view, against the base model's {base:.3f}."
 
 
 def learning_alarm(evaluation: Evaluation) -> str:
@@ -12426,7 +12425,7 @@ def learning_alarm(evaluation: Evaluation) -> str:
     if lack:
         consequence = (
             "So no temperature and no blend is fitted and no label is suspected: "
-            "the submission is the plain mean of the models, and worth a guess."
+            "the submission is the plain mean of the models, and worth no more than a guess."
         )
     elif gain:
         consequence = "The submission is made of the fine-tuned models all the same."
@@ -12473,6 +12472,12 @@ def _missing_folds(run: Run) -> list[int]:
     return sorted(set(run.config.folds_to_train) - set(run.finished_folds))
 
 
+def _is_of_other_weights(run: Run, event: str) -> bool:
+    """Whether this is `FoldTrainer.save_weights`' note on weights that are not in use."""
+    kind = re.match(r"fold \d+, (\w+) weights: ", event)
+    return bool(kind and run.selected_weights and kind[1] not in run.selected_weights)
+
+
 def _run_alarms(run: Run) -> list[str]:
     """Sentences about what the run has lost or taken a fallback for."""
     alarms = []
@@ -12488,7 +12493,8 @@ def _run_alarms(run: Run) -> list[str]:
     if run.config.distill_from:
         alarms.append(f"Do not trust these figures: {DISTILLED_WARNING}.")
     for event in dict.fromkeys(record["event"] for record in unplanned_events(run)):
-        alarms.append(f"{event[:1].upper()}{event[1:]}.")
+        if not _is_of_other_weights(run, event):
+            alarms.append(f"{event[:1].upper()}{event[1:]}.")
     return alarms
 
 

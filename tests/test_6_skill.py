@@ -1,5 +1,6 @@
 """Part 6, Skill: a run that learned nothing says so, and fits nothing to its scores."""
 
+import html
 import logging
 
 import numpy as np
@@ -120,7 +121,7 @@ def at_chance(mini_run, replace):
 
 CONSEQUENCE = (
     "So no temperature and no blend is fitted and no label is suspected: "
-    "the submission is the plain mean of the models, and worth a guess."
+    "the submission is the plain mean of the models, and worth no more than a guess."
 )
 
 
@@ -142,7 +143,7 @@ def test_a_run_at_chance_fits_nothing_and_says_so_first(at_chance, caplog):
     assert "Training is not better than the base model beyond chance: " in alarm
     assert alarm.endswith(CONSEQUENCE)
     page = vqa.learning_html(evaluation)
-    assert f"Alarm · 경고</b><br>{alarm}</div>" in page
+    assert f"Alarm · 경고</b><br>{html.escape(alarm)}</div>" in page
     assert "font-size:20px" in page
 
 
@@ -209,6 +210,17 @@ def test_a_run_that_collapsed_says_both_how_and_that_it_learned_nothing(mini_run
     assert answered > 300
 
 
+def test_what_a_worker_noted_of_the_weights_in_use_is_an_alarm(at_chance):
+    notes = vqa.MetricLogger(at_chance.directory / "events.jsonl")
+    notes.log(event="fold 0, raw weights: the model answered b in 61 of 80 rows (76%)")
+    notes.log(event="fold 0, ema weights: the model answered b in 60 of 80 rows (75%)")
+    evaluation = vqa.evaluate_run(at_chance)
+    _, *others = vqa.make_verdict(at_chance, evaluation).alarms
+    assert others == ["Fold 0, raw weights: the model answered b in 61 of 80 rows (76%)."]
+    report = vqa.write_report(at_chance, evaluation).read_text(encoding="utf-8")
+    assert "| fold 0, ema weights: the model answered b in 60 of 80 rows (75%) |" in report
+
+
 def test_skill_that_training_did_not_add_keeps_its_temperature(mini_run, replace):
     run = scored_run(mini_run(), replace, signal=2.0, zeroshot=2.3)
     evaluation = vqa.evaluate_run(run)
@@ -218,7 +230,7 @@ def test_skill_that_training_did_not_add_keeps_its_temperature(mini_run, replace
     base = evaluation.ladder.loc["zero-shot", "accuracy"]
     assert alarm == (
         "Training is not better than the base model beyond chance: "
-        f"{gain} points against its {base:.3f}. "
+        f"{gain} points in one view, against the base model's {base:.3f}. "
         "The submission is made of the fine-tuned models all the same."
     )
     assert evaluation.skill.has_skill
@@ -232,7 +244,7 @@ def test_a_base_model_that_was_better_is_named_in_alarm_and_ladder(mini_run, rep
     evaluation = vqa.evaluate_run(run)
     alarm = vqa.learning_alarm(evaluation)
     assert alarm.startswith("Training did harm: -")
-    assert " points against the base model, which has 0." in alarm
+    assert " points in one view, against the base model's 0." in alarm
     assert evaluation.ladder.loc["fine-tuned, one view", "alarm"] == "worse than zero-shot"
 
 
