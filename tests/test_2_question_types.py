@@ -1,6 +1,8 @@
 """Part 2, question types: how they agree with labels, whatever the choices' order or spelling.
 
-The labelled questions are cases/question_types.csv, written before the rules were read;
+Half of the labelled questions are in cases/question_types.csv, written before the rules and then
+used to improve them; the other half, cases/question_types_unseen.csv, was written by somebody who
+never saw the rules, and nothing was improved by it.
 `python tests/benchmarks/question_types.py` prints which types are taken for which.
 """
 
@@ -21,6 +23,7 @@ CASES = Path(__file__).parent / "cases"
 # File -> least share of agreement over all its questions; no type may fall below LEAST_BY_TYPE.
 LABELLED = {
     "question_types.csv": 0.95,
+    "question_types_unseen.csv": 0.92,
 }
 LEAST_BY_TYPE = 0.8
 
