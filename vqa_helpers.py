@@ -4534,6 +4534,15 @@ def _spelling(path: str) -> str:
     return unicodedata.normalize("NFC", path).casefold()
 
 
+def _words(name: str) -> set[str]:
+    """The words of a file's name, in small letters.
+
+    >>> sorted(_words("Train_images.zip"))
+    ['images', 'train', 'zip']
+    """
+    return set(re.split(r"[\W_]+", name.casefold()))
+
+
 @dataclass(frozen=True)
 class _Listing:
     """What is in a folder: names, and of the files whether each is a link."""
@@ -4670,14 +4679,29 @@ class _Base:
         return os.path.join(self.folder, path.removeprefix(self.prefix))
 
 
-def _bases(top: str, split: str, deeper_kind: str, kind: str = "") -> list[_Base]:
-    """The folders below `top` in which images are looked for, in this order."""
+def _bases(top: str, split: str) -> list[_Base]:
+    """The folders below the data folder in which images are looked for, in this order."""
     return [
-        _Base(top, kind=kind),
-        _Base(os.path.join(top, "images"), kind=kind),
-        _Base(os.path.join(top, split), names_split=True, kind=kind),
-        _Base(os.path.join(top, split, "images"), names_split=True, kind=deeper_kind),
-        _Base(os.path.join(top, "images", split), names_split=True, kind=deeper_kind),
+        _Base(top),
+        _Base(os.path.join(top, "images")),
+        _Base(os.path.join(top, split), names_split=True),
+        _Base(os.path.join(top, split, "images"), names_split=True, kind=DEEPER),
+        _Base(os.path.join(top, "images", split), names_split=True, kind=DEEPER),
+    ]
+
+
+def _bases_in_archive(archive: Path, split: str) -> list[_Base]:
+    """The same of an archive, which is unpacked, and of the one folder that all in it may be in."""
+    top = str(unpack_once(archive))
+    stem = re.sub(r"\.(zip|tar|tgz|tar\.gz)$", "", archive.name, flags=re.IGNORECASE)
+    bases = [_Base(top, prefix=f"{stem}/"), *_bases(top, split)]
+    inner = [entry for entry in os.scandir(top) if entry.name != "__MACOSX"]
+    if len(inner) == 1 and inner[0].is_dir():
+        bases += _bases(inner[0].path, split)
+    names_split = split in _words(stem)
+    return [
+        dataclasses.replace(base, kind=IN_ARCHIVE, names_split=names_split or base.names_split)
+        for base in bases
     ]
 
 
@@ -4693,58 +4717,19 @@ class _FoundImage:
     problem: str = ""
 
 
-def _archives_with(names: set[str], root: str, split: str) -> Iterator[Path]:
-    """The archives in `root` that hold files with some of these names, in any spelling.
-
-    One that is named after another split is none of them, and a damaged one neither.
-    """
-    for path in sorted(Path(root).iterdir()):
-        words = re.split(r"[\W_]+", path.name.casefold())
-        others = set(words).intersection(_SPLIT_FOLDERS) - {split}
-        is_archive = path.name.lower().endswith(ARCHIVE_ENDINGS) and path.is_file()
-        if not is_archive or (others and split not in words):
-            continue
-        LOGGER.info("Looking for images of %s.csv in %s", split, path)
-        try:
-            with _open_with_names(path) as opened:
-                members = [Path(member.name).name for member in _archive_members(opened)]
-        except Exception as error:  # each format and each decoder raises its own
-            LOGGER.warning("%s: no image is looked for in it, it is damaged (%s)", path, error)
-            continue
-        held = {_spelling(member) for member in members}
-        held.update({_IMAGE_ENDING.sub("", member) for member in held})
-        if not names.isdisjoint(held):
-            yield path
-
-
-def _bases_in_archive(archive: Path, split: str) -> list[_Base]:
-    """The archive, unpacked, and the folders in it that paths may be meant from."""
-    folder = str(unpack_once(archive))
-    stem = re.sub(r"\.(zip|tar|tgz|tar\.gz)$", "", archive.name, flags=re.IGNORECASE)
-    names_split = stem == split
-    inner = [entry for entry in os.scandir(folder) if entry.name != "__MACOSX"]
-    bases = [_Base(folder, names_split, IN_ARCHIVE, prefix=f"{stem}/")]
-    bases += _bases(folder, split, IN_ARCHIVE, IN_ARCHIVE)
-    if len(inner) == 1 and inner[0].is_dir():  # all is in one folder
-        bases += _bases(inner[0].path, split, IN_ARCHIVE, IN_ARCHIVE)
-    return bases
-
-
 class _ImageFinder:
-    """Looks for the images of one table of a competition, `split`.csv in `root`."""
+    """Looks for images of one table in some bases, which lie below `tops`."""
 
-    def __init__(self, root: Path, split: str):
-        self.root = str(root)
+    def __init__(self, tops: Sequence[str], bases: Sequence[_Base], split: str):
         self.split = split
-        self.bases = _bases(self.root, split, DEEPER)
-        self.reader = _FolderReader(self.root)
-        self.archives = []
+        self.bases = bases
+        self.reader = _FolderReader(*tops)
 
-    def find_exactly(self, path: _ImagePath, bases: Sequence[_Base]) -> _FoundImage | None:
+    def find_exactly(self, path: _ImagePath) -> _FoundImage | None:
         """The file to which a path leads in the first of the bases that has it."""
         if path.is_absolute:
             return None
-        for base in bases:
+        for base in self.bases:
             file = base.join(path.text)
             if self.reader.has_file(file):
                 return self.found(file, base.kind)
@@ -4756,18 +4741,6 @@ class _ImageFinder:
         if self.reader.is_outside(file):
             rescues[THROUGH_LINK] = os.path.realpath(file)
         return _FoundImage(file, rescues)
-
-    def open_archives(self, paths: Sequence[_ImagePath]) -> None:
-        """Unpack the archives beside the tables that have some of these images.
-
-        Their folders become further bases.
-        """
-        names = {_spelling(os.path.basename(path.text)) for path in paths}
-        for archive in _archives_with(names, self.root, self.split):
-            bases = _bases_in_archive(archive, self.split)
-            self.archives.append(archive.name)
-            self.bases += bases
-            self.reader.tops.add(bases[0].folder)
 
     @functools.cached_property
     def files(self) -> dict[str, set[str]]:
@@ -4805,17 +4778,18 @@ class _ImageFinder:
                 return self.found(file, base_kind, kind)
         return None
 
+    def has_first_folder(self, path: _ImagePath) -> bool:
+        """Whether a relative path begins with a folder that is here."""
+        first, *others = path.text.split("/")
+        folders = [os.path.join(base.folder, first) for base in self.bases]
+        return not others or any(map(self.reader.has_folder, folders))
+
     def find_by_tail(self, path: _ImagePath) -> dict[str, str]:
         """The files that the longest possible end of a path means, with their bases' kinds.
 
-        A folder that names a split is left out only where the base stands for that split, and
-        nothing is left out of a relative path whose first folder is here: its image is missing.
+        A folder that names a split is left out only where the base stands for that split.
         """
         parts = path.text.split("/")
-        if not path.is_absolute:
-            folders = [os.path.join(base.folder, parts[0]) for base in self.bases]
-            if len(parts) == 1 or any(map(self.reader.has_folder, folders)):
-                return {}
         for number in range(len(parts)):
             left_out = {part.casefold() for part in parts[:number]}.intersection(_SPLIT_FOLDERS)
             bases = self.bases
@@ -4826,16 +4800,6 @@ class _ImageFinder:
                 if similar:
                     return similar
         return {}
-
-    def missing(self, path: _ImagePath) -> _FoundImage:
-        """The record of an image that is nowhere, with where it was looked for."""
-        places = f"images, {self.split}, {self.split}/images, images/{self.split}"
-        archives = f" and in {', '.join(self.archives)}" if self.archives else ""
-        problem = (
-            f"No such file: looked for it in {self.root}, there in {places}{archives}, in other "
-            "spelling, without its ending and by the end of its path; put it there"
-        )
-        return _FoundImage(os.path.join(self.root, path.text), problem=problem)
 
 
 def _count_kinds(
@@ -4880,14 +4844,14 @@ def _have_one_folder(first: str, second: str) -> bool:
 def _find_by_tails(
     finder: _ImageFinder, frame: pd.DataFrame, paths: Mapping[int, _ImagePath]
 ) -> dict[int, _FoundImage]:
-    """The images of these rows, by number, that only the ends of their paths lead to.
+    """The images of these rows, by number, to which only the ends of their paths lead.
 
     Raises DataError for an end that several files have, or a bare name by which two
     different paths would mean one file.
     """
     found = {}
     text_of_file = {}
-    texts = frame["path"].tolist()
+    row_numbers = pd.Series(range(len(frame)), index=frame.index)
     for row, path in paths.items():
         similar = finder.find_by_tail(path)
         problem = ""
@@ -4899,9 +4863,80 @@ def _find_by_tails(
             if other != path.text and not _have_one_folder(file, path.text):
                 problem = f"its name leads to {file}, and so does {other!r}"
         if problem:
-            is_this_row = pd.Series(range(len(texts)), index=frame.index) == row
-            problem = f"{problem}; write the paths as they are in {finder.root}"
-            _raise_for_first_row(f"{finder.split}.csv", frame, is_this_row, "path", problem)
+            problem = f"{problem}; write the paths as they are in the data folder"
+            file = f"{finder.split}.csv"
+            _raise_for_first_row(file, frame, row_numbers == row, "path", problem)
+    return found
+
+
+def _search(
+    finders: Sequence[_ImageFinder], frame: pd.DataFrame, paths: Mapping[int, _ImagePath]
+) -> dict[int, _FoundImage]:
+    """The images of these rows, by number, that the last of the finders finds.
+
+    Nothing is left out of a relative path whose first folder one of the finders has: its image
+    is missing there. Raises what `_find_by_tails` raises.
+    """
+    finder = finders[-1]
+    found = {row: finder.find_exactly(path) for row, path in paths.items()}
+    for row, path in paths.items():
+        found[row] = found[row] or finder.find_similar(path)
+    may_be_shortened = {}
+    for row, path in paths.items():
+        is_here = any(finder.has_first_folder(path) for finder in finders)
+        if found[row] is None and (path.is_absolute or not is_here):
+            may_be_shortened[row] = path
+    found.update(_find_by_tails(finder, frame, may_be_shortened))
+    return {row: image for row, image in found.items() if image}
+
+
+def _archives_with(paths: Iterable[_ImagePath], root: Path, split: str) -> list[Path]:
+    """The archives in `root` that hold files with some of these paths' names, in any spelling.
+
+    One that is named after the split comes first; one that is named after another split is left
+    out, and so is a damaged one.
+    """
+
+    def order(path: Path) -> tuple[bool, str]:
+        return split not in _words(path.name), path.name
+
+    wanted = {_spelling(os.path.basename(path.text)) for path in paths}
+    found = []
+    for archive in sorted(root.iterdir(), key=order):
+        splits = _words(archive.name).intersection(_SPLIT_FOLDERS)
+        is_for_others = splits and split not in splits
+        is_archive = archive.name.lower().endswith(ARCHIVE_ENDINGS) and archive.is_file()
+        if is_for_others or not is_archive:
+            continue
+        LOGGER.info("Looking for images of %s.csv in %s", split, archive)
+        try:
+            with _open_with_names(archive) as opened:
+                members = [Path(member.name).name for member in _archive_members(opened)]
+        except Exception as error:  # each format and each decoder raises its own
+            LOGGER.warning("%s: no image is looked for in it, it is damaged (%s)", archive, error)
+            continue
+        names = {_spelling(member) for member in members}
+        names.update([_IMAGE_ENDING.sub("", name) for name in names])
+        if not wanted.isdisjoint(names):
+            found.append(archive)
+    return found
+
+
+def _find_in_archives(
+    archives: Sequence[Path],
+    at_hand: _ImageFinder,
+    frame: pd.DataFrame,
+    paths: Mapping[int, _ImagePath],
+) -> dict[int, _FoundImage]:
+    """The images of these rows, by number, that are in the first archive that has them."""
+    found = {}
+    for archive in archives:
+        missing = {row: path for row, path in paths.items() if row not in found}
+        if not missing:
+            break
+        bases = _bases_in_archive(archive, at_hand.split)
+        packed = _ImageFinder([bases[0].folder], bases, at_hand.split)
+        found.update(_search([at_hand, packed], frame, missing))
     return found
 
 
@@ -4910,36 +4945,36 @@ def _find_images(
 ) -> list[_FoundImage]:
     """Every row's image, looked for in `root`, its `images` and the split's folder.
 
-    Then in the split's folder of `images` and the `images` of the split's folder, in archives
-    beside the tables, in another spelling, without its ending, and by the end of a path of
-    another machine; what is found so is counted and logged. Links are followed: they are the
+    Then in the split's folder of `images` and the `images` of the split's folder, in another
+    spelling, without its ending, by the end of a path of another machine, and in archives
+    beside the tables; what is found so is counted and logged. Links are followed: they are the
     user's. Raises DataError for a URL, a path that leads out of `root`, and an end that may
     mean several files.
     """
-    finder = _ImageFinder(root, split)
-    parsed = [_parse_image_path(text, finder.root) for text in frame["path"]]
+    parsed = [_parse_image_path(text, str(root)) for text in frame["path"]]
     leads_out = pd.Series([path is None for path in parsed], index=frame.index)
     problem = "is a URL or leads out of the data folder; copy it there"
     _raise_for_first_row(f"{split}.csv", frame, leads_out, "path", problem)
-    found = {}
-    blank = _FoundImage(finder.root, problem="the path is blank; write the image's file name")
-    for row, text in enumerate(frame["path"]):
-        found[row] = finder.find_exactly(parsed[row], finder.bases) if text.strip() else blank
+    is_blank = (frame["path"].str.strip() == "").tolist()
+    paths = {row: path for row, path in enumerate(parsed) if not is_blank[row]}
+    at_hand = _ImageFinder([str(root)], _bases(str(root), split), split)
+    found = _search([at_hand], frame, paths)
+    missing = {row: path for row, path in paths.items() if row not in found}
+    archives = _archives_with(missing.values(), root, split) if missing else []
+    found.update(_find_in_archives(archives, at_hand, frame, missing))
 
-    def still_missing() -> dict[int, _ImagePath]:
-        return {row: parsed[row] for row, image in found.items() if image is None}
-
-    if still_missing():
-        known_bases = len(finder.bases)
-        finder.open_archives(list(still_missing().values()))
-        for row, path in still_missing().items():
-            found[row] = finder.find_exactly(path, finder.bases[known_bases:])
-    for row, path in still_missing().items():
-        found[row] = finder.find_similar(path)
-    found.update(_find_by_tails(finder, frame, still_missing()))
-    for row, path in still_missing().items():
-        found[row] = finder.missing(path)
-    images = list(found.values())
+    places = f"{root}, there in images, {split}, {split}/images, images/{split}"
+    if archives:
+        places = f"{places} and in {', '.join(archive.name for archive in archives)}"
+    nowhere = (
+        f"No such file: looked for it in {places}, in other spelling, "
+        "without its ending and by the end of its path; put it there"
+    )
+    images = []
+    for row, path in enumerate(parsed):
+        problem = "the path is blank; write the image's file name" if is_blank[row] else nowhere
+        without_file = _FoundImage(os.path.join(root, path.text), problem=problem)
+        images.append(found.get(row, without_file))
     rescues = [image.rescues for image in images]
     _count_kinds(frame, rescues, IMAGE_RESCUES, split, fallbacks)
     return images

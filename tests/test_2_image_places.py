@@ -123,7 +123,7 @@ def test_two_paths_that_would_mean_one_file_by_their_name_alone_are_refused(tmp_
     second = R2.replace("train/2.png", "/b/x.png")
     root = write(tmp_path, table("train", first, second) | {"images/x.png": MEANT_IMAGE})
     place = "train.csv, line 3, column 'path', value '/b/x.png': its name leads to "
-    Refused(place, f"{root}/images/x.png, and so does 'a/x.png'; write the paths").check(root)
+    Refused(place, f"{root}/images/x.png, and so does 'a/x.png'; write").check(root)
 
 
 def test_a_rescue_is_logged_with_its_count_and_an_example(tmp_path, caplog):
@@ -262,11 +262,21 @@ def test_an_archive_is_unpacked_once_and_not_where_nothing_is_missing(tmp_path, 
     assert path.parent.name.startswith("vqa-data-")
     assert path.parent.parent == Path(vqa.tempfile.gettempdir()).resolve()
     assert again.train["image_path"][0] == str(path)
-    assert caplog.text.count("being unpacked from") == 2  # other.zip may have it as well
+    assert caplog.text.count(f"being unpacked from {root}/train.zip") == 1
+    assert caplog.text.count("being unpacked from") == 1  # other.zip has it, too
     caplog.clear()
     with caplog.at_level("INFO"):
         vqa.load_competition(write(tmp_path / "whole", {"train.zip": archive}))
-    assert "unpacked" not in caplog.text
+    assert "being unpacked" not in caplog.text
+
+
+def test_what_is_unpacked_already_is_taken_from_there(tmp_path, caplog):
+    rows = [row.replace("train/", f"{HOME}/train/") for row in (R1, R2)]
+    archive = zipped("train/1.png", "train/2.png")
+    root = write(tmp_path, table("train", *rows) | {"train.zip": archive})
+    with caplog.at_level("INFO"):
+        Loads({BY_TAIL: 2}).check(root)
+    assert "being unpacked" not in caplog.text
 
 
 def test_a_damaged_archive_beside_the_tables_is_named(tmp_path, caplog):
