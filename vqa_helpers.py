@@ -117,6 +117,8 @@ Where to change what:
                                        its hint: Prompt
    a preset                            Presets; notebook and README list the names
    a kind of archive                   Finding data and models; Archives
+   another name of a column            Columns `COLUMN_ALIASES`
+   a way to write answers              Answers `ANSWER_KINDS`
 """
 
 from __future__ import annotations
@@ -3789,19 +3791,6 @@ def _choice_number(name: str, names: Sequence[str]) -> int | None:
     return marks.index(mark)
 
 
-def _refuse_fifth_choice(file: str, header: _CsvRecord) -> None:
-    """Raise DataError where a column would be a fifth choice."""
-    names = [_plain_name(name) for name in header.fields]
-    for field_name, name in zip(header.fields, names, strict=True):
-        number = _choice_number(name, names)
-        if number is not None and number >= len(CHOICES):
-            raise DataError(
-                f"{file}, line {header.line}: column {field_name[:40]!r} is a fifth choice, but a "
-                "question here has the four choices a, b, c, d; "
-                f"rename or remove it where it is none; the header is {str(header.fields)[:200]}"
-            )
-
-
 def _alias_places(fields: Sequence[str]) -> dict[str, list[int]]:
     """Our name -> the places of the columns that are another name for it."""
     names = [_plain_name(field_name) for field_name in fields]
@@ -3867,9 +3856,39 @@ def _read_column_names(
     return reading
 
 
+def _fifth_choice(fields: Sequence[str], reading: _ColumnReading) -> str:
+    """The first column that would be a fifth choice, unless the setting says what it is; or ""."""
+    names = [_plain_name(field_name) for field_name in fields]
+    by_setting = {*itertools.chain.from_iterable(reading.by_setting.values())}
+    for place, name in enumerate(names):
+        number = _choice_number(name, names)
+        is_choice = number is not None and place not in by_setting
+        if is_choice and number >= len(CHOICES):
+            return fields[place]
+    return ""
+
+
+def _separator_hint(fields: Sequence[str], needed: Sequence[str]) -> str:
+    """What seems to separate the names in a header of a single field; "" where nothing does."""
+    if len(fields) != 1:
+        return ""
+    marks = Counter(re.findall(r"[^\w\"']", fields[0]))
+    for mark, count in marks.most_common(1):
+        if count >= len(needed) - 1:
+            return f"; or {mark!r} separates its columns: save the file with commas"
+    return ""
+
+
 def _header_problem(file: str, fields: Sequence[str], reading: _ColumnReading) -> str:
     """What is wrong with the header, and what to do; "" where nothing is."""
     needed = TABLE_COLUMNS[file]
+    fifth_choice = _fifth_choice(fields, reading)
+    if fifth_choice and file != "sample_submission.csv":
+        return (
+            f"column {fifth_choice[:40]!r} is a fifth choice, but a question here has the four "
+            "choices a, b, c, d; rename or remove it where it is none; "
+            f"the header is {str(fields)[:200]}"
+        )
     for name, places in reading.by_alias.items():
         if name in needed and len(places) > 1:
             names = [fields[place] for place in places]
@@ -3878,25 +3897,21 @@ def _header_problem(file: str, fields: Sequence[str], reading: _ColumnReading) -
                 f"columns, such as columns={{{name!r}: {names[0]!r}}}"
             )
     found = reading.places
-    used = [name for name in dict.fromkeys((*COLUMNS, *needed)) if name in needed or name in found]
-    wrong = [name for name in used if len(found.get(name, ())) != 1]
-    wrong = [name for name in wrong if name in needed or name not in reading.by_alias]
-    if not wrong:
-        in_order = [found[name] for name in needed] == [[place] for place in range(len(fields))]
-        if file == "sample_submission.csv" and not in_order:
-            return f"the columns must be id, answer; correct {str(fields)[:200]}"
-        return ""
-    problem = (
-        f"columns {wrong} are missing or double; correct the header {str(fields)[:200]}, "
-        "or say what the file calls them in the setting columns, "
-        f"such as columns={{{wrong[0]!r}: 'its name in the file'}}"
-    )
-    if len(fields) == 1:
-        marks = Counter(re.findall(r"[^\w\"']", fields[0]))
-        for mark, count in marks.most_common(1):
-            if count >= len(needed) - 1:
-                problem += f"; or {mark!r} separates its columns: save the file with commas"
-    return problem
+    wrong = [name for name in needed if len(found.get(name, ())) != 1]
+    for name, places in reading.by_name.items():
+        if name not in needed and len(places) > 1:  # an answer in the test file
+            wrong.append(name)
+    if wrong:
+        hint = _separator_hint(fields, needed)
+        return (
+            f"columns {wrong} are missing or double; correct the header {str(fields)[:200]}, "
+            "or say what the file calls them in the setting columns, "
+            f"such as columns={{{wrong[0]!r}: 'its name in the file'}}{hint}"
+        )
+    in_order = [found[name] for name in needed] == [[place] for place in range(len(fields))]
+    if file == "sample_submission.csv" and not in_order:
+        return f"the columns must be id, answer; correct {str(fields)[:200]}"
+    return ""
 
 
 def _log_column_names(
@@ -3928,8 +3943,6 @@ def _locate_columns(
     What is read under another name than ours is logged and counted. Raises DataError for a
     fifth choice, and where a column that is needed is missing or cannot be told.
     """
-    if file != "sample_submission.csv":
-        _refuse_fifth_choice(file, header)
     fields = header.fields
     reading = _read_column_names(file, fields, columns)
     problem = _header_problem(file, fields, reading)
@@ -4051,6 +4064,8 @@ def _read_csv_table(path: Path, columns: Mapping[str, str], fallbacks: Counter) 
     if separator != ",":
         LOGGER.info("%s: its columns are separated by a %s", path.name, SEPARATORS[separator])
         fallbacks["csv_not_separated_by_commas"] += 1
+        if path.name == "sample_submission.csv":
+            LOGGER.warning("Submissions are separated by commas, unlike %s", path.name)
     records = [*_csv_records(path.name, text, separator)]
     header, *rows = records or [_CsvRecord(line=1, fields=[])]
     return _CsvTable(header, rows, separator)
@@ -4426,7 +4441,7 @@ def _read_answers(
     else:
         if not _is_letter_or_text(readings).all():
             _raise_for_no_reading(file, frame, readings)
-        fitting = [readings[0], readings[-1]]  # letters and texts
+        fitting = [readings[0], readings[-1]]  # letters and texts, the first and last kind
         fitting.sort(key=lambda reading: reading.fails.sum())
         most, fewer = fitting
         labels = np.where(most.fails, fewer.labels, most.labels)

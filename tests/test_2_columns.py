@@ -30,6 +30,14 @@ def test_each_mapping_separator_and_unused_column_is_logged(tmp_path, caplog):
     assert "train.csv: columns that are not used: ['width']" in caplog.messages
 
 
+def test_that_submissions_are_separated_by_commas_all_the_same_is_a_warning(tmp_path, caplog):
+    sample = table("sample_submission", "t1;", "t2;", header="id;answer")
+    loaded = vqa.load_competition(write(tmp_path / "data", sample))
+    assert caplog.messages == ["Submissions are separated by commas, unlike sample_submission.csv"]
+    vqa.make_submission(loaded.sample, {"t1": "a", "t2": "b"}, tmp_path / "submission.csv")
+    assert (tmp_path / "submission.csv").read_text() == "id,answer\nt1,a\nt2,b\n"
+
+
 # --- The setting columns --------------------------------------------------------------------------
 
 
@@ -67,6 +75,14 @@ def test_the_setting_may_name_the_columns_of_the_sample(tmp_path):
         vqa.load_competition(root)
     loaded = vqa.load_competition(root, columns={"id": "Nr"})
     assert loaded.sample.columns.tolist() == ["Nr", "answer"]
+
+
+def test_a_column_that_looks_like_a_fifth_choice_may_be_named_by_the_setting(tmp_path):
+    header = "id,e,question,a,b,c,d,answer"
+    root = write(tmp_path / "data", table("train", R1, header=header))
+    with pytest.raises(vqa.DataError, match="column 'e' is a fifth choice"):
+        vqa.load_competition(root)
+    assert vqa.load_competition(root, columns={"path": "e"}).train["width"].tolist() == [16]
 
 
 BAD_SETTINGS = {

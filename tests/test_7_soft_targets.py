@@ -489,3 +489,13 @@ def test_a_resumed_student_ends_bitwise_like_an_uninterrupted_one(student, monke
     shutil.rmtree(tmp_path / "two")  # the next session's disk is empty
     assert student("two", cache_dir=str(tmp_path / "two")).fingerprint == broken.fingerprint
     assert vqa.train_fold(broken.config, 0).adapters == expected.adapters
+
+
+def test_the_setting_columns_and_one_kind_of_answer_hold_for_the_votes_too(mini_run, dev_data):
+    header = DEV_HEADER.replace("question", "Frage")
+    data = dev_data(voted("d1", "0,0,1,,2"), voted("d2", "1,1,1,1,1"), header=header)
+    with pytest.raises(vqa.DataError, match=r"dev.csv, line 1: columns \['question'\] are missing"):
+        mini_run(data_dir=data, use_dev_votes=True)
+    run = mini_run(data_dir=data, use_dev_votes=True, columns={"question": "Frage"})
+    dev = extra_rows_of_fold(run, 0)
+    np.testing.assert_allclose(targets_of(dev), [[0.5, 0.25, 0.25, 0], [0, 1, 0, 0]])
