@@ -12474,8 +12474,8 @@ def learning_alarm(evaluation: Evaluation) -> str:
     gain = _gain_alarm(evaluation)
     if lack:
         consequence = (
-            "So no temperature and no blend is fitted and no label is suspected: "
-            "the submission is the plain mean of the models, and worth no more than a guess."
+            "So no temperature and no blend is fitted and no label is suspected. The submission "
+            "is made of the fine-tuned models all the same, and cannot be told from a guess."
         )
     elif gain:
         consequence = "The submission is made of the fine-tuned models all the same."

@@ -120,8 +120,8 @@ def at_chance(mini_run, replace):
 
 
 CONSEQUENCE = (
-    "So no temperature and no blend is fitted and no label is suspected: "
-    "the submission is the plain mean of the models, and worth no more than a guess."
+    "So no temperature and no blend is fitted and no label is suspected. The submission "
+    "is made of the fine-tuned models all the same, and cannot be told from a guess."
 )
 
 
