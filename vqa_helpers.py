@@ -714,6 +714,36 @@ def decide_attention(attention: str, gpus: Sequence[Mapping], precision: str) ->
     return attention, f"attention {attention}: set in the config"
 
 
+KAGGLE_SESSION_HOURS = 12  # after which Kaggle ends a session, at the latest
+
+
+def session_start() -> float:
+    """When this session began, in seconds since 1970.
+
+    On Kaggle the start of the first process of the container: a restarted kernel is younger than
+    its session, and Kaggle ends it by the session's age. (Not the boot of the machine, which may
+    have waited for a session.) Where that process is older than any session there can be, the
+    container is not Kaggle's own, and the start of this process counts. Elsewhere no session has
+    an end that is known, and the budget of hours is counted from now.
+    """
+    if _detect_platform() != "kaggle":
+        return time.time()
+    started = psutil.Process().create_time()
+    try:
+        first = psutil.Process(1).create_time()
+    except psutil.Error as error:
+        LOGGER.warning("The session's start is taken to be this notebook's: %s", error)
+        return started
+    if time.time() - first > 3600 * KAGGLE_SESSION_HOURS:
+        LOGGER.warning(
+            "The session's start is taken to be this notebook's: "
+            "the container is older than the %d hours of a session",
+            KAGGLE_SESSION_HOURS,
+        )
+        return started
+    return min(first, started)
+
+
 def _detect_platform() -> str:
     """The platform, by the variables that it sets: "kaggle", "colab" or "local"."""
     if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:  # asked first: Kaggle's image sets both
@@ -1416,7 +1446,7 @@ class RunningSettings:
     )
     time_budget_hours: float | None = setting(
         None,
-        "hours from training's start, on Kaggle the notebook's; None: 11 on Kaggle",
+        "hours from training's start, on Kaggle the session's; None: 11 on Kaggle",
         above=0,
         changes_result=False,
     )
@@ -6829,6 +6859,68 @@ def _map_features(function: Callable, features: Iterable[tuple]) -> list[tuple]:
     return [tuple(map(function, image)) for image in features]
 
 
+def vision_cache_place(cache_dir: str | None) -> Path:
+    """The folder in which each vision tower has its cache; it need not exist.
+
+    `cache_dir` is the setting; without it a folder for temporary files.
+    """
+    if cache_dir:
+        return Path(cache_dir)
+    user = os.getuid() if hasattr(os, "getuid") else 0  # Windows has no such number
+    return Path(tempfile.gettempdir()) / f"vqa_features_{user}"
+
+
+def _is_cache_file(path: Path) -> bool:
+    """Whether a file in `vision_cache_place` is one that this module wrote."""
+    name = path.name.removeprefix(".")  # an unfinished one begins with a dot
+    is_shard = re.match(r"[0-9a-f]{64}\.safetensors", name) is not None
+    is_in_a_cache = re.fullmatch(r"[0-9a-f]{16}", path.parent.name) is not None
+    return is_in_a_cache and (is_shard or name == "lock")
+
+
+def vision_cache_files(cache_dir: str | None) -> list[Path]:
+    """The files of all vision caches in that place, of this run and of others."""
+    files = sorted(vision_cache_place(cache_dir).glob("*/*"))
+    return [path for path in files if path.is_file() and _is_cache_file(path)]
+
+
+def _size_as_text(files: Sequence[Path]) -> str:
+    size = sum(path.stat().st_size for path in files) / 2**30
+    return f"{size:.2f} GiB in {len(files)} files"
+
+
+def describe_vision_cache(config: Config) -> str:
+    """Where the cached vision features lie and how large they are, in words."""
+    size = _size_as_text(vision_cache_files(config.cache_dir))
+    return f"vision cache: {vision_cache_place(config.cache_dir)}, {size}"
+
+
+def delete_vision_cache(config: Config) -> str:
+    """Delete the cached vision features of this run and of others in its place; what went.
+
+    They are computed again where they are needed. Files that this module has not written stay.
+    Raises CheckpointError, and deletes nothing of that cache, while a worker fills it.
+    """
+    files = vision_cache_files(config.cache_dir)
+    text = f"deleted {_size_as_text(files)} in {vision_cache_place(config.cache_dir)}"
+    for folder in sorted({path.parent for path in files}):
+        try:
+            lock = filelock.FileLock(folder / "lock", timeout=0)
+            with lock:
+                for path in files:
+                    if path.parent == folder and path.name != "lock":
+                        path.unlink()
+        except filelock.Timeout as error:
+            raise CheckpointError(
+                f"{folder}: a worker fills this vision cache; wait for it, or stop it"
+            ) from error
+        (folder / "lock").unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    LOGGER.info("Vision cache: %s", text)
+    return text
+
+
 class VisionCache:
     """Features of the frozen vision tower, once per image and pixel budget.
 
@@ -6841,12 +6933,8 @@ class VisionCache:
         self.model = model  # the base model, with its vision tower
         self.processor = processor  # the model's
         self.device = model.device  # where features are computed and used
-        if cache_dir:
-            parent = Path(cache_dir)
-        else:
-            user = os.getuid() if hasattr(os, "getuid") else 0  # Windows has no such number
-            parent = Path(tempfile.gettempdir()) / f"vqa_features_{user}"
-        self.folder = parent / self.folder_hash()  # of the shards; `fill` makes it
+        # Of the shards; `fill` makes it.
+        self.folder = vision_cache_place(cache_dir) / self.folder_hash()
         # Where the features of each image on disk lie; filled by `register_shard`.
         self.shards: dict[ImageKey, ShardEntry] = {}
         # Features, on the CPU, where the disk is too small; filled by `add`.
@@ -6899,7 +6987,17 @@ class VisionCache:
         with filelock.FileLock(self.folder / "lock"):
             self._register_new_shards()
             missing = [batch for batch in batches if not self.has_all(batch.keys)]
-            return self._fill_missing(missing, budget, progress)
+            is_filled = self._fill_missing(missing, budget, progress)
+        if missing:
+            files = list(self.folder.glob("*.safetensors"))
+            in_memory = len(self.features_in_memory)
+            LOGGER.info(
+                "Vision cache: %s, %s; %d images in memory instead",
+                self.folder,
+                _size_as_text(files),
+                in_memory,
+            )
+        return is_filled
 
     def _register_new_shards(self) -> None:
         """Note what other processes have written; a damaged shard is deleted, with a warning."""
@@ -8308,12 +8406,12 @@ class Run:
         if not hours:
             hours = 11 if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else math.inf
         path = self.directory / "session.json"
-        started = time.time()
+        started = session_start()
         if path.exists():
             try:
                 started = float(read_json(path, ["started"])["started"])
             except (DamagedFileError, TypeError, ValueError) as error:
-                LOGGER.warning("The time budget counts from now on: %s: %s", path, error)
+                LOGGER.warning("The time budget counts anew: %s: %s", path, error)
         return started + 3600 * hours - time.time()
 
     def seconds_per_question(self) -> float:
@@ -15061,12 +15159,12 @@ def launch_missing(run: Run, rounds: Sequence[Sequence], stages: Sequence[str]) 
 
 
 def note_start(run: Run) -> None:
-    """Write session.json, from which the time budget counts."""
-    started = time.time()
-    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
-        # Kaggle ends a session by the age of the notebook's process, not by when training began.
-        started = psutil.Process().create_time()
-    atomic_write(run.directory / "session.json", json.dumps({"started": started}))
+    """Write session.json, from which the time budget counts, and log what is left of it."""
+    content = json.dumps({"started": session_start()})
+    atomic_write(run.directory / "session.json", content)
+    left = run.seconds_left()
+    if left < math.inf:
+        LOGGER.info("Time budget: %.1f hours are left", left / 3600)
 
 
 def run_folds(config: Config) -> list[FoldResult]:

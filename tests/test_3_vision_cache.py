@@ -222,3 +222,64 @@ def test_variants_leave_the_features_of_the_original_as_they_are(
         for tensor, same_tensor in zip(features, same_features, strict=True):
             assert tensor.equal(same_tensor)
     assert len(varied.shards) == 2 * len(plain.shards)
+
+
+# --- Where it lies, and how to delete it ----------------------------------------------------------
+
+
+@pytest.fixture
+def two_caches(tmp_path, demo_config, replace):
+    """A config with two towers' caches of a MiB each, and files of somebody else between them."""
+    place = tmp_path / "features"
+    for tower in ("0123456789abcdef", "fedcba9876543210"):
+        folder = place / tower
+        folder.mkdir(parents=True)
+        (folder / f"{'a' * 64}.safetensors").write_bytes(bytes(2**20))
+        (folder / "lock").touch()
+    (place / "fedcba9876543210" / f".{'b' * 64}.safetensors.7.tmp").write_bytes(b"half")
+    for name in ("notes.txt", "0123456789abcdef/mine.safetensors", "photos/a.safetensors"):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text("mine")
+    return replace(demo_config, cache_dir=str(place))
+
+
+def test_the_cache_says_where_it_lies_and_how_large_it_is(two_caches, replace, tmp_path):
+    place = two_caches.cache_dir
+    text = f"vision cache: {place}, 0.00 GiB in 5 files"
+    assert vqa.describe_vision_cache(two_caches) == text
+    empty = replace(two_caches, cache_dir=str(tmp_path / "nowhere"))
+    assert vqa.describe_vision_cache(empty).endswith("nowhere, 0.00 GiB in 0 files")
+    usual = vqa.describe_vision_cache(replace(two_caches, cache_dir=None))
+    assert f"vision cache: {vqa.tempfile.gettempdir()}/vqa_features_" in usual
+
+
+def test_deleting_the_cache_leaves_what_is_not_its_own(two_caches):
+    place = vqa.Path(two_caches.cache_dir)
+    assert vqa.delete_vision_cache(two_caches) == f"deleted 0.00 GiB in 5 files in {place}"
+    left = sorted(path.relative_to(place).as_posix() for path in place.rglob("*.*"))
+    assert left == ["0123456789abcdef/mine.safetensors", "notes.txt", "photos/a.safetensors"]
+    assert not (place / "fedcba9876543210").exists()
+    assert vqa.delete_vision_cache(two_caches).startswith("deleted 0.00 GiB in 0 files")
+
+
+def test_a_cache_that_a_worker_fills_is_not_deleted(two_caches):
+    folder = vqa.Path(two_caches.cache_dir) / "0123456789abcdef"
+    with (
+        vqa.filelock.FileLock(folder / "lock", is_singleton=False),
+        pytest.raises(vqa.CheckpointError, match="0123456789abcdef: a worker fills this vision"),
+    ):
+        vqa.delete_vision_cache(two_caches)
+    assert (folder / f"{'a' * 64}.safetensors").exists()
+
+
+def test_a_filled_cache_is_logged_with_its_place_and_deleted_whole(
+    session, demo_rows, tmp_path, caplog, replace
+):
+    cache = vqa.VisionCache(session.model, session.processor, str(tmp_path / "features"))
+    budget = vqa.pixel_budget(session.config, session.processor)
+    vqa.LOGGER.setLevel("INFO")
+    assert cache.fill(demo_rows.test.head(2), budget, quiet)
+    assert f"Vision cache: {cache.folder}, 0.00 GiB in 1 files; 0 images in memory" in caplog.text
+    config = replace(session.config, cache_dir=str(tmp_path / "features"))
+    vqa.delete_vision_cache(config)
+    assert list((tmp_path / "features").iterdir()) == []

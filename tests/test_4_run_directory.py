@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import time
 
+import psutil
 import pytest
 from planted import VIEWS, write_16_bit_scores, write_result, write_scores
 from running import quiet
@@ -80,3 +81,63 @@ def test_a_model_on_all_rows_without_16_bit_scores_does_not_cost_the_folds_their
     write_16_bit_scores(run, 2, 1.0)
     assert run.submission_models == [0, 1, 2]
     assert run.is_rescored
+
+
+# --- When the session began -----------------------------------------------------------------------
+
+HOUR = 3600.0
+
+
+class Processes:
+    """Stands for psutil, on which processes began so many hours ago."""
+
+    Error = psutil.Error
+
+    def __init__(self, kernel, first):
+        self.ages = {None: kernel, 1: first}
+
+    def Process(self, number=None):
+        age = self.ages[number]
+        if age is None:
+            raise psutil.AccessDenied(number)
+        return vqa.SimpleNamespace(create_time=lambda: time.time() - age * HOUR)
+
+
+# Hours since the kernel and the container's first process began (None: hidden); hours left of 11;
+# what is logged.
+SESSIONS = {
+    "a first kernel": (2.0, 2.0, 9.0, ""),
+    "a restarted kernel": (0.5, 7.0, 4.0, ""),
+    "a hidden first process": (2.0, None, 9.0, "taken to be this notebook's"),
+    "somebody's own container": (2.0, 100.0, 9.0, "older than the 12 hours of a session"),
+}
+
+
+@pytest.mark.parametrize(("kernel", "first", "left", "logged"), SESSIONS.values(), ids=SESSIONS)
+def test_on_kaggle_the_budget_counts_from_the_sessions_start(
+    mini_run, monkeypatch, caplog, kernel, first, left, logged
+):
+    run = mini_run()
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    monkeypatch.setattr(vqa, "psutil", Processes(kernel, first))
+    vqa.note_start(run)
+    assert abs(run.seconds_left() / HOUR - left) < 0.01
+    assert logged in caplog.text
+    assert ("session's start" in caplog.text) is bool(logged)
+
+
+def test_elsewhere_the_budget_counts_from_the_call(mini_run, monkeypatch):
+    run = mini_run(time_budget_hours=2)
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    monkeypatch.setattr(vqa, "psutil", Processes(50.0, 50.0))
+    vqa.note_start(run)
+    assert abs(run.seconds_left() / HOUR - 2) < 0.01
+
+
+@pytest.mark.parametrize("content", ["", '{"start', "[]", '{"started": "soon"}', "\x00\x01"])
+def test_a_damaged_session_file_counts_as_none(mini_run, caplog, content):
+    run = mini_run(time_budget_hours=2)
+    (run.directory / "session.json").write_text(content)
+    assert abs(run.seconds_left() / HOUR - 2) < 0.01
+    assert "The time budget counts anew" in caplog.text
+    assert "session.json" in caplog.text
