@@ -4228,12 +4228,13 @@ def read_table(
     Raises DamagedFileError where it is anything else, or lacks one of the `needed` columns.
     """
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        content = path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            raise ValueError("its last row is cut off")
+        frame = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False)
         missing = [column for column in needed if column not in frame]
         if missing:
             raise ValueError(f"without {', '.join(missing)}")
-        if frame.isna().any(axis=None):
-            raise ValueError("its last row is cut off")
         frame = frame.map(lambda text: text.removeprefix("'"))
         kinds = {column: kind for column, kind in number_columns.items() if column in frame}
         return frame.astype(kinds)
