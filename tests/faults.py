@@ -4,11 +4,16 @@
     python tests/faults.py --kills 1           # one kill in each kind of place: less than half
     python tests/faults.py --only checkpoint   # the cases whose name contains this
     python tests/faults.py --demo              # three kills of the full demo
+    python tests/faults.py --kills 0           # only the damaged files
 
 Each case runs the whole pipeline (zero-shot, two folds, test, submission) in a process of its own,
 injects one fault by patching from here (the module has no hooks), and starts it again without the
 fault. The second run must finish by itself, and its adapters, logits and submissions must be the
 same bytes as those of the undisturbed run.
+
+Then every file of a finished and of an unfinished run directory is damaged, one at a time, as
+damaged_files.py says: cut in half, emptied, replaced by garbage or by a file that says nothing;
+with --kills 1 in one of these ways, which its name decides.
 """
 
 import argparse
@@ -31,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from competition_folder import copy_demo_rows  # noqa: E402
+from damaged_files import Case, complete, make_cases, outcomes  # noqa: E402
 from fault_run import (  # noqa: E402
     FORK,
     SETTINGS,
@@ -246,6 +252,19 @@ def demo_cases(events: Counter) -> dict:
     return cases
 
 
+def file_cases(reference: "Reference", every: bool) -> list[Case]:
+    """The files of a run that is done, and of one that was killed in its last inference."""
+    finished = reference.folder / "reference"
+    complete(reference.data, finished)
+    unfinished = reference.folder / "unfinished"
+    number = reference.events["during inference"] - 1
+    assert start(reference.data, unfinished, "during inference", number) == -signal.SIGKILL
+    return [
+        *make_cases("finished", finished, every),
+        *make_cases("unfinished", unfinished, every),
+    ]
+
+
 # --- Running and telling --------------------------------------------------------------------------
 @dataclasses.dataclass
 class Reference:
@@ -324,6 +343,26 @@ def by_kind(table: pd.DataFrame) -> pd.DataFrame:
     return grouped.rename(columns=lambda name: name.replace("_", " "))
 
 
+def by_outcome(found: dict[str, str]) -> pd.DataFrame:
+    """How many files of each state were made anew, named with the remedy, or a dead end."""
+    states = pd.Series([name.split(":")[0] for name in found], name="state")
+    ends = pd.Series([outcome.split(":")[0] for outcome in found.values()], name="outcome")
+    return pd.crosstab(states, ends)
+
+
+def try_damages(reference: "Reference", options: argparse.Namespace) -> int:
+    """Damage file by file, print the outcomes, and return the number of dead ends."""
+    began = time.time()
+    cases = file_cases(reference, every=options.kills != 1)
+    cases = [case for case in cases if options.only in case.name]
+    found = outcomes(cases, reference.data, reference.files, reference.folder, options.jobs)
+    dead_ends = sum(outcome.startswith("dead end") for outcome in found.values())
+    print("", vqa.markdown_table(by_outcome(found)), "", sep="\n")
+    seconds = time.time() - began
+    print(f"{len(found)} damaged files; {dead_ends} dead ends; {seconds:.0f} s", flush=True)
+    return dead_ends
+
+
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cases at a time")
@@ -335,9 +374,20 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def print_kinds(table: pd.DataFrame, began: float) -> None:
+    """The faults that were injected, by kind."""
+    print("", vqa.markdown_table(by_kind(table)), "", sep="\n")
+    kills = table["fault"].str.startswith("SIGKILL").sum()
+    bad = (~table["good"]).sum()
+    seconds = time.time() - began
+    print(f"{len(table)} faults, {kills} of them kills; {bad} bad; {seconds:.0f} s", flush=True)
+
+
 def main() -> None:
     options = parse_options()
     began = time.time()
+    dead_ends = 0
+    good = True
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder = Path(name)
         if options.demo:
@@ -353,19 +403,22 @@ def main() -> None:
                 **damage_cases(),
                 **OTHER_CASES,
             }
-            cases = {case: fault for case, fault in all_cases.items() if options.only in case}
+            if options.kills:
+                cases = {case: fault for case, fault in all_cases.items() if options.only in case}
+            else:
+                cases = {}
             jobs = options.jobs
         print(
             f"undisturbed run: {time.time() - began:.0f} s, {reference.steps} optimizer steps, "
             f"{len(reference.files)} files compared"
         )
-        table = judge(run_cases(cases, reference, jobs))
-    print("", vqa.markdown_table(by_kind(table)), "", sep="\n")
-    kills = table["fault"].str.startswith("SIGKILL").sum()
-    bad = (~table["good"]).sum()
-    seconds = time.time() - began
-    print(f"{len(table)} faults, {kills} of them kills; {bad} bad; {seconds:.0f} s")
-    sys.exit(not table["good"].all())
+        if cases:
+            table = judge(run_cases(cases, reference, jobs))
+            print_kinds(table, began)
+            good = table["good"].all()
+        if not options.demo:
+            dead_ends = try_damages(reference, options)
+    sys.exit(not good or dead_ends > 0)
 
 
 if __name__ == "__main__":
