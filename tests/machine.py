@@ -38,7 +38,6 @@ class Machine:
         self.pip_calls = []  # arguments of pip, a list a call
         self.pip_answer = (0, "")  # exit status and error output of the next calls
         self.versions = {**vqa.MINIMUM_VERSIONS, "torch": "2.10.0"}  # of packages
-        self.versions["torchao"] = None  # not installed
         self.names = {}  # what the cells have defined
         for folder in ("kaggle/working", "content", "bin", "scratch"):
             (root / folder).mkdir(parents=True)

@@ -219,3 +219,10 @@ def test_drive_is_mounted_only_when_asked(machine, asked, mounted):
     machine.environment(**COLAB, **asked)
     machine.run(DRIVE)
     assert calls == [f"{machine.root}{place}" for place in mounted]
+
+
+def test_the_notebook_says_how_even_the_folds_are(executed):
+    notebook, _ = executed
+    said = [text for text in printed(notebook) if "olds are " in text]
+    (balance,) = [line for text in said for line in text.splitlines() if "olds are " in line]
+    assert balance.startswith("Folds are even: they differ most in ")
