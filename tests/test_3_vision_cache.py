@@ -227,6 +227,13 @@ def test_variants_leave_the_features_of_the_original_as_they_are(
 # --- Where it lies, and how to delete it ----------------------------------------------------------
 
 
+FOREIGN_FILES = [
+    "0123456789abcdef/mine.safetensors",
+    "notes.txt",
+    f"photos/{'c' * 64}.safetensors",
+]
+
+
 @pytest.fixture
 def two_caches(tmp_path, demo_config, replace):
     """A config with two towers' caches of a MiB each, and files of somebody else between them."""
@@ -237,7 +244,7 @@ def two_caches(tmp_path, demo_config, replace):
         (folder / f"{'a' * 64}.safetensors").write_bytes(bytes(2**20))
         (folder / "lock").touch()
     (place / "fedcba9876543210" / f".{'b' * 64}.safetensors.7.tmp").write_bytes(b"half")
-    for name in ("notes.txt", "0123456789abcdef/mine.safetensors", "photos/a.safetensors"):
+    for name in FOREIGN_FILES:
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_text("mine")
     return replace(demo_config, cache_dir=str(place))
@@ -257,7 +264,7 @@ def test_deleting_the_cache_leaves_what_is_not_its_own(two_caches):
     place = vqa.Path(two_caches.cache_dir)
     assert vqa.delete_vision_cache(two_caches) == f"deleted 0.00 GiB in 5 files in {place}"
     left = sorted(path.relative_to(place).as_posix() for path in place.rglob("*.*"))
-    assert left == ["0123456789abcdef/mine.safetensors", "notes.txt", "photos/a.safetensors"]
+    assert left == FOREIGN_FILES
     assert not (place / "fedcba9876543210").exists()
     assert vqa.delete_vision_cache(two_caches).startswith("deleted 0.00 GiB in 0 files")
 
