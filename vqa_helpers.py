@@ -2019,16 +2019,14 @@ def write_arrays(path: Path, fingerprint: str, **arrays: np.ndarray) -> None:
 def read_arrays(path: Path, fingerprint: str, needed: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """Load what `write_arrays` wrote, by name; the fingerprint is among it.
 
-    Raises DamagedFileError for a file that cannot be read or lacks one of the `needed` arrays,
-    CheckpointError for one of another run.
+    Raises DamagedFileError for a file that is not there, cannot be read or lacks one of the
+    `needed` arrays, CheckpointError for one of another run.
     """
     try:
         if path.exists() and not zipfile.is_zipfile(path):
             raise ValueError("it is no .npz file")
         with np.load(path, allow_pickle=False) as file:  # checks each array's CRC
             content = {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise
     except Exception as error:  # a damaged header makes NumPy and zipfile raise anything
         raise DamagedFileError(path, error) from error
     missing = [name for name in ("fingerprint", *needed) if name not in content]
@@ -14139,14 +14137,19 @@ def targets_sha256(run: Run) -> str:
 
 # === Damaged files ================================================================================
 def _problem_of(read: Callable, *arguments) -> str:
-    """What `read(*arguments)` finds damaged; "" where it reads the file, or there is none."""
+    """What `read(*arguments)` finds damaged; "" where it reads the file."""
     try:
         read(*arguments)
     except DamagedFileError as error:
         return error.problem
-    except FileNotFoundError:
-        return ""
     return ""
+
+
+def _scores_problem(run: Run, path: Path) -> str:
+    """Why a file of scores cannot be read; "" where it can, or is not there."""
+    if not path.exists():
+        return ""
+    return _problem_of(read_arrays, path, run.fingerprint, SCORE_ARRAYS)
 
 
 def adapter_problem(run: Run, fold: int, kind: str) -> str:
@@ -14180,7 +14183,7 @@ def _score_damages(run: Run, fold: int) -> Iterator[_Damage]:
     for ending in ("", "_16bit"):
         last = folder / f"test{ending}.npz"
         for path in (folder / f"oof{ending}.npz", last):
-            problem = _problem_of(read_arrays, path, run.fingerprint, SCORE_ARRAYS)
+            problem = _scores_problem(run, path)
             if not path.exists() and last.exists():
                 problem = f"{path} is gone"
             if problem:
@@ -14206,7 +14209,7 @@ def _training_damages(run: Run, fold: int) -> Iterator[_Damage]:
             yield _Damage(problem, (name,))
     for kind in content.kinds:
         path = folder / f"validation_{kind}.npz"
-        problem = _problem_of(read_arrays, path, run.fingerprint, SCORE_ARRAYS)
+        problem = _scores_problem(run, path)
         if not path.exists():
             problem = f"{path} is gone"
         if problem:
@@ -14230,8 +14233,9 @@ def _selection_damages(run: Run) -> Iterator[_Damage]:
 def _restore_history(run: Run, fold: int) -> None:
     """Write a finished fold's history.csv anew where it is damaged or gone: the result has it."""
     path = run.fold_dir(fold) / "history.csv"
-    problem = _problem_of(read_table, path, ("epoch", "loss"))
-    if not path.exists():
+    if path.exists():
+        problem = _problem_of(read_table, path, ("epoch", "loss"))
+    else:
         problem = f"{path} is gone"
     if problem:
         LOGGER.warning("Written anew from result.json: %s", problem)
@@ -14246,8 +14250,7 @@ def delete_damaged_files(run: Run) -> int:
     are verified where they are read.
     """
     damages = []
-    zeroshot = run.directory / "zeroshot.npz"
-    problem = _problem_of(read_arrays, zeroshot, run.fingerprint, SCORE_ARRAYS)
+    problem = _scores_problem(run, run.directory / "zeroshot.npz")
     if problem:
         damages.append(_Damage(problem, (Path("zeroshot.npz"),)))
     for fold in run.models_to_train:
