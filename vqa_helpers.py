@@ -2155,8 +2155,10 @@ class CheckpointManager:
             for name in CHECKPOINT_FILES:
                 if file_sha256(path / name) != manifest[name]:
                     damaged.append(name)
-        except (OSError, DamagedFileError) as error:
+        except OSError as error:
             return f"{type(error).__name__}: {error}"
+        except DamagedFileError as error:
+            return error.problem
         if damaged:
             return f"SHA-256 differs: {', '.join(damaged)}"
         return None
@@ -8409,7 +8411,9 @@ class Run:
         if path.exists():
             try:
                 started = float(read_json(path, ["started"])["started"])
-            except (DamagedFileError, TypeError, ValueError) as error:
+            except DamagedFileError as error:
+                LOGGER.warning("The time budget counts anew: %s", error.problem)
+            except (TypeError, ValueError) as error:
                 LOGGER.warning("The time budget counts anew: %s: %s", path, error)
         return started + 3600 * hours - time.time()
 
