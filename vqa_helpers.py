@@ -2500,6 +2500,27 @@ class ProgressFile:
             raise Interrupted(f"stopped by {reason} in {stage}; run again to continue")
 
 
+def exit_in_words(status: int) -> str:
+    """How a process ended, from its exit status; negative is the number of a signal.
+
+    >>> exit_in_words(1)
+    'ended with exit status 1'
+    >>> exit_in_words(-9)
+    'was killed by signal 9 (SIGKILL), probably out of memory: lower the batch sizes'
+    """
+    if status >= 0:
+        return f"ended with exit status {status}"
+    number = -status
+    name = "unknown"
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(number).name
+    text = f"was killed by signal {number} ({name})"
+    if name != "SIGKILL":
+        return text
+    # Nobody asked for it: so the system does where memory runs out.
+    return f"{text}, probably out of memory: lower the batch sizes"
+
+
 def prefetch(batches: Iterator) -> Iterator:
     """The same items; while one is used, a thread prepares the next two. None ends them.
 
@@ -14902,6 +14923,33 @@ class WorkerJob(NamedTuple):
     folds: tuple[int, ...]
 
 
+# What libraries write into the log of any worker, also of one that does well.
+HARMLESS_OUTPUT = (
+    r"^.*\d+%\|.*\n",  # a progress bar
+    r"^.*(?:Future|Deprecation)Warning: .*\n(?:  .*\n)?",  # with the line of code below it
+    r"^Failed to load CPU \w+ from kernels-community.*\n",
+    r"^.*`torch_dtype` is deprecated.*\n",
+    r"^.*unauthenticated requests to the HF Hub.*\n",
+    r"^The fast path is not available because.*\n",
+    r"^huggingface/tokenizers: The current process just got forked.*\n(?:.*TOKENIZERS_\w+.*\n|"
+    r"To disable this warning.*\n|\t- Avoid using `tokenizers`.*\n)*",
+    r"^.*destroy_process_group\(\) was not called.*\n",
+)
+
+
+def log_tail(text: str, lines: int = 25) -> str:
+    """The last `lines` lines of a log, without progress bars and known harmless warnings.
+
+    >>> log_tail("Loading weights: 100%|####| 97/97\\nValueError: no such row")
+    'ValueError: no such row'
+    """
+    text = text.replace("\r", "\n") + "\n"
+    for pattern in HARMLESS_OUTPUT:
+        text = re.sub(pattern, "", text, flags=re.MULTILINE)
+    kept = [line for line in text.splitlines() if line.strip()]
+    return "\n".join(kept[-lines:])
+
+
 def schedule_folds(folds: Sequence[int], devices: Sequence[str | None]) -> list[list[WorkerJob]]:
     """Rounds of jobs, one after the other; the jobs of a round run side by side.
 
@@ -14992,10 +15040,13 @@ def _progress_line(run: Run, number: int, elapsed: float) -> str:
     )
 
 
-def _end_broken_groups(groups: Sequence[Sequence[subprocess.Popen]]) -> bool:
+def _end_broken_groups(
+    groups: Sequence[Sequence[subprocess.Popen]],
+    killed: list[subprocess.Popen],
+) -> bool:
     """Kill the processes of a group that would wait for ever for one that failed.
 
-    Returns whether any process was still running.
+    Returns whether any process was still running. `killed` gets those that are killed here.
     """
     is_running = False
     for processes in groups:
@@ -15005,15 +15056,22 @@ def _end_broken_groups(groups: Sequence[Sequence[subprocess.Popen]]) -> bool:
         is_running = True
         if states - {None, 0, INTERRUPTED}:
             time.sleep(GROUP_GRACE_SECONDS)
-            for process in processes:
+            waiting = [process for process in processes if process.poll() is None]
+            for process in waiting:
                 process.kill()
+            killed += waiting
     return is_running
 
 
-def _show_progress(run: Run, groups: Sequence[Sequence[subprocess.Popen]], stop: Callable) -> None:
+def _show_progress(
+    run: Run,
+    groups: Sequence[Sequence[subprocess.Popen]],
+    stop: Callable,
+    killed: list[subprocess.Popen],
+) -> None:
     """Show what every worker is doing until all have ended, or until `stop()`.
 
-    In one output of a notebook cell, or in one line of the terminal.
+    `killed` is as in `_end_broken_groups`.
     """
     ipython = sys.modules.get("IPython")
     in_notebook = ipython is not None and ipython.get_ipython() is not None
@@ -15024,7 +15082,7 @@ def _show_progress(run: Run, groups: Sequence[Sequence[subprocess.Popen]], stop:
     started = time.monotonic()
     is_running = True
     while is_running and not stop():
-        is_running = _end_broken_groups(groups)
+        is_running = _end_broken_groups(groups, killed)
         elapsed = time.monotonic() - started
         lines = [_progress_line(run, number, elapsed) for number in range(count)]
         if in_notebook:
@@ -15079,18 +15137,22 @@ def launch_workers(
             group.append(process)
             processes.append(process)
         groups.append(group)
+    killed = []  # by us, because another process of their group had ended
     try:
-        _show_progress(run, groups, stop)
+        _show_progress(run, groups, stop, killed)
     finally:  # reached by a KeyboardInterrupt too: the workers save and end
         for process in processes:
             process.terminate()
         statuses = [process.wait() for process in processes]
     ends = []
-    for number, status in enumerate(statuses):
+    for number, (process, status) in enumerate(zip(processes, statuses, strict=True)):
         if status not in (0, INTERRUPTED):
+            end = exit_in_words(status)
+            if process in killed:
+                end = "was ended, because another one of its group had stopped"
             log = _worker_log(run, number)
-            ends.append(f"End of {log}, exit status {status}:")
-            ends += log.read_text("utf-8", "replace").splitlines()[-25:]
+            ends.append(f"Worker {number} {end}. End of {log}:")
+            ends.append(log_tail(log.read_text("utf-8", "replace")))
     if ends:
         raise RuntimeError(
             "A worker stopped. Run the cell again to continue where it was.\n" + "\n".join(ends)

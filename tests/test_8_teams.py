@@ -147,7 +147,7 @@ def test_a_dead_process_takes_its_team_along_and_is_shown(mini_run, monkeypatch)
     monkeypatch.setattr(vqa, "GROUP_GRACE_SECONDS", 1)
     monkeypatch.setattr(vqa.subprocess, "Popen", start)
     monkeypatch.setattr(vqa.time, "sleep", kill_the_second_after_a_step)
-    with pytest.raises(RuntimeError, match=r"worker_1.log, exit status -9"):
+    with pytest.raises(RuntimeError, match=r"Worker 1 was killed by signal 9 \(SIGKILL\)"):
         vqa.launch_workers(run, [TEAM], ["train"])
     assert all(process.poll() is not None for process in started)
 

@@ -241,3 +241,117 @@ def test_a_worker_that_dies_is_shown_with_its_last_lines(mini_run, monkeypatch):
         RuntimeError, match="(?s)A worker stopped. Run the cell again.*worker_0.log.*OSError"
     ):
         vqa.run_zeroshot(run)
+
+
+# --- What is said of a process that was killed, and of its log ------------------------------------
+
+
+@pytest.fixture
+def quick_polls(monkeypatch):
+    sleep = time.sleep
+    monkeypatch.setattr(vqa.time, "sleep", lambda seconds: sleep(min(seconds, 0.02)))
+
+
+@pytest.fixture
+def worker_program(tmp_path, monkeypatch, quick_polls):
+    """Let the workers run this code instead of the module: worker_program("print(1)")."""
+
+    def replace_module(code):
+        path = tmp_path / "worker.py"
+        path.write_text(code)
+        monkeypatch.setattr(vqa, "__file__", str(path))
+
+    return replace_module
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (0, "ended with exit status 0"),
+        (2, "ended with exit status 2"),
+        (-6, "was killed by signal 6 (SIGABRT)"),
+        (-9, "was killed by signal 9 (SIGKILL), probably out of memory: lower the batch sizes"),
+        (-11, "was killed by signal 11 (SIGSEGV)"),
+        (-200, "was killed by signal 200 (unknown)"),
+    ],
+)
+def test_an_exit_status_is_put_into_words(status, words):
+    assert vqa.exit_in_words(status) == words
+
+
+def test_a_worker_that_the_system_kills_is_reported_as_that(mini_run, worker_program):
+    worker_program(
+        "import os\nprint('loading the model', flush=True)\nos.kill(os.getpid(), 9)\n",
+    )
+    run = mini_run()
+    with pytest.raises(RuntimeError) as caught:
+        vqa.launch_workers(run, [((None,), [0])], ["train"])
+    first, second, third = str(caught.value).splitlines()
+    assert first == "A worker stopped. Run the cell again to continue where it was."
+    assert second.startswith("Worker 0 was killed by signal 9 (SIGKILL), probably out of memory")
+    assert second.endswith("worker_0.log:")
+    assert third == "loading the model"
+
+
+def test_who_is_ended_because_of_another_one_did_not_run_out_of_memory(
+    mini_run, worker_program, monkeypatch
+):
+    monkeypatch.setattr(vqa, "GROUP_GRACE_SECONDS", 0)
+    worker_program(
+        "import os, time\nif os.environ['RANK'] == '1':\n    os._exit(3)\ntime.sleep(60)\n"
+    )
+    with pytest.raises(RuntimeError) as caught:
+        vqa.launch_workers(mini_run(), [((None, None), [0])], ["train"])
+    said = str(caught.value)
+    assert "Worker 0 was ended, because another one of its group had stopped." in said
+    assert "Worker 1 ended with exit status 3." in said
+    assert "memory" not in said
+
+
+BAR = "\rLoading weights:   0%|          | 0/97 [00:00<?, ?it/s]\rLoading weights: 100%|##| 97/97\n"
+PYTHON_WARNING = (
+    "/venv/lib/python3.11/site-packages/transformers/modeling_utils.py:3312: FutureWarning: "
+    "`is_gradient_checkpointing` is deprecated and will be removed in v6.\n"
+    "  warnings.warn(\n"
+)
+NO_KERNELS = "Failed to load CPU gemm_4bit_forward from kernels-community: No module named 'k'.\n"
+NO_TOKEN = "Warning: You are sending unauthenticated requests to the HF Hub. Set a HF_TOKEN\n"
+FORKED = (
+    "huggingface/tokenizers: The current process just got forked, after parallelism has been "
+    "used. Disabling parallelism to avoid deadlocks...\n"
+    "To disable this warning, you can either:\n"
+    "\t- Avoid using `tokenizers` before the fork if possible\n"
+    "\t- Explicitly set the environment variable TOKENIZERS_PARALLELISM=(true | false)\n"
+)
+HARMLESS = {
+    "progress bar": BAR,
+    "Python's warning": PYTHON_WARNING,
+    "kernels": NO_KERNELS,
+    "no token": NO_TOKEN,
+    "dtype": "[transformers] `torch_dtype` is deprecated! Use `dtype` instead!\n",
+    "fork": FORKED,
+    "process group": "[rank0]:[W1128 18:00:00] Warning: destroy_process_group() was not called\n",
+}
+
+
+@pytest.mark.parametrize("harmless", HARMLESS.values(), ids=HARMLESS)
+def test_the_end_of_a_log_is_without_what_every_worker_writes(harmless):
+    log = f"12:00:00 INFO model loaded\n{harmless}ValueError: row 7\n{harmless}"
+    assert vqa.log_tail(log) == "12:00:00 INFO model loaded\nValueError: row 7"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "UserWarning: the loss is not finite",
+        "12:00:00 WARNING 40 % of the rows were left out",
+        "RuntimeError: CUDA error: device-side assert triggered",
+    ],
+)
+def test_the_end_of_a_log_keeps_what_may_be_the_cause(line):
+    assert vqa.log_tail(f"{BAR}{line}\n") == line
+
+
+def test_the_end_of_a_log_has_25_lines_that_say_something():
+    log = "".join(f"line {number}\n\n{PYTHON_WARNING}" for number in range(100))
+    assert vqa.log_tail(log).splitlines() == [f"line {number}" for number in range(75, 100)]
