@@ -45,6 +45,7 @@ above it.
    Families                            what differs between families of models
    Prompt                              texts, chat messages, and the tokens of the letters
    Loading                             processor and base model, quantised or not
+   Downloads                           how much of a model has arrived, and what if no more comes
    Adapters                            LoRA on the language model, fresh or from a file
    Image tokens                        pixel budget, patch grid, pixel inputs
    Vision cache                        features of the frozen vision tower, computed once
@@ -6633,6 +6634,93 @@ def remove_gpu_syncs(model) -> None:
     model.model.get_placeholder_mask = get_placeholder_mask
     if hasattr(language_model, "_deepstack_process"):
         language_model._deepstack_process = add_deepstack
+
+
+# === Downloads ====================================================================================
+STALLED_SECONDS = 60  # without a byte, after which a download is said to be stalled
+
+
+def hub_cache_folder(model_id: str) -> Path:
+    """Where the hub's library keeps a model, by the variables that it reads itself."""
+    cache = Path.home() / ".cache"
+    if os.environ.get("XDG_CACHE_HOME"):
+        cache = Path(os.environ["XDG_CACHE_HOME"])
+    home = Path(os.environ.get("HF_HOME") or cache / "huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    return hub.expanduser() / f"models--{model_id.replace('/', '--')}"
+
+
+def _stored_bytes(path: Path) -> int:
+    """Bytes of a file that are on the disk; 0 for one that has just been renamed.
+
+    Some downloads set a file's size first and fill it later.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        status = path.stat()
+        blocks = getattr(status, "st_blocks", None)  # Windows does not tell
+        return status.st_size if blocks is None else min(status.st_size, 512 * blocks)
+    return 0
+
+
+class DownloadWatch:
+    """What arrives of a model in the hub's cache, while another process downloads it."""
+
+    def __init__(self, model_path: str):
+        self.model_path = model_path  # a hub id, or a local folder, of which nothing arrives
+        self.folder = hub_cache_folder(model_path)
+        self.arrived = 0  # bytes; by `line`, as everything below
+        self.first_look: tuple[float, int] | None = None  # its time, and the bytes of then
+        self.last_growth = time.monotonic()  # seconds of that clock, when `arrived` last grew
+        self.has_warned = False  # that nothing arrives
+
+    def total_bytes(self) -> int | None:
+        """Bytes of all weights by their index, which arrives before them; None without one."""
+        for path in self.folder.glob("snapshots/*/model.safetensors.index.json"):
+            index = json.loads(path.read_text(encoding="utf-8"))
+            return index.get("metadata", {}).get("total_size")
+        return None
+
+    def line(self) -> str:
+        """How much has arrived, and how fast; "" while nothing is being downloaded.
+
+        A warning is logged, once, when no byte has come for STALLED_SECONDS.
+        """
+        now = time.monotonic()
+        blobs = self.folder / "blobs"
+        if Path(self.model_path).is_dir() or not any(blobs.glob("*.incomplete")):
+            self.last_growth = now
+            return ""
+        arrived = sum(_stored_bytes(path) for path in blobs.iterdir())
+        if self.first_look is None:
+            self.first_look = (now, arrived)
+        if arrived != self.arrived:
+            self.arrived = arrived
+            self.last_growth = now
+        silent_seconds = now - self.last_growth
+        if silent_seconds >= STALLED_SECONDS:
+            self._warn(silent_seconds)
+            return f"{self._amount()}, no byte for {silent_seconds:.0f} s"
+        first_time, first_bytes = self.first_look
+        megabytes = (arrived - first_bytes) / 1e6
+        speed = megabytes / max(now - first_time, 1)
+        return f"{self._amount()}, {speed:.1f} MB/s"
+
+    def _amount(self) -> str:
+        total = self.total_bytes()
+        of_total = f" of {total / 1e9:.2f}" if total else ""
+        return f"downloading {self.model_path}: {self.arrived / 1e9:.2f}{of_total} GB"
+
+    def _warn(self, silent_seconds: float) -> None:
+        if self.has_warned:
+            return
+        self.has_warned = True
+        LOGGER.warning(
+            "No byte of %s has arrived for %.0f s. If this goes on, interrupt the cell, put "
+            "os.environ['HF_HUB_DISABLE_XET'] = '1' into a cell above it and run it again: what "
+            "has arrived is kept. Or do without the hub: see 'Without internet' in the README.",
+            self.model_path,
+            silent_seconds,
+        )
 
 
 # === Adapters =====================================================================================
@@ -15020,11 +15108,28 @@ def process_group_environments(devices: Sequence[str | None]) -> list[dict[str, 
     return environments
 
 
-def _progress_line(run: Run, number: int, elapsed: float) -> str:
-    """A progress bar of one worker, from the file that it writes."""
-    path = run.directory / f"progress_{number}.json"
+class LiveText:
+    """Lines that replace each other: in one output of a notebook cell, or one of a terminal."""
+
+    def __init__(self):
+        ipython = sys.modules.get("IPython")
+        in_notebook = ipython is not None and ipython.get_ipython() is not None
+        self.output = None  # of the cell; None in a terminal
+        if in_notebook:
+            self.output = ipython.display.display({"text/plain": ""}, raw=True, display_id=True)
+
+    def show(self, lines: Sequence[str]) -> None:
+        """Show these lines instead of those before."""
+        if self.output is not None:
+            self.output.update({"text/plain": "\n".join(lines)}, raw=True)
+        else:
+            sys.stdout.write("\r" + " | ".join(lines))  # over the line that was written before
+
+
+def _progress_line(path: Path, name: str, elapsed: float) -> str:
+    """A progress bar of the process `name`, from the file that it writes."""
     if not path.exists():
-        return f"worker {number} starting"
+        return f"{name} starting, {elapsed:.0f} s"
     state = json.loads(path.read_text(encoding="utf-8"))
     stage = state.pop("stage")
     done = state.pop("done")
@@ -15034,7 +15139,7 @@ def _progress_line(run: Run, number: int, elapsed: float) -> str:
         done,
         total,
         elapsed,
-        prefix=f"worker {number} {stage}",
+        prefix=f"{name} {stage}",
         postfix=details,
         bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} in {elapsed}{postfix}",
     )
@@ -15073,24 +15178,32 @@ def _show_progress(
 
     `killed` is as in `_end_broken_groups`.
     """
-    ipython = sys.modules.get("IPython")
-    in_notebook = ipython is not None and ipython.get_ipython() is not None
-    output = None
-    if in_notebook:
-        output = ipython.display.display({"text/plain": ""}, raw=True, display_id=True)
+    live_text = LiveText()
+    download = DownloadWatch(run.config.model_path)
     count = sum(len(processes) for processes in groups)
+    paths = {f"worker {number}": _progress_path(run, number) for number in range(count)}
     started = time.monotonic()
     is_running = True
     while is_running and not stop():
         is_running = _end_broken_groups(groups, killed)
-        elapsed = time.monotonic() - started
-        lines = [_progress_line(run, number, elapsed) for number in range(count)]
-        if in_notebook:
-            output.update({"text/plain": "\n".join(lines)}, raw=True)
-        else:
-            sys.stdout.write("\r" + " | ".join(lines))  # over the line that was written before
+        live_text.show(progress_lines(paths, download, time.monotonic() - started))
         if is_running:
             time.sleep(1)
+
+
+def progress_lines(
+    paths: Mapping[str, Path],
+    download: DownloadWatch,
+    elapsed: float,
+) -> list[str]:
+    """A line for each process, from its progress file, and one for what they download.
+
+    `paths`: name -> progress file. A process writes it once it has loaded its model.
+    """
+    lines = [_progress_line(path, name, elapsed) for name, path in paths.items()]
+    if not all(path.exists() for path in paths.values()):
+        lines.append(download.line())
+    return [line for line in lines if line]
 
 
 def _start_worker(
@@ -15107,13 +15220,17 @@ def _start_worker(
     command += ["--folds", ",".join(map(str, folds))]
     command += ["--stages", ",".join(stages)]
     command += ["--parent", str(os.getpid())]
-    (run.directory / f"progress_{number}.json").unlink(missing_ok=True)
+    _progress_path(run, number).unlink(missing_ok=True)
     with _worker_log(run, number).open("ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
 
 def _worker_log(run: Run, number: int) -> Path:
     return run.directory / f"worker_{number}.log"
+
+
+def _progress_path(run: Run, number: int) -> Path:
+    return run.directory / f"progress_{number}.json"
 
 
 def launch_workers(
@@ -15702,6 +15819,9 @@ def expected_memory(config: Config, frame: pd.DataFrame) -> MemoryCosts | None:
 
 
 # === Preflight ====================================================================================
+PREFLIGHT_POLL_SECONDS = 1  # between two looks at the process
+
+
 def count_image_tokens(
     config: Config,
     competition: Competition,
@@ -15762,11 +15882,16 @@ def estimated_questions(
     return trained, scored
 
 
-def preflight(config: Config, rows: int = 64) -> dict:
+def preflight(
+    config: Config,
+    rows: int = 64,
+    progress: Callable = lambda *_, **__: None,
+) -> dict:
     """Try everything once on `rows` training rows before hours are spent.
 
-    Returns the facts learned, for a table. Raises FloatingPointError for gradients that are not
-    finite, and whatever loading the data and the model raises.
+    Returns the facts learned, for a table. `progress` is as in `Session`. Raises
+    FloatingPointError for gradients that are not finite, and whatever loading the data and
+    the model raises.
     """
     competition = load_competition(
         config.data_dir,
@@ -15792,6 +15917,7 @@ def preflight(config: Config, rows: int = 64) -> dict:
     except torch.OutOfMemoryError as error:
         error.add_note(f"Memory: {memory_needed}")
         raise
+    session.progress = progress
     prompts = [make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(len(frame))]
     uses = len(config.folds_to_train) * (config.num_epochs + 2)
     fill_vision_cache(session, frame, uses, passes=3)
@@ -15870,18 +15996,44 @@ def run_preflight(config: Config) -> dict:
     environment = None  # this process's own
     if worker_devices(config)[0] == CPU_CORE:
         environment = device_environment(CPU_CORE)  # timed on what a worker has
-    done = subprocess.run(
-        [sys.executable, __file__, "preflight", "--config", settings],
-        check=False,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env=environment,
-    )
-    if done.returncode != 0:
-        lines = (done.stdout + done.stderr).splitlines()
-        raise RuntimeError("Preflight failed:\n" + "\n".join(lines[-25:]))
-    return json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as place:
+        status, facts, said = _watch_preflight(config, settings, environment, Path(place))
+    if status != 0:
+        end = exit_in_words(status)
+        raise RuntimeError(f"Preflight failed: its process {end}.\n{log_tail(facts + said)}")
+    return json.loads(facts.splitlines()[-1])
+
+
+def _watch_preflight(
+    config: Config,
+    settings: str,
+    environment: Mapping[str, str] | None,
+    place: Path,
+) -> tuple[int, str, str]:
+    """Run the process of `run_preflight` in `place` and show how far it is.
+
+    Returns its exit status, and what it wrote to its output and to its error output.
+    """
+    progress = place / "progress.json"
+    command = [sys.executable, __file__, "preflight"]
+    command += ["--config", settings]
+    command += ["--progress", str(progress)]
+    output = place / "output"
+    errors = place / "errors"
+    live_text = LiveText()
+    download = DownloadWatch(config.model_path)
+    started = time.monotonic()
+    with output.open("wb") as out, errors.open("wb") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
+    try:
+        while process.poll() is None:
+            elapsed = time.monotonic() - started
+            live_text.show(progress_lines({"preflight": progress}, download, elapsed))
+            time.sleep(PREFLIGHT_POLL_SECONDS)
+    finally:  # reached by a KeyboardInterrupt, too
+        process.terminate()
+        status = process.wait()
+    return status, output.read_text("utf-8", "replace"), errors.read_text("utf-8", "replace")
 
 
 # === Worker and command line ======================================================================
@@ -15980,6 +16132,7 @@ def command_parser() -> argparse.ArgumentParser:
         "--config",
         help="JSON object of config fields; default: preset auto and the VQA_ variables",
     )
+    check.add_argument("--progress", help="JSON file that gets what is being tried")
     commands.add_parser("settings", help="list every setting and preset")
     return parser
 
@@ -15988,8 +16141,11 @@ def preflight_command(options: argparse.Namespace) -> None:
     """Run `preflight` in this process; write the memory table, then all facts as JSON."""
     config = Config(**json.loads(options.config)) if options.config else load_config()
     stay_offline(config)
+    tried = {}
+    if options.progress:
+        tried["progress"] = ProgressFile(Path(options.progress)).update
     with tempfile.TemporaryDirectory() as folder:  # no features of few rows in the run's cache
-        facts = preflight(dataclasses.replace(config, cache_dir=folder))
+        facts = preflight(dataclasses.replace(config, cache_dir=folder), **tried)
     sys.stdout.write(markdown_table(pd.DataFrame(facts["memory"])) + "\n")
     sys.stdout.write(json.dumps(facts, ensure_ascii=False) + "\n")
 

@@ -16,7 +16,7 @@ def test_the_command_line_prints_the_table_before_the_facts(monkeypatch, capsys)
         "computed GiB": {"weights": 4.5, "all of these": 6.0},
         "measured GiB": {"weights": "", "all of these": 5.9},
     }
-    monkeypatch.setattr(vqa, "preflight", lambda config: {"memory": memory})
+    monkeypatch.setattr(vqa, "preflight", lambda config, **_: {"memory": memory})
     config = json.dumps({"model_id": "any"})
     monkeypatch.setattr(sys, "argv", ["vqa_helpers.py", "preflight", "--config", config])
     vqa.main()

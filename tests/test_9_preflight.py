@@ -182,3 +182,75 @@ def test_a_local_model_is_loaded_without_asking_the_hub(machine, mini_data):
     progress = names.vqa.ProgressFile(run.directory / "progress_0.json")
     names.vqa.run_worker(run, [0], [], progress)
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+# --- What is shown of that process ----------------------------------------------------------------
+
+
+@pytest.fixture
+def preflight_program(tmp_path, monkeypatch):
+    """Let `run_preflight` start this code instead of the module."""
+    monkeypatch.setattr(vqa, "PREFLIGHT_POLL_SECONDS", 0.02)
+
+    def replace_module(code):
+        path = tmp_path / "program.py"
+        path.write_text(code)
+        monkeypatch.setattr(vqa, "__file__", str(path))
+
+    return replace_module
+
+
+DOWNLOAD = """
+import os, pathlib, sys, time
+blobs = pathlib.Path(os.environ["HF_HOME"], "hub", "models--some--model", "blobs")
+blobs.mkdir(parents=True)
+for part in range(1, 4):
+    with (blobs / "weights.incomplete").open("ab") as file:
+        file.write(b"x" * 10 * 10**6)
+    time.sleep(0.3)
+(blobs / "weights.incomplete").rename(blobs / "weights")
+progress = pathlib.Path(sys.argv[sys.argv.index("--progress") + 1])
+progress.with_suffix(".tmp").write_text('{"stage": "zero-shot", "done": 1, "total": 2}')
+progress.with_suffix(".tmp").replace(progress)
+time.sleep(0.3)
+print('a table')
+print('{"some": "facts"}')
+"""
+
+
+def test_preflight_shows_how_much_of_the_model_has_arrived_and_then_what_it_tries(
+    preflight_program, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    preflight_program(DOWNLOAD)
+    config = vqa.Config.preset("demo", model_id="some/model")
+    assert vqa.run_preflight(config) == {"some": "facts"}
+    shown = capsys.readouterr().out
+    for gigabytes in ("0.01", "0.02", "0.03"):
+        assert f" s | downloading some/model: {gigabytes} GB" in shown
+    assert "preflight starting, 0 s" in shown
+    assert "preflight zero-shot:  50%" in shown
+    assert shown.index("0.03 GB") < shown.index("zero-shot")
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("os.kill(os.getpid(), 9)", "was killed by signal 9 (SIGKILL), probably out of memory"),
+        ("os.kill(os.getpid(), 11)", "was killed by signal 11 (SIGSEGV)"),
+        ("sys.exit(4)", "ended with exit status 4"),
+    ],
+)
+def test_preflight_says_how_its_process_ended_and_what_it_tried_last(end, said, preflight_program):
+    preflight_program(
+        "import os, sys\n"
+        "print('Trying the longest row: train.csv, line 6', flush=True)\n"
+        "print('Loading weights: 100%|###| 97/97', file=sys.stderr, flush=True)\n"
+        f"{end}\n"
+    )
+    with pytest.raises(RuntimeError) as caught:
+        vqa.run_preflight(vqa.Config.preset("demo"))
+    first, last = str(caught.value).splitlines()
+    assert first.startswith(f"Preflight failed: its process {said}")
+    assert last == "Trying the longest row: train.csv, line 6"
