@@ -99,6 +99,7 @@ above it.
    Search                              settings tried on one fold
 9. Command line
    Memory by computation               from a model's shapes, before it is loaded
+   Prompt lengths                      of every row, beside what the model and the memory take
    Preflight                           five minutes before hours
    Worker and command line             what the processes run
 
@@ -15649,6 +15650,7 @@ def search_hyperparameters(
 
 # === Memory by computation ========================================================================
 NOT_COMPUTED = "not computed for this family of models"
+MASK_BYTES = 3  # of True and False, for each pair of positions, while the mask is made
 
 
 @dataclass(frozen=True)
@@ -15664,6 +15666,28 @@ class MemoryCosts:
     question: float  # for each question of a pass
     layer: float  # for each question and decoder layer that keeps its activations
     image_token: float  # of cached vision features, on disk or in RAM
+    tokens: int  # of each question
+    number_bytes: int  # of one number
+    decoder_layers: int  # of the language model
+
+    def training_pass(self, tokens, questions: int, layers: int):
+        """GiB that a pass over `questions` prompts of `tokens` tokens adds, with `layers` kept.
+
+        Of several questions the shorter ones are padded: then attention takes a mask, whose
+        copies grow with the square of the tokens. `tokens`: a number or an array.
+        """
+        share = tokens / self.tokens
+        activations = share * (self.question + layers * self.layer)
+        mask = tokens**2 * (layers * self.number_bytes + MASK_BYTES) / 2**30
+        return questions * (activations + (questions > 1) * mask)
+
+    def scoring_pass(self, tokens, questions: int):
+        """As `training_pass`, without a backward pass: one layer at a time, and always a mask."""
+        share = tokens / self.tokens
+        # Of what a layer keeps for the backward pass a third is there at any moment.
+        activations = share * self.layer / 3
+        mask = tokens**2 * (self.number_bytes + MASK_BYTES) / 2**30
+        return questions * (activations + mask)
 
     def peak(self, plan: MemoryPlan) -> dict[str, float]:
         """What is on the GPU in one pass of `plan`, GiB by row."""
@@ -15789,6 +15813,9 @@ def memory_costs(
         question=question / gib,
         layer=layer / gib,
         image_token=bytes_each * vision.out_hidden_size * feature_layers / gib,
+        tokens=tokens,
+        number_bytes=bytes_each,
+        decoder_layers=len(layers),
     )
 
 
@@ -15816,6 +15843,165 @@ def expected_memory(config: Config, frame: pd.DataFrame) -> MemoryCosts | None:
     device = "cuda" if runtime.gpus else "cpu"
     compiled, _ = decide_compile(config.compile_layers, device, len(frame))
     return memory_costs(config, shapes, longest, runtime.precision, compiled)
+
+
+# === Prompt lengths ===============================================================================
+TOKENISED_TOGETHER = 1000  # prompts
+LISTED_LONG_ROWS = 5  # in an error; more are counted
+
+
+def token_limit(config: Config, processor) -> int:
+    """The most tokens that a prompt may have, for the model's positions and its tokenizer."""
+    shapes = transformers.AutoConfig.from_pretrained(
+        config.model_path,
+        trust_remote_code=config.trust_remote_code,
+    )
+    positions = shapes.get_text_config().max_position_embeddings
+    return min(positions, processor.tokenizer.model_max_length)
+
+
+def count_tokens(processor, texts: Sequence[str]) -> np.ndarray:
+    """(texts,) tokens of each text."""
+    counts = []
+    for start in range(0, len(texts), TOKENISED_TOGETHER):
+        some_texts = list(texts[start : start + TOKENISED_TOGETHER])
+        # Without warnings: what is too long gets an error of its own.
+        encoded = processor.tokenizer(some_texts, verbose=False)
+        counts += [len(ids) for ids in encoded["input_ids"]]
+    return np.array(counts, dtype=int)
+
+
+def image_token_counts(processor, frame: pd.DataFrame, budget: tuple[int, int]) -> np.ndarray:
+    """(n,) tokens of each row's image within `budget` (min, max pixels), from its size."""
+    patches_per_token = processor.image_processor.merge_size**2
+    counts = []
+    for width, height in zip(frame["width"], frame["height"], strict=True):
+        grid = image_grid(width, height, processor, budget)
+        counts.append(math.prod(grid) // patches_per_token)
+    return np.array(counts, dtype=int)
+
+
+def prompt_lengths(config: Config, processor, competition: Competition) -> pd.DataFrame:
+    """Tokens of every row's prompt, train before test; no weight is loaded, no pixel read.
+
+    Columns: split (train or test), row (its number in that table), id, line (of the file),
+    image and text (tokens of either in training), tokens (both), longest (both, the image at the
+    largest scale of all views), scored (as longest, in all choice orders behind one prefix).
+    """
+    views = all_views(config, processor)
+    orders = sum(view.scale == 1 for view in views)
+    scale = max(view.scale for view in views)
+    templates = prompt_templates(config)
+    parts = []
+    for split, frame in {"train": competition.train, "test": competition.test}.items():
+        records = frame.to_dict("records")
+        prompts = []
+        choices = []
+        for record in records:
+            messages = build_messages(record, templates=templates)
+            prompts.append(render_prompt(processor, messages))
+            choices.append("\n".join(str(record[choice]) for choice in CHOICES))
+        image = image_token_counts(processor, frame, pixel_budget(config, processor))
+        largest_budget = pixel_budget(config, processor, scale)
+        largest_image = image_token_counts(processor, frame, largest_budget)
+        text = count_tokens(processor, prompts) - 1  # one stands for the image
+        further_orders = (orders - 1) * count_tokens(processor, choices)
+        part = {
+            "split": split,
+            "row": np.arange(len(frame)),
+            "id": frame["id"].to_numpy(),
+            "line": frame["line"].to_numpy(),
+            "image": image,
+            "text": text,
+            "tokens": image + text,
+            "longest": largest_image + text,
+            "scored": largest_image + text + further_orders,
+        }
+        parts.append(pd.DataFrame(part))
+    return pd.concat(parts, ignore_index=True)
+
+
+def row_in_words(row: Mapping, competition: Competition) -> str:
+    """File, line, id and tokens of a row of `prompt_lengths`, and its longest text."""
+    record = getattr(competition, row["split"]).iloc[row["row"]]
+    lengths = {column: len(record[column]) for column in ("question", *CHOICES)}
+    column = max(lengths, key=lengths.get)
+    return (
+        f"{row['split']}.csv, line {row['line']}, id {row['id']}: {row['longest']:,} tokens, "
+        f"{row['longest'] - row['text']:,} of them for the image; "
+        f"column {column!r} has {lengths[column]:,} characters"
+    )
+
+
+def long_rows_error(rows: pd.DataFrame, competition: Competition, problem: str) -> DataError:
+    """The error that names the `rows` (of `prompt_lengths`) that are too long, and says what to do.
+
+    `problem` says for what they are too long.
+    """
+    by_length = rows.sort_values("longest", ascending=False)
+    lines = [f"{len(rows)} rows are too long: {problem}."]
+    if len(rows) == 1:
+        lines = [f"A row is too long: {problem}."]
+    for row in by_length.head(LISTED_LONG_ROWS).to_dict("records"):
+        lines.append(row_in_words(row, competition))
+    if len(rows) > LISTED_LONG_ROWS:
+        lines.append(f"... and {len(rows) - LISTED_LONG_ROWS} more")
+    remedies = ["Shorten the text"]
+    if (rows["longest"] > 2 * rows["text"]).any():
+        remedies.append("lower max_pixels")
+    if (rows["split"] == "train").any():
+        remedies.append("leave the row out of train.csv")
+    if (rows["split"] == "test").any():
+        lines.append("A row of test.csv cannot be left out: it needs an answer.")
+    lines.append(f"{', or '.join(remedies)}.")
+    return DataError("\n".join(lines))
+
+
+def check_token_limit(lengths: pd.DataFrame, competition: Competition, limit: int) -> None:
+    """DataError where rows of `prompt_lengths` have more than `limit` tokens."""
+    too_long = lengths[lengths["longest"] > limit]
+    if len(too_long):
+        raise long_rows_error(too_long, competition, f"the model takes {limit:,} tokens")
+
+
+def check_row_memory(
+    config: Config,
+    lengths: pd.DataFrame,
+    competition: Competition,
+    costs: MemoryCosts,
+    free: float,
+) -> None:
+    """DataError where `free` GiB hold most rows of `prompt_lengths`, but not all of them.
+
+    Where a usual row does not fit, the model is too large: `MemoryCosts.verdict` says so.
+    On a GPU a pass takes one question at least; a CPU has no error of its own for memory that
+    runs out, so that the whole batch that the longest row falls into has to fit.
+    """
+    on_gpu = bool(detect_runtime(config.precision, config.attn_implementation).gpus)
+    trained_together = 1 if on_gpu else config.batch_size
+    scored_together = 1
+    if not on_gpu and config.use_batch_inference:
+        scored_together = config.infer_batch_size
+    stored_layers = 1
+    if not on_gpu and not config.gradient_checkpointing:
+        stored_layers = costs.decoder_layers
+    training = costs.training_pass(lengths["tokens"], trained_together, stored_layers)
+    needed = costs.scoring_pass(lengths["scored"], scored_together)
+    is_trained = lengths["split"] == "train"
+    needed = needed.where(~is_trained, np.maximum(needed, training))
+    if not on_gpu:
+        free /= len(worker_devices(config))  # they share the memory
+    room = free - sum(costs.rows.values()) - costs.largest_weight
+    is_too_long = needed > room
+    if not is_too_long.any() or needed.median() > room:
+        return
+    problem = f"a pass with the longest takes {needed.max():.1f} GiB, {max(room, 0):.1f} are free"
+    if not on_gpu:
+        problem += (
+            f" (batch_size {trained_together} and infer_batch_size {scored_together} rows are "
+            "padded to it: fewer take less)"
+        )
+    raise long_rows_error(lengths[is_too_long], competition, problem)
 
 
 # === Preflight ====================================================================================
