@@ -100,6 +100,7 @@ above it.
 9. Command line
    Memory by computation               from a model's shapes, before it is loaded
    Prompt lengths                      of every row, beside what the model and the memory take
+   Time estimate                       of a whole run, from the seconds of its steps
    Preflight                           five minutes before hours
    Worker and command line             what the processes run
 
@@ -14999,6 +15000,7 @@ GROUP_GRACE_SECONDS = 5  # between the end of one process of a group and that of
 # Exit status of a worker that was asked to stop and has saved its work (EX_TEMPFAIL).
 INTERRUPTED = 75
 CPU_CORE = "cpu core"  # a device: one core of a machine without a GPU
+TEAM_SPEED = 0.9  # of n devices that share a fold, against n times the speed of one
 SMALL_MODEL_GIB = 0.5  # weights of a model of which every worker on a CPU may hold a copy
 SMALL_WORKER_GIB = 2  # memory of such a worker, with its libraries; the demo's takes 1 GiB
 
@@ -15056,10 +15058,10 @@ def schedule_folds(folds: Sequence[int], devices: Sequence[str | None]) -> list[
     [(0, 2), (1,)]
     """
     n_shared = len(folds) % len(devices)
-    # A group of n devices is taken to be 0.9 n times as fast as one, so that it trains the
-    # shared folds in n_shared / (0.9 n) of the time of one fold; from 1 on, sharing gains nothing.
+    # A group of n devices trains the shared folds in n_shared / (0.9 n) of the time of one fold;
+    # from 1 on, sharing gains nothing.
     has_parts = any(str(device).startswith("MIG-") for device in devices)
-    if CPU_CORE in devices or has_parts or n_shared >= 0.9 * len(devices):
+    if CPU_CORE in devices or has_parts or n_shared >= TEAM_SPEED * len(devices):
         n_shared = 0
     whole_folds = folds[: len(folds) - n_shared]
     single_jobs = []
@@ -15336,14 +15338,38 @@ def run_zeroshot(run: Run) -> pd.DataFrame:
     return table.astype({"rows": int})
 
 
-def launch_missing(run: Run, rounds: Sequence[Sequence], stages: Sequence[str]) -> None:
-    """Start the workers of each round in which some fold has not gone through all `stages`."""
-    for jobs in rounds:
-        folds = []
-        for job in jobs:
-            folds += job.folds
-        if any(run.unfinished_folds(stage, folds) for stage in stages):
-            launch_workers(run, jobs, stages)
+class Launch(NamedTuple):
+    """Jobs that run side by side, and the stages that each of them does for its folds."""
+
+    jobs: list[WorkerJob]
+    stages: list[str]
+
+
+def planned_launches(config: Config, devices: Sequence[str | None]) -> list[Launch]:
+    """What `run_folds` starts, one launch after the other.
+
+    >>> config = Config.preset("demo", n_folds=3)
+    >>> for jobs, stages in planned_launches(config, [CPU_CORE, CPU_CORE]):
+    ...     print([job.folds for job in jobs], stages)
+    [(0, 2), (1,)] ['train']
+    [(0, 2), (1,)] ['predict']
+    """
+    rounds = schedule_folds(config.folds_to_train, devices)
+    scoring = ["predict"]
+    if config.score_precision == "16bit":
+        scoring.append("rescore")  # last, for all folds: a submission can do without it
+    launches = []
+    if len(rounds) == 1 and len(rounds[0]) == 1:
+        launches.append(Launch(rounds[0], ["train", *scoring]))
+    else:
+        # Weights are selected on all folds together, so that scoring starts new workers. A
+        # single job, above, has all folds: its workers go on with the model that they have loaded.
+        for stage in ["train", *scoring]:
+            launches += [Launch(jobs, [stage]) for jobs in rounds]
+    if config.final_retrain:
+        for jobs in schedule_folds([config.n_folds], devices):
+            launches.append(Launch(jobs, ["train", *scoring]))
+    return launches
 
 
 def note_start(run: Run) -> None:
@@ -15363,21 +15389,10 @@ def run_folds(config: Config) -> list[FoldResult]:
     run = Run.open(config.run_dir)
     delete_damaged_files(run)
     note_start(run)
-    devices = worker_devices(config)
-    rounds = schedule_folds(config.folds_to_train, devices)
-    scoring = ["predict"]
-    if config.score_precision == "16bit":
-        scoring.append("rescore")  # last, for all folds: a submission can do without it
-    if len(rounds) == 1 and len(rounds[0]) == 1:
-        launch_missing(run, rounds, ["train", *scoring])
-    else:
-        # Weights are selected on all folds together, so that scoring starts new workers. A
-        # single job, above, has all folds: its workers go on with the model that they have loaded.
-        for stage in ["train", *scoring]:
-            launch_missing(run, rounds, [stage])
-    if config.final_retrain:
-        final_rounds = schedule_folds([run.final_fold], devices)
-        launch_missing(run, final_rounds, ["train", *scoring])
+    for jobs, stages in planned_launches(config, worker_devices(config)):
+        folds = list(itertools.chain.from_iterable(job.folds for job in jobs))
+        if any(run.unfinished_folds(stage, folds) for stage in stages):
+            launch_workers(run, jobs, stages)
     return [read_fold_result(run, fold) for fold in run.finished_folds]
 
 
@@ -16002,6 +16017,224 @@ def check_row_memory(
             "padded to it: fewer take less)"
         )
     raise long_rows_error(lengths[is_too_long], competition, problem)
+
+
+# === Time estimate ================================================================================
+@dataclass(frozen=True)
+class StepSeconds:
+    """What the steps of a run take on this machine, in seconds; measured by `preflight`."""
+
+    start: float  # a worker process, until its model is loaded
+    first_adapter: float  # the first adapter of a process: peft is imported
+    adapter: float  # a further one
+    first_optimizer: float  # the first optimizer of a process: torch imports more
+    prompt: float  # to tokenise a question
+    image_token: float  # to cache features, decoding included; 0 where they are not cached
+    zeroshot: float  # to score a question in one view, without an adapter
+    training: float  # a question, with its share of the optimizer's step
+    validation: float  # to score a question in one view, with an adapter
+    first_views: float  # ... in the views that every row is scored in
+    all_views: float  # ... in all views
+    checkpoint: float  # to save one
+
+
+@dataclass(frozen=True)
+class JobSize:
+    """How much a run has to do; from the competition's tables and the config."""
+
+    train_rows: int
+    added_rows: int  # that every fold trains on, too
+    test_rows: int
+    train_image_tokens: int  # of all different training images
+    test_image_tokens: int  # of the test images that are not among them
+    is_rescored: bool  # scored in 16 bits, too
+
+
+def added_row_count(config: Config, competition: Competition) -> int:
+    """Rows that every fold trains on beside those of train.csv, at most."""
+    count = 0
+    if config.use_dev_votes:
+        path = competition.data_dir / "dev.csv"
+        dev, _ = _read_competition_table(path, Counter())
+        count += len(dev)
+    if config.pseudo_label_from:
+        count += len(competition.test)
+    return count
+
+
+def job_size(
+    config: Config,
+    competition: Competition,
+    lengths: pd.DataFrame,
+    is_rescored: bool,
+) -> JobSize:
+    """The size of the config's run; `lengths` are the competition's `prompt_lengths`."""
+    tokens = {}
+    for split in ("train", "test"):
+        images = lengths.loc[lengths["split"] == split, "image"]
+        digests = getattr(competition, split)["pixel_hash"]
+        tokens[split] = dict(zip(digests, images.tolist(), strict=True))
+    only_in_test = tokens["test"].keys() - tokens["train"].keys()
+    return JobSize(
+        train_rows=len(competition.train),
+        added_rows=added_row_count(config, competition),
+        test_rows=len(competition.test),
+        train_image_tokens=sum(tokens["train"].values()),
+        test_image_tokens=sum(tokens["test"][digest] for digest in only_in_test),
+        is_rescored=is_rescored,
+    )
+
+
+def zeroshot_parts(config: Config, seconds: StepSeconds, size: JobSize) -> dict[str, float]:
+    """Seconds of the stage "zeroshot" by part: features of all training images, scores."""
+    rows = min(config.zeroshot_rows or size.train_rows, size.train_rows)
+    return {
+        "features": size.train_image_tokens * seconds.image_token,
+        "scoring": rows * seconds.zeroshot,
+    }
+
+
+def training_parts(
+    config: Config,
+    seconds: StepSeconds,
+    size: JobSize,
+    is_final: bool,
+) -> dict[str, float]:
+    """Seconds of the stage "train" of a fold, or of the final model, by part.
+
+    Without imports and the features of changed images, which are not of every fold.
+    Nothing is known of early stopping: all epochs count.
+    """
+    held_out = 0 if is_final else size.train_rows / config.n_folds
+    rows = size.train_rows - held_out + size.added_rows
+    epochs = config.num_epochs
+    kinds = 1 + config.use_ema + config.use_swa
+    training = epochs * rows * seconds.training
+    steps = epochs * rows / (config.batch_size * config.grad_accum_steps)
+    by_minutes = training / 60 / config.save_every_minutes
+    by_steps = steps / config.save_every_steps
+    checkpoints = epochs * config.save_every_epoch + int(max(by_minutes, by_steps))
+    return {
+        "adapter": seconds.adapter,
+        "prompts": (epochs + 1) * rows * seconds.prompt,  # once more for the memory plan
+        "training": training,
+        "validation": (epochs + kinds) * held_out * seconds.validation,
+        "checkpoints": checkpoints * seconds.checkpoint,
+    }
+
+
+def scoring_parts(
+    config: Config,
+    seconds: StepSeconds,
+    size: JobSize,
+    is_final: bool,
+) -> dict[str, float]:
+    """Seconds of the stage "predict", or "rescore", of a fold or of the final model, by part.
+
+    Without imports and the features of the test images, which are not of every fold.
+    """
+    held_out = 0 if is_final else size.train_rows / config.n_folds
+    kinds = 1
+    if config.mix_weights:  # at most: OOF may prefer a single one
+        kinds = 1 + config.use_ema + config.use_swa
+    test_row = seconds.all_views
+    if config.adaptive_tta is not None:
+        last_step = seconds.all_views - seconds.first_views
+        test_row = seconds.first_views + config.adaptive_tta * last_step
+    return {
+        "adapter": kinds * seconds.adapter,
+        "held-out rows": kinds * held_out * seconds.all_views,
+        "test rows": kinds * size.test_rows * test_row,
+        "prompt lengths": held_out * seconds.prompt,  # for the error analysis
+    }
+
+
+@dataclass(frozen=True)
+class TimeEstimate:
+    """What a run takes, from the seconds of its steps and from its size."""
+
+    config: Config
+    seconds: StepSeconds
+    size: JobSize
+    devices: Sequence[str | None]
+
+    def fold_parts(self, stage: str, fold: int) -> dict[str, float]:
+        """Seconds of a stage of one fold, by part."""
+        is_final = fold == self.config.n_folds
+        if stage == "train":
+            return training_parts(self.config, self.seconds, self.size, is_final)
+        if stage == "rescore" and not self.size.is_rescored:
+            return {}
+        return scoring_parts(self.config, self.seconds, self.size, is_final)
+
+    def features_once(self) -> dict[str, float]:
+        """Stage -> seconds of the features that its first worker computes for all others."""
+        variants = self.config.augment_images * self.size.train_image_tokens
+        return {
+            "train": variants * self.seconds.image_token,
+            "predict": self.size.test_image_tokens * self.seconds.image_token,
+        }
+
+    def process_parts(self, stages: Sequence[str]) -> dict[str, float]:
+        """Seconds of one worker process beside its folds' stages, by part."""
+        loads = 1
+        if "rescore" in stages and len(stages) > 1 and self.size.is_rescored:
+            loads = 2  # the unquantised model takes the place of the first
+        imports = self.seconds.first_adapter - self.seconds.adapter
+        if "train" in stages:
+            imports += self.seconds.first_optimizer
+        return {"start": loads * self.seconds.start, "imports": imports}
+
+    def launches(self) -> list[Launch]:
+        """Those of `run_folds`, in their order."""
+        return planned_launches(self.config, self.devices)
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of the whole run by "stage: part", all folds and processes added up."""
+        totals = defaultdict(float)
+        totals["processes: start"] += self.seconds.start  # of zero-shot
+        for part, seconds in zeroshot_parts(self.config, self.seconds, self.size).items():
+            totals[f"zeroshot: {part}"] += seconds
+        for stage, seconds in self.features_once().items():
+            totals[f"{stage}: features"] += seconds
+        for launch in self.launches():
+            for job in launch.jobs:
+                for _ in job.devices:
+                    for part, seconds in self.process_parts(launch.stages).items():
+                        totals[f"processes: {part}"] += seconds
+                for stage, fold in itertools.product(launch.stages, job.folds):
+                    for part, seconds in self.fold_parts(stage, fold).items():
+                        totals[f"{stage}: {part}"] += seconds
+        return dict(totals)
+
+    def wall_seconds(self) -> float:
+        """Seconds on the clock, where the devices work side by side as `run_folds` lets them."""
+        total = self.seconds.start
+        total += sum(zeroshot_parts(self.config, self.seconds, self.size).values())
+        total += sum(self.features_once().values())
+        for launch in self.launches():
+            jobs = [self.job_seconds(job, launch.stages) for job in launch.jobs]
+            total += max(jobs)  # the others wait for the slowest
+        return total
+
+    def job_seconds(self, job: WorkerJob, stages: Sequence[str]) -> float:
+        """Seconds on the clock of one job of a launch."""
+        work = 0.0
+        for stage, fold in itertools.product(stages, job.folds):
+            work += sum(self.fold_parts(stage, fold).values())
+        count = len(job.devices)
+        speed = 1.0 if count == 1 else TEAM_SPEED * count
+        return sum(self.process_parts(stages).values()) + work / speed
+
+
+def parts_as_text(parts: Mapping[str, float]) -> str:
+    """Seconds by part in one line, without parts that take none.
+
+    >>> parts_as_text({"train: training": 12.345, "train: features": 0.0, "zeroshot: scoring": 1.0})
+    'train: training 12.3, zeroshot: scoring 1.0'
+    """
+    rounded = {part: round(seconds, 1) for part, seconds in parts.items()}
+    return ", ".join(f"{part} {seconds}" for part, seconds in rounded.items() if seconds)
 
 
 # === Preflight ====================================================================================

@@ -1,0 +1,193 @@
+"""Part 9, Time estimate: every part of a run counts, as often as the run really does it."""
+
+import dataclasses
+from collections import Counter
+
+import pandas as pd
+import pytest
+from running import quiet, run_all
+
+import vqa_helpers as vqa
+
+NOTHING = {item.name: 0.0 for item in dataclasses.fields(vqa.StepSeconds)}
+SIZE = vqa.JobSize(
+    train_rows=120,
+    added_rows=0,
+    test_rows=50,
+    train_image_tokens=1000,
+    test_image_tokens=300,
+    is_rescored=False,
+)
+
+
+def estimate(seconds, size=SIZE, devices=(None,), **settings):
+    """An estimate where only these steps take any time: estimate({"training": 1.0}, n_folds=3)."""
+    config = vqa.Config.preset("demo", **settings)
+    return vqa.TimeEstimate(config, vqa.StepSeconds(**NOTHING | seconds), size, devices)
+
+
+def seconds_of(part, step, **settings):
+    """Seconds of one part where each `step` takes a second."""
+    return estimate({step: 1.0}, **settings).parts()[part]
+
+
+# In three folds each trains on 80 rows and holds 40 out.
+@pytest.mark.parametrize(
+    ("part", "step", "settings", "count"),
+    [
+        ("train: training", "training", {"num_epochs": 2}, 3 * 80 * 2),
+        ("train: training", "training", {"num_epochs": 2, "train_folds": (1,)}, 80 * 2),
+        ("train: training", "training", {"num_epochs": 2, "use_kfold": False}, 80 * 2),
+        ("train: training", "training", {"num_epochs": 2, "final_retrain": True}, 3 * 160 + 240),
+        ("train: prompts", "prompt", {"num_epochs": 2}, 3 * 80 * 3),
+        # Epochs, and each kind of weights once.
+        ("train: validation", "validation", {"num_epochs": 2, "use_ema": False}, 3 * 40 * 3),
+        ("train: validation", "validation", {"num_epochs": 2}, 3 * 40 * 4),
+        ("train: validation", "validation", {"num_epochs": 2, "use_swa": True}, 3 * 40 * 5),
+        (
+            "train: validation",
+            "validation",
+            {"num_epochs": 2, "final_retrain": True},  # nothing is held out from that one
+            3 * 40 * 4,
+        ),
+        ("train: checkpoints", "checkpoint", {"num_epochs": 2}, 3 * 2),
+        (
+            "train: checkpoints",
+            "checkpoint",
+            {"num_epochs": 2, "save_every_epoch": False, "save_every_steps": 5},
+            3 * 4,  # of 20 steps
+        ),
+        ("train: features", "image_token", {}, 0),
+        ("train: features", "image_token", {"augment_images": 2}, 2000),
+        ("zeroshot: features", "image_token", {}, 1000),
+        ("zeroshot: scoring", "zeroshot", {"zeroshot_rows": 16}, 16),
+        ("zeroshot: scoring", "zeroshot", {"zeroshot_rows": 0}, 120),
+        ("zeroshot: scoring", "zeroshot", {"zeroshot_rows": 500}, 120),
+        ("predict: features", "image_token", {}, 300),
+        ("predict: held-out rows", "all_views", {}, 120),
+        ("predict: test rows", "all_views", {}, 3 * 50),
+        ("predict: test rows", "all_views", {"mix_weights": True}, 2 * 3 * 50),
+        ("predict: test rows", "all_views", {"final_retrain": True}, 4 * 50),
+        (
+            "predict: test rows",
+            "all_views",
+            {"adaptive_tta": 0.2, "tta_scales": (1.0, 1.5)},
+            3 * 50 * 0.2,
+        ),
+        (
+            "predict: test rows",
+            "first_views",
+            {"adaptive_tta": 0.2, "tta_scales": (1.0, 1.5)},
+            3 * 50 * 0.8,
+        ),
+        ("predict: adapter", "adapter", {"mix_weights": True}, 6),
+        # Zero-shot, and one worker for all folds.
+        ("processes: start", "start", {}, 2),
+        ("processes: start", "start", {"final_retrain": True}, 3),
+        ("processes: start", "start", {"devices": ("0", "1")}, 1 + 2 * (2 + 2)),
+        ("processes: imports", "first_adapter", {}, 1),
+        ("processes: imports", "first_optimizer", {"devices": ("0", "1")}, 1 + 1 + 2),
+    ],
+)
+def test_a_part_counts_as_often_as_it_happens(part, step, settings, count):
+    assert seconds_of(part, step, **settings) == pytest.approx(count)
+
+
+def test_scoring_in_16_bits_counts_where_it_fits():
+    settings = {"quantization": "4bit", "score_precision": "16bit"}
+    steps = {"all_views": 1.0, "start": 1.0}
+    left_out = estimate(steps, **settings).parts()
+    assert "rescore: test rows" not in left_out
+    assert left_out["processes: start"] == 2
+    size = dataclasses.replace(SIZE, is_rescored=True)
+    done = estimate(steps, size, **settings).parts()
+    assert done["rescore: test rows"] == done["predict: test rows"] == 150
+    assert done["rescore: held-out rows"] == 120
+    assert done["processes: start"] == 3  # the unquantised model is loaded, too
+
+
+@pytest.mark.parametrize(
+    ("devices", "n_folds", "rounds"),
+    [
+        ((None,), 3, 3),
+        ((vqa.CPU_CORE,) * 2, 3, 2),
+        ((vqa.CPU_CORE,) * 2, 5, 3),
+        (("0", "1", "2"), 3, 1),
+        (("0", "1"), 3, 1 + 1 / 1.8),  # the third by both together
+    ],
+    ids=["one device", "two cores", "five folds", "three GPUs", "a shared fold"],
+)
+def test_on_the_clock_folds_go_in_rounds(devices, n_folds, rounds):
+    size = dataclasses.replace(SIZE, train_rows=60 * n_folds)
+    settings = {"n_folds": n_folds, "num_epochs": 1}
+    on_clock = estimate({"training": 1.0}, size, devices, **settings).wall_seconds()
+    assert on_clock == pytest.approx(rounds * 60 * (n_folds - 1))
+
+
+def test_on_the_clock_a_feature_is_computed_once_and_each_launch_starts_anew():
+    seconds = {"start": 10.0, "first_adapter": 3.0, "adapter": 1.0, "image_token": 1.0}
+    two_cores = (vqa.CPU_CORE,) * 2
+    on_clock = estimate(seconds, SIZE, two_cores, n_folds=2).wall_seconds()
+    features = 1000 + 300
+    zeroshot = 10
+    each_launch = 10 + (3 - 1) + 1  # start, import, the adapter of its fold
+    assert on_clock == pytest.approx(features + zeroshot + 2 * each_launch)
+
+
+def test_images_that_several_rows_share_count_once(demo_rows):
+    config = vqa.Config.preset("demo")
+    competition = dataclasses.replace(
+        demo_rows,
+        train=pd.concat([demo_rows.train.head(3), demo_rows.train.head(2)], ignore_index=True),
+        test=pd.concat([demo_rows.test.head(2), demo_rows.train.head(1)], ignore_index=True),
+    )
+    lengths = vqa.prompt_lengths(config, vqa.load_processor(config), competition)
+    size = vqa.job_size(config, competition, lengths, is_rescored=True)
+    assert size.train_rows == 5
+    assert size.test_rows == 3
+    assert size.train_image_tokens == lengths["image"][:3].sum()
+    assert size.test_image_tokens == lengths["image"][5:7].sum()
+
+
+# --- Beside a run ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_scores_and_trains_as_many_questions_as_the_estimate_counts(mini_run, monkeypatch):
+    """With averages, scales and a final model."""
+    settings = {
+        "num_epochs": 2,
+        "use_swa": True,
+        "tta_rotations": 2,
+        "tta_scales": (1.0, 1.5),
+        "final_retrain": True,
+        "zeroshot_rows": 8,
+    }
+    run = mini_run(**settings)
+    done = Counter()
+    predict = vqa.predict_logits
+    step = vqa.FoldTrainer.optimizer_step
+
+    def count_scored(session, frame, views, label, *arguments):
+        done[label.split()[-1]] += len(frame)
+        return predict(session, frame, views, label, *arguments)
+
+    def count_trained(trainer, epoch, number, batches, rows):
+        done["training"] += len(rows)
+        return step(trainer, epoch, number, batches, rows)
+
+    monkeypatch.setattr(vqa, "predict_logits", count_scored)
+    monkeypatch.setattr(vqa.FoldTrainer, "optimizer_step", count_trained)
+    run_all(run)
+    # The estimate cannot know which epoch will be the best.
+    monkeypatch.setattr(vqa, "final_epochs", lambda run: run.config.num_epochs)
+    vqa.run_stages(run, [run.final_fold], ["train", "predict"], quiet)
+
+    size = dataclasses.replace(SIZE, train_rows=len(run.train), test_rows=len(run.test))
+    ones = vqa.StepSeconds(**dict.fromkeys(NOTHING, 1.0))
+    parts = vqa.TimeEstimate(run.config, ones, size, [None]).parts()
+    assert done["training"] == pytest.approx(parts["train: training"])
+    assert done["validation"] == pytest.approx(parts["train: validation"])
+    assert done["oof"] == pytest.approx(parts["predict: held-out rows"])
+    assert done["test"] == pytest.approx(parts["predict: test rows"])
+    assert done["zero-shot"] == pytest.approx(parts["zeroshot: scoring"])
