@@ -101,6 +101,7 @@ above it.
    Memory by computation               from a model's shapes, before it is loaded
    Prompt lengths                      of every row, beside what the model and the memory take
    Time estimate                       of a whole run, from the seconds of its steps
+   Trying a model                      each step of a run, on a few rows and the longest, timed
    Preflight                           five minutes before hours
    Worker and command line             what the processes run
 
@@ -16237,80 +16238,165 @@ def parts_as_text(parts: Mapping[str, float]) -> str:
     return ", ".join(f"{part} {seconds}" for part, seconds in rounded.items() if seconds)
 
 
-# === Preflight ====================================================================================
-PREFLIGHT_POLL_SECONDS = 1  # between two looks at the process
+# === Trying a model ===============================================================================
+TIMED_TRAINING_SECONDS = 20  # no further optimizer step is timed after them
+TIMED_VIEW_ROWS = 32  # are scored in all views
 
 
-def count_image_tokens(
-    config: Config,
-    competition: Competition,
-    processor,
-) -> tuple[dict[str, list[int]], int]:
-    """(split -> tokens of each row's image, tokens of all features to keep).
+def measure_features(session: Session, frame: pd.DataFrame, uses: int) -> float:
+    """Seconds an image token to cache the features of `frame`; 0 where caching does not pay.
 
-    Features are kept of each image once, and of a training image's variants.
+    The features are there afterwards.
     """
-    budget = pixel_budget(config, processor)
-    patches_per_token = processor.image_processor.merge_size**2
-    tokens = {}
-    for split, table in {"train": competition.train, "test": competition.test}.items():
-        tokens[split] = []
-        for width, height in zip(table["width"], table["height"], strict=True):
-            grid = image_grid(width, height, processor, budget)
-            tokens[split].append(math.prod(grid) // patches_per_token)
-    train_images = dict(zip(competition.train["pixel_hash"], tokens["train"], strict=True))
-    test_images = dict(zip(competition.test["pixel_hash"], tokens["test"], strict=True))
-    all_images = {**train_images, **test_images}
-    variants = config.augment_images * sum(train_images.values())
-    return tokens, sum(all_images.values()) + variants
-
-
-def timed_training_step(session: Session, prompts: Sequence[Prompt]) -> float:
-    """Seconds a question of a forward and backward pass; FloatingPointError for bad gradients."""
-    parameters = trainable_parameters(session.model).values()
-    for _ in range(2):  # the second one is timed
+    budget = pixel_budget(session.config, session.processor)
+    different = frame.drop_duplicates("pixel_hash")
+    first = different.head(8)  # for these the decision is taken, and the tower warms up
+    start = time.perf_counter()
+    fill_vision_cache(session, first, uses, passes=3)
+    seconds = time.perf_counter() - start
+    if not session.vision_cache.has_all((digest, *budget) for digest in first["pixel_hash"]):
+        return 0.0
+    timed = different.iloc[len(first) :]
+    if timed.empty:
+        timed = first
+    else:
         start = time.perf_counter()
-        batch = collate(session, prompts)
-        training_loss(session, answer_hidden_states(session, batch), batch).backward()
-        # This waits for the GPU, too.
-        if not all(value.grad.isfinite().all() for value in parameters):
-            raise FloatingPointError(
-                "A training step on these rows gives gradients that are not finite"
-            )
-        seconds = (time.perf_counter() - start) / len(prompts)
-    return seconds
+        session.vision_cache.fill(timed, budget, session.progress)
+        seconds = time.perf_counter() - start
+        session.vision_cache.offload_tower()
+    return seconds / image_token_counts(session.processor, timed, budget).sum()
 
 
-def estimated_questions(
-    config: Config,
-    competition: Competition,
-    views: Sequence[TTAView],
-    session: Session,
-) -> tuple[float, float]:
-    """Questions to train on in the whole job, and to score, in questions with one view."""
-    rows = len(competition.train)
-    folds = len(config.folds_to_train)
-    trained_parts = (1 - 1 / config.n_folds) * folds  # of all rows
-    models = folds
-    if config.final_retrain:
-        trained_parts += 1
-        models += 1
-    trained = rows * trained_parts * config.num_epochs
-    scored = models * len(competition.test) * adaptive_cost(session, views)
-    scored += folds * rows / config.n_folds * views_cost(session, views)
-    return trained, scored
+def measure_scoring(session: Session, frame: pd.DataFrame, views: Sequence[TTAView]) -> float:
+    """Seconds to score a row of `frame` in `views`, prompts included."""
+    start = time.perf_counter()
+    predict_logits(session, frame, views, f"scoring in {len(views)} views")
+    return (time.perf_counter() - start) / len(frame)
 
 
-def preflight(
-    config: Config,
-    rows: int = 64,
-    progress: Callable = lambda *_, **__: None,
-) -> dict:
-    """Try everything once on `rows` training rows before hours are spent.
+@dataclass(frozen=True)
+class TrialTraining:
+    """An optimizer and averages that some steps are timed with."""
 
-    Returns the facts learned, for a table. `progress` is as in `Session`. Raises
-    FloatingPointError for gradients that are not finite, and whatever loading the data and
-    the model raises.
+    session: Session
+    parameters: Mapping  # name -> weight of the adapter
+    optimizer: object
+    scaler: object  # of the loss, in fp16
+    averagers: Mapping[str, WeightAverager]
+
+    def step(self, batches: Iterable[Mapping], n_rows: int) -> None:
+        """One optimizer step over batches of `n_rows` questions, as in training."""
+        for batch in batches:
+            states = answer_hidden_states(self.session, batch)
+            share = len(batch["prompts"]) / n_rows
+            loss = training_loss(self.session, states, batch) * share
+            self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        weights = self.parameters.values()
+        torch.nn.utils.clip_grad_norm_(weights, self.session.config.max_grad_norm).item()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        for averager in self.averagers.values():
+            averager.update()
+
+    def measure(self, prompts: Sequence[Prompt], plan: MemoryPlan) -> float:
+        """Seconds a question of training steps over `prompts`; the first step is not counted."""
+        config = self.session.config
+        step_size = config.batch_size * config.grad_accum_steps
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        steps = plan_epoch(lengths, step_size, (config.seed, 0, 0))
+        steps = [steps[0], *steps]
+        passes = split_steps(steps, plan.micro_batch, rank=0, world_size=1)
+        chained = list(itertools.chain.from_iterable(passes))
+        batches = iterate_batches(self.session, prompts, chained)
+        questions = 0
+        start = time.perf_counter()
+        for number, rows in enumerate(steps):
+            self.step(itertools.islice(batches, len(passes[number])), len(rows))
+            seconds = time.perf_counter() - start
+            if number == 0:
+                start = time.perf_counter()
+                continue
+            questions += len(rows)
+            if seconds > TIMED_TRAINING_SECONDS:
+                break
+        return seconds / questions
+
+    def measure_checkpoint(self) -> float:
+        """Seconds to save a checkpoint as large as those of training."""
+        copies = {name: value.detach().cpu().clone() for name, value in self.parameters.items()}
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "best": {"tensors": copies},
+        }
+        for kind, averager in self.averagers.items():
+            state[kind] = averager.state_dict()
+        with tempfile.TemporaryDirectory() as place:
+            start = time.perf_counter()
+            CheckpointManager(Path(place)).save(0, self.parameters, state, {})
+            return time.perf_counter() - start
+
+
+def start_trial_training(session: Session, parameters: Mapping) -> TrialTraining:
+    """What a fold's training has beside the model, for `parameters` by name."""
+    is_fp16 = session.runtime.precision == "fp16"
+    return TrialTraining(
+        session=session,
+        parameters=parameters,
+        optimizer=make_optimizer(session, parameters),
+        scaler=torch.amp.GradScaler(session.device.type, enabled=is_fp16),
+        averagers=make_averagers(session.config, parameters),
+    )
+
+
+def try_training_pass(session: Session, prompts: Sequence[Prompt]) -> None:
+    """A forward and backward pass; FloatingPointError for gradients that are not finite."""
+    batch = collate(session, prompts)
+    training_loss(session, answer_hidden_states(session, batch), batch).backward()
+    parameters = trainable_parameters(session.model).values()
+    # This waits for the GPU, too.
+    if not all(value.grad.isfinite().all() for value in parameters):
+        raise FloatingPointError(
+            "A training step on these rows gives gradients that are not finite"
+        )
+    session.model.zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def naming_row(text: str) -> Iterator[None]:
+    """Log what row is tried, and add it to an error: a process that is killed leaves the log."""
+    LOGGER.info("Trying the longest row: %s", text)
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"While the longest row was tried: {text}")
+        raise
+
+
+@dataclass(frozen=True)
+class TrialRows:
+    """What preflight tries: rows drawn at random for all figures, and the longest row of all."""
+
+    competition: Competition
+    lengths: pd.DataFrame  # of all rows, as `prompt_lengths` gives them
+    sample: pd.DataFrame  # training rows
+
+    def longest(self, column: str, splits: Sequence[str]) -> tuple[pd.DataFrame, str]:
+        """The row with the most tokens by a column of `lengths`, as a frame and in words."""
+        candidates = self.lengths[self.lengths["split"].isin(splits)]
+        row = self.lengths.loc[candidates[column].idxmax()]
+        frame = getattr(self.competition, row["split"])
+        position = int(row["row"])
+        alone = frame.iloc[position : position + 1].reset_index(drop=True)
+        return alone, row_in_words(row, self.competition)
+
+
+def draw_trial_rows(config: Config, processor, rows: int) -> TrialRows:
+    """Load the competition, count all tokens and draw `rows` training rows.
+
+    Raises DataError for rows that are longer than the model takes.
     """
     competition = load_competition(
         config.data_dir,
@@ -16319,66 +16405,277 @@ def preflight(
         config.seed,
         config.columns,
     )
+    lengths = prompt_lengths(config, processor, competition)
+    check_token_limit(lengths, competition, token_limit(config, processor))
     count = min(rows, len(competition.train))
-    frame = competition.train.sample(count, random_state=config.seed, ignore_index=True)
-    costs = expected_memory(config, frame)
+    sample = competition.train.sample(count, random_state=config.seed, ignore_index=True)
+    return TrialRows(competition, lengths, sample)
+
+
+@dataclass(frozen=True)
+class MemoryForecast:
+    """What is known of the memory before a weight is loaded."""
+
+    costs: MemoryCosts | None  # None: not computed for this family of models
+    needed: str  # in words
+    rescoring: str  # whether the unquantised model fits, in words; "": it is not asked for
+    is_rescored: bool
+
+
+def forecast_memory(config: Config, trial: TrialRows) -> MemoryForecast:
+    """Computed from the model's shapes; DataError for rows that are too long for the memory."""
+    longest, _ = trial.longest("tokens", ["train"])
+    costs = expected_memory(config, longest)
     free = free_gib()
-    rescoring = {}
-    passes = 1  # over the rows to score
+    needed = NOT_COMPUTED
+    if costs:
+        check_row_memory(config, trial.lengths, trial.competition, costs, free)
+        needed = costs.verdict(free)
+    LOGGER.info("Memory: %s", needed)
+    fits = False
+    rescoring = ""
     if config.score_precision == "16bit":
-        fits, figures = fits_in_16_bits(config, free)
-        rescoring["scoring in 16 bits"] = figures
-        LOGGER.info("Scoring in 16 bits: %s", figures)
-        passes = 2 if fits else 1
-    memory_needed = costs.verdict(free) if costs else NOT_COMPUTED
-    try:
-        session = open_session(config, frame.iloc[0])
-    except torch.OutOfMemoryError as error:
-        error.add_note(f"Memory: {memory_needed}")
-        raise
-    session.progress = progress
-    prompts = [make_prompt(session, frame, row, [(0, 1, 2, 3)]) for row in range(len(frame))]
-    uses = len(config.folds_to_train) * (config.num_epochs + 2)
-    fill_vision_cache(session, frame, uses, passes=3)
-    start = time.perf_counter()
-    logits = predict_logits(session, frame, [TTAView("rotation 0")])
-    score_seconds = (time.perf_counter() - start) / len(frame)
-    probabilities = softmax(logits[:, 0])
-    labels = frame["label"].to_numpy()
-    model = attach_lora(session.model, config, config.seed)
-    use_fast_layers(session, model, questions=len(frame))
-    model.train()
-    parameters = trainable_parameters(model).values()
-    copies = 2 + config.use_ema + config.use_swa  # AdamW's two moments
-    plan = plan_memory(session, prompts, copies * sum(value.nbytes for value in parameters))
+        fits, rescoring = fits_in_16_bits(config, free)
+        LOGGER.info("Scoring in 16 bits: %s", rescoring)
+    return MemoryForecast(costs, needed, rescoring, fits)
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What trying a model on a few rows has shown."""
+
+    seconds: StepSeconds
+    scores: np.ndarray  # (rows, 4) of the sample, by the base model
+    plan: MemoryPlan
+    trainable: int  # parameters
+
+
+def cache_longest_rows(session: Session, trial: TrialRows) -> None:
+    """Store the features of the longest rows' images, as a run does for all."""
+    budget = pixel_budget(session.config, session.processor)
+    trained, _ = trial.longest("tokens", ["train"])
+    scored, _ = trial.longest("scored", ["train", "test"])
+    session.vision_cache.fill(pd.concat([trained, scored]), budget, session.progress)
+    session.vision_cache.offload_tower()
+
+
+def try_longest_rows(session: Session, trial: TrialRows, plan: MemoryPlan) -> None:
+    """Train on the longest training row, and score the longest row of all in all views.
+
+    Each among others, as in a run: they are padded to it. An error names the row.
+    """
+    config = session.config
+    order = [(0, 1, 2, 3)]
+    longest, text = trial.longest("tokens", ["train"])
+    with naming_row(text):
+        prompts = [make_prompt(session, longest, 0, order)]
+        for row in range(min(plan.micro_batch - 1, len(trial.sample))):
+            prompts.append(make_prompt(session, trial.sample, row, order))
+        try_training_pass(session, prompts)
+    longest, text = trial.longest("scored", ["train", "test"])
+    others = config.infer_batch_size - 1 if config.use_batch_inference else 0
+    with naming_row(text):
+        frame = pd.concat([longest, trial.sample.head(others)], ignore_index=True)
+        views = all_views(config, session.processor)
+        predict_logits(session, frame, views, "the longest row")
+
+
+def attach_trial_adapter(session: Session, rows: int) -> tuple[object, float, float]:
+    """(the model with a fresh adapter, seconds of the first one, seconds of a further one)."""
+    seconds = []
+    for is_last in (False, True):
+        start = time.perf_counter()
+        model = attach_lora(session.model, session.config, session.config.seed)
+        use_fast_layers(session, model, rows)
+        seconds.append(time.perf_counter() - start)
+        if not is_last:
+            model.unload()
+    return model, *seconds
+
+
+def plan_trial(session: Session, trial: TrialRows, parameters: Mapping) -> MemoryPlan:
+    """The memory plan for the longest training row; the layers follow it."""
+    longest, text = trial.longest("tokens", ["train"])
+    prompt = make_prompt(session, longest, 0, [(0, 1, 2, 3)])
+    copies = 2 + session.config.use_ema + session.config.use_swa  # AdamW's two moments
+    state_bytes = copies * sum(value.nbytes for value in parameters.values())
+    with naming_row(text):
+        plan = plan_memory(session, [prompt], state_bytes)
     recompute_layers(session, plan.stored_layers)
-    longest = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))
-    step_seconds = timed_training_step(session, longest[: plan.micro_batch])
-    trainable = sum(value.numel() for value in parameters)
-    model.unload()
-    views = all_views(config, session.processor)
-    trained, scored = estimated_questions(config, competition, views, session)
-    seconds = trained * step_seconds + passes * scored * score_seconds
-    tokens, feature_tokens = count_image_tokens(config, competition, session.processor)
-    is_cached = session.vision_cache.has_all(prompt.image_key for prompt in prompts)
-    pixels_per_token = merged_patch_area(session.processor)
+    return plan
+
+
+def measure_views(session: Session, sample: pd.DataFrame) -> dict[str, float]:
+    """Seconds to score a row with the adapter: validation, first_views and all_views."""
+    views = all_views(session.config, session.processor)
+    validation = measure_scoring(session, sample, views[:1])
+    all_seconds = validation
+    if len(views) > 1:
+        all_seconds = measure_scoring(session, sample.head(TIMED_VIEW_ROWS), views)
+    first_seconds = all_seconds
+    if session.config.adaptive_tta is not None:
+        first, _ = split_views([view.name for view in views])
+        first_views = [views[number] for number in first]
+        first_seconds = measure_scoring(session, sample.head(TIMED_VIEW_ROWS), first_views)
     return {
+        "validation": validation,
+        "first_views": first_seconds,
+        "all_views": all_seconds,
+    }
+
+
+def try_model(session: Session, trial: TrialRows, start_seconds: float) -> TrialResult:
+    """Score and train on the rows of `trial`, and time each step of a run.
+
+    `start_seconds`: from the start of the process to its loaded model.
+    """
+    config = session.config
+    sample = trial.sample
+    plain = [TTAView("rotation 0")]
+    uses = len(config.folds_to_train) * (config.num_epochs + 2)
+    image_token = measure_features(session, sample, uses)
+    if image_token:
+        cache_longest_rows(session, trial)
+    start = time.perf_counter()
+    prompts = [make_prompt(session, sample, row, [(0, 1, 2, 3)]) for row in range(len(sample))]
+    prompt = (time.perf_counter() - start) / len(sample)
+    predict_logits(session, sample.head(8), plain, "warming up")
+    start = time.perf_counter()
+    scores = predict_logits(session, sample, plain, "zero-shot")[:, 0]
+    zeroshot = (time.perf_counter() - start) / len(sample)
+    model, first_adapter, adapter = attach_trial_adapter(session, len(sample))
+    model.train()
+    parameters = trainable_parameters(model)
+    plan = plan_trial(session, trial, parameters)
+    session.progress("the longest rows", 0, 1)
+    try_longest_rows(session, trial, plan)
+    session.progress("training steps", 0, 1)
+    start = time.perf_counter()
+    training = start_trial_training(session, parameters)
+    first_optimizer = time.perf_counter() - start
+    seconds = StepSeconds(
+        start=start_seconds,
+        first_adapter=first_adapter,
+        adapter=adapter,
+        first_optimizer=first_optimizer,
+        prompt=prompt,
+        image_token=image_token,
+        zeroshot=zeroshot,
+        training=training.measure(prompts, plan),
+        checkpoint=training.measure_checkpoint(),
+        **measure_views(session, sample),
+    )
+    model.unload()
+    trainable = sum(value.numel() for value in parameters.values())
+    return TrialResult(seconds, scores, plan, trainable)
+
+
+# === Preflight ====================================================================================
+PREFLIGHT_POLL_SECONDS = 1  # between two looks at the process
+
+
+def open_trial_session(config: Config, example: Mapping, memory: MemoryForecast) -> Session:
+    """As `open_session`; where memory runs out the error says what was computed before."""
+    try:
+        return open_session(config, example)
+    except torch.OutOfMemoryError as error:
+        error.add_note(f"Memory: {memory.needed}")
+        raise
+
+
+def preflight(
+    config: Config,
+    rows: int = 64,
+    started: float | None = None,
+    progress: Callable = lambda *_, **__: None,
+) -> dict:
+    """Try everything once on `rows` training rows, and on the longest of all, before hours.
+
+    Returns the facts learned, for a table. `started`: time.time() at the start of this process,
+    from which a worker's start is estimated; None: now. `progress` is as in `Session`. Raises
+    DataError for rows that are too long, FloatingPointError for gradients that are not finite,
+    and whatever loading the data and the model raises.
+    """
+    started = started or time.time()
+    processor = load_processor(config)
+    looked = time.time()
+    trial = draw_trial_rows(config, processor, rows)
+    looking_seconds = time.time() - looked  # a worker reads tables that are checked already
+    memory = forecast_memory(config, trial)
+    session = open_trial_session(config, trial.sample.iloc[0], memory)
+    session.progress = progress
+    progress("features", 0, 1)
+    result = try_model(session, trial, time.time() - started - looking_seconds)
+    estimate = TimeEstimate(
+        config=config,
+        seconds=result.seconds,
+        size=job_size(config, trial.competition, trial.lengths, memory.is_rescored),
+        devices=worker_devices(config),
+    )
+    return {
+        **trial_facts(session, trial, result, memory),
+        **time_facts(estimate),
+    }
+
+
+def trial_facts(
+    session: Session,
+    trial: TrialRows,
+    result: TrialResult,
+    memory: MemoryForecast,
+) -> dict:
+    """What preflight learned of prompts, memory and the base model."""
+    config = session.config
+    pixels_per_token = merged_patch_area(session.processor)
+    labels = trial.sample["label"].to_numpy()
+    zeroshot = accuracy(softmax(result.scores), labels)
+    budget = pixel_budget(config, session.processor)
+    digests = trial.sample["pixel_hash"]
+    is_cached = session.vision_cache.has_all((digest, *budget) for digest in digests)
+    facts = {
         "letter tokens": letters_as_text(session),
-        "prompt": example_prompt(session, frame.iloc[0]),
-        "tokens per prompt": f"at most {len(longest[0].input_ids)}",
-        "token_budget": pixel_budget(config, session.processor)[1] // pixels_per_token,
-        "token_counts": tokens,
+        "prompt": example_prompt(session, trial.sample.iloc[0]),
+        "tokens per prompt": f"at most {trial.lengths['longest'].max()}",
+        "token_budget": budget[1] // pixels_per_token,
+        "token_counts": image_tokens_by_split(trial.lengths),
         "pixels_per_token": pixels_per_token,
-        "trainable parameters": f"{trainable:,}",
-        "seconds per training question": round(step_seconds, 3),
-        "seconds per scored question": round(score_seconds, 4),
-        "zero-shot accuracy": f"{accuracy(probabilities, labels):.2f} on {len(frame)} rows",
-        "memory plan": plan_as_text(session, plan),
-        "memory needed": memory_needed,
-        "memory": costs.table(plan, is_cached, feature_tokens) if costs else {},
+        "trainable parameters": f"{result.trainable:,}",
+        "seconds per training question": round(result.seconds.training, 3),
+        "seconds per scored question": round(result.seconds.zeroshot, 4),
+        "zero-shot accuracy": f"{zeroshot:.2f} on {len(labels)} rows",
+        "memory plan": plan_as_text(session, result.plan),
+        "memory needed": memory.needed,
+        "memory": {},
         "peak memory": ", ".join(f"{name} {gib}" for name, gib in memory_summary().items()),
-        "estimated minutes on one device": round(seconds / 60, 1),
-        **rescoring,
+    }
+    if memory.costs:
+        tokens = feature_tokens(config, trial)
+        facts["memory"] = memory.costs.table(result.plan, is_cached, tokens)
+    if memory.rescoring:
+        facts["scoring in 16 bits"] = memory.rescoring
+    return facts
+
+
+def image_tokens_by_split(lengths: pd.DataFrame) -> dict[str, list[int]]:
+    """Split -> tokens of each row's image, from `prompt_lengths`."""
+    return {split: part["image"].tolist() for split, part in lengths.groupby("split")}
+
+
+def feature_tokens(config: Config, trial: TrialRows) -> int:
+    """Image tokens of all features that a run keeps: of each image and training variant once."""
+    size = job_size(config, trial.competition, trial.lengths, is_rescored=False)
+    train_versions = 1 + config.augment_images
+    return train_versions * size.train_image_tokens + size.test_image_tokens
+
+
+def time_facts(estimate: TimeEstimate) -> dict:
+    """How long the run takes: on one device, here, and where the time goes."""
+    one_device = dataclasses.replace(estimate, devices=estimate.devices[:1])
+    parts = one_device.parts()
+    return {
+        "estimated minutes on one device": round(sum(parts.values()) / 60, 1),
+        "estimated minutes here": round(estimate.wall_seconds() / 60, 1),
+        "estimated seconds by part": parts_as_text(parts),
     }
 
 
@@ -16559,8 +16856,9 @@ def command_parser() -> argparse.ArgumentParser:
 def preflight_command(options: argparse.Namespace) -> None:
     """Run `preflight` in this process; write the memory table, then all facts as JSON."""
     config = Config(**json.loads(options.config)) if options.config else load_config()
+    setup_logging(".", config.log_level, to_file=False)
     stay_offline(config)
-    tried = {}
+    tried = {"started": psutil.Process().create_time()}
     if options.progress:
         tried["progress"] = ProgressFile(Path(options.progress)).update
     with tempfile.TemporaryDirectory() as folder:  # no features of few rows in the run's cache

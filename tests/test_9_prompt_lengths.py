@@ -1,11 +1,13 @@
 """Part 9, Prompt lengths: every row's tokens, and what is said of a row that is too long."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from cards import T4
-from running import ROTATIONS
+from running import ROTATIONS, raising
 
 import vqa_helpers as vqa
 
@@ -214,3 +216,58 @@ def test_workers_share_the_memory_of_a_machine_without_a_gpu(check_memory, monke
     monkeypatch.setattr(vqa, "worker_devices", lambda config: [vqa.CPU_CORE] * 4)
     with pytest.raises(vqa.DataError, match=r"2\.0 are free"):
         check_memory(free=8.0)
+
+
+# --- In preflight ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def preflight_of(monkeypatch):
+    """Run preflight on a competition in memory; by default no weight may be loaded."""
+
+    def run(competition, free_bytes=2**40, rows=4):
+        memory = SimpleNamespace(available=free_bytes)
+        monkeypatch.setattr(vqa, "load_competition", lambda *_: competition)
+        monkeypatch.setattr(vqa.psutil, "virtual_memory", lambda: memory)
+        return vqa.preflight(demo_config(), rows)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("repeats", "free_bytes", "problem"),
+    [
+        (6667, 2**40, "the model takes 4,096 tokens"),
+        (800, 2 * 2**30, "a pass with the longest takes"),
+    ],
+    ids=["model's limit", "memory"],
+)
+def test_preflight_refuses_a_long_row_before_a_weight_is_loaded(
+    repeats, free_bytes, problem, with_long_text, preflight_of, monkeypatch
+):
+    monkeypatch.setattr(vqa, "open_session", raising(AssertionError("a weight is loaded")))
+    competition = with_long_text("train", 4, "question", repeats)
+    with pytest.raises(vqa.DataError, match=f"(?s)A row is too long: {problem}.*train_0005"):
+        preflight_of(competition, free_bytes)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_preflight_tries_the_longest_row_and_names_it_where_that_fails(
+    split, with_long_text, preflight_of, monkeypatch
+):
+    competition = with_long_text(split, 4, "question", repeats=30)
+    tried = "try_training_pass" if split == "train" else "predict_logits"
+    plain = getattr(vqa, tried)
+
+    def fail_on_the_longest(session, rows, *arguments):
+        is_longest = tried == "try_training_pass" or arguments[-1] == "the longest row"
+        if is_longest:
+            raise torch.OutOfMemoryError("not enough")
+        return plain(session, rows, *arguments)
+
+    monkeypatch.setattr(vqa, tried, fail_on_the_longest)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        preflight_of(competition)
+    (note,) = caught.value.__notes__
+    assert note.startswith("While the longest row was tried: ")
+    assert f"{split}.csv, line 6, id {split}_0005: " in note

@@ -191,3 +191,17 @@ def test_a_run_scores_and_trains_as_many_questions_as_the_estimate_counts(mini_r
     assert done["oof"] == pytest.approx(parts["predict: held-out rows"])
     assert done["test"] == pytest.approx(parts["predict: test rows"])
     assert done["zero-shot"] == pytest.approx(parts["zeroshot: scoring"])
+
+
+def test_preflight_tells_the_time_on_one_device_here_and_by_part(mini_data, monkeypatch):
+    monkeypatch.setattr(vqa, "worker_devices", lambda config: [vqa.CPU_CORE] * 3)
+    config = vqa.Config.preset("demo", data_dir=str(mini_data), tta_scales=(1.0, 2.0))
+    facts = vqa.preflight(config, rows=12)
+    parts = {}
+    for item in facts["estimated seconds by part"].split(", "):
+        part, seconds = item.rsplit(" ", 1)
+        parts[part] = float(seconds)
+    assert {"train: training", "train: validation", "predict: test rows"} <= set(parts)
+    minutes = facts["estimated minutes on one device"]
+    assert minutes == pytest.approx(sum(parts.values()) / 60, abs=0.1)
+    assert facts["estimated minutes here"] <= minutes

@@ -25,6 +25,10 @@ SCRIPTS = {
         ["--tiny"],
         "adapters equal byte by byte: True",
     ),
+    "preflight_time.py": (
+        ["--shapes", "demo", "--rows", "24"],
+        "demo: estimate / stages = ",
+    ),
     "plain_recipe.py": (
         ["--rows", "24", "--epochs", "1", "--folds", "0"],
         "Scoring in four rotations",
