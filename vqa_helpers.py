@@ -95,6 +95,7 @@ above it.
 8. Running
    Final model                         one more model, on all rows; `train_fold`, for any fold or it
    Stages                              zero-shot, training, prediction, scoring in 16 bits
+   Devices and jobs                    which device takes which folds, round by round
    Workers                             processes on devices; `run_zeroshot` and `run_folds`
    Search                              settings tried on one fold
 9. Command line
@@ -14996,12 +14997,9 @@ def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: 
             run_stage(run, session, stage, fold, longest)
 
 
-# === Workers ======================================================================================
-GROUP_GRACE_SECONDS = 5  # between the end of one process of a group and that of the others
-# Exit status of a worker that was asked to stop and has saved its work (EX_TEMPFAIL).
-INTERRUPTED = 75
+# === Devices and jobs =============================================================================
 CPU_CORE = "cpu core"  # a device: one core of a machine without a GPU
-TEAM_SPEED = 0.9  # of n devices that share a fold, against n times the speed of one
+GROUP_SPEED = 0.9  # of n devices that share a fold, against n times the speed of one
 SMALL_MODEL_GIB = 0.5  # weights of a model of which every worker on a CPU may hold a copy
 SMALL_WORKER_GIB = 2  # memory of such a worker, with its libraries; the demo's takes 1 GiB
 
@@ -15013,6 +15011,122 @@ class WorkerJob(NamedTuple):
     # MIG-...; CPU_CORE; or None, for all CPU cores.
     devices: tuple[str | None, ...]
     folds: tuple[int, ...]
+
+
+def is_small_model(config: Config) -> bool:
+    """Whether several workers on a CPU may hold a copy each; False where its size is unknown."""
+    weights = list(Path(config.model_path).glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in weights)
+    return 0 < size <= SMALL_MODEL_GIB * 2**30
+
+
+def worker_devices(config: Config) -> list[str | None]:
+    """What each worker sees: one GPU, by its number, or a part of one, or all GPUs.
+
+    Without a GPU: a worker of one thread for each fold, where the model is small, else one
+    worker with all cores (None).
+    """
+    gpus = detect_runtime(config.precision, config.attn_implementation).gpus
+    numbers = [str(gpu["index"]) for gpu in gpus]
+    if not numbers:
+        if is_small_model(config):
+            return [CPU_CORE] * cpu_worker_count(len(config.folds_to_train))
+        return [None]
+    if config.spread_model:
+        return [",".join(numbers)]
+    return numbers
+
+
+def cpu_worker_count(n_folds: int) -> int:
+    """How many workers of one thread train `n_folds` folds side by side.
+
+    One for each fold, even where the cores are fewer: they share the cores evenly, and none
+    is idle while the last fold trains. Where memory is short, one for each core.
+    """
+    fit_in_memory = int(psutil.virtual_memory().available / 2**30 / SMALL_WORKER_GIB)
+    return min(n_folds, max(usable_cores(), fit_in_memory))
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may run on; a container's CPU quota is not known here."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def schedule_folds(folds: Sequence[int], devices: Sequence[str | None]) -> list[list[WorkerJob]]:
+    """Rounds of jobs, one after the other; the jobs of a round run side by side.
+
+    Each device takes whole folds. The folds that would leave some of the devices idle are
+    trained by all of them together, unless that takes longer. CPU cores never share a fold,
+    because the sums of its gradients would then depend on their number; nor do parts of GPUs,
+    between which NCCL has no way.
+
+    >>> for jobs in schedule_folds([0, 1, 2], ["0", "1"]):
+    ...     print([(job.devices, job.folds) for job in jobs])
+    [(('0',), (0,)), (('1',), (1,))]
+    [(('0', '1'), (2,))]
+    >>> for jobs in schedule_folds([0, 1, 2], [CPU_CORE, CPU_CORE]):
+    ...     print([job.folds for job in jobs])
+    [(0, 2), (1,)]
+    """
+    n_shared = len(folds) % len(devices)
+    # A group of n devices trains the shared folds in n_shared / (0.9 n) of the time of one fold;
+    # from 1 on, sharing gains nothing.
+    has_parts = any(str(device).startswith("MIG-") for device in devices)
+    if CPU_CORE in devices or has_parts or n_shared >= GROUP_SPEED * len(devices):
+        n_shared = 0
+    whole_folds = folds[: len(folds) - n_shared]
+    single_jobs = []
+    for number, device in enumerate(devices):
+        folds_of_device = tuple(whole_folds[number :: len(devices)])
+        if folds_of_device:
+            single_jobs.append(WorkerJob((device,), folds_of_device))
+    shared_jobs = []
+    if n_shared:
+        shared_folds = tuple(folds[len(whole_folds) :])
+        shared_jobs.append(WorkerJob(tuple(devices), shared_folds))
+    return [jobs for jobs in (single_jobs, shared_jobs) if jobs]
+
+
+class Launch(NamedTuple):
+    """Jobs that run side by side, and the stages that each of them does for its folds."""
+
+    jobs: list[WorkerJob]
+    stages: list[str]
+
+
+def planned_launches(config: Config, devices: Sequence[str | None]) -> list[Launch]:
+    """What `run_folds` starts, one launch after the other.
+
+    >>> config = Config.preset("demo", n_folds=3)
+    >>> for jobs, stages in planned_launches(config, [CPU_CORE, CPU_CORE]):
+    ...     print([job.folds for job in jobs], stages)
+    [(0, 2), (1,)] ['train']
+    [(0, 2), (1,)] ['predict']
+    """
+    rounds = schedule_folds(config.folds_to_train, devices)
+    scoring = ["predict"]
+    if config.score_precision == "16bit":
+        scoring.append("rescore")  # last, for all folds: a submission can do without it
+    launches = []
+    if len(rounds) == 1 and len(rounds[0]) == 1:
+        launches.append(Launch(rounds[0], ["train", *scoring]))
+    else:
+        # Weights are selected on all folds together, so that scoring starts new workers. A
+        # single job, above, has all folds: its workers go on with the model that they have loaded.
+        for stage in ["train", *scoring]:
+            launches += [Launch(jobs, [stage]) for jobs in rounds]
+    if config.final_retrain:
+        for jobs in schedule_folds([config.n_folds], devices):
+            launches.append(Launch(jobs, ["train", *scoring]))
+    return launches
+
+
+# === Workers ======================================================================================
+GROUP_GRACE_SECONDS = 5  # between the end of one process of a group and that of the others
+# Exit status of a worker that was asked to stop and has saved its work (EX_TEMPFAIL).
+INTERRUPTED = 75
 
 
 # What libraries write into the log of any worker, also of one that does well.
@@ -15040,41 +15154,6 @@ def log_tail(text: str, lines: int = 25) -> str:
         text = re.sub(pattern, "", text, flags=re.MULTILINE)
     kept = [line for line in text.splitlines() if line.strip()]
     return "\n".join(kept[-lines:])
-
-
-def schedule_folds(folds: Sequence[int], devices: Sequence[str | None]) -> list[list[WorkerJob]]:
-    """Rounds of jobs, one after the other; the jobs of a round run side by side.
-
-    Each device takes whole folds. The folds that would leave some of the devices idle are
-    trained by all of them together, unless that takes longer. CPU cores never share a fold,
-    because the sums of its gradients would then depend on their number; nor do parts of GPUs,
-    between which NCCL has no way.
-
-    >>> for jobs in schedule_folds([0, 1, 2], ["0", "1"]):
-    ...     print([(job.devices, job.folds) for job in jobs])
-    [(('0',), (0,)), (('1',), (1,))]
-    [(('0', '1'), (2,))]
-    >>> for jobs in schedule_folds([0, 1, 2], [CPU_CORE, CPU_CORE]):
-    ...     print([job.folds for job in jobs])
-    [(0, 2), (1,)]
-    """
-    n_shared = len(folds) % len(devices)
-    # A group of n devices trains the shared folds in n_shared / (0.9 n) of the time of one fold;
-    # from 1 on, sharing gains nothing.
-    has_parts = any(str(device).startswith("MIG-") for device in devices)
-    if CPU_CORE in devices or has_parts or n_shared >= TEAM_SPEED * len(devices):
-        n_shared = 0
-    whole_folds = folds[: len(folds) - n_shared]
-    single_jobs = []
-    for number, device in enumerate(devices):
-        folds_of_device = tuple(whole_folds[number :: len(devices)])
-        if folds_of_device:
-            single_jobs.append(WorkerJob((device,), folds_of_device))
-    shared_jobs = []
-    if n_shared:
-        shared_folds = tuple(folds[len(whole_folds) :])
-        shared_jobs.append(WorkerJob(tuple(devices), shared_folds))
-    return [jobs for jobs in (single_jobs, shared_jobs) if jobs]
 
 
 def device_environment(device: str | None) -> dict[str, str]:
@@ -15284,47 +15363,6 @@ def launch_workers(
         )
 
 
-def is_small_model(config: Config) -> bool:
-    """Whether several workers on a CPU may hold a copy each; False where its size is unknown."""
-    weights = list(Path(config.model_path).glob("*.safetensors"))
-    size = sum(path.stat().st_size for path in weights)
-    return 0 < size <= SMALL_MODEL_GIB * 2**30
-
-
-def worker_devices(config: Config) -> list[str | None]:
-    """What each worker sees: one GPU, by its number, or a part of one, or all GPUs.
-
-    Without a GPU: a worker of one thread for each fold, where the model is small, else one
-    worker with all cores (None).
-    """
-    gpus = detect_runtime(config.precision, config.attn_implementation).gpus
-    numbers = [str(gpu["index"]) for gpu in gpus]
-    if not numbers:
-        if is_small_model(config):
-            return [CPU_CORE] * cpu_worker_count(len(config.folds_to_train))
-        return [None]
-    if config.spread_model:
-        return [",".join(numbers)]
-    return numbers
-
-
-def cpu_worker_count(n_folds: int) -> int:
-    """How many workers of one thread train `n_folds` folds side by side.
-
-    One for each fold, even where the cores are fewer: they share the cores evenly, and none
-    is idle while the last fold trains. Where memory is short, one for each core.
-    """
-    fit_in_memory = int(psutil.virtual_memory().available / 2**30 / SMALL_WORKER_GIB)
-    return min(n_folds, max(usable_cores(), fit_in_memory))
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may run on; a container's CPU quota is not known here."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def run_zeroshot(run: Run) -> pd.DataFrame:
     """Score the base model in a worker; rows and accuracy by question type, and over all."""
     if not run.is_done("zeroshot", 0):
@@ -15337,40 +15375,6 @@ def run_zeroshot(run: Run) -> pd.DataFrame:
     table = accuracy_by_type(types, correct)
     table.loc["all"] = [len(correct), correct.mean()]
     return table.astype({"rows": int})
-
-
-class Launch(NamedTuple):
-    """Jobs that run side by side, and the stages that each of them does for its folds."""
-
-    jobs: list[WorkerJob]
-    stages: list[str]
-
-
-def planned_launches(config: Config, devices: Sequence[str | None]) -> list[Launch]:
-    """What `run_folds` starts, one launch after the other.
-
-    >>> config = Config.preset("demo", n_folds=3)
-    >>> for jobs, stages in planned_launches(config, [CPU_CORE, CPU_CORE]):
-    ...     print([job.folds for job in jobs], stages)
-    [(0, 2), (1,)] ['train']
-    [(0, 2), (1,)] ['predict']
-    """
-    rounds = schedule_folds(config.folds_to_train, devices)
-    scoring = ["predict"]
-    if config.score_precision == "16bit":
-        scoring.append("rescore")  # last, for all folds: a submission can do without it
-    launches = []
-    if len(rounds) == 1 and len(rounds[0]) == 1:
-        launches.append(Launch(rounds[0], ["train", *scoring]))
-    else:
-        # Weights are selected on all folds together, so that scoring starts new workers. A
-        # single job, above, has all folds: its workers go on with the model that they have loaded.
-        for stage in ["train", *scoring]:
-            launches += [Launch(jobs, [stage]) for jobs in rounds]
-    if config.final_retrain:
-        for jobs in schedule_folds([config.n_folds], devices):
-            launches.append(Launch(jobs, ["train", *scoring]))
-    return launches
 
 
 def note_start(run: Run) -> None:
@@ -16215,7 +16219,11 @@ class TimeEstimate:
         total += sum(self.features_once().values())
         for launch in self.launches():
             jobs = [self.job_seconds(job, launch.stages) for job in launch.jobs]
-            total += max(jobs)  # the others wait for the slowest
+            slowest = max(jobs)  # the others wait for it
+            if CPU_CORE in self.devices:
+                # Workers may be more than cores, which they then share.
+                slowest = max(slowest, sum(jobs) / usable_cores())
+            total += slowest
         return total
 
     def job_seconds(self, job: WorkerJob, stages: Sequence[str]) -> float:
@@ -16224,7 +16232,7 @@ class TimeEstimate:
         for stage, fold in itertools.product(stages, job.folds):
             work += sum(self.fold_parts(stage, fold).values())
         count = len(job.devices)
-        speed = 1.0 if count == 1 else TEAM_SPEED * count
+        speed = 1.0 if count == 1 else GROUP_SPEED * count
         return sum(self.process_parts(stages).values()) + work / speed
 
 

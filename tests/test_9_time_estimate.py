@@ -112,12 +112,21 @@ def test_scoring_in_16_bits_counts_where_it_fits():
         ((None,), 3, 3),
         ((vqa.CPU_CORE,) * 2, 3, 2),
         ((vqa.CPU_CORE,) * 2, 5, 3),
+        ((vqa.CPU_CORE,) * 3, 3, 1.5),
         (("0", "1", "2"), 3, 1),
         (("0", "1"), 3, 1 + 1 / 1.8),  # the third by both together
     ],
-    ids=["one device", "two cores", "five folds", "three GPUs", "a shared fold"],
+    ids=[
+        "one device",
+        "two cores",
+        "five folds",
+        "three workers on two cores",
+        "three GPUs",
+        "a shared fold",
+    ],
 )
-def test_on_the_clock_folds_go_in_rounds(devices, n_folds, rounds):
+def test_on_the_clock_folds_go_in_rounds(devices, n_folds, rounds, monkeypatch):
+    monkeypatch.setattr(vqa, "usable_cores", lambda: 2)
     size = dataclasses.replace(SIZE, train_rows=60 * n_folds)
     settings = {"n_folds": n_folds, "num_epochs": 1}
     on_clock = estimate({"training": 1.0}, size, devices, **settings).wall_seconds()
