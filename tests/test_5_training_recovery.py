@@ -238,11 +238,16 @@ def test_the_memory_plan_is_made_for_the_longest_prompt_of_all_epochs(
 def trainer_on(mini_run, replace):
     """Make a trainer of one run on a card of this precision: trainer_on("fp16")."""
     run = mini_run(num_epochs=1)
+    session = open_run_session(run)
+    made = []
 
     def make(precision):
-        session = open_run_session(run)
-        session.runtime = replace(session.runtime, precision=precision)
-        return vqa.FoldTrainer(session, run, 0)
+        for trainer in made:
+            trainer.model.unload()
+        runtime = replace(session.runtime, precision=precision)
+        trainer = vqa.FoldTrainer(replace(session, runtime=runtime, notes=[]), run, 0)
+        made[:] = [trainer]
+        return trainer
 
     return make
 

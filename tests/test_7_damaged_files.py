@@ -1,6 +1,7 @@
 """Part 7, Damaged files: what a run cannot read any more is made anew, or named with the remedy."""
 
 import json
+import shutil
 from pathlib import Path
 
 import damaged_files
@@ -26,21 +27,39 @@ KINDS = {
 }
 
 
-@pytest.fixture
-def scored(mini_run):
+@pytest.fixture(scope="module")
+def scored_once(mini_data, tmp_path_factory):
     """A run whose two folds are trained, selected and scored, also in 16 bits; made-up scores."""
-    run = mini_run(run_name="one", quantization="4bit", score_precision="16bit")
+    config = vqa.Config.preset(
+        "demo",
+        data_dir=str(mini_data),
+        output_dir=str(tmp_path_factory.mktemp("outputs")),
+        run_name="one",
+        n_folds=2,
+        num_epochs=1,
+        quantization="4bit",
+        score_precision="16bit",
+    )
+    competition = vqa.load_competition(config.data_dir)
+    folds = vqa.make_folds(competition.train, config.n_folds, config.seed)
+    run = vqa.start_run(config, competition, folds)
     for fold in (0, 1):
         write_kinds(run, fold, KINDS)
         write_scores(run, fold, 1.0)
         write_16_bit_scores(run, fold, 1.0)
         write_adapters(run, fold)
-    write_zeroshot(run, run.train, VIEWS[0], np.random.default_rng(0))
-    assert vqa.select_weights(run) == "raw"
-    for fold in (0, 1):
         history = pd.DataFrame({"epoch": [1], "loss": [0.5]})
         vqa.write_table(history, run.fold_dir(fold) / "history.csv")
+    write_zeroshot(run, run.train, VIEWS[0], np.random.default_rng(0))
+    assert vqa.select_weights(run) == "raw"
     return run
+
+
+@pytest.fixture
+def scored(scored_once, tmp_path, replace):
+    """A copy of that run."""
+    directory = shutil.copytree(scored_once.directory, tmp_path / "outputs" / "one")
+    return replace(scored_once, directory=directory)
 
 
 def write_adapters(run, fold):
@@ -154,16 +173,18 @@ def test_files_of_another_run_are_not_deleted_but_named(scored):
 # --- What says whose the files are ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.parametrize("name", ["folds.csv", "test_rows.csv", "sample_rows.csv", "config.json"])
-def test_a_run_with_a_damaged_table_is_not_opened_but_started_again(mini_run, name, kind):
+def test_a_run_with_a_damaged_table_is_not_opened_but_started_again(mini_run, name):
     run = mini_run(run_name="one")
-    content = (run.directory / name).read_bytes()
-    damage(run.directory / name, kind)
-    with pytest.raises(vqa.DamagedFileError, match=f"{name} cannot be read .*; delete it and run"):
-        vqa.Run.open(run.directory)
+    path = run.directory / name
+    content = path.read_bytes()
+    for kind in DAMAGES:
+        path.write_bytes(content)
+        damage(path, kind)
+        with pytest.raises(vqa.DamagedFileError, match=f"{name} cannot be read .*; delete it and"):
+            vqa.Run.open(run.directory)
     assert mini_run(run_name="one").fingerprint == run.fingerprint
-    assert (run.directory / name).read_bytes() == content
+    assert path.read_bytes() == content
 
 
 def test_a_damaged_config_is_not_written_anew_over_the_results_of_another_run(scored, mini_run):
@@ -197,12 +218,9 @@ def test_settings_of_another_version_are_named_with_both_versions(mini_run):
         assert part in message
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
-def test_an_earlier_run_whose_config_is_damaged_is_passed_over_aloud(
-    mini_run, tmp_path, caplog, kind
-):
+def test_an_earlier_run_whose_config_is_damaged_is_passed_over_aloud(mini_run, tmp_path, caplog):
     old = mini_run(run_name="one", output_dir=str(tmp_path / "input"))
-    damage(old.directory / "config.json", kind)
+    damage(old.directory / "config.json", "half")
     new = mini_run(run_name="one", resume_from=(str(tmp_path / "input"),))
     assert new.directory != old.directory
     assert f"An earlier run is not continued: {old.directory / 'config.json'}" in caplog.text
