@@ -16248,7 +16248,6 @@ def parts_as_text(parts: Mapping[str, float]) -> str:
 
 # === Trying a model ===============================================================================
 TIMED_TRAINING_SECONDS = 20  # no further optimizer step is timed after them
-TIMED_VIEW_ROWS = 32  # are scored in all views
 
 
 def measure_features(session: Session, frame: pd.DataFrame, uses: int) -> float:
@@ -16383,6 +16382,20 @@ def naming_row(text: str) -> Iterator[None]:
         raise
 
 
+def padded_tokens(lengths: Sequence[int], batch_size: int) -> float:
+    """Mean tokens of a row, padding included, where rows of similar length share a batch.
+
+    >>> padded_tokens([5, 1, 4, 2], batch_size=2)
+    3.5
+    """
+    longest_first = sorted(lengths, reverse=True)
+    total = 0
+    for start in range(0, len(longest_first), batch_size):
+        batch = longest_first[start : start + batch_size]
+        total += len(batch) * batch[0]
+    return total / len(longest_first)
+
+
 @dataclass(frozen=True)
 class TrialRows:
     """What preflight tries: rows drawn at random for all figures, and the longest row of all."""
@@ -16399,6 +16412,20 @@ class TrialRows:
         position = int(row["row"])
         alone = frame.iloc[position : position + 1].reset_index(drop=True)
         return alone, row_in_words(row, self.competition)
+
+    def cost_of_split(self, split: str, column: str, config: Config) -> float:
+        """Tokens of a row of `split` when all are scored, over those of a row of the sample.
+
+        In the larger table rows of more similar length share a batch, and less is padded.
+        `column`: of `lengths`.
+        """
+        batch_size = config.infer_batch_size if config.use_batch_inference else 1
+        by_split = self.lengths.groupby("split")
+        all_tokens = by_split.get_group(split)[column]
+        train_tokens = by_split.get_group("train").set_index("id")[column]
+        sample_tokens = train_tokens.loc[self.sample["id"]]
+        in_run = padded_tokens(all_tokens.tolist(), batch_size)
+        return in_run / padded_tokens(sample_tokens.tolist(), batch_size)
 
 
 def draw_trial_rows(config: Config, processor, rows: int) -> TrialRows:
@@ -16513,18 +16540,19 @@ def plan_trial(session: Session, trial: TrialRows, parameters: Mapping) -> Memor
     return plan
 
 
-def measure_views(session: Session, sample: pd.DataFrame) -> dict[str, float]:
+def measure_views(session: Session, trial: TrialRows) -> dict[str, float]:
     """Seconds to score a row with the adapter: validation, first_views and all_views."""
-    views = all_views(session.config, session.processor)
-    validation = measure_scoring(session, sample, views[:1])
-    all_seconds = validation
-    if len(views) > 1:
-        all_seconds = measure_scoring(session, sample.head(TIMED_VIEW_ROWS), views)
+    config = session.config
+    views = all_views(config, session.processor)
+    of_train = trial.cost_of_split("train", "tokens", config)
+    of_test = trial.cost_of_split("test", "scored", config)
+    validation = of_train * measure_scoring(session, trial.sample, views[:1])
+    all_seconds = of_test * measure_scoring(session, trial.sample, views)
     first_seconds = all_seconds
-    if session.config.adaptive_tta is not None:
+    if config.adaptive_tta is not None:
         first, _ = split_views([view.name for view in views])
         first_views = [views[number] for number in first]
-        first_seconds = measure_scoring(session, sample.head(TIMED_VIEW_ROWS), first_views)
+        first_seconds = of_test * measure_scoring(session, trial.sample, first_views)
     return {
         "validation": validation,
         "first_views": first_seconds,
@@ -16571,7 +16599,7 @@ def try_model(session: Session, trial: TrialRows, start_seconds: float) -> Trial
         zeroshot=zeroshot,
         training=training.measure(prompts, plan),
         checkpoint=training.measure_checkpoint(),
-        **measure_views(session, sample),
+        **measure_views(session, trial),
     )
     model.unload()
     trainable = sum(value.numel() for value in parameters.values())

@@ -158,6 +158,22 @@ def test_images_that_several_rows_share_count_once(demo_rows):
     assert size.test_image_tokens == lengths["image"][5:7].sum()
 
 
+def test_test_rows_that_are_longer_than_the_sample_cost_more():
+    lengths = pd.DataFrame(
+        {
+            "split": ["train"] * 4 + ["test"] * 4,
+            "id": list("abcd") + list("abcd"),
+            "scored": [10, 20, 30, 40, 80, 80, 60, 60],
+        }
+    )
+    trial = vqa.TrialRows(None, lengths, pd.DataFrame({"id": ["b", "c"]}))
+    pairs = vqa.Config.preset("demo", infer_batch_size=2)
+    assert trial.cost_of_split("test", "scored", pairs) == 70 / 30
+    assert trial.cost_of_split("train", "scored", pairs) == 30 / 30
+    one_by_one = vqa.Config.preset("demo", use_batch_inference=False)
+    assert trial.cost_of_split("train", "scored", one_by_one) == 25 / 25
+
+
 # --- Beside a run ---------------------------------------------------------------------------------
 
 
