@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import functools
 import gc
 import os
 import shutil
@@ -56,16 +57,20 @@ def pytest_collection_modifyitems(config, items):
 # --- Around every test ----------------------------------------------------------------------------
 
 
+@functools.cache
+def leave_libraries_to_themselves():
+    """Let the garbage collector pass over all that the libraries have made; once is enough.
+
+    clear_memory collects often, and would walk through it: a third of a second each time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def quick_collection():
-    """Let the garbage collector pass over the libraries, as soon as they are loaded.
-
-    clear_memory collects often, and would walk through all that they have made: a third of a
-    second each time.
-    """
-    if "peft" in sys.modules and not gc.get_freeze_count():
-        gc.collect()
-        gc.freeze()
+    if "peft" in sys.modules:  # the last one that is loaded
+        leave_libraries_to_themselves()
 
 
 @pytest.fixture(autouse=True)

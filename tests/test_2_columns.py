@@ -33,7 +33,8 @@ def test_each_mapping_separator_and_unused_column_is_logged(tmp_path, caplog):
 def test_that_submissions_are_separated_by_commas_all_the_same_is_a_warning(tmp_path, caplog):
     sample = table("sample_submission", "t1;", "t2;", header="id;answer")
     loaded = vqa.load_competition(write(tmp_path / "data", sample))
-    assert caplog.messages == ["Submissions are separated by commas, unlike sample_submission.csv"]
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["Submissions are separated by commas, unlike sample_submission.csv"]
     vqa.make_submission(loaded.sample, {"t1": "a", "t2": "b"}, tmp_path / "submission.csv")
     assert (tmp_path / "submission.csv").read_text() == "id,answer\nt1,a\nt2,b\n"
 

@@ -1,5 +1,6 @@
 """Part 3, Session and Batches: prompts and positions are the processor's and model's own."""
 
+import numpy as np
 import pytest
 import torch
 from references import own_inputs
@@ -55,9 +56,9 @@ def test_lengths_are_aligned_on_a_gpu_where_something_is_padded_anyway(session, 
 def test_an_error_while_preparing_names_the_row(mini_run):
     run = mini_run()
     session = open_run_session(run)
-    too_high = run.train.head(2).assign(height=100_000)
-    with pytest.raises(vqa.DataError, match="Row train_0001 .*aspect ratio"):
-        vqa.make_prompt(session, too_high, 0, [(0, 1, 2, 3)])
+    without_height = run.train.head(2).assign(height=np.nan)
+    with pytest.raises(vqa.DataError, match="Row train_0001 .* cannot be prepared: "):
+        vqa.make_prompt(session, without_height, 0, [(0, 1, 2, 3)])
     of_another_size = run.train.assign(height=32, width=64)
     prompts = plain_prompts(session, of_another_size, [0])
     with pytest.raises(vqa.DataError, match="gives the patch grid"):
