@@ -4507,8 +4507,10 @@ def _read_answers(
     if others:
         fallbacks["answers_in_another_writing"] += others
     kinds = " and ".join(reading.kind for reading in fitting)
-    text = "%s: %d answers are read as %s, written %s; %d are written otherwise"
-    LOGGER.info(text, file, len(frame), kinds, notation, others)
+    written = f", {others} in another way" if others else ""
+    if notation.marks:
+        written = f", written {', '.join(notation.marks)}{written}"
+    LOGGER.info("%s: %d answers are read as %s%s", file, len(frame), kinds, written)
     return labels, notation
 
 
@@ -13357,20 +13359,18 @@ def fold_out(title: str, content: str) -> str:
 
 
 def describe_fallbacks(fallbacks: Mapping[str, int]) -> str:
-    r"""The fallbacks that were taken, a line each, and all others in one line.
+    """The fallbacks that were taken, a line each.
 
-    >>> print(describe_fallbacks({"train_blank_answer": 2, "test_unusable_image": 0}))
-    fallback taken: train blank answer, 2 times
-    not needed: test unusable image
+    >>> describe_fallbacks({"train_blank_answer": 2, "test_unusable_image": 0})
+    'fallback taken: train blank answer, 2 times'
+    >>> describe_fallbacks({"test_unusable_image": 0})
+    'no fallback: every row and image is used as it is'
     """
     lines = []
     for name, count in fallbacks.items():
         if count:
             lines.append(f"fallback taken: {name.replace('_', ' ')}, {_count(count, 'time')}")
-    unused = [name.replace("_", " ") for name, count in fallbacks.items() if not count]
-    if unused:
-        lines.append(f"not needed: {', '.join(unused)}")
-    return "\n".join(lines) or "no fallback"
+    return "\n".join(lines) or "no fallback: every row and image is used as it is"
 
 
 def ladder_for_people(ladder: pd.DataFrame) -> pd.DataFrame:

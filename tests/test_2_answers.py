@@ -34,8 +34,8 @@ def test_kinds_and_decisions_are_logged_with_their_counts(tmp_path, caplog):
     changes = answered("w,x,y,z", "A", "B", "b") | table("sample_submission", "t1,a", "t2,a")
     with caplog.at_level(logging.INFO, logger="vqa"):
         vqa.load_competition(write(tmp_path / "data", changes))
-    letters = "letters, written letters (A, B, C, D)"
-    assert f"train.csv: 3 answers are read as {letters}; 1 are written otherwise" in caplog.messages
+    letters = "letters, written A, B, C, D, 1 in another way"
+    assert f"train.csv: 3 answers are read as {letters}" in caplog.messages
     decision = "Submissions write answers as letters (a, b, c, d): as in the sample, such as 'a'"
     assert f"{decision}; train.csv has letters (A, B, C, D)" in caplog.messages
 

@@ -260,8 +260,7 @@ def test_no_text_of_a_table_is_cut_and_a_fold_out_needs_no_script():
 
 
 def test_without_any_fallback_the_text_is_one_line():
-    assert vqa.describe_fallbacks({}) == "no fallback"
+    assert vqa.describe_fallbacks({}) == "no fallback: every row and image is used as it is"
     assert vqa.describe_fallbacks({"train_unusable_image": 1}) == (
         "fallback taken: train unusable image, 1 time"
     )
-    assert vqa.describe_fallbacks({"a_b": 0}) == "not needed: a b"
