@@ -203,7 +203,9 @@ def test_a_run_killed_in_its_second_pass_ends_with_the_same_bytes(adaptive_run):
 
 
 @pytest.mark.slow
-def test_a_team_agrees_on_the_rows_in_doubt_even_where_one_process_gets_none(mini_run, monkeypatch):
+def test_a_group_agrees_on_the_rows_in_doubt_even_where_one_process_gets_none(
+    mini_run, monkeypatch
+):
     run = mini_run(n_folds=2, train_folds=(0,), adaptive_tta=0.5)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(vqa, "worker_devices", lambda config: [None, None])

@@ -69,7 +69,7 @@ def test_the_time_needed_for_inference_counts_folds_views_and_validations(
     assert run.seconds_left() == math.inf
 
 
-def test_a_team_leaves_time_for_what_the_single_devices_have_to_score(
+def test_a_group_leaves_time_for_what_the_single_devices_have_to_score(
     mini_run, session, monkeypatch
 ):
     # 24 training rows a fold, 12 of them held out; 12 test rows

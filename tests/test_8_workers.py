@@ -33,7 +33,7 @@ CORE = vqa.CPU_CORE
         ((0, 1, 2), [CORE, CORE], [[((CORE,), (0, 2)), ((CORE,), (1,))]]),
     ],
 )
-def test_no_device_is_idle_where_a_team_is_faster(folds, devices, rounds):
+def test_no_device_is_idle_where_a_group_is_faster(folds, devices, rounds):
     """A round is a list of jobs, a job the devices that share it and the folds it has."""
     assert vqa.schedule_folds(folds, devices) == rounds
 

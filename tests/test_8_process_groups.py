@@ -74,7 +74,7 @@ def test_two_processes_do_what_one_does(mini_run, train_alone):
 
 
 @pytest.mark.slow
-def test_accelerate_launch_starts_a_team(mini_run, train_alone):
+def test_accelerate_launch_starts_a_group(mini_run, train_alone):
     """What is to be typed for several machines, here for two processes of one."""
     run = mini_run(**SETTINGS)
     launch = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
@@ -94,12 +94,12 @@ def test_accelerate_launch_starts_a_team(mini_run, train_alone):
     assert_alike(run, train_alone(**SETTINGS))
 
 
-def start_team(run):
-    """Two worker processes of one team, started as launch_workers starts them."""
+def start_group(run):
+    """Two worker processes of one process group, started as launch_workers starts them."""
     command = [sys.executable, vqa.__file__, "worker", "--run", str(run.directory), "--folds", "0"]
     processes = []
     for number, environment in enumerate(vqa.process_group_environments([None, None])):
-        log = (run.directory / f"team_{number}.log").open("wb")
+        log = (run.directory / f"group_{number}.log").open("wb")
         named = [*command, "--name", str(number)]
         processes.append(subprocess.Popen(named, env=environment, stdout=log, stderr=log))
     return processes
@@ -113,10 +113,10 @@ def wait_for_step(run):
 
 
 @pytest.mark.slow
-def test_a_team_stops_at_the_same_step_and_continues(mini_run, train_alone):
+def test_a_group_stops_at_the_same_step_and_continues(mini_run, train_alone):
     settings = SETTINGS | {"num_epochs": 6}
     run = mini_run(**settings)
-    first, second = start_team(run)
+    first, second = start_group(run)
     wait_for_step(run)
     second.send_signal(signal.SIGTERM)  # one of them is enough
     assert first.wait(timeout=60) == vqa.INTERRUPTED
@@ -128,7 +128,7 @@ def test_a_team_stops_at_the_same_step_and_continues(mini_run, train_alone):
 
 
 @pytest.mark.slow
-def test_a_dead_process_takes_its_team_along_and_is_shown(mini_run, monkeypatch):
+def test_a_dead_process_takes_its_group_along_and_is_shown(mini_run, monkeypatch):
     run = mini_run(**SETTINGS | {"num_epochs": 50})
     started = []
     popen = subprocess.Popen
@@ -153,7 +153,7 @@ def test_a_dead_process_takes_its_team_along_and_is_shown(mini_run, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_team_keeps_no_half_done_scores(mini_run, monkeypatch):
+def test_a_group_keeps_no_half_done_scores(mini_run, monkeypatch):
     """A process that works alone would take every second batch for the first ones."""
     run = mini_run(**SETTINGS, save_every_steps=1)
     vqa.run_stages(run, [0], ["train"], quiet)
