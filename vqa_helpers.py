@@ -16060,7 +16060,7 @@ def added_row_count(config: Config, competition: Competition) -> int:
     count = 0
     if config.use_dev_votes:
         path = competition.data_dir / "dev.csv"
-        dev, _ = _read_competition_table(path, Counter())
+        dev, _ = _read_competition_table(path, config.columns, Counter())
         count += len(dev)
     if config.pseudo_label_from:
         count += len(competition.test)

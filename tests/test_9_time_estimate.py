@@ -158,6 +158,29 @@ def test_images_that_several_rows_share_count_once(demo_rows):
     assert size.test_image_tokens == lengths["image"][5:7].sum()
 
 
+DEV_TABLE = """\
+id,path,Frage,a,b,c,d,answer1,answer2,answer3,answer4,answer5
+d1,1.png,무슨 색?,빨강,파랑,노랑,,a,a,b,,c
+d2,2.png,무슨 색?,빨강,파랑,노랑,,b,b,b,b,b
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"columns": {"question": "Frage"}, "use_dev_votes": True}, 2),
+        ({"pseudo_label_from": "teacher"}, 560),
+        ({}, 0),
+    ],
+    ids=["votes under another name of a column", "answers of a teacher", "none"],
+)
+def test_rows_beside_those_of_train_are_counted(demo_rows, tmp_path, settings, count):
+    (tmp_path / "dev.csv").write_text(DEV_TABLE, encoding="utf-8")
+    competition = dataclasses.replace(demo_rows, data_dir=tmp_path)
+    config = vqa.Config.preset("demo", **settings)
+    assert vqa.added_row_count(config, competition) == count
+
+
 def test_test_rows_that_are_longer_than_the_sample_cost_more():
     lengths = pd.DataFrame(
         {
