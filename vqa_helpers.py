@@ -2943,6 +2943,15 @@ def comparable_text(text: str) -> str:
     return _on_one_line(_JOINERS.sub("", shown))
 
 
+def shows_nothing(text: str) -> bool:
+    """Whether a reader sees a blank: every test for a blank cell or choice is this one.
+
+    >>> shows_nothing(" \\u200b"), shows_nothing("0")
+    (True, False)
+    """
+    return comparable_text(text) == ""
+
+
 def prompt_text(text: str) -> str:
     """The text as it stands in the prompt: one line without blanks at its ends.
 
@@ -2952,7 +2961,7 @@ def prompt_text(text: str) -> str:
     >>> prompt_text(" red \\nb. blue ")
     'red b. blue'
     """
-    if comparable_text(text) == "":
+    if shows_nothing(text):
         return ""
     return _on_one_line(_INVISIBLE.sub("", text))
 
@@ -3764,7 +3773,7 @@ def present_choices(row: Mapping) -> list[bool]:
     >>> present_choices({"a": "red", "b": " ", "c": "blue", "d": ""})
     [True, False, True, False]
     """
-    return [comparable_text(str(row[choice])) != "" for choice in CHOICES]
+    return [not shows_nothing(str(row[choice])) for choice in CHOICES]
 
 
 TARGET_COLUMNS = tuple(f"target_{choice}" for choice in CHOICES)
@@ -4163,7 +4172,7 @@ def _read_competition_table(
     }
     frame = pd.DataFrame(texts, dtype=object)
     frame = frame.assign(line=[record.line for record in table.records])
-    is_blank = frame["id"].map(comparable_text) == ""
+    is_blank = frame["id"].map(shows_nothing)
     wrong = frame["id"].duplicated() | is_blank
     problem = "is blank or repeats an earlier row's; give each row its own"
     _raise_for_first_row(file, frame, wrong, "id", problem)
@@ -4186,7 +4195,7 @@ def _check_questions(split: str, frame: pd.DataFrame, fallbacks: Counter) -> Non
     without_tokens = in_prompt.map(neutralise_special_tokens)
     odd_rows = {
         "repeated_choices": choices.where(is_filled).nunique(axis=1) < filled_count,
-        "blank_question": frame["question"].map(comparable_text) == "",
+        "blank_question": frame["question"].map(shows_nothing),
         "special_tokens_neutralised": (without_tokens != in_prompt).any(axis=1),
         "decomposed_text_composed": texts.map(_is_decomposed).any(axis=1),
         "line_break_replaced": texts.map(_has_line_break).any(axis=1),
@@ -4346,7 +4355,7 @@ class AnswerNotation:
             return np.array([label_of_mark.get(answer, -1) for answer in answers], dtype=int)
         texts = choices[[*CHOICES]].to_numpy()
         is_meant = texts == np.array([*answers], dtype=object)[:, None]
-        is_meant &= choices[[*CHOICES]].map(str.strip).to_numpy() != ""
+        is_meant &= ~choices[[*CHOICES]].map(shows_nothing).to_numpy()
         return np.where(is_meant.any(axis=1), is_meant.argmax(axis=1), -1)
 
 
@@ -4550,7 +4559,7 @@ def _sample_rows(sample: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
     by_id = test.assign(id=test["id"].map(str)).drop_duplicates("id").set_index("id")
     choices = by_id[[*CHOICES]].reindex(sample.iloc[:, 0].map(str), fill_value="")
     rows = choices.assign(answer=answers)
-    return rows[rows["answer"].str.strip() != ""]
+    return rows[~rows["answer"].map(shows_nothing)]
 
 
 def decide_notation(
@@ -5029,7 +5038,7 @@ def _find_images(
     leads_out = pd.Series([path is None for path in parsed], index=frame.index)
     problem = "is a URL or leads out of the data folder; copy it there"
     _raise_for_first_row(f"{split}.csv", frame, leads_out, "path", problem)
-    is_blank = (frame["path"].str.strip() == "").tolist()
+    is_blank = frame["path"].map(shows_nothing).tolist()
     paths = {row: path for row, path in enumerate(parsed) if not is_blank[row]}
     at_hand = _ImageFinder([str(root)], _bases(str(root), split), split)
     found = _search([at_hand], frame, paths)
@@ -5635,7 +5644,7 @@ def _load_train(
     many rows are drawn by `seed`.
     """
     frame, _ = _read_competition_table(root / "train.csv", columns, fallbacks)
-    is_blank = frame["answer"].map(comparable_text) == ""
+    is_blank = frame["answer"].map(shows_nothing)
     frame = frame.assign(problem=is_blank.map({True: "no answer", False: ""}))
     _count_dropped_rows(frame, "train", "blank_answer", "answer", limit, fallbacks)
     frame = frame[~is_blank].drop(columns="problem")
@@ -5656,7 +5665,7 @@ def _load_test(
     """Test rows, all of them; one without a usable image gets GREY_IMAGE and is counted."""
     frame, _ = _read_competition_table(root / "test.csv", columns, fallbacks)
     answers = frame.get("answer", ())  # a test table may have the column, which is not used
-    fallbacks["test_answer_ignored"] += sum(bool(text.strip()) for text in answers)
+    fallbacks["test_answer_ignored"] += sum(not shows_nothing(text) for text in answers)
     _check_questions("test", frame, fallbacks)
     frame = _attach_images(frame, root, "test", limit, fallbacks)
     frame["image_path"] = frame["image_path"].where(frame["image_ok"], GREY_IMAGE)
@@ -13772,7 +13781,7 @@ def make_submission(
     _refuse_rows(frame, pd.Series(labels < 0), path, plain.needs)
     choices = _choices_of_sample(sample, test, notation)
     answers = notation.write(labels, choices)
-    is_blank = pd.Series([not answer.strip() for answer in answers])
+    is_blank = pd.Series([shows_nothing(answer) for answer in answers])
     _refuse_rows(frame, is_blank, path, "this choice is blank; answer one that is filled")
     frame.isetitem(1, answers)
     atomic_write(path, csv_text(frame))
@@ -14021,7 +14030,7 @@ TARGET_DECIMALS = 4
 
 def _with_targets(frame: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
     """`frame` with probabilities (n, 4) as targets; a blank choice gets none."""
-    present = (frame[[*CHOICES]].map(str.strip) != "").to_numpy()
+    present = ~frame[[*CHOICES]].map(shows_nothing).to_numpy()
     shares = np.where(present, probabilities, 0)
     shares = shares / shares.sum(axis=1, keepdims=True)
     columns = dict(zip(TARGET_COLUMNS, shares.T, strict=True))
@@ -14038,7 +14047,7 @@ def _load_dev(
     if not (root / "dev.csv").is_file():
         raise DataError(f"{root / 'dev.csv'}: no such file; add it, or set use_dev_votes=False")
     frame, _ = _read_competition_table(root / "dev.csv", columns, fallbacks)
-    is_blank = frame[[*VOTE_COLUMNS]].map(comparable_text) == ""
+    is_blank = frame[[*VOTE_COLUMNS]].map(shows_nothing)
     has_no_vote = is_blank.all(axis=1)
     fallbacks["dev_blank_votes"] += int(is_blank.to_numpy().sum())
     frame = frame.assign(problem=has_no_vote.map({True: "no vote", False: ""}))
@@ -14048,7 +14057,7 @@ def _load_dev(
     _check_questions("dev", frame, fallbacks)
     given_votes = []
     for column in VOTE_COLUMNS:
-        given = frame[frame[column].map(comparable_text) != ""]
+        given = frame[~frame[column].map(shows_nothing)]
         given_votes.append(given.assign(answer=given[column], column=column))
     rows = pd.concat(given_votes)
     labels, _ = _read_answers(rows, "dev.csv", fallbacks)  # all votes are of one kind

@@ -499,3 +499,10 @@ def test_the_setting_columns_and_one_kind_of_answer_hold_for_the_votes_too(mini_
     run = mini_run(data_dir=data, use_dev_votes=True, columns={"question": "Frage"})
     dev = extra_rows_of_fold(run, 0)
     np.testing.assert_allclose(targets_of(dev), [[0.5, 0.25, 0.25, 0], [0, 1, 0, 0]])
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\u200b\u3164"], ids=ascii)
+def test_a_choice_that_shows_nothing_gets_no_target(blank):
+    frame = pd.DataFrame([{"a": "빨강", "b": blank, "c": "파랑", "d": "노랑"}])
+    targets = targets_of(vqa._with_targets(frame, np.array([[0.2, 0.6, 0.1, 0.1]])))
+    np.testing.assert_allclose(targets, [[0.5, 0, 0.25, 0.25]])

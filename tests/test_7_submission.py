@@ -233,13 +233,16 @@ def test_a_submission_is_written_and_checked_in_the_notation(notation, answers, 
                 vqa.validate_submission(path, sample, other, TEST)
 
 
-def test_the_text_of_a_blank_choice_is_refused_and_the_earlier_file_survives(tmp_path):
+@pytest.mark.parametrize("blank", ["", " ", "\u200b\u3164"], ids=ascii)
+def test_the_text_of_a_blank_choice_is_refused_and_the_earlier_file_survives(tmp_path, blank):
+    test = TEST.assign(c=blank)
     path = tmp_path / "submission.csv"
     path.write_text(GOOD)
     message = r"row 2 \(id 'NA', answer 'c'\): this choice is blank; answer one that is filled"
     with pytest.raises(vqa.SubmissionError, match=message):
-        vqa.make_submission(SAMPLE, LETTERS | {"NA": "c"}, path, TEXTS, TEST)
+        vqa.make_submission(SAMPLE, LETTERS | {"NA": "c"}, path, TEXTS, test)
     assert path.read_text() == GOOD
+    assert TEXTS.read([blank], test.head(1)).tolist() == [-1]
 
 
 def test_texts_cannot_be_written_without_the_test_rows(tmp_path):
