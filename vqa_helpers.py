@@ -5681,16 +5681,13 @@ def _load_sample(
     """
     path = root / "sample_submission.csv"
     sample, header = _read_competition_table(path, columns, fallbacks)
-    problem = "is only in this file; take test.csv and sample_submission.csv from one download"
     unknown = ~sample["id"].isin(test["id"])
     looks_known = sample["id"].map(comparable_text).isin(test["id"].map(comparable_text))
-    has_more_blanks = sample["id"].str.strip().isin(test["id"])
     problem = (
-        "looks like an id of test.csv, but is written in other characters (decomposed Hangul, "
-        "or characters that show nothing); write both alike"
+        "looks like an id of test.csv, but is written in other characters (blanks, decomposed "
+        "Hangul, or characters that show nothing); write both alike"
     )
-    only_looks_known = unknown & looks_known & ~has_more_blanks
-    _raise_for_first_row("sample_submission.csv", sample, only_looks_known, "id", problem)
+    _raise_for_first_row("sample_submission.csv", sample, unknown & looks_known, "id", problem)
     problem = "is only in this file; take test.csv and sample_submission.csv from one download"
     _raise_for_first_row("sample_submission.csv", sample, unknown, "id", problem)
     absent = ~test["id"].isin(sample["id"])

@@ -132,8 +132,8 @@ COMPETITIONS = [
         | table("sample_submission", f"{NFD},"),
         Refused(
             f"sample_submission.csv, line 2, column 'id', value {NFD!r}: looks like an id of "
-            "test.csv, but is written in other characters (decomposed Hangul, or characters "
-            "that show nothing); write both alike"
+            "test.csv, but is written in other characters (blanks, decomposed Hangul, or "
+            "characters that show nothing); write both alike"
         ),
     ),
 ]
