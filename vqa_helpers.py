@@ -8526,17 +8526,25 @@ class Run:
         """
         hours = self.config.time_budget_hours
         if not hours:
-            hours = 11 if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else math.inf
+            hours = 11 if _detect_platform() == "kaggle" else math.inf
+        return self._budget_start() + 3600 * hours - time.time()
+
+    def _budget_start(self) -> float:
+        """When the time budget began, in seconds since 1970: by session.json, which has it.
+
+        Training asks before every step: `session_start`, which may warn, is for no file only.
+        """
         path = self.directory / "session.json"
-        started = session_start()
-        if path.exists():
-            try:
-                started = float(read_json(path, ["started"])["started"])
-            except DamagedFileError as error:
-                LOGGER.warning("The time budget counts anew: %s", error.problem)
-            except (TypeError, ValueError) as error:
-                LOGGER.warning("The time budget counts anew: %s: %s", path, error)
-        return started + 3600 * hours - time.time()
+        if not path.exists():
+            return session_start()
+        try:
+            return float(read_json(path, ["started"])["started"])
+        except DamagedFileError as error:
+            problem = error.problem
+        except (TypeError, ValueError) as error:
+            problem = f"{path}: {error}"
+        LOGGER.warning("The time budget counts anew: %s", problem)
+        return session_start()
 
     def seconds_per_question(self) -> float:
         """Seconds a question of the last inference that is logged; 0 before the first one."""
