@@ -6680,6 +6680,7 @@ class DownloadWatch:
     def __init__(self, model_path: str):
         self.model_path = model_path  # a hub id, or a local folder, of which nothing arrives
         self.folder = hub_cache_folder(model_path)
+        self.began = time.time()
         self.arrived = 0  # bytes; by `line`, as everything below
         self.first_look: tuple[float, int] | None = None  # its time, and the bytes of then
         self.last_growth = time.monotonic()  # seconds of that clock, when `arrived` last grew
@@ -6688,9 +6689,24 @@ class DownloadWatch:
     def total_bytes(self) -> int | None:
         """Bytes of all weights by their index, which arrives before them; None without one."""
         for path in self.folder.glob("snapshots/*/model.safetensors.index.json"):
-            index = json.loads(path.read_text(encoding="utf-8"))
-            return index.get("metadata", {}).get("total_size")
+            # Of an index that cannot be read the process that loads the model will speak.
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                return int(json.loads(path.read_text(encoding="utf-8"))["metadata"]["total_size"])
         return None
+
+    def is_downloading(self) -> bool:
+        """Whether a file of the model is being filled.
+
+        One that has not grown since long before the watch began was left by an earlier session.
+        """
+        if Path(self.model_path).is_dir():
+            return False
+        oldest = self.began - STALLED_SECONDS
+        for path in self.folder.glob("blobs/*.incomplete"):
+            with contextlib.suppress(FileNotFoundError):  # it has just been renamed
+                if path.stat().st_mtime >= oldest:
+                    return True
+        return False
 
     def line(self) -> str:
         """How much has arrived, and how fast; "" while nothing is being downloaded.
@@ -6698,11 +6714,10 @@ class DownloadWatch:
         A warning is logged, once, when no byte has come for STALLED_SECONDS.
         """
         now = time.monotonic()
-        blobs = self.folder / "blobs"
-        if Path(self.model_path).is_dir() or not any(blobs.glob("*.incomplete")):
+        if not self.is_downloading():
             self.last_growth = now
             return ""
-        arrived = sum(_stored_bytes(path) for path in blobs.iterdir())
+        arrived = sum(map(_stored_bytes, self.folder.glob("blobs/*")))
         if self.first_look is None:
             self.first_look = (now, arrived)
         if arrived != self.arrived:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import runpy
 import subprocess
 import sys
@@ -66,6 +67,27 @@ def test_a_size_that_is_set_before_the_bytes_arrive_does_not_count(cache):
     with (cache / "blobs" / "a.incomplete").open("wb") as file:
         file.truncate(10**9)
     assert vqa.DownloadWatch(MODEL).line() == "downloading some/model: 0.00 GB, 0.0 MB/s"
+
+
+@pytest.mark.parametrize("text", ["", '{"metadata"', "[]", '{"metadata": {"total_size": "all"}}'])
+def test_an_index_that_cannot_be_read_does_not_end_the_watch(cache, text):
+    write_index(cache, 60 * 10**6)
+    (cache / "snapshots/main/model.safetensors.index.json").write_text(text)
+    write_megabytes(cache / "blobs" / "a.incomplete", 10)
+    assert vqa.DownloadWatch(MODEL).line() == "downloading some/model: 0.01 GB, 0.0 MB/s"
+
+
+def test_what_an_earlier_session_left_unfinished_is_no_download(cache, caplog):
+    left = cache / "blobs" / "a.incomplete"
+    write_megabytes(left, 10)
+    an_hour_ago = time.time() - 3600
+    os.utime(left, (an_hour_ago, an_hour_ago))
+    watch = vqa.DownloadWatch(MODEL)
+    watch.last_growth -= 2 * vqa.STALLED_SECONDS
+    assert watch.line() == ""
+    assert caplog.text == ""
+    write_megabytes(left, 20)  # this session goes on with it
+    assert watch.line() == "downloading some/model: 0.02 GB, 0.0 MB/s"
 
 
 def test_a_stalled_download_is_explained_once(cache, monkeypatch, caplog):
