@@ -2050,18 +2050,23 @@ def library_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in WATCHED_LIBRARIES}
 
 
-def _other_versions(saved: Mapping[str, str]) -> str:
-    """The libraries that had another version when something was saved, with both."""
+def _other_versions(saved: Mapping[str, str], remedy: str) -> str:
+    """The libraries that had another version when something was saved, and what to do.
+
+    Where none had, or `saved` is empty, only the `remedy` is left.
+    """
     if not saved:
-        return "an earlier version of this module saved it, without its libraries' versions"
+        return (
+            f"an earlier version of this module saved it, without its libraries' versions; {remedy}"
+        )
     here = library_versions()
     differing = []
     for name, version in saved.items():
         if version != here.get(name):
             differing.append(f"{name} {version} (here {here.get(name)})")
     if not differing:
-        return "it was saved with the same versions of all libraries"
-    return f"it was saved with {', '.join(differing)}: install that version"
+        return f"it was saved with the same versions of all libraries; {remedy}"
+    return f"it was saved with {', '.join(differing)}: install that version, or {remedy}"
 
 
 def require_fitting_weights(
@@ -2090,7 +2095,7 @@ def require_fitting_weights(
     if problems:
         raise CheckpointError(
             f"{path} does not fit the model: {'; '.join(problems)}; "
-            f"{_other_versions(libraries)}, or choose a new run_name"
+            f"{_other_versions(libraries, 'choose a new run_name')}"
         )
 
 
@@ -6798,10 +6803,11 @@ def load_adapter(model, folder: Path):
     in_one_only = set(loaded) ^ set(stored)
     if differing or in_one_only:
         shown = differing[:3] or sorted(in_one_only)[:3]
-        version = read_json(folder / "adapter_config.json").get("peft_version", "of then")
+        settings = read_json(folder / "adapter_config.json")
+        saved = {"peft": settings["peft_version"]} if "peft_version" in settings else {}
+        remedy = "delete that folder and run again to make it anew"
         raise CheckpointError(
-            f"{folder} was not loaded completely: {shown}; {_other_versions({'peft': version})}, "
-            "or delete that folder and run again to make it anew"
+            f"{folder} was not loaded completely: {shown}; {_other_versions(saved, remedy)}"
         )
     return adapted
 

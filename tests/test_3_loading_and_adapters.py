@@ -302,5 +302,17 @@ def test_an_adapter_that_does_not_arrive_whole_is_refused(finished, tmp_path):
     tensors = load_file(folder / "adapter_model.safetensors")
     tensors.pop(next(iter(tensors)))
     save_file(tensors, folder / "adapter_model.safetensors")
-    with pytest.raises(vqa.CheckpointError, match="was not loaded completely"):
-        vqa.load_adapter(session.model, folder)
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    version = settings["peft_version"]
+    saved_with = {
+        version: "the same versions of all libraries; delete that folder and run again",
+        "0.19.9": f"peft 0.19.9 (here {version}): install that version, or delete that folder",
+    }
+    for saved, advice in saved_with.items():
+        path.write_text(json.dumps({**settings, "peft_version": saved}))
+        with pytest.raises(vqa.CheckpointError) as caught:
+            vqa.load_adapter(session.model, folder)
+        message = str(caught.value)
+        assert "was not loaded completely: ['base_model" in message
+        assert f"; it was saved with {advice}" in message
