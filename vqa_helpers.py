@@ -10554,12 +10554,12 @@ CALIBRATION_PARTS = 5  # of the rows; each part is scaled by temperatures fitted
 SHRINKAGE_ROWS = 50  # a fold of so many rows keeps half of its own log-temperature
 
 
-def why_at_bound(all_right: bool, is_upper: bool = True) -> str:
+def why_at_bound(all_right: bool, is_upper: bool) -> str:
     """Why the best temperature of some rows lies at an end of TEMPERATURE_BOUNDS.
 
     `all_right`: whether all rows are answered rightly; `is_upper`: which end it is.
 
-    >>> why_at_bound(all_right=True)
+    >>> why_at_bound(all_right=True, is_upper=False)
     'all answers are right, so nothing shows how sure to be'
     """
     if all_right:
@@ -10582,6 +10582,7 @@ class TemperatureScaler:
 
     temperature: float | None = None  # T, set by `fit`
     at_bound: bool = False  # set by `fit`: the data asked for a T outside TEMPERATURE_BOUNDS
+    bound_reason: str = ""  # set by `fit`: why they did
 
     def fit(self, logits, labels, logger=None) -> TemperatureScaler:
         """Choose the T of the least negative log-likelihood, and return the scaler itself.
@@ -10612,9 +10613,9 @@ class TemperatureScaler:
         self.at_bound = min(best - low, high - best) < 1e-3
         if self.at_bound:
             all_right = bool((logits.argmax(axis=1) == labels).all())
-            reason = why_at_bound(all_right, is_upper=self.temperature > 1)
+            self.bound_reason = why_at_bound(all_right, is_upper=self.temperature > 1)
             advice = "temperature %.2g is at its bound: %s"
-            (logger or LOGGER).warning(advice, self.temperature, reason)
+            (logger or LOGGER).warning(advice, self.temperature, self.bound_reason)
         return self
 
     @staticmethod
@@ -12027,6 +12028,7 @@ class Evaluation:
     probabilities: np.ndarray
     ladder: pd.DataFrame  # of `build_ladder`
     fold_table: pd.DataFrame  # of `temperature_table`
+    bound_reasons: Mapping[int, str]  # of `reasons_at_bounds`; a model without skill is not asked
 
 
 @dataclass(frozen=True)
@@ -12042,16 +12044,29 @@ class ViewDecisions:
     probabilities: np.ndarray  # (n, 4) as in `Evaluation`
 
 
+def reasons_at_bounds(oof: OofLogits, scores: np.ndarray) -> dict[int, str]:
+    """Fold -> why its rows alone ask for a temperature beyond TEMPERATURE_BOUNDS, where they do.
+
+    `scores`: (n, 4) combined over views.
+    """
+    reasons = {}
+    for fold in np.unique(oof.folds).tolist():
+        inside = oof.folds == fold
+        scaler = TemperatureScaler().fit(scores[inside], oof.labels[inside])
+        if scaler.at_bound:
+            reasons[fold] = scaler.bound_reason
+    return reasons
+
+
 def temperature_table(
     oof: OofLogits,
     scores: np.ndarray,
     temperatures: Mapping[int, float],
-    has_skill: bool = True,
+    folds_at_bound: Iterable[int],
 ) -> pd.DataFrame:
     """Each fold's temperature, and its scores before it.
 
-    `scores`: (n, 4) combined over views; `at_bound`: the fold's rows alone asked for a
-    temperature beyond TEMPERATURE_BOUNDS. A model without skill is not asked.
+    `scores`: (n, 4) combined over views; `folds_at_bound`: those of `reasons_at_bounds`.
     """
     rows = {}
     for fold, temperature in temperatures.items():
@@ -12061,7 +12076,7 @@ def temperature_table(
             "rows": int(inside.sum()),
             **score_row(softmax(scores[inside]), labels),
             "temperature": temperature,
-            "at_bound": has_skill and TemperatureScaler().fit(scores[inside], labels).at_bound,
+            "at_bound": fold in folds_at_bound,
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("fold")
 
@@ -12255,6 +12270,7 @@ def evaluate_run(run: Run) -> Evaluation:
     _mark_used_steps(ladder, skill)
     scores = combine_views(oof.logits[:, views])
     temperatures = decisions.calibration.temperatures
+    bound_reasons = reasons_at_bounds(oof, scores) if skill.has_skill else {}
     return Evaluation(
         oof=oof,
         skill=skill,
@@ -12264,7 +12280,8 @@ def evaluate_run(run: Run) -> Evaluation:
         method=decisions.method,
         probabilities=decisions.probabilities,
         ladder=ladder,
-        fold_table=temperature_table(oof, scores, temperatures, skill.has_skill),
+        fold_table=temperature_table(oof, scores, temperatures, bound_reasons),
+        bound_reasons=bound_reasons,
     )
 
 
@@ -12760,10 +12777,8 @@ def _prediction_alarms(run: Run, evaluation: Evaluation) -> list[str]:
     if letters["collapsed"]:
         preference = describe_preference(letters)
         alarms.append(f"One letter is preferred in the out-of-fold rows: {preference}.")
-    at_bound = evaluation.fold_table[evaluation.fold_table["at_bound"].astype(bool)]
     if run.config.use_temperature_scaling:
-        for fold, row in at_bound.iterrows():
-            reason = why_at_bound(row["accuracy"] == 1, is_upper=row["accuracy"] < 0.5)
+        for fold, reason in evaluation.bound_reasons.items():
             alarms.append(f"The temperature is at its bound in fold {fold}: {reason}.")
     return alarms
 

@@ -314,6 +314,17 @@ def test_a_temperature_at_its_bound_gives_the_true_reason(scores, label, reason,
     assert f"temperature {reason}" in caplog.text
 
 
+def test_the_reason_is_not_guessed_from_the_accuracy():
+    """Most answers are right, but barely, and the others are far off: the scores say nothing."""
+    labels = ROW[:100] % 2
+    is_right = ROW[:100] < 60
+    scores = np.where(is_right, 0.1, -5.0)[:, None] * one_hot(labels)
+    oof = oof_rows(labels, labels)  # in one fold
+    assert vqa.reasons_at_bounds(oof, scores) == {
+        0: "the right choices score no higher than the others: no information about the answers"
+    }
+
+
 def test_a_fold_that_is_all_right_says_so_once(mini_run, replace, caplog):
     run = scored_run(mini_run(), replace, signal=4.0)
     evaluation = vqa.evaluate_run(run)

@@ -133,12 +133,12 @@ def test_everything_that_went_wrong_is_an_alarm(good):
     evaluation = dataclasses.replace(
         evaluation,
         probabilities=one_letter,
-        fold_table=evaluation.fold_table.assign(at_bound=[False, True]),
+        bound_reasons={1: "its reason"},
     )
     alarms = " ".join(vqa.make_verdict(run, evaluation).alarms)
     letter = "One letter is preferred in the out-of-fold rows: the model answered a in 360 of 360"
     assert letter in alarms
-    assert "The temperature is at its bound in fold 1:" in alarms
+    assert "The temperature is at its bound in fold 1: its reason." in alarms
     assert "Fallbacks were taken while reading the data: train blank answer: 3." in alarms
     assert "Do not trust these figures: it was distilled" in alarms
 
