@@ -758,10 +758,11 @@ def _detect_platform() -> str:
     return "local"
 
 
-def _ask_nvidia_smi(*arguments: str) -> list[str]:
-    """The lines that nvidia-smi prints; none where it is not there, or fails, with a warning.
+def _ask_nvidia_smi(arguments: Sequence[str], without: str) -> list[str]:
+    """The lines that nvidia-smi prints; none where it is not there.
 
-    Torch is not asked, because that would initialise CUDA in this process.
+    None also where it fails, with a warning that says what is done `without` an answer. Torch is
+    not asked, because that would initialise CUDA in this process.
     """
     if shutil.which("nvidia-smi") is None:
         return []
@@ -769,18 +770,16 @@ def _ask_nvidia_smi(*arguments: str) -> list[str]:
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:  # the tool without a driver: the accelerator is switched off
         problem = answer.stdout.strip() or answer.stderr.strip()
-        LOGGER.warning("No GPU is used: nvidia-smi failed with %r", problem)
+        LOGGER.warning("%s: nvidia-smi failed with %r", without, problem)
         return []
     return answer.stdout.strip().splitlines()
 
 
 def _query_gpus() -> dict[str, list[str]]:
     """Number of each GPU -> its number, name, memory in MiB and capability, as texts."""
+    query = ["--query-gpu=index,name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     rows = {}
-    for line in _ask_nvidia_smi(
-        "--query-gpu=index,name,memory.total,compute_cap",
-        "--format=csv,noheader,nounits",
-    ):
+    for line in _ask_nvidia_smi(query, without="No GPU is used"):
         cells = [cell.strip() for cell in line.split(",")]
         rows[cells[0]] = cells
     return rows
@@ -799,7 +798,7 @@ def _list_devices() -> list[_Device]:
     """Every GPU, and behind it its parts, as `nvidia-smi -L` names them."""
     devices = []
     number = ""
-    for line in _ask_nvidia_smi("-L"):
+    for line in _ask_nvidia_smi(["-L"], without="GPUs are known by number, and no parts of them"):
         gpu = re.match(r"GPU (\d+): .*\(UUID: ([^)]+)\)", line)
         part = re.match(r"\s+MIG (\S+) .*\(UUID: ([^)]+)\)", line)
         if gpu:
@@ -808,6 +807,20 @@ def _list_devices() -> list[_Device]:
         elif part:
             devices.append(_Device(number, part[2], part[1]))
     return devices
+
+
+def _parts_of(number: str, devices: Sequence[_Device]) -> list[_Device]:
+    """The parts into which the GPU of this number is divided; none where it is whole."""
+    return [device for device in devices if device.number == number and device.profile]
+
+
+def is_part_of_gpu(device: object) -> bool:
+    """Whether a device is a part of a GPU (MIG), by its index in `Runtime.gpus` or as text.
+
+    >>> is_part_of_gpu("MIG-c6d4f1ef-42e4"), is_part_of_gpu(0), is_part_of_gpu(None)
+    (True, False, False)
+    """
+    return str(device).startswith("MIG-")
 
 
 def _named_devices(name: str, devices: Sequence[_Device], numbers: Iterable[str]) -> list[_Device]:
@@ -825,8 +838,7 @@ def _named_devices(name: str, devices: Sequence[_Device], numbers: Iterable[str]
         if found[0].profile:
             return found
         number = found[0].number
-    parts = [device for device in devices if device.number == number and device.profile]
-    return parts[:1] or [_Device(number)]
+    return _parts_of(number, devices)[:1] or [_Device(number)]
 
 
 def _chosen_devices(
@@ -911,8 +923,7 @@ def _visible_gpus() -> tuple[dict, ...]:
     if chosen is None:
         visible = []
         for number in rows:
-            parts = [device for device in devices if device.number == number and device.profile]
-            visible += parts or [_Device(number)]
+            visible += _parts_of(number, devices) or [_Device(number)]
     else:
         visible = _chosen_devices(chosen, devices, rows)
     return tuple(_describe_gpu(device, rows[device.number]) for device in visible)
@@ -2880,7 +2891,7 @@ def require_machine(config: Config) -> None:
             f"{where}: quantization {config.quantization!r} needs a GPU, and there is none. "
             f"Switch on the accelerator, or choose another preset: {_CPU_PRESETS}"
         )
-    parts = [gpu["name"] for gpu in runtime.gpus if str(gpu["index"]).startswith("MIG-")]
+    parts = [gpu["name"] for gpu in runtime.gpus if is_part_of_gpu(gpu["index"])]
     if parts and config.spread_model:
         raise ValueError(
             f"{where}: spread_model needs whole GPUs, and {parts[0]} is a part of one. "
@@ -15123,7 +15134,7 @@ def schedule_folds(folds: Sequence[int], devices: Sequence[str | None]) -> list[
     n_shared = len(folds) % len(devices)
     # A group of n devices trains the shared folds in n_shared / (0.9 n) of the time of one fold;
     # from 1 on, sharing gains nothing.
-    has_parts = any(str(device).startswith("MIG-") for device in devices)
+    has_parts = any(map(is_part_of_gpu, devices))
     if CPU_CORE in devices or has_parts or n_shared >= GROUP_SPEED * len(devices):
         n_shared = 0
     whole_folds = folds[: len(folds) - n_shared]

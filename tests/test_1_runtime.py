@@ -51,7 +51,14 @@ def test_a_failing_nvidia_smi_means_no_gpu(nvidia_smi, caplog):
     """So it is where the accelerator is switched off: the tool is there, its driver is not."""
     nvidia_smi("echo failed", "exit 9")
     assert vqa.detect_runtime().gpus == ()
-    assert "nvidia-smi failed with 'failed'" in caplog.text
+    assert caplog.messages == ["No GPU is used: nvidia-smi failed with 'failed'"]
+
+
+def test_without_a_list_of_names_gpus_are_known_by_their_numbers(nvidia_smi, caplog):
+    nvidia_smi("[ $1 = -L ] && exit 9", "echo '0, Tesla T4, 15360, 7.5'")
+    assert [gpu["index"] for gpu in vqa.detect_runtime().gpus] == [0]
+    message = "GPUs are known by number, and no parts of them: nvidia-smi failed with ''"
+    assert caplog.messages == [message]
 
 
 ANY_PRESET = set(vqa.PRESETS)
