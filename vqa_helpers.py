@@ -3902,13 +3902,26 @@ class _ColumnReading:
         return {**self.by_setting, **self.by_name, **self.by_alias}
 
 
+def _read_sample_by_place(reading: _ColumnReading, own_names: Sequence[str]) -> _ColumnReading:
+    """The reading of a sample of two columns: the id first, then the answer, however called.
+
+    A column that has no name, or that is read as something already, is not taken.
+    """
+    is_read = {*itertools.chain.from_iterable(reading.places.values())}
+    by_alias = dict(reading.by_alias)
+    for place, name in enumerate(TABLE_COLUMNS["sample_submission.csv"]):
+        if own_names[place] and place not in is_read and name not in reading.places:
+            by_alias[name] = [place]
+    return dataclasses.replace(reading, by_alias=by_alias)
+
+
 def _read_column_names(
     file: str, fields: Sequence[str], columns: Mapping[str, str]
 ) -> _ColumnReading:
     """What each column of the header is: by the setting `columns`, its own name, or an alias.
 
-    The setting wins over our own names, and those win over aliases. A sample of two columns
-    has the id first and then the answer, whatever they are called.
+    The setting wins over our own names, and those win over aliases; in a sample of two columns
+    what is left is read by its place.
     """
     needed = TABLE_COLUMNS[file]
     known = needed if file == "sample_submission.csv" else {*COLUMNS, *needed}
@@ -3930,10 +3943,7 @@ def _read_column_names(
             by_alias[name] = free
     reading = _ColumnReading(by_setting, dict(by_name), by_alias)
     if file == "sample_submission.csv" and len(fields) == 2:
-        for place, name in enumerate(needed):
-            is_free = [place] not in reading.places.values()
-            if own_names[place] and is_free and name not in reading.places:
-                by_alias[name] = [place]
+        return _read_sample_by_place(reading, own_names)
     return reading
 
 
@@ -4993,7 +5003,7 @@ def _archives_with(paths: Iterable[_ImagePath], root: Path, split: str) -> list[
     """The archives in `root` that hold files with some of these paths' names, in any spelling.
 
     One that is named after the split comes first; one that is named after another split is left
-    out, and so is a damaged one.
+    out, and so is one that cannot be read.
     """
 
     def order(path: Path) -> tuple[bool, str]:
@@ -5012,7 +5022,9 @@ def _archives_with(paths: Iterable[_ImagePath], root: Path, split: str) -> list[
             with _open_with_names(archive) as opened:
                 members = [Path(member.name).name for member in _archive_members(opened)]
         except Exception as error:  # each format and each decoder raises its own
-            LOGGER.warning("%s: no image is looked for in it, it is damaged (%s)", archive, error)
+            LOGGER.warning(
+                "%s: no image is looked for in it, it cannot be read (%s)", archive, error
+            )
             continue
         names = {_spelling(member) for member in members}
         names.update([_IMAGE_ENDING.sub("", name) for name in names])

@@ -282,7 +282,7 @@ def test_what_is_unpacked_already_is_taken_from_there(tmp_path, caplog):
 def test_a_damaged_archive_beside_the_tables_is_named(tmp_path, caplog):
     root = write(tmp_path, with_path("x.png") | {"train.zip": zipped("x.png")[:-30]})
     Refused(f"{PLACE}'x.png': No such file").check(root)
-    assert f"{root}/train.zip: no image is looked for in it, it is damaged (" in caplog.text
+    assert f"{root}/train.zip: no image is looked for in it, it cannot be read (" in caplog.text
 
 
 def test_korean_names_without_a_note_of_their_encoding_are_found_in_the_archive(tmp_path):
