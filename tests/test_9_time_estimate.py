@@ -242,6 +242,14 @@ def test_a_run_scores_and_trains_as_many_questions_as_the_estimate_counts(mini_r
 
 
 def test_preflight_tells_the_time_on_one_device_here_and_by_part(mini_data, monkeypatch):
+    estimates = []
+    time_facts = vqa.time_facts
+
+    def keep(estimate):
+        estimates.append(estimate)
+        return time_facts(estimate)
+
+    monkeypatch.setattr(vqa, "time_facts", keep)
     monkeypatch.setattr(vqa, "worker_devices", lambda config: [vqa.CPU_CORE] * 3)
     config = vqa.Config.preset("demo", data_dir=str(mini_data), tta_scales=(1.0, 2.0))
     facts = vqa.preflight(config, rows=12)
@@ -251,5 +259,9 @@ def test_preflight_tells_the_time_on_one_device_here_and_by_part(mini_data, monk
         parts[part] = float(seconds)
     assert {"train: training", "train: validation", "predict: test rows"} <= set(parts)
     minutes = facts["estimated minutes on one device"]
-    assert minutes == pytest.approx(sum(parts.values()) / 60, abs=0.1)
-    assert facts["estimated minutes here"] <= minutes
+    assert minutes == pytest.approx(sum(parts.values()) / 60, abs=0.07)  # both are rounded
+    (estimate,) = estimates
+    assert estimate.devices == [vqa.CPU_CORE] * 3
+    assert facts["estimated minutes here"] == round(estimate.wall_seconds() / 60, 1)
+    # Every step of a run has been timed, whatever the machine is doing beside.
+    assert all(seconds > 0 for seconds in dataclasses.asdict(estimate.seconds).values())
