@@ -12252,21 +12252,29 @@ def decision_ladder_steps(
     return steps
 
 
+WORSE_THAN_ZEROSHOT = "worse than zero-shot"
+NOT_ABOVE_ZEROSHOT = "not above zero-shot"
+
+
+def training_shortfall(ladder: pd.DataFrame) -> str:
+    """Where training is not better than the base model beyond chance: one of the texts above.
+
+    "" where it is better, and where no row was scored by both.
+    """
+    tuned = ladder.loc[STEP_ONE_VIEW]
+    if tuned["gain_high"] < 0:
+        return WORSE_THAN_ZEROSHOT
+    return NOT_ABOVE_ZEROSHOT if tuned["gain_low"] <= 0 else ""
+
+
 def _mark_used_steps(ladder: pd.DataFrame, skill: Skill) -> None:
     """Say beside the steps of the submission that they have not earned their place.
 
     The column `alarm` is there only where training has not helped.
     """
-    tuned = ladder.loc[STEP_ONE_VIEW]
-    if not skill.has_skill:
-        mark = "not above guessing"
-    elif tuned["gain_high"] < 0:
-        mark = "worse than zero-shot"
-    elif tuned["gain_low"] <= 0:
-        mark = "not above zero-shot"
-    else:
-        return
-    ladder["alarm"] = np.where(ladder["used"].astype(bool), mark, "")
+    mark = training_shortfall(ladder) if skill.has_skill else "not above guessing"
+    if mark:
+        ladder["alarm"] = np.where(ladder["used"].astype(bool), mark, "")
 
 
 @each_warning_once()
@@ -12743,15 +12751,15 @@ def unplanned_events(run: Run) -> list[dict]:
 
 def _gain_alarm(evaluation: Evaluation) -> str:
     """A sentence where training is not better than the base model beyond chance, else ""."""
-    tuned = evaluation.ladder.loc[STEP_ONE_VIEW]
-    if math.isnan(tuned["gain"]) or tuned["gain_low"] > 0:
+    shortfall = training_shortfall(evaluation.ladder)
+    if not shortfall:
         return ""
+    result = "Training is not better than the base model beyond chance"
+    if shortfall == WORSE_THAN_ZEROSHOT:
+        result = "Training did harm"
+    tuned = evaluation.ladder.loc[STEP_ONE_VIEW]
     base = evaluation.ladder.loc[STEP_ZERO_SHOT, "accuracy"]
     gain = points_with_interval(tuned["gain"], tuned["gain_low"], tuned["gain_high"])
-    if tuned["gain_high"] < 0:
-        result = "Training did harm"
-    else:
-        result = "Training is not better than the base model beyond chance"
     return f"{result}: {gain} points in one view, against the base model's {base:.3f}."
 
 
