@@ -4050,6 +4050,11 @@ def _locate_columns(
 
 
 # === Tables =======================================================================================
+def _cell_error(file: str, line: int, column: str, value: str, problem: str) -> DataError:
+    """The error about one cell of a table."""
+    return DataError(f"{file}, line {line}, column {column!r}, value {value[:80]!r}: {problem}")
+
+
 def _raise_for_first_row(
     file: str, frame: pd.DataFrame, wrong: pd.Series, column: str, problem: str
 ) -> None:
@@ -4061,7 +4066,7 @@ def _raise_for_first_row(
     if wrong_rows.empty:
         return
     line, value = wrong_rows.to_numpy()[0]
-    raise DataError(f"{file}, line {line}, column {column!r}, value {value[:80]!r}: {problem}")
+    raise _cell_error(file, line, column, value, problem)
 
 
 def _decode_csv(path: Path, fallbacks: Counter) -> str:
@@ -4464,8 +4469,7 @@ def _notation_of(reading: _AnswerReading, frame: pd.DataFrame) -> tuple[AnswerNo
 def _raise_for_answer(file: str, frame: pd.DataFrame, wrong: np.ndarray, problem: str) -> None:
     """Raise DataError about the first row where `wrong` is true."""
     row = frame[wrong].iloc[0]
-    place = f"{file}, line {row['line']}, column {row['column']!r}"
-    raise DataError(f"{place}, value {row['answer'][:80]!r}: {problem}")
+    raise _cell_error(file, row["line"], row["column"], row["answer"], problem)
 
 
 def _is_letter_or_text(readings: Sequence[_AnswerReading]) -> np.ndarray:
@@ -4522,6 +4526,15 @@ def _read_answers(
     Which kind of answer is meant is decided for all rows together. `frame` has a, b, c, d, `line`
     and `column`, the answer's own in the file, too. Raises DataError where no kind fits, or where
     several fit and disagree.
+
+    >>> choices = {"a": "red", "b": "2", "c": "tea", "d": ""}
+    >>> for answers in (["B", "(c)"], ["3번", "1번"], ["red", "tea"]):
+    ...     frame = pd.DataFrame({"line": [2, 3], "column": "answer", "answer": answers, **choices})
+    ...     labels, notation = _read_answers(frame, "train.csv", Counter())
+    ...     print(labels.tolist(), notation)
+    [1, 2] letters (A, B, C, D)
+    [2, 0] numbers from 1 (1번, 2번, 3번, 4번)
+    [0, 2] texts of the choices
     """
     readings = _answer_readings(frame)
     fitting = [reading for reading in readings if not reading.fails.any()]
@@ -4547,29 +4560,6 @@ def _read_answers(
         written = f", written {', '.join(notation.marks)}{written}"
     LOGGER.info("%s: %d answers are read as %s%s", file, len(frame), kinds, written)
     return labels, notation
-
-
-def answer_labels(
-    frame: pd.DataFrame, name: str = "train.csv", column: str = "answer"
-) -> np.ndarray:
-    """Labels 0-3 (n,) of the choices that the texts in `column` mean.
-
-    The texts are of one of ANSWER_KINDS: letters a-d, numbers from 1 or 0, Korean letters, or
-    the choices' own texts, as fits all rows. `frame` has a, b, c, d and `line` too;
-    `name` is its file, for the message. Raises DataError about the first row that
-    does not mean exactly one filled choice.
-
-    >>> frame = pd.DataFrame({"line": [2, 3], "a": "red", "b": "2", "c": "tea", "d": ""})
-    >>> answer_labels(frame.assign(answer=["B", "(c)"])).tolist()
-    [1, 2]
-    >>> answer_labels(frame.assign(answer=["3번", "1번"])).tolist()
-    [2, 0]
-    >>> answer_labels(frame.assign(answer=["red", "tea"])).tolist()
-    [0, 2]
-    """
-    rows = frame.assign(answer=frame[column], column=column)
-    labels, _ = _read_answers(rows, name, Counter())
-    return labels
 
 
 def _notations_of_sample(rows: pd.DataFrame) -> list[AnswerNotation]:
