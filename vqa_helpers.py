@@ -276,6 +276,15 @@ class OutOfTime(Interrupted):
     """
 
 
+def error_in_words(error: Exception) -> str:
+    """The kind of an error and the first line of its message, for a message of our own.
+
+    >>> error_in_words(OSError("no such device\\nmore about it"))
+    'OSError: no such device'
+    """
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 # === Finding data and models ======================================================================
 # Where platforms attach data, and how many levels of folders are searched there.
 MOUNTS = {
@@ -353,9 +362,8 @@ def holds_competition(archive: Path) -> bool:
             LOGGER.info("Looking for the competition in %s", archive)
             files = {Path(member.name).name for member in _archive_members(opened)}
     except Exception as error:  # each format and each decoder raises its own
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(
-            f"{archive}: not readable ({reason}); download it again, or remove it"
+            f"{archive}: not readable ({error_in_words(error)}); download it again, or remove it"
         ) from error
     return files.issuperset(COMPETITION_FILES) and DEMO_MARK not in files
 
@@ -2177,7 +2185,7 @@ class CheckpointManager:
                 if file_sha256(path / name) != manifest[name]:
                     damaged.append(name)
         except OSError as error:
-            return f"{type(error).__name__}: {error}"
+            return error_in_words(error)
         except DamagedFileError as error:
             return error.problem
         if damaged:
@@ -2742,9 +2750,9 @@ def unpack_archive(archive: str | Path, folder: str | Path) -> Path:
         _extract(archive, unfinished)
         return unfinished.rename(folder)
     except Exception as error:  # each format and each decoder raises its own
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(
-            f"{archive}: not unpacked ({reason}); download it again, or unpack it by hand"
+            f"{archive}: not unpacked ({error_in_words(error)}); "
+            "download it again, or unpack it by hand"
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -5405,7 +5413,7 @@ def _turn_upright(image: Image.Image, repairs: dict[str, str]) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception as error:  # a damaged block, in which PIL's parser may stumble anywhere
-        repairs[ROTATION_IGNORED] = f"{type(error).__name__}: {error}"
+        repairs[ROTATION_IGNORED] = error_in_words(error)
         return image
     turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
@@ -5473,7 +5481,7 @@ def _repair_image(path: str | Path, max_side: int, error: Exception) -> _Decoded
     content = b""
     with contextlib.suppress(OSError), open(path, "rb") as file:  # PIL has met the error, too
         content = file.read(_LARGEST_IMAGE_FILE)
-    reason = f"{type(error).__name__}: {error}"[:200]
+    reason = error_in_words(error)[:200]
     try:
         if content.startswith(b"\xff\xd8\xff"):
             return _repair_jpeg(path, content, max_side, reason)
