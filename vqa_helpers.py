@@ -9,7 +9,7 @@ The map: nine parts, their sections, and what each is about. A section uses only
 above it.
 
 1. Foundations
-   Exceptions                          this file's own kinds of error
+   Exceptions                          this file's own kinds of error, and any error in words
    Finding data and models             what is attached here, and which of it is a competition
    Packages                            what has to be installed, and installing it
    Runtime                             platform, GPUs, number format, attention, seeds
@@ -21,7 +21,7 @@ above it.
    Files                               writing whole files or none, hashes, arrays
    Checkpoints                         folders that are committed whole and verified before use
    Memory                              how much memory is used, and how much is free
-   Processes that work together        ranks, sums over processes, progress files, prefetching
+   Processes that work together        ranks, sums, progress files, ends of processes, prefetching
 2. Data
    Archives                            unpacking a competition whole or not at all
    Settings of a session               preset, overrides and environment variables become one Config
@@ -4775,7 +4775,7 @@ IMAGE_RESCUES = (DEEPER, IN_ARCHIVE, OTHER_SPELLING, WITHOUT_ENDING, BY_TAIL, TH
 
 @dataclass(frozen=True)
 class _Base:
-    """A folder from which paths may be meant."""
+    """A folder to which a table's paths may be relative."""
 
     folder: str
     names_split: bool = False  # all in it belongs to the table's split
@@ -4798,7 +4798,10 @@ def _bases(top: str, split: str) -> list[_Base]:
 
 
 def _bases_in_archive(archive: Path, split: str) -> list[_Base]:
-    """The same of an archive, which is unpacked, and of the one folder that all in it may be in."""
+    """The folders of an archive, which is unpacked, in which images are looked for, in this order.
+
+    They are those of `_bases`, also below the one folder that all in it may be in.
+    """
     top = str(unpack_once(archive))
     stem = re.sub(r"\.(zip|tar|tgz|tar\.gz)$", "", archive.name, flags=re.IGNORECASE)
     bases = [_Base(top, prefix=f"{stem}/"), *_bases(top, split)]
@@ -4977,20 +4980,22 @@ def _find_by_tails(
 
 
 def _search(
-    finders: Sequence[_ImageFinder], frame: pd.DataFrame, paths: Mapping[int, _ImagePath]
+    finder: _ImageFinder,
+    frame: pd.DataFrame,
+    paths: Mapping[int, _ImagePath],
+    others: Sequence[_ImageFinder] = (),
 ) -> dict[int, _FoundImage]:
-    """The images of these rows, by number, that the last of the finders finds.
+    """The images of these rows, by number, that the finder finds.
 
-    Nothing is left out of a relative path whose first folder one of the finders has: its image
-    is missing there. Raises what `_find_by_tails` raises.
+    Nothing is left out of a relative path whose first folder is known to it, or to the `others`:
+    its image is missing there. Raises what `_find_by_tails` raises.
     """
-    finder = finders[-1]
     found = {row: finder.find_exactly(path) for row, path in paths.items()}
     for row, path in paths.items():
         found[row] = found[row] or finder.find_similar(path)
     may_be_shortened = {}
     for row, path in paths.items():
-        is_here = any(finder.has_first_folder(path) for finder in finders)
+        is_here = any(known.has_first_folder(path) for known in (finder, *others))
         if found[row] is None and (path.is_absolute or not is_here):
             may_be_shortened[row] = path
     found.update(_find_by_tails(finder, frame, may_be_shortened))
@@ -5045,7 +5050,7 @@ def _find_in_archives(
             break
         bases = _bases_in_archive(archive, at_hand.split)
         packed = _ImageFinder([bases[0].folder], bases, at_hand.split)
-        found.update(_search([at_hand, packed], frame, missing))
+        found.update(_search(packed, frame, missing, others=[at_hand]))
     return found
 
 
@@ -5067,7 +5072,7 @@ def _find_images(
     is_blank = frame["path"].map(shows_nothing).tolist()
     paths = {row: path for row, path in enumerate(parsed) if not is_blank[row]}
     at_hand = _ImageFinder([str(root)], _bases(str(root), split), split)
-    found = _search([at_hand], frame, paths)
+    found = _search(at_hand, frame, paths)
     missing = {row: path for row, path in paths.items() if row not in found}
     archives = _archives_with(missing.values(), root, split) if missing else []
     found.update(_find_in_archives(archives, at_hand, frame, missing))
