@@ -4,6 +4,7 @@ import atexit
 import dataclasses
 import functools
 import gc
+import logging
 import os
 import shutil
 import sys
@@ -81,6 +82,7 @@ def quiet_logger():
         vqa.LOGGER.removeHandler(handler)
         handler.close()
     vqa.LOGGER.propagate = True
+    vqa.LOGGER.setLevel(logging.NOTSET)
 
 
 @pytest.fixture
