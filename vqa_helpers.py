@@ -3425,7 +3425,9 @@ def _type_of_how_much(asked: _KoreanQuestion) -> str:
         return "ocr"
     if re.match(r"많|여러|있", asked.rest):
         return "counting"
-    is_read = re.match(r"되|돼|됩|걸리|남|자주|오래|빨리|멀|떨어|할인|비싸|싸|소요", asked.rest)
+    # With the syllables into which the polite ending contracts them: 걸립니까, 멉니까.
+    costs_or_lasts = r"[되돼됩]|걸[리립려릴]|남|자주|오래|빨리|[멀멉]|떨어|할인|비?[싸쌉쌀]|소요"
+    is_read = re.match(costs_or_lasts, asked.rest)
     return "ocr" if is_read else "attribute"
 
 
@@ -3440,7 +3442,7 @@ def _type_of_when(asked: _KoreanQuestion) -> str:
 
 def _type_of_where(asked: _KoreanQuestion) -> str:
     """어디: a place, unless a name is asked for that stands on goods or on a timetable."""
-    if re.match(r"쓰는|쓰이|쓸|쓰나|사용|이용|활용", asked.rest):
+    if re.match(r"쓰[는이입일나]|[쓸씁]|사용|이용|활용", asked.rest):
         return "general"
     if re.match(r"전화|연락|문의", asked.rest):
         return "ocr"
@@ -3496,7 +3498,7 @@ def _type_of_manner(asked: _KoreanQuestion) -> str | None:
         return _type_of_korean_topic(asked.before)
     if _WRITTEN.search(asked.rest):
         return "ocr"
-    looks = r"생기|생겼|생긴|보이|보여|느껴|입고|앉|서 있|서서|누워|들고"
+    looks = r"생[기겼긴]|보[이여입일]|느[껴끼낍]|입고|앉|서 있|서서|누워|들고"
     is_arranged = r"놓|배치|배열|정렬|나열|쌓|묶|조리|요리|꾸며|장식|포장|\S+ 있"
     return "attribute" if re.match(f"{looks}|{is_arranged}", asked.rest) else "general"
 
@@ -3507,7 +3509,7 @@ def _type_of_what(asked: _KoreanQuestion) -> str | None:
     rest = asked.rest
     is_opinion = re.match(r"보[이여입인일]|생각|판단|추정|여겨", rest)
     if "라고" in word and not is_opinion:
-        is_name = re.match(r"부르|불리|하는|하나|합니", rest)
+        is_name = re.match(r"부[르릅를]|불[리립릴]|하는|하나|합니", rest)
         return None if is_name else "ocr"
     if is_opinion or not rest or re.match(r"닮|비슷", rest) or _IS_WHAT.search(word):
         return _type_of_korean_topic(asked.before)

@@ -150,6 +150,40 @@ MISLEADING = {
 }
 
 
+# Each goes through a rule that neither the labelled questions nor those above need.
+RULES = {
+    "무슨 수가 있겠습니까?": "general",
+    "간판에 적혀 있는 것은?": "ocr",
+    "벽보에 적힌 행사는?": "ocr",
+    "축제는 며칠 동안 열리나요?": "ocr",
+    "이 아이는 몇 살입니까?": "attribute",
+    "손님이 모두 몇 분 계신가요?": "counting",
+    "벽에 그림이 몇 점 걸려 있나요?": "counting",
+    "이 건물은 몇 층으로 되어 있나요?": "counting",
+    "승강기의 정원은 몇 명입니까?": "ocr",
+    "버스로 얼마나 걸립니까?": "ocr",
+    "역까지 얼마나 멉니까?": "ocr",
+    "강아지는 얼마나 큽니까?": "attribute",
+    "이 사진의 계절은 언제입니까?": "attribute",
+    "어디로 전화해야 합니까?": "ocr",
+    "도착지는 어디라고 적혀 있나요?": "ocr",
+    "이 도구는 어디에 쓰입니까?": "general",
+    "가게 이름은 어떻게 적혀 있나요?": "ocr",
+    "하늘이 어떻게 보입니까?": "attribute",
+    "간판에 뭐라고 써 있나요?": "ocr",
+    "이 음식을 무엇이라고 부릅니까?": "general",
+    "What time of day is it?": "attribute",
+    "What is the name of the animal?": "general",
+    "How is the name of the shop spelled?": "ocr",
+    "Who wrote the book?": "ocr",
+}
+
+
+@pytest.mark.parametrize(("question", "kind"), RULES.items())
+def test_each_rule_has_a_question_that_needs_it(question, kind):
+    assert vqa.question_type(question) == kind
+
+
 @pytest.mark.parametrize(("question", "kind"), MISLEADING.values(), ids=MISLEADING)
 def test_a_keyword_in_another_role_does_not_decide(question, kind):
     assert vqa.question_type(question) == kind
