@@ -70,6 +70,13 @@ def test_the_model_on_all_rows_trains_on_all_of_them_in_every_epoch(with_final):
     assert last["step"] + 1 == math.ceil(shown / 8)
 
 
+def test_nothing_of_a_whole_run_with_a_model_on_all_rows_counts_as_damaged(with_final):
+    """That model holds no row out: its files of scores are there, though one is empty."""
+    before = {path: path.stat().st_mtime_ns for path in with_final.directory.rglob("*.*")}
+    assert vqa.delete_damaged_files(with_final) == 0
+    assert {path: path.stat().st_mtime_ns for path in with_final.directory.rglob("*.*")} == before
+
+
 def copy_of(run, folder, without):
     """The run elsewhere, without one of its folders; it saves a checkpoint at every step."""
     target = folder / run.directory.name
