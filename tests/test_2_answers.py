@@ -48,6 +48,12 @@ def test_a_doubt_about_the_sample_is_a_warning(tmp_path, caplog):
     assert "may be mere placeholders" in record.message
 
 
+def test_an_answer_in_rare_characters_is_written_in_plain_ones():
+    bold = "\U0001d401"  # a mathematical B
+    assert vqa._answer_mark(bold) == "b"
+    assert vqa._written_marks(bold, "letters", 1) == ("a", "b", "c", "d")
+
+
 NEEDS = {
     "small": (vqa.AnswerNotation(), "write one lower-case letter of a, b, c, d"),
     "capital": (

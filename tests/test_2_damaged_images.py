@@ -108,6 +108,11 @@ BLOCKS = [
         LEFT_OUT,
         size=UPRIGHT,
     ),
+    repaired(
+        "bytes of padding before a comment longer than it is",
+        jpeg_with(b"\xff\xff", segment(0xFE, b"hi", longer=22)),
+        LEFT_OUT,
+    ),
     repaired("comment longer than it is", jpeg_with(segment(0xFE, b"hi", longer=22)), LEFT_OUT),
     repaired("WebP whose EXIF is none", WEBP, NOT_ROTATED),
     repaired("large compressed text", png_with(block(b"zTXt", b"k\0\0" + BOMB)), LEFT_OUT),

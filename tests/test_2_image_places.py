@@ -175,6 +175,30 @@ def test_links_in_a_circle_are_walked_once(tmp_path):
     Loads({OTHER_SPELLING: 1}, size=SIZE).check(write(tmp_path, changes))
 
 
+def test_after_very_many_folders_the_search_ends_and_says_where(tmp_path, monkeypatch, caplog):
+    """As where a link leads to a whole disk."""
+    monkeypatch.setattr(vqa, "_MOST_FOLDERS", 3)
+    changes = with_path("X.png") | {f"deep/{number}/x.png": MEANT_IMAGE for number in range(3)}
+    Refused(f"{PLACE}'X.png': No such file").check(write(tmp_path, changes))
+    assert "no image is looked for here, nor further down" in caplog.text
+
+
+def test_a_folder_that_cannot_be_listed_is_named_and_passed_over(tmp_path, monkeypatch, caplog):
+    root = write(tmp_path, {})
+    scandir = os.scandir
+
+    def refuse_images(folder):
+        if str(folder).endswith("/images"):
+            raise PermissionError("not yours")
+        return scandir(folder)
+
+    (root / "images").mkdir()
+    monkeypatch.setattr(os, "scandir", refuse_images)
+    Loads().check(write(root, with_path("train/1.png")))
+    Refused(f"{PLACE}'x.png': No such file").check(write(root, with_path("x.png")))
+    assert f"{root}/images: no image is looked for in it (not yours)" in caplog.text
+
+
 # --- Archives -------------------------------------------------------------------------------------
 
 

@@ -162,6 +162,24 @@ def test_a_damaged_history_is_written_anew_from_the_result(scored, kind):
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_an_adapter_that_lacks_a_file_is_trained_to_its_end_again(scored, caplog, name):
+    path = scored.fold_dir(0) / "adapter_raw" / name
+    path.unlink()
+    assert vqa.delete_damaged_files(scored) == 1
+    assert str(path) in caplog.text
+    assert not scored.is_done("train", 0)
+
+
+def test_a_history_that_is_gone_is_written_anew_from_the_result(scored, caplog):
+    path = scored.fold_dir(0) / "history.csv"
+    content = path.read_bytes()
+    path.unlink()
+    assert vqa.delete_damaged_files(scored) == 0
+    assert path.read_bytes() == content
+    assert f"Written anew from result.json: {path} is gone" in caplog.text
+
+
 def test_files_of_another_run_are_not_deleted_but_named(scored):
     path = scored.fold_dir(0) / "oof.npz"
     vqa.write_logits(path, rows_of_fold(scored, 0), np.zeros((18, 1, 4)), VIEWS[:1], "another")
@@ -185,6 +203,13 @@ def test_a_run_with_a_damaged_table_is_not_opened_but_started_again(mini_run, na
             vqa.Run.open(run.directory)
     assert mini_run(run_name="one").fingerprint == run.fingerprint
     assert path.read_bytes() == content
+
+
+def test_a_run_without_one_of_its_tables_is_not_opened(mini_run):
+    run = mini_run()
+    (run.directory / "test_rows.csv").unlink()
+    with pytest.raises(vqa.DamagedFileError, match=r"test_rows.csv cannot be read \(it is gone\)"):
+        vqa.Run.open(run.directory)
 
 
 def test_a_damaged_config_is_not_written_anew_over_the_results_of_another_run(scored, mini_run):
