@@ -1,6 +1,7 @@
 """Part 9, Preflight: what five minutes show before hours are spent, also where it does not fit."""
 
 import json
+import math
 import os
 import shutil
 from types import SimpleNamespace
@@ -64,6 +65,15 @@ def test_weights_that_do_not_fit_end_preflight_with_what_to_change(preflight_con
     note, *_ = caught.value.__notes__
     assert note.startswith("Memory: does not fit by computation: ")
     assert "0.0 GiB free; choose a smaller model_id" in note
+
+
+def test_gradients_that_are_not_finite_end_preflight_with_the_row(preflight_config, monkeypatch):
+    loss = vqa.training_loss
+    monkeypatch.setattr(vqa, "training_loss", lambda *arguments: loss(*arguments) * math.nan)
+    with pytest.raises(FloatingPointError, match="gives gradients that are not finite") as caught:
+        vqa.preflight(preflight_config(), rows=4)
+    (note,) = caught.value.__notes__
+    assert note.startswith("While the longest row was tried: train.csv, line ")
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5"])

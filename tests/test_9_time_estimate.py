@@ -251,7 +251,8 @@ def test_preflight_tells_the_time_on_one_device_here_and_by_part(mini_data, monk
 
     monkeypatch.setattr(vqa, "time_facts", keep)
     monkeypatch.setattr(vqa, "worker_devices", lambda config: [vqa.CPU_CORE] * 3)
-    config = vqa.Config.preset("demo", data_dir=str(mini_data), tta_scales=(1.0, 2.0))
+    settings = {"data_dir": str(mini_data), "tta_scales": (1.0, 2.0), "adaptive_tta": 0.5}
+    config = vqa.Config.preset("demo", **settings)
     facts = vqa.preflight(config, rows=12)
     parts = {}
     for item in facts["estimated seconds by part"].split(", "):
@@ -263,5 +264,6 @@ def test_preflight_tells_the_time_on_one_device_here_and_by_part(mini_data, monk
     (estimate,) = estimates
     assert estimate.devices == [vqa.CPU_CORE] * 3
     assert facts["estimated minutes here"] == round(estimate.wall_seconds() / 60, 1)
+    assert estimate.seconds.first_views != estimate.seconds.all_views  # timed on its own
     # Every step of a run has been timed, whatever the machine is doing beside.
     assert all(seconds > 0 for seconds in dataclasses.asdict(estimate.seconds).values())
