@@ -4632,6 +4632,7 @@ def decide_notation(
 
 # === Paths and folders ============================================================================
 _MOST_FOLDERS = 100_000  # that are searched for an image in another spelling
+_OTHER_ARCHIVES = (".7z", ".rar", ".egg", ".alz", ".z01", ".tar.xz", ".tar.bz2", ".tar.zst")
 _SPLIT_FOLDERS = ("train", "test", "dev", "val", "valid", "validation")
 _IMAGE_ENDING = re.compile(
     r"\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|pgm|avif|jp2|hei[cf])$", re.IGNORECASE
@@ -5004,38 +5005,51 @@ def _search(
     return {row: image for row, image in found.items() if image}
 
 
-def _archives_with(paths: Iterable[_ImagePath], root: Path, split: str) -> list[Path]:
+@dataclass(frozen=True)
+class _Archives:
+    """The archives beside the tables."""
+
+    with_images: list[Path] = field(default_factory=list)  # with files of the names in question
+    unread: dict[str, str] = field(default_factory=dict)  # name of another -> why it is not read
+
+
+def _archives_with(paths: Iterable[_ImagePath], root: Path, split: str) -> _Archives:
     """The archives in `root` that hold files with some of these paths' names, in any spelling.
 
     One that is named after the split comes first; one that is named after another split is left
-    out, and so is one that cannot be read.
+    out. Those that cannot be read are named.
     """
 
     def order(path: Path) -> tuple[bool, str]:
         return split not in _words(path.name), path.name
 
     wanted = {_spelling(os.path.basename(path.text)) for path in paths}
-    found = []
+    archives = _Archives()
     for archive in sorted(root.iterdir(), key=order):
         splits = _words(archive.name).intersection(_SPLIT_FOLDERS)
         is_for_others = splits and split not in splits
-        is_archive = archive.name.lower().endswith(ARCHIVE_ENDINGS) and archive.is_file()
-        if is_for_others or not is_archive:
+        is_archive = archive.name.lower().endswith(ARCHIVE_ENDINGS + _OTHER_ARCHIVES)
+        if is_for_others or not is_archive or not archive.is_file():
+            continue
+        if archive.name.lower().endswith(_OTHER_ARCHIVES):
+            archives.unread[archive.name] = "it is not unpacked here: unpack it by hand"
             continue
         LOGGER.info("Looking for images of %s.csv in %s", split, archive)
         try:
             with _open_with_names(archive) as opened:
-                members = [Path(member.name).name for member in _archive_members(opened)]
+                members = [member.name for member in _archive_members(opened)]
         except Exception as error:  # each format and each decoder raises its own
             LOGGER.warning(
                 "%s: no image is looked for in it, it cannot be read (%s)", archive, error
             )
+            archives.unread[archive.name] = "it cannot be read: download it again"
             continue
-        names = {_spelling(member) for member in members}
+        # Some programs of Windows write backslashes; unpacking it then says so.
+        names = {_spelling(re.split(r"[/\\]", member)[-1]) for member in members}
         names.update([_IMAGE_ENDING.sub("", name) for name in names])
         if not wanted.isdisjoint(names):
-            found.append(archive)
-    return found
+            archives.with_images.append(archive)
+    return archives
 
 
 def _find_in_archives(
@@ -5076,12 +5090,14 @@ def _find_images(
     at_hand = _ImageFinder([str(root)], _bases(str(root), split), split)
     found = _search(at_hand, frame, paths)
     missing = {row: path for row, path in paths.items() if row not in found}
-    archives = _archives_with(missing.values(), root, split) if missing else []
-    found.update(_find_in_archives(archives, at_hand, frame, missing))
+    archives = _archives_with(missing.values(), root, split) if missing else _Archives()
+    found.update(_find_in_archives(archives.with_images, at_hand, frame, missing))
 
     places = f"{root}, there in images, {split}, {split}/images, images/{split}"
-    if archives:
-        places = f"{places} and in {', '.join(archive.name for archive in archives)}"
+    if archives.with_images:
+        places = f"{places} and in {', '.join(archive.name for archive in archives.with_images)}"
+    for name, reason in archives.unread.items():
+        places = f"{places}, not in {name} ({reason})"
     nowhere = (
         f"No such file: looked for it in {places}, in other spelling, "
         "without its ending and by the end of its path; put it there"

@@ -309,6 +309,29 @@ def test_a_damaged_archive_beside_the_tables_is_named(tmp_path, caplog):
     assert f"{root}/train.zip: no image is looked for in it, it cannot be read (" in caplog.text
 
 
+UNREAD = {
+    "a .zip that is cut off": (
+        "images.zip",
+        zipped("x.png")[:-30],
+        "it cannot be read: download it again",
+    ),
+    "a .7z": ("Images.7z", b"7z", "it is not unpacked here: unpack it by hand"),
+    "a .tar.xz": ("train.tar.xz", b"\xfd7zXZ", "it is not unpacked here: unpack it by hand"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), UNREAD.values(), ids=UNREAD)
+def test_an_archive_that_is_not_read_stands_in_the_error(tmp_path, name, content, reason):
+    root = write(tmp_path, with_path("x.png") | {name: content, "test.rar": b"Rar!"})
+    Refused(f"{PLACE}'x.png': No such file", f", not in {name} ({reason})").check(root)
+
+
+def test_names_with_backslashes_in_an_archive_are_why_it_is_refused(tmp_path):
+    content = zipped("train|x.png").replace(b"train|x.png", b"train\\x.png")
+    root = write(tmp_path, with_path("train/x.png") | {"images.zip": content})
+    Refused(f"{root}/images.zip: not unpacked", "member 'train\\\\x.png'", "by hand").check(root)
+
+
 def test_korean_names_without_a_note_of_their_encoding_are_found_in_the_archive(tmp_path):
     content = zipped("ZZZZ.png").replace(b"ZZZZ", NFC.encode("cp949"))
     changes = with_path(f"{NFD}.png") | {"train.zip": content}
