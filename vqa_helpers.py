@@ -5320,19 +5320,18 @@ def _grey_range(mode: str, lowest: float, highest: float) -> tuple[float, float]
     """The grey values of an image of more than 8 bits that become black and white.
 
     From 0 to the smallest usual maximum that holds all values; the values' own
-    range where some are negative. Floats may exceed 1 by half, as resizing makes them do.
+    range where some are negative. Floats may exceed 1 and 255 by half, as resizing makes them do.
 
-    >>> _grey_range("F", 0.0, 1.02), _grey_range("F", 0.0, 200.0), _grey_range("I", 0, 2)
-    ((0, 1), (0, 255), (0, 255))
+    >>> _grey_range("F", 0.0, 1.02), _grey_range("F", 0.0, 257.0), _grey_range("I", 0, 257)
+    ((0, 1), (0, 255), (0, 65535))
     """
     if lowest < 0:
         return lowest, highest
     if mode.startswith("I;16"):
         return 0, 65535
-    if mode == "F" and highest <= 1.5:
-        return 0, 1
     for usual_maximum in (1, 255, 65535):
-        if highest <= usual_maximum:
+        may_exceed = mode == "F" and usual_maximum <= 255
+        if highest <= usual_maximum * (1.5 if may_exceed else 1):
             return 0, usual_maximum
     return 0, highest
 

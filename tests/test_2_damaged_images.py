@@ -314,6 +314,7 @@ def test_formats_of_an_installed_package_are_registered(monkeypatch):
 RANGES = {
     "floats a little above 1": ([0.0, 0.5, 1.02], [0, 128, 255], {}),
     "floats half above 1": ([0.0, 1.0, 1.5], [0, 255, 255], {}),
+    "floats a little above 255": ([0.0, 128.0, 257.0], [0, 128, 255], {}),
     "floats of 8 bits": ([0.0, 128.0, 200.0], [0, 128, 200], {}),
     "floats beyond 16 bits": (
         [0.0, 50000.0, 100000.0],
