@@ -4635,13 +4635,18 @@ _MOST_FOLDERS = 100_000  # that are searched for an image in another spelling
 _OTHER_ARCHIVES = (".7z", ".rar", ".egg", ".alz", ".z01", ".tar.xz", ".tar.bz2", ".tar.zst")
 _SPLIT_FOLDERS = ("train", "test", "dev", "val", "valid", "validation")
 _IMAGE_ENDING = re.compile(
-    r"\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|pgm|avif|jp2|hei[cf])$", re.IGNORECASE
+    r"\.(jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?|ppm|pgm|avif|jp2|hei[cf])$", re.IGNORECASE
 )
 
 
 def _spelling(path: str) -> str:
-    """What two spellings of one path have in common: normalised Unicode, no capitals."""
-    return unicodedata.normalize("NFC", path).casefold()
+    """What two spellings of one path have in common: normalised Unicode, no capitals, one .jpg.
+
+    >>> _spelling("Train/1.JPEG")
+    'train/1.jpg'
+    """
+    small = unicodedata.normalize("NFC", path).casefold()
+    return re.sub(r"\.(jpeg|jpe|jfif)$", ".jpg", small)
 
 
 def _words(name: str) -> set[str]:
