@@ -2925,11 +2925,12 @@ def require_machine(config: Config) -> None:
 # What shows nothing: control and format characters (zero width, soft hyphen, byte order mark,
 # marks of direction), Hangul fillers, the blank Braille cell.
 _INVISIBLE = re.compile(
-    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u115f\u1160\u180b-\u180e"
-    "\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0\ufff9-\ufffb]"
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5"
+    "\u180b-\u180f\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0"
+    "\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a]"
 )
 # These join signs into another one, as in a family of emoji; alone they show nothing either.
-_JOINERS = re.compile("[\u200c\u200d\ufe00-\ufe0f]")
+_JOINERS = re.compile("[\u200c\u200d\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 
 
 def _on_one_line(text: str) -> str:
@@ -3844,7 +3845,7 @@ COLUMN_ALIASES = {
     "groundtruth 정답 답 답안 라벨",
 }
 OUR_NAME_OF_ALIAS = {
-    alias: name for name, aliases in COLUMN_ALIASES.items() for alias in aliases.split()
+    alias: name for name, aliases in COLUMN_ALIASES.items() for alias in [name, *aliases.split()]
 }
 # A choice's column: a, choice_a, option 1, 보기1, 선택지 가, ... The fifth mark is no choice of
 # ours, but has to be noticed.
