@@ -4191,6 +4191,26 @@ def _check_record_lengths(file: str, table: _CsvTable) -> None:
             )
 
 
+def _without_blank_rows(
+    file: str, records: Sequence[_CsvRecord], fallbacks: Counter
+) -> list[_CsvRecord]:
+    """The records with any text; spreadsheets leave rows of separators alone behind the last.
+
+    The others are counted and logged.
+    """
+    filled = []
+    blank_lines = []
+    for record in records:
+        if "".join(record.fields).strip():
+            filled.append(record)
+        else:
+            blank_lines.append(record.line)
+    if blank_lines:
+        fallbacks["blank_rows_left_out"] += len(blank_lines)
+        LOGGER.warning("%s, lines %s: blank rows, left out", file, blank_lines[:20])
+    return filled
+
+
 def _read_competition_table(
     path: Path, columns: Mapping[str, str], fallbacks: Counter
 ) -> tuple[pd.DataFrame, list[str]]:
@@ -4204,16 +4224,15 @@ def _read_competition_table(
     table = _read_csv_table(path, columns, fallbacks)
     header = table.header
     places = _locate_columns(file, header, columns, fallbacks)
-    if not table.records:
+    _check_record_lengths(file, table)
+    records = _without_blank_rows(file, table.records, fallbacks)
+    if not records:
         raise DataError(
             f"{file}, line {header.line}: a header but no rows; download the file again"
         )
-    _check_record_lengths(file, table)
-    texts = {
-        name: [record.fields[place] for record in table.records] for name, place in places.items()
-    }
+    texts = {name: [record.fields[place] for record in records] for name, place in places.items()}
     frame = pd.DataFrame(texts, dtype=object)
-    frame = frame.assign(line=[record.line for record in table.records])
+    frame = frame.assign(line=[record.line for record in records])
     is_blank = frame["id"].map(shows_nothing)
     wrong = frame["id"].duplicated() | is_blank
     problem = "is blank or repeats an earlier row's; give each row its own"
