@@ -3972,6 +3972,8 @@ def _fifth_choice(fields: Sequence[str], reading: _ColumnReading) -> str:
 
 def _separator_hint(fields: Sequence[str], needed: Sequence[str]) -> str:
     """What seems to separate the names in a header of a single field; "" where nothing does."""
+    if fields[:1] and fields[0].casefold().startswith("sep="):
+        return "; or remove this line, which is a note for Excel"
     if len(fields) != 1:
         return ""
     marks = Counter(re.findall(r"[^\w\"']", fields[0]))
@@ -4086,6 +4088,11 @@ def _decode_csv(path: Path, fallbacks: Counter) -> str:
     Never latin-1, which would read anything.
     """
     content = path.read_bytes()
+    if content.startswith(b"PK\3\4"):
+        raise DataError(
+            f"{path.name}: an Excel workbook or a .zip and no table of text; "
+            "open it and save it as CSV in UTF-8"
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -5148,6 +5155,9 @@ _UNREAD_FORMATS = {
     rb"\xff\x0a|....JXL \r\n": "JPEG XL: convert it with the package pillow-jxl-plugin",
     rb"\s*(<\?xml.{0,400})?<svg": "SVG: convert it with the package cairosvg",
     rb"%PDF": "PDF: convert it with the package pdf2image",
+    rb"version https://git-lfs": "a pointer of Git LFS: git lfs pull",
+    rb"\s*(?i:<!doctype html|<html)": "a web page: download the image again",
+    rb"\Z": "an empty file: download the image again",
     rb"8BPS": "Photoshop's format: convert it with the package psd-tools",
     rb"II.{6}CR": "a camera's raw file: convert it with the package rawpy",
 }
@@ -5529,6 +5539,9 @@ def _repair_image(path: str | Path, max_side: int, error: Exception) -> _Decoded
     with contextlib.suppress(OSError), open(path, "rb") as file:  # PIL has met the error, too
         content = file.read(_LARGEST_IMAGE_FILE)
     reason = error_in_words(error)[:200]
+    if not os.path.isfile(path):
+        remedy = "no file is here, or a link leads nowhere; put the file there"
+        raise ImageError(f"{path}: not a readable image ({reason}); {remedy}") from error
     try:
         if content.startswith(b"\xff\xd8\xff"):
             return _repair_jpeg(path, content, max_side, reason)

@@ -283,6 +283,8 @@ FORMATS = {
     "PDF": (b"%PDF-1.7", "it is PDF: convert it with the package pdf2image"),
     "Photoshop": (b"8BPS\0\1", "it is Photoshop's format: convert it with the package psd-tools"),
     "a raw file": (b"II*\0\x10\0\0\0CR\2", "it is a camera's raw file: convert it with the"),
+    "a web page": (b"<!DOCTYPE html>\n<html>", "it is a web page: download the image again"),
+    "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     "something else": (b"????", "; replace the file"),
 }
 
@@ -292,6 +294,17 @@ def test_a_format_that_is_not_read_is_named_with_what_to_do(tmp_path, content, r
     place = "train.csv, line 2, column 'path', value 'train/1.png': "
     refused = Refused(place, "not a readable image", remedy, "unusable_image in 1 of 2 rows")
     refused.check(write(tmp_path / "data", {IMAGE: content + bytes(30)}))
+
+
+def test_an_empty_file_is_called_so(tmp_path):
+    refused = Refused("not a readable image", "it is an empty file: download the image again")
+    refused.check(write(tmp_path / "data", {IMAGE: b""}))
+
+
+def test_a_link_that_leads_nowhere_is_called_so(tmp_path):
+    root = write(tmp_path / "data", {IMAGE: None})
+    (root / IMAGE).symlink_to("/nowhere/1.png")
+    Refused("not a readable image", "a link leads nowhere; put the file there").check(root)
 
 
 def test_formats_of_an_installed_package_are_registered(monkeypatch):

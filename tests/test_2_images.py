@@ -149,7 +149,7 @@ UNUSABLE = [
     case(
         "a web page above the share",
         {IMAGE: WEB_PAGE},
-        Refused(PLACE, NOT_READABLE, "replace the file"),
+        Refused(PLACE, NOT_READABLE, "it is a web page: download the image again, or replace it"),
     ),
     case(
         "a format that starts an outside program",

@@ -72,6 +72,11 @@ def test_a_table_loads_exactly_or_is_refused_by_file_and_line(tmp_path, changes,
     outcome.check(write(tmp_path / "data", changes))
 
 
+def test_a_workbook_in_the_place_of_a_table_is_called_so(tmp_path):
+    refused = Refused("train.csv: an Excel workbook or a .zip", "save it as CSV in UTF-8")
+    refused.check(write(tmp_path, {"train.csv": b"PK\3\4\x14\0\6\0"}))
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("changes", "outcome"), read_cases("samples"))
 def test_sample_and_test_file_have_the_same_rows_or_are_refused(tmp_path, changes, outcome):
