@@ -3986,6 +3986,12 @@ def _separator_hint(fields: Sequence[str], needed: Sequence[str]) -> str:
 def _header_problem(file: str, fields: Sequence[str], reading: _ColumnReading) -> str:
     """What is wrong with the header, and what to do; "" where nothing is."""
     needed = TABLE_COLUMNS[file]
+    quoted = [name for name in fields if name.strip().startswith('"')]
+    if quoted:
+        return (
+            f"column {quoted[0][:40]!r} keeps its quotes, because a blank stands before them; "
+            "remove the blanks between separators and quotes from the whole file"
+        )
     fifth_choice = _fifth_choice(fields, reading)
     if fifth_choice and file != "sample_submission.csv":
         return (
