@@ -5,6 +5,7 @@ Under random damage of tables and images it loads truthfully or is refused, noth
 
 import csv
 import io
+import re
 import tempfile
 from pathlib import Path
 
@@ -211,9 +212,11 @@ def records(content):
         text = content.decode("cp949")
     separator = max(SEPARATORS, key=text.lstrip().splitlines()[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-    header, *rows = [fields for fields in reader if fields]
+    header, *rows = [fields for fields in reader if "".join(fields).strip()]
     names = [name.strip().casefold() for name in header]
-    others = [*OTHER_NAMES.items(), ("path", "image"), ("a", "(a)"), ("a", "가")]
+    without_marks = {name: re.sub(r"\W", "", name) for name in names}
+    others = [(ours, name) for name, ours in without_marks.items()]
+    others += [*OTHER_NAMES.items(), ("path", "image"), ("a", "가")]
     for ours, other in others:
         if ours not in names:
             names = [ours if name == other else name for name in names]
