@@ -1917,6 +1917,22 @@ def each_warning_once() -> Iterator[None]:
             LOGGER.warning("%s%s", message, f" ({times} times)" if times > 1 else "")
 
 
+def _has_kinds(record: Mapping, kinds: Mapping) -> bool:
+    """Whether each key of `kinds` has a value of that kind; a text may not be blank.
+
+    >>> _has_kinds({"label": "train fold 0"}, {"label": str})
+    True
+    >>> _has_kinds({"label": " "}, {"label": str}), _has_kinds({}, {"label": str})
+    (False, False)
+    """
+    for key, kind in kinds.items():
+        value = record.get(key)
+        is_blank = isinstance(value, str) and not value.strip()
+        if is_blank or not isinstance(value, kind):
+            return False
+    return True
+
+
 @dataclass(frozen=True)
 class MetricLogger:
     """Appends one JSON object a line, so that a killed run keeps every line it wrote."""
@@ -1932,18 +1948,25 @@ class MetricLogger:
             file.write(line)
 
 
-def read_json_lines(path: Path) -> list[dict]:
+# What each record of these files has beside its time, and of which kind it is.
+STAGE_RECORD = {"label": str, "seconds": (int, float)}  # stages.jsonl
+EVENT_RECORD = {"event": str}  # events.jsonl
+
+
+def read_json_lines(path: Path, needed: Mapping | None = None) -> list[dict]:
     """The records that MetricLogger wrote; [] where there is no such file.
 
-    A line that a kill or a full disk has cut short, or that is no such record, is left out.
+    `needed`: key -> kind of its value, such as STAGE_RECORD. A line that a kill or a full disk
+    has cut short, that is no such record, or that has something else there, is left out.
     """
+    kinds = {"time": (int, float), **(needed or {})}
     if not path.exists():
         return []
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             record = json.loads(line)
-            if isinstance(record, dict) and "time" in record:
+            if isinstance(record, dict) and _has_kinds(record, kinds):
                 records.append(record)
     return records
 
@@ -2020,6 +2043,17 @@ def read_json(path: Path, needed: Sequence[str] = ()) -> dict:
     if missing:
         raise DamagedFileError(path, f"without {', '.join(missing)}")
     return content
+
+
+def require_kind(path: Path, content: Mapping, kind: type, keys: Sequence[str]) -> None:
+    """Raise DamagedFileError unless each of these keys of a JSON file has a value of that kind.
+
+    >>> require_kind(Path("config.json"), {"parts": {}}, dict, ["parts"])
+    """
+    for key in keys:
+        if not isinstance(content[key], kind):
+            found = type(content[key]).__name__
+            raise DamagedFileError(path, f"{key!r} is of the type {found}, not {kind.__name__}")
 
 
 def require_same_run(path: Path, found: str, expected: str) -> None:
@@ -8450,7 +8484,17 @@ STAGE_FILES = {  # the file that a stage writes last: where it is, the stage is 
 }
 
 
-CONFIG_KEYS = ("config", "fallbacks", "fingerprint", "libraries", "parts")  # of config.json
+CONFIG_OBJECTS = ("config", "fallbacks", "libraries", "parts")  # of config.json
+CONFIG_KEYS = (*CONFIG_OBJECTS, "fingerprint")
+WEIGHTS = ("raw", "ema", "swa")  # kinds of a fold's weights
+
+
+def read_config_file(path: Path) -> dict:
+    """The content of a run's config.json; DamagedFileError where it is not as it was written."""
+    content = read_json(path, CONFIG_KEYS)
+    require_kind(path, content, dict, CONFIG_OBJECTS)
+    require_kind(path, content, str, ["fingerprint"])
+    return content
 
 
 @dataclass(frozen=True)
@@ -8523,7 +8567,7 @@ class Run:
         """
         directory = Path(directory)
         path = directory / "config.json"
-        content = read_json(path, CONFIG_KEYS)
+        content = read_config_file(path)
         try:
             config = Config(**content["config"])
         except (TypeError, ValueError) as error:
@@ -8584,7 +8628,12 @@ class Run:
         path = self.directory / "selection.json"
         if not path.exists():
             return []
-        return read_json(path, ["weights"])["weights"].split("+")
+        content = read_json(path, ["weights"])
+        require_kind(path, content, str, ["weights"])
+        kinds = content["weights"].split("+")
+        if not set(kinds) <= set(WEIGHTS):
+            raise DamagedFileError(path, f"{content['weights']!r} are no kinds of weights")
+        return kinds
 
     @property
     def is_rescored(self) -> bool:
@@ -8656,7 +8705,7 @@ class Run:
 
     def seconds_per_question(self) -> float:
         """Seconds a question of the last inference that is logged; 0 before the first one."""
-        for record in reversed(read_json_lines(self.directory / "stages.jsonl")):
+        for record in reversed(read_json_lines(self.directory / "stages.jsonl", STAGE_RECORD)):
             if record.get("seconds_per_question"):
                 return record["seconds_per_question"]
         return 0.0
@@ -10338,11 +10387,20 @@ def read_fold_result(run: Run, fold: int) -> FoldResult:
     another run's.
     """
     path = run.fold_dir(fold) / "result.json"
-    content = read_json(path, [item.name for item in dataclasses.fields(FoldResult)])
+    names = [item.name for item in dataclasses.fields(FoldResult)]
+    content = read_json(path, names)
     # Earlier versions of this module wrote none.
-    require_same_run(path, content.pop("fingerprint", run.fingerprint), run.fingerprint)
+    require_same_run(path, content.get("fingerprint", run.fingerprint), run.fingerprint)
+    require_kind(path, content, int, ["fold", "best_epoch"])
+    require_kind(path, content, dict, ["kinds", "adapters"])
+    require_kind(path, content, list, ["history"])
+    if fold != run.final_fold:  # of which no row is held out, and nothing measured
+        require_kind(path, content["kinds"], dict, [*content["kinds"]])
+        losses = [scores.get("nll") for scores in content["kinds"].values()]
+        if not losses or None in losses:
+            raise DamagedFileError(path, "'kinds' is without an nll")
     content["history"] = pd.DataFrame(content["history"])
-    return FoldResult(**content)
+    return FoldResult(**{name: content[name] for name in names})
 
 
 _NO_TIME = "because the rest of the time budget is needed for inference"
@@ -12809,7 +12867,7 @@ def unplanned_events(run: Run) -> list[dict]:
             made_up_for.append(f"{stage} fold {fold} was left out")
     if run.is_rescored:
         made_up_for.append("scoring in 16 bits was left out")
-    records = read_json_lines(run.directory / "events.jsonl")
+    records = read_json_lines(run.directory / "events.jsonl", EVENT_RECORD)
     return [record for record in records if not record["event"].startswith(tuple(made_up_for))]
 
 
@@ -12911,7 +12969,7 @@ def _run_alarms(run: Run) -> list[str]:
 
 def _stage_seconds(run: Run) -> tuple[float, float]:
     """Seconds on the clock while any worker was at work, and of all workers together."""
-    records = read_json_lines(run.directory / "stages.jsonl")
+    records = read_json_lines(run.directory / "stages.jsonl", STAGE_RECORD)
     spans = [(record["time"] - record["seconds"], record["time"]) for record in records]
     return covered_seconds(spans), sum(record["seconds"] for record in records)
 
@@ -13571,7 +13629,7 @@ SCORE_COLUMNS = [*SCORES, "seconds"]  # the numbers of experiments.csv
 
 def wrap_up_table(run: Run) -> pd.DataFrame:
     """Wall time in seconds and peak memory in GiB of each worker stage, as the workers log them."""
-    records = read_json_lines(run.directory / "stages.jsonl")
+    records = read_json_lines(run.directory / "stages.jsonl", STAGE_RECORD)
     frame = pd.DataFrame(records, columns=None if records else ["label"]).set_index("label")
     return frame.filter(["seconds", "rss_gib", "gpu_peak_gib"])
 
@@ -13608,7 +13666,7 @@ def log_experiment(run: Run, evaluation: Evaluation) -> None:
     A copy in the run directory travels with it, so that a new session knows the runs of the old
     ones.
     """
-    stages = read_json_lines(run.directory / "stages.jsonl")
+    stages = read_json_lines(run.directory / "stages.jsonl", STAGE_RECORD)
     row = {
         "run": run.directory.name,
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -13630,6 +13688,21 @@ def log_experiment(run: Run, evaluation: Evaluation) -> None:
         write_table(rows, path)
 
 
+def _logged_settings(text: str, name: str, path: Path) -> dict | None:
+    """The settings in a cell of experiments.csv for the run `name`; None where it has none.
+
+    A cell that cannot be read counts as none, with a warning: the run's scores are still there.
+    """
+    if not text:
+        return None
+    with contextlib.suppress(json.JSONDecodeError):
+        settings = json.loads(text)
+        if isinstance(settings, dict):
+            return settings
+    LOGGER.warning("%s: the settings of %s cannot be read: %r", path, name, text[:80])
+    return None
+
+
 def experiment_table(output_dir: str | Path) -> pd.DataFrame:
     """Every finished run of experiments.csv, the oldest first.
 
@@ -13643,8 +13716,9 @@ def experiment_table(output_dir: str | Path) -> pd.DataFrame:
     before = {}
     for name, text in table.pop("settings").items():
         settings = before  # of an older version, which logged none
-        if text:
-            settings = dataclasses.asdict(Config()) | json.loads(text)
+        logged = _logged_settings(text, name, path)
+        if logged is not None:
+            settings = dataclasses.asdict(Config()) | logged
         changed = []
         for key, value in settings.items():
             if value != before.get(key, value):
@@ -14029,7 +14103,7 @@ def _predict_run(run: Run, test_ids: pd.Series) -> RunPredictions:
     evaluation = evaluate_run(run)
     oof_ids = evaluation.oof.frame["id"]
     test = np.mean(list(predict_test(run, evaluation).values()), axis=0)
-    stages = read_json_lines(run.directory / "stages.jsonl")
+    stages = read_json_lines(run.directory / "stages.jsonl", STAGE_RECORD)
     return RunPredictions(
         oof=pd.DataFrame(evaluation.probabilities, index=oof_ids),
         test=pd.DataFrame(test, index=run.test["id"]).loc[test_ids],
@@ -14407,11 +14481,43 @@ def _problem_of(read: Callable, *arguments) -> str:
     return ""
 
 
-def _scores_problem(run: Run, path: Path) -> str:
-    """Why a file of scores cannot be read; "" where it can, or is not there."""
+def _require_whole_scores(run: Run, path: Path, ids: Sequence[str], some: bool = False) -> None:
+    """Raise DamagedFileError unless a file has scores of every one of these rows.
+
+    `some`: it may have them of some of these rows only.
+    """
+    content = read_arrays(path, run.fingerprint, SCORE_ARRAYS)
+    logits = content["logits"]
+    found = content["ids"].tolist()
+    shape = (len(found), len(content["view_names"]), len(CHOICES))
+    is_whole = sorted(found) == sorted(ids)
+    if some:
+        is_whole = bool(found) and set(found) <= set(ids)
+    if not is_whole:
+        raise DamagedFileError(path, "its rows are not those that were scored")
+    if logits.shape != shape or len(content["labels"]) != len(found):
+        raise DamagedFileError(path, f"logits of shape {logits.shape}, not {shape}")
+    if np.isnan(logits).all(axis=(1, 2)).any():
+        raise DamagedFileError(path, "a row has no score")
+    try:
+        combine_views(logits)
+    except ValueError as error:
+        raise DamagedFileError(path, error) from error
+
+
+def _scores_problem(run: Run, path: Path, ids: Sequence[str], some: bool = False) -> str:
+    """Why a file of scores of these rows is damaged; "" where it is not, or is not there.
+
+    `some` is as in `_require_whole_scores`.
+    """
     if not path.exists():
         return ""
-    return _problem_of(read_arrays, path, run.fingerprint, SCORE_ARRAYS)
+    return _problem_of(_require_whole_scores, run, path, ids, some)
+
+
+def _held_out_ids(run: Run, fold: int) -> list[str]:
+    """The ids of the rows that a fold holds out; none for the final model."""
+    return run.train.loc[run.train["fold"] == fold, "id"].tolist()
 
 
 def adapter_problem(run: Run, fold: int, kind: str) -> str:
@@ -14444,8 +14550,12 @@ def _score_damages(run: Run, fold: int) -> Iterator[_Damage]:
     folder = run.fold_dir(fold)
     for ending in ("", "_16bit"):
         last = folder / f"test{ending}.npz"
-        for path in (folder / f"oof{ending}.npz", last):
-            problem = _scores_problem(run, path)
+        rows = {
+            folder / f"oof{ending}.npz": _held_out_ids(run, fold),
+            last: run.test["id"].tolist(),
+        }
+        for path, ids in rows.items():
+            problem = _scores_problem(run, path, ids)
             if not path.exists() and last.exists():
                 problem = f"{path} is gone"
             if problem:
@@ -14471,7 +14581,7 @@ def _training_damages(run: Run, fold: int) -> Iterator[_Damage]:
             yield _Damage(problem, (name,))
     for kind in content.kinds:
         path = folder / f"validation_{kind}.npz"
-        problem = _scores_problem(run, path)
+        problem = _scores_problem(run, path, _held_out_ids(run, fold))
         if not path.exists():
             problem = f"{path} is gone"
         if problem:
@@ -14512,7 +14622,8 @@ def delete_damaged_files(run: Run) -> int:
     are verified where they are read.
     """
     damages = []
-    problem = _scores_problem(run, run.directory / "zeroshot.npz")
+    ids = run.train["id"].tolist()
+    problem = _scores_problem(run, run.directory / "zeroshot.npz", ids, some=True)
     if problem:
         damages.append(_Damage(problem, (Path("zeroshot.npz"),)))
     for fold in run.models_to_train:
@@ -14625,7 +14736,7 @@ def _check_config(path: Path, content: Mapping, tables: Mapping[str, pd.DataFram
     A damaged one is written anew where the results in its directory are this run's.
     """
     try:
-        before = read_json(path, CONFIG_KEYS)
+        before = read_config_file(path)
     except DamagedFileError as error:
         require_results_of(path.parent, content["fingerprint"], error.problem)
         LOGGER.warning("Written anew: %s", error.problem)
@@ -14728,7 +14839,7 @@ def _check_same_run(
     Another version of a library is only a warning.
     """
     for name, version in now["libraries"].items():
-        earlier = before["libraries"][name]
+        earlier = before["libraries"].get(name, "of an unknown version")
         if earlier != version:
             LOGGER.warning("This run was started with %s %s; now %s", name, earlier, version)
     changed = []
@@ -15070,7 +15181,7 @@ def write_notes(run: Run, session: Session) -> None:
 def stage_seconds(run: Run) -> defaultdict[str, float]:
     """Stage -> the most seconds that it has taken for a fold; 0 for one that was never done."""
     longest = defaultdict(float)
-    for record in read_json_lines(run.directory / "stages.jsonl"):
+    for record in read_json_lines(run.directory / "stages.jsonl", STAGE_RECORD):
         stage = record["label"].split()[0]
         longest[stage] = max(longest[stage], record["seconds"])
     return longest
@@ -16977,11 +17088,11 @@ def worker_directory(directory: Path, folds: Sequence[int]) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as place:
         copy = _copy_for_fold(directory, Path(place), folds)
-        before = len(read_json_lines(copy / "events.jsonl"))
+        before = len(read_json_lines(copy / "events.jsonl", EVENT_RECORD))
         try:
             yield copy
         finally:
-            for record in read_json_lines(copy / "events.jsonl")[before:]:
+            for record in read_json_lines(copy / "events.jsonl", EVENT_RECORD)[before:]:
                 MetricLogger(directory / "events.jsonl").log(event=record["event"])
 
 

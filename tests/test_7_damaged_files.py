@@ -11,6 +11,7 @@ import pytest
 import torch
 from planted import (
     VIEWS,
+    planted_run,
     rows_of_fold,
     write_16_bit_scores,
     write_kinds,
@@ -291,3 +292,142 @@ def test_a_checkpoint_whose_manifest_does_not_name_every_file_is_not_trusted(tmp
     (bad / "manifest.json").write_text(manifest)
     assert "manifest.json cannot be read" in vqa.CheckpointManager.problem(bad)
     assert checkpoints.latest_verified() == good
+
+
+# --- What can be read, and is not what was written ------------------------------------------------
+
+
+def change_json(path, **values):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**content, **values}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"config": []},
+        {"libraries": []},
+        {"parts": []},
+        {"fallbacks": None},
+        {"fingerprint": 5},
+    ],
+    ids=str,
+)
+def test_a_config_with_other_kinds_of_values_is_written_anew(mini_run, caplog, values):
+    run = mini_run(run_name="one")
+    path = run.directory / "config.json"
+    content = path.read_bytes()
+    change_json(path, **values)
+    with pytest.raises(vqa.DamagedFileError, match=r"config.json cannot be read \('\w+' is of the"):
+        vqa.Run.open(run.directory)
+    mini_run(run_name="one")
+    assert f"Written anew: {path} cannot be read" in caplog.text
+    assert path.read_bytes() == content
+
+
+def test_a_library_whose_version_was_not_noted_is_a_warning(mini_run, caplog):
+    run = mini_run(run_name="one")
+    change_json(run.directory / "config.json", libraries={})
+    mini_run(run_name="one")
+    assert "This run was started with torch of an unknown version; now " in caplog.text
+
+
+@pytest.mark.parametrize("weights", [None, ["raw"], "", "best"], ids=str)
+def test_a_selection_of_no_kind_of_weights_is_made_anew(scored, weights):
+    change_json(scored.directory / "selection.json", weights=weights)
+    assert vqa.delete_damaged_files(scored) == 1
+    assert vqa.select_weights(scored) == "raw"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"kinds": []},
+        {"kinds": {}},
+        {"kinds": {"raw": {"accuracy": 0.5}}},
+        {"kinds": {"raw": 0.5}},
+        {"adapters": []},
+        {"history": "text"},
+        {"best_epoch": "two"},
+    ],
+    ids=str,
+)
+def test_a_result_with_other_kinds_of_values_is_made_anew(scored, values):
+    change_json(scored.fold_dir(0) / "result.json", **values)
+    assert vqa.delete_damaged_files(scored) == 1
+    assert not scored.is_done("train", 0)
+
+
+def test_a_result_of_a_later_version_is_read(scored):
+    change_json(scored.fold_dir(0) / "result.json", more=1)
+    assert vqa.read_fold_result(scored, 0).best_epoch == 1
+
+
+def without_scores(arrays):
+    arrays["logits"][0] = np.nan
+
+
+def without_a_row(arrays):
+    for name in ("ids", "logits", "labels"):
+        arrays[name] = arrays[name][1:]
+
+
+def of_other_rows(arrays):
+    arrays["ids"] = np.array([f"other_{name}" for name in arrays["ids"]])
+
+
+def without_views(arrays):
+    arrays["logits"] = arrays["logits"][:, 0]
+
+
+@pytest.mark.parametrize("change", [without_scores, without_a_row, of_other_rows, without_views])
+@pytest.mark.parametrize("name", ["oof", "test", "oof_16bit", "validation_raw"])
+def test_scores_that_are_not_of_every_row_are_made_anew(scored, caplog, name, change):
+    path = scored.fold_dir(0) / f"{name}.npz"
+    arrays = vqa.read_arrays(path, scored.fingerprint)
+    change(arrays)
+    np.savez(path, **arrays)
+    assert vqa.delete_damaged_files(scored) == 1
+    assert not path.exists()
+    assert f"Made anew: {path} cannot be read (" in caplog.text
+
+
+@pytest.mark.parametrize("change", [without_scores, of_other_rows, without_views])
+def test_zero_shot_scores_that_are_none_are_made_anew(scored, change):
+    path = scored.directory / "zeroshot.npz"
+    arrays = vqa.read_arrays(path, scored.fingerprint)
+    change(arrays)
+    np.savez(path, **arrays)
+    assert vqa.delete_damaged_files(scored) == 1
+    assert not path.exists()
+
+
+def test_zero_shot_scores_of_some_rows_are_whole(scored):
+    path = scored.directory / "zeroshot.npz"
+    arrays = vqa.read_arrays(path, scored.fingerprint)
+    without_a_row(arrays)
+    np.savez(path, **arrays)
+    assert vqa.delete_damaged_files(scored) == 0
+
+
+def test_records_that_lack_what_is_read_of_them_are_left_out(mini_run, replace):
+    run = planted_run(mini_run())
+    broken = [{}, {"label": "train fold 0"}, {"label": 5, "seconds": "x"}]
+    broken += [{"label": "", "seconds": 1}, {"event": None}, {"event": ""}]
+    for record in broken:
+        vqa.MetricLogger(run.directory / "stages.jsonl").log(**record)
+        vqa.MetricLogger(run.directory / "events.jsonl").log(**record)
+    assert vqa.wrap_up_table(run).index.tolist() == ["train fold 0"]
+    assert vqa.stage_seconds(run) == {"train": 60}
+    assert vqa.unplanned_events(run) == []
+
+
+@pytest.mark.parametrize("cell", ["{broken", "[]", "7"])
+def test_settings_of_an_experiment_that_cannot_be_read_cost_only_themselves(tmp_path, caplog, cell):
+    rows = {"run": ["old", "new"], "finished": ["2025", "2026"], "settings": [cell, "{}"]}
+    rows["accuracy"] = [0.5, 0.6]
+    path = tmp_path / "experiments.csv"
+    vqa.write_table(pd.DataFrame(rows), path)
+    table = vqa.experiment_table(tmp_path)
+    assert table["accuracy"].tolist() == [0.5, 0.6]
+    assert f"{path}: the settings of old cannot be read: {cell!r}" in caplog.text
