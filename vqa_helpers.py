@@ -780,7 +780,11 @@ def _ask_nvidia_smi(arguments: Sequence[str], without: str) -> list[str]:
         problem = answer.stdout.strip() or answer.stderr.strip()
         LOGGER.warning("%s: nvidia-smi failed with %r", without, problem)
         return []
-    return answer.stdout.strip().splitlines()
+    lines = answer.stdout.strip().splitlines()
+    if lines == ["No devices were found"]:  # some versions say so and do not fail
+        LOGGER.warning("No GPU is used: nvidia-smi says %r", lines[0])
+        return []
+    return lines
 
 
 def _query_gpus() -> dict[str, list[str]]:
@@ -935,6 +939,14 @@ def _visible_gpus() -> tuple[dict, ...]:
     else:
         visible = _chosen_devices(chosen, devices, rows)
     return tuple(_describe_gpu(device, rows[device.number]) for device in visible)
+
+
+def how_to_get_a_gpu() -> str:
+    """What to do where no GPU is seen, as a request."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None and _query_gpus():
+        return f"unset CUDA_VISIBLE_DEVICES, which is {chosen!r} and hides every GPU"
+    return "switch on the accelerator"
 
 
 def detect_runtime(precision: str = "auto", attn_implementation: str = "auto") -> Runtime:
@@ -1097,7 +1109,7 @@ def choose_preset(runtime: Runtime, has_competition: bool) -> tuple[str, str]:
         return "demo", "no competition files were found"
     if not runtime.gpus:
         raise RuntimeError(
-            "Competition files but no GPU: switch on the accelerator (or choose the preset "
+            f"Competition files but no GPU: {how_to_get_a_gpu()} (or choose the preset "
             f"yourself, in section 2 or by the variable VQA_PRESET: {_CPU_PRESETS})"
         )
     memory, name = min((gpu["memory_gib"], gpu["name"]) for gpu in runtime.gpus)
@@ -2930,8 +2942,8 @@ def require_machine(config: Config) -> None:
     where = f"Preset {config.preset_name!r} cannot run here"
     if not runtime.gpus and config.quantization != "none":
         raise ValueError(
-            f"{where}: quantization {config.quantization!r} needs a GPU, and there is none. "
-            f"Switch on the accelerator, or choose another preset: {_CPU_PRESETS}"
+            f"{where}: quantization {config.quantization!r} needs a GPU, and none is seen: "
+            f"{how_to_get_a_gpu()}, or choose another preset: {_CPU_PRESETS}"
         )
     parts = [gpu["name"] for gpu in runtime.gpus if is_part_of_gpu(gpu["index"])]
     if parts and config.spread_model:
@@ -2943,15 +2955,16 @@ def require_machine(config: Config) -> None:
         sizes = [gpu["memory_gib"] for gpu in runtime.gpus]
         memory = SPREAD_MEMORY_SHARE * sum(sizes) if config.spread_model else min(sizes)
         place = " and ".join(dict.fromkeys(gpu["name"] for gpu in runtime.gpus))
+        remedy = "set PRESET = 'auto', a smaller model_id, or quantization='4bit'"
     else:
         memory = psutil.virtual_memory().total / 2**30
         place = "this computer"
+        remedy = f"{how_to_get_a_gpu()}, or choose another preset: {_CPU_PRESETS}"
     weights = _least_weights_gib(config, runtime.precision)
     if weights and weights + _LEAST_ROOM_GIB > memory:
         raise ValueError(
             f"{where}: {config.model_id} takes {weights:.0f} GiB at least, and {place} has "
-            f"{memory:.0f} for it. Set PRESET = 'auto', a smaller model_id, or "
-            "quantization='4bit'"
+            f"{memory:.0f} for it and {_LEAST_ROOM_GIB:.0f} GiB of work beside it: {remedy}"
         )
 
 

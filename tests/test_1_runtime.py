@@ -283,3 +283,25 @@ def test_a_gpu_without_facts_is_an_error_unless_it_is_hidden(named_gpus, monkeyp
         vqa.detect_runtime()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert [gpu["name"] for gpu in vqa.detect_runtime().gpus] == ["Tesla T4"]
+
+
+def test_gpus_that_a_variable_hides_are_not_said_to_be_switched_off(named_gpus, mini_data):
+    named_gpus("-1")
+    hidden = "unset CUDA_VISIBLE_DEVICES, which is '-1' and hides every GPU"
+    settings = {"data_dir": str(mini_data)}
+    with pytest.raises(RuntimeError, match=f"^Competition files but no GPU: {hidden}"):
+        vqa.load_config("auto", settings, environ={})
+    with pytest.raises(ValueError, match=f"needs a GPU, and none is seen: {hidden}, or choose"):
+        vqa.load_config("kaggle_t4x2", settings, environ={})
+
+
+def test_a_variable_hides_nothing_where_there_is_no_gpu(named_gpus, monkeypatch):
+    named_gpus("")
+    monkeypatch.setattr(vqa, "_query_gpus", dict)
+    assert vqa.how_to_get_a_gpu() == "switch on the accelerator"
+
+
+def test_a_tool_that_finds_no_device_without_failing_is_no_broken_gpu(named_gpus, caplog):
+    named_gpus(None, "No devices were found", "No devices were found")
+    assert vqa.detect_runtime().gpus == ()
+    assert "No GPU is used: nvidia-smi says 'No devices were found'" in caplog.text
