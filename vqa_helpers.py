@@ -12783,6 +12783,7 @@ ALARM_COLOUR = "#d9822b"
 GOOD_COLOUR = "#2e8b57"
 SHARE_CUT_TO_ACT_ON = 0.2  # of the images: from here on more pixels are the thing to try next
 
+GAIN_TO_SHOW = 0.05  # above guessing: a model with that much is at work, though few rows show it
 
 @dataclass(frozen=True)
 class Verdict:
@@ -13005,6 +13006,11 @@ def _next_step(run: Run, verdict: Verdict, results: Sequence[FoldResult], share_
         )
     if not verdict.has_skill:
         return (
+    if verdict.accuracy - verdict.guessing >= GAIN_TO_SHOW and not verdict.has_skill:
+        return (
+            f"Train on more rows: with {len(run.train)} of them an accuracy of "
+            f"{verdict.accuracy:.3f} may be luck, where a guess has {verdict.guessing:.3f}."
+        )
             "Check the answers' column and lower the learning rate, now "
             f"{config.learning_rate:g}: the accuracy is {verdict.accuracy:.3f}, "
             f"a guess has {verdict.guessing:.3f}."

@@ -264,3 +264,20 @@ def test_without_any_fallback_the_text_is_one_line():
     assert vqa.describe_fallbacks({"train_unusable_image": 1}) == (
         "fallback taken: train unusable image, 1 time"
     )
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "advice"),
+    [
+        (0.46, "Train on more rows: with 360 of them an accuracy of 0.460 may be luck, where a"),
+        (0.33, "Check the answers' column and lower the learning rate, now 0.001: the accuracy"),
+        (0.20, "Check the answers' column and lower the learning rate, now 0.001: the accuracy"),
+    ],
+)
+def test_what_few_rows_cannot_show_asks_for_rows_and_not_for_another_rate(
+    mini_run, replace, accuracy, advice
+):
+    run = planted(mini_run(), signal=0.0, zeroshot=0.0)
+    verdict = vqa.make_verdict(run, vqa.evaluate_run(run))
+    verdict = replace(verdict, accuracy=accuracy, guessing=0.31, has_skill=False)
+    assert vqa._next_step(run, verdict, (), 0.0).startswith(advice)
