@@ -10439,14 +10439,16 @@ class FoldTrainer(FoldState):
             except Interrupted:
                 self.save(epoch, self.next_step)
                 raise
+            is_whole_epoch = self.next_step == self.steps_per_epoch  # else it was noted already
             epoch += 1
             step = 0
             if self.config.save_every_epoch or epoch == self.epochs:
                 self.save(epoch, step)
             if epoch < self.epochs and any_process(self.time_is_up(speed)):
-                self.session.add_note(
-                    f"fold {self.fold}: training stopped after epoch {epoch}, {_NO_TIME}"
-                )
+                if is_whole_epoch:
+                    self.session.add_note(
+                        f"fold {self.fold}: training stopped after epoch {epoch}, {_NO_TIME}"
+                    )
                 break
         return self.finish()
 
@@ -12781,9 +12783,9 @@ DISTILLED_WARNING = (
 )
 ALARM_COLOUR = "#d9822b"
 GOOD_COLOUR = "#2e8b57"
+GAIN_TO_SHOW = 0.05  # above guessing: a model with that much is at work, though few rows show it
 SHARE_CUT_TO_ACT_ON = 0.2  # of the images: from here on more pixels are the thing to try next
 
-GAIN_TO_SHOW = 0.05  # above guessing: a model with that much is at work, though few rows show it
 
 @dataclass(frozen=True)
 class Verdict:
@@ -13004,13 +13006,13 @@ def _next_step(run: Run, verdict: Verdict, results: Sequence[FoldResult], share_
             f"Start a new run with fewer num_epochs or more time: {cut_short} of {asked_for} "
             f"folds ended before epoch {config.num_epochs}."
         )
-    if not verdict.has_skill:
-        return (
     if verdict.accuracy - verdict.guessing >= GAIN_TO_SHOW and not verdict.has_skill:
         return (
             f"Train on more rows: with {len(run.train)} of them an accuracy of "
             f"{verdict.accuracy:.3f} may be luck, where a guess has {verdict.guessing:.3f}."
         )
+    if not verdict.has_skill:
+        return (
             "Check the answers' column and lower the learning rate, now "
             f"{config.learning_rate:g}: the accuracy is {verdict.accuracy:.3f}, "
             f"a guess has {verdict.guessing:.3f}."
@@ -15657,8 +15659,15 @@ def note_start(run: Run) -> None:
     content = json.dumps({"started": session_start()})
     atomic_write(run.directory / "session.json", content)
     left = run.seconds_left()
-    if left < math.inf:
-        LOGGER.info("Time budget: %.1f hours are left", left / 3600)
+    if left <= 0:
+        LOGGER.warning(
+            "The time budget ended %s ago: folds that are not trained yet get as little training "
+            "as possible. Better interrupt this cell, and begin a new session or raise "
+            "time_budget_hours; then run all again",
+            duration_in_words(-left),
+        )
+    elif left < math.inf:
+        LOGGER.info("Time budget: %s left", duration_in_words(left))
 
 
 def run_folds(config: Config) -> list[FoldResult]:

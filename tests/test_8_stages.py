@@ -71,6 +71,7 @@ def test_training_stops_in_time_for_inference_and_says_so(mini_run):
     assert len(ensemble) == len(run.test)
     report = vqa.write_report(run, evaluation).read_text(encoding="utf-8")
     assert "fold 0: training stopped in epoch 1 after step 1 of 3" in report
+    assert "training stopped after epoch" not in report  # the same, said once more
     assert "train fold 1 was left out: the time budget has no" in report
     assert "folds [0] of 2" in report
 

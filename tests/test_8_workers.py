@@ -355,3 +355,24 @@ def test_the_end_of_a_log_keeps_what_may_be_the_cause(line):
 def test_the_end_of_a_log_has_25_lines_that_say_something():
     log = "".join(f"line {number}\n\n{PYTHON_WARNING}" for number in range(100))
     assert vqa.log_tail(log).splitlines() == [f"line {number}" for number in range(75, 100)]
+
+
+@pytest.mark.parametrize(
+    ("hours_ago", "said"),
+    [
+        (1, "INFO Time budget: 10 hours left"),
+        (10.5, "INFO Time budget: 30 minutes left"),
+        (11.5, "WARNING The time budget ended 30 minutes ago: folds that are not trained yet get"),
+    ],
+)
+def test_the_start_says_how_much_time_is_left_and_what_to_do_without_any(
+    mini_run, monkeypatch, caplog, hours_ago, said
+):
+    run = mini_run(time_budget_hours=11)
+    started = time.time() - 3600 * hours_ago
+    monkeypatch.setattr(vqa, "session_start", lambda: started)
+    caplog.set_level("INFO")
+    caplog.clear()
+    vqa.note_start(run)
+    (record,) = caplog.records
+    assert f"{record.levelname} {record.getMessage()}".startswith(said)
