@@ -636,6 +636,11 @@ def pip_install(requirements: Sequence[str]) -> None:
     installed. Raises RuntimeError with the ways to go on, and the last lines of what pip said.
     """
     wheels = _find_wheels()
+    if wheels and not Path(wheels).is_dir():
+        raise RuntimeError(
+            f"VQA_WHEELS is {wheels!r}, and there is no such folder, for "
+            f"{', '.join(requirements)}: correct it, or unset it to install from the internet"
+        )
     source = ["--no-index", "--find-links", wheels] if wheels else []
     command = [sys.executable, "-m", "pip", "install", "--quiet", *source, *requirements]
     finished = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -271,3 +271,15 @@ print([name for name in ("safetensors", "tokenizers", "huggingface_hub") if name
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=vqa.HERE
     )
     assert finished.stdout == "[]\n"
+
+
+def test_a_folder_of_wheels_that_is_not_there_is_named_before_pip_is_asked(machine):
+    machine.versions["bitsandbytes"] = None
+    machine.environment(VQA_WHEELS="/no such folder")
+    machine.helper()
+    with pytest.raises(
+        RuntimeError,
+        match="^VQA_WHEELS is '/no such folder', and there is no such folder, .*or unset it",
+    ):
+        machine.run(FIND, IMPORT, INSTALL)
+    assert machine.pip_calls == []
