@@ -10206,7 +10206,9 @@ class FoldState:
     # `save` and `resume` name them.
     history: list[dict]  # one record per finished epoch; by `end_epoch`
     losses: list[float]  # of the current epoch's steps, NaN: skipped; by `train_epoch`
-    best: dict  # "score" [accuracy, -nll] or None, "epoch", "tensors"; by `end_epoch`
+    # "score" [accuracy, -nll] or None, "epoch", "tensors", "logits" of the held-out rows; by
+    # `end_epoch`
+    best: dict
     skipped: int  # steps without an update, in the whole fold; by `skip_step`
     next_step: int  # the next one of the current epoch; by `train_epoch`
     padding: float  # share of padded positions in the current epoch; by `train_epoch`
@@ -10273,7 +10275,7 @@ class FoldState:
     def _reset_progress(self) -> None:
         self.history = []
         self.losses = []
-        self.best = {"score": None, "epoch": -1, "tensors": {}}
+        self.best = {"score": None, "epoch": -1, "tensors": {}, "logits": None}
         self.skipped = 0
         self.next_step = 0
         self.padding = 0.0
@@ -10319,7 +10321,7 @@ class FoldState:
             if name != "scaler":
                 part.load_state_dict(state[name])
         self._resume_scaler(state["scaler"], metadata.get("precision"))
-        self.best = state["best"]
+        self.best = {"logits": None, **state["best"]}  # earlier versions kept no logits
         self.history = metadata["history"]
         self.losses = metadata["losses"]
         self.skipped = metadata["skipped"]
@@ -10615,18 +10617,22 @@ class FoldTrainer(FoldState):
         steps_done = epoch * self.steps_per_epoch + step + 1
         self.session.progress(label, steps_done, self.total_steps, together=True, **details)
 
-    def validate(self) -> tuple[np.ndarray, dict]:
-        """Logits (n, 1, 4) of the held-out rows through the inference path; accuracy and NLL."""
+    def held_out_logits(self) -> np.ndarray:
+        """Logits (n, 1, 4) of the held-out rows, through the inference path."""
         label = f"fold {self.fold} validation"
         views = [TTAView("rotation 0")]
-        logits = predict_logits(self.session, self.validation, views, label)
+        return predict_logits(self.session, self.validation, views, label)
+
+    def held_out_scores(self, logits: np.ndarray) -> dict[str, float]:
+        """Accuracy and NLL of the held-out rows' logits (n, 1, 4); {} where no row is held out."""
+        if not len(logits):
+            return {}
         probabilities = softmax(logits[:, 0])
         labels = self.validation["label"].to_numpy()
-        scores = {
+        return {
             "accuracy": accuracy(probabilities, labels),
             "nll": negative_log_likelihood(probabilities, labels),
         }
-        return logits, scores
 
     def preferred_letter(self, logits: np.ndarray) -> str:
         """Which letter the logits (n, 1, 4) of the held-out rows prefer by far; "" for none."""
@@ -10637,7 +10643,8 @@ class FoldTrainer(FoldState):
 
     def end_epoch(self, epoch: int, speed: float) -> None:
         """Validate, keep the best weights, and record the epoch in history.csv and the log."""
-        logits, scores = self.validate()
+        logits = self.held_out_logits()
+        scores = self.held_out_scores(logits)
         preference = self.preferred_letter(logits)
         if preference:  # later epochs may cure it: `save_weights` warns
             LOGGER.info("Fold %d epoch %d: %s", self.fold, epoch + 1, preference)
@@ -10647,7 +10654,12 @@ class FoldTrainer(FoldState):
             tensors = {}
             for name, value in self.parameters.items():
                 tensors[name] = value.detach().cpu().clone()
-            self.best = {"score": score, "epoch": epoch, "tensors": tensors}
+            self.best = {
+                "score": score,
+                "epoch": epoch,
+                "tensors": tensors,
+                "logits": torch.from_numpy(logits),
+            }
         record = {
             "epoch": epoch + 1,
             "loss": float(np.nanmean(self.losses)),
@@ -10672,8 +10684,11 @@ class FoldTrainer(FoldState):
                 weights[kind] = averager.average
         kinds = {}
         adapters = {}
+        known_logits = {}
+        if self.best["logits"] is not None:  # of its epoch's end
+            known_logits["raw"] = self.best["logits"].numpy()
         for kind, tensors in weights.items():
-            kinds[kind], adapters[kind] = self.save_weights(kind, tensors)
+            kinds[kind], adapters[kind] = self.save_weights(kind, tensors, known_logits.get(kind))
         folder = self.run.fold_dir(self.fold)
         best_epoch = self.best["epoch"] + 1
         result = {
@@ -10688,24 +10703,33 @@ class FoldTrainer(FoldState):
         LOGGER.info("Fold %d: best epoch %d, held-out %s", self.fold, best_epoch, kinds)
         return read_fold_result(self.run, self.fold)
 
-    def save_weights(self, kind: str, tensors: Mapping) -> tuple[dict, str]:
+    def save_weights(
+        self,
+        kind: str,
+        tensors: Mapping,
+        known_logits: np.ndarray | None,
+    ) -> tuple[dict, str]:
         """Write an adapter, in PEFT's format, and its validation logits.
 
-        Returns its scores on the held-out rows and the SHA-256 of its weights.
+        These are computed where they are not known yet. Returns its scores on the held-out rows
+        and the SHA-256 of its weights.
         """
         folder = self.run.fold_dir(self.fold)
         adapter = folder / f"adapter_{kind}"
         if adapter.exists():  # a damaged one: PEFT would read its model card
             shutil.rmtree(adapter)
         with swapped_weights(self.parameters, tensors):
-            logits, scores = self.validate()
             self.model.save_pretrained(adapter)
+            logits = known_logits
+            if logits is None:
+                logits = self.held_out_logits()
         preference = self.preferred_letter(logits)
         if preference:
             self.session.add_note(f"fold {self.fold}, {kind} weights: {preference}")
         path = folder / f"validation_{kind}.npz"
         write_logits(path, self.validation, logits, ["rotation 0"], self.run.fingerprint)
-        return scores, file_sha256(adapter / "adapter_model.safetensors")
+        sha256 = file_sha256(adapter / "adapter_model.safetensors")
+        return self.held_out_scores(logits), sha256
 
 
 # ======= 6. Evidence ==============================================================================
@@ -14920,9 +14944,9 @@ class FinalTrainer(FoldTrainer):
             raise OutOfTime
         return speed
 
-    def validate(self) -> tuple[np.ndarray, dict]:
-        """No logits and no scores: no row is held out."""
-        return np.empty((0, 1, 4)), {}
+    def held_out_logits(self) -> np.ndarray:
+        """None of them: no row is held out."""
+        return np.empty((0, 1, 4))
 
     def finish(self) -> FoldResult:
         """As a fold's. Raises OutOfTime where epochs are missing; what is done is saved."""
@@ -16412,7 +16436,8 @@ def training_parts(
         "adapter": seconds.adapter,
         "prompts": (epochs + 1) * rows * seconds.prompt,  # once more for the memory plan
         "training": training,
-        "validation": (epochs + kinds) * held_out * seconds.validation,
+        # Of the raw weights nothing is scored again: they are those of the best epoch.
+        "validation": (epochs + kinds - 1) * held_out * seconds.validation,
         "checkpoints": checkpoints * seconds.checkpoint,
     }
 
@@ -17078,13 +17103,17 @@ def _watch_preflight(
 
 
 # === Worker and command line ======================================================================
-def stay_offline(config: Config) -> None:
-    """Where the model is a local folder, let this process ask the hub for nothing.
+def leave_out_what_is_not_needed(config: Config) -> None:
+    """Let this process import and ask for no more than the configuration needs.
 
+    Where the model is a local folder, the hub is not asked. Where nothing is quantised,
+    bitsandbytes is not imported: PEFT would, which takes a second, and fails where it is broken.
     To be called before transformers is imported.
     """
     if Path(config.model_path).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
+    if config.quantization == "none":
+        sys.modules["bitsandbytes"] = None  # Python's way to say that there is none
 
 
 def _copy_for_fold(directory: Path, place: Path, folds: Sequence[int]) -> Path:
@@ -17137,7 +17166,7 @@ def run_worker(
 ) -> None:
     """What a worker process does; ends it with status 75 after a request to stop."""
     setup_logging(run.directory, run.config.log_level, run.config.log_to_file)
-    stay_offline(run.config)
+    leave_out_what_is_not_needed(run.config)
     try:
         with run.lock_folds(folds):
             run_stages(run, folds, stages, progress.update)
@@ -17182,7 +17211,7 @@ def preflight_command(options: argparse.Namespace) -> None:
     """Run `preflight` in this process; write the memory table, then all facts as JSON."""
     config = Config(**json.loads(options.config)) if options.config else load_config()
     setup_logging(".", config.log_level, to_file=False)
-    stay_offline(config)
+    leave_out_what_is_not_needed(config)
     tried = {"started": psutil.Process().create_time()}
     if options.progress:
         tried["progress"] = ProgressFile(Path(options.progress)).update

@@ -171,12 +171,37 @@ def test_kept_weights_that_prefer_a_letter_are_noted_for_the_report(mini_run, mo
     trainer = vqa.FoldTrainer(session, run, 0)
     few = trainer.validation
     trainer.validation = pd.concat([few, few], ignore_index=True)  # 18 rows would prove nothing
-    trainer.save_weights("ema", trainer.parameters)
+    trainer.save_weights("ema", trainer.parameters, None)
     share = (trainer.validation["answer"] == "b").mean()
     assert session.notes == [
         f"fold 0, ema weights: the model answered b in 36 of 36 rows (100%); "
         f"b is right in {share:.0%}"
     ]
     trainer.validation = few
-    trainer.save_weights("raw", trainer.parameters)
+    trainer.save_weights("raw", trainer.parameters, None)
     assert len(session.notes) == 1
+
+
+def test_the_best_epochs_scores_are_those_of_the_raw_weights_and_computed_once(
+    mini_run, monkeypatch
+):
+    passes = []
+    predict = vqa.predict_logits
+
+    def count(session, frame, views, label, *arguments):
+        passes.append(label)
+        return predict(session, frame, views, label, *arguments)
+
+    monkeypatch.setattr(vqa, "predict_logits", count)
+    run = mini_run(num_epochs=2)
+    session = open_run_session(run)
+    trainer = vqa.FoldTrainer(session, run, 0)
+    result = trainer.fit()
+    assert passes == ["fold 0 validation"] * 3  # two epochs, and the EMA weights
+    again, _ = trainer.save_weights("raw", trainer.best["tensors"], None)
+    assert again == result.kinds["raw"]
+    # A checkpoint of an earlier version has no logits: they are computed.
+    del trainer.best["logits"]
+    trainer.save(epoch=2, step=0)
+    trainer.resume()
+    assert trainer.best["logits"] is None

@@ -91,9 +91,10 @@ def pretended(losses, interrupt_after=None):
 
 
 def fold_result(run_folder):
-    """The result of a run's fold, without what depends on the speed of the machine."""
+    """The result of a run's fold, without the run's fingerprint and the speed of the machine."""
     text = (run_folder / "fold_0" / "result.json").read_text(encoding="utf-8")
     result = json.loads(text)
+    result.pop("fingerprint")
     for epoch in result["history"]:
         epoch.pop("samples_per_second")
     return result

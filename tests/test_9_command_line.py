@@ -70,5 +70,19 @@ def test_what_a_further_process_notes_reaches_the_report(mini_run, monkeypatch):
 def test_only_a_local_model_switches_the_hub_off(monkeypatch, model, offline):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # so that it is put back
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    vqa.stay_offline(vqa.Config(model_id=model))
+    vqa.leave_out_what_is_not_needed(vqa.Config(model_id=model))
     assert os.environ.get("HF_HUB_OFFLINE") == offline
+
+
+@pytest.mark.parametrize(("quantization", "loaded"), [("none", "False"), ("4bit", "True")])
+def test_bitsandbytes_is_imported_only_where_something_is_quantised(quantization, loaded):
+    script = f"""
+import sys
+import vqa_helpers as vqa
+vqa.leave_out_what_is_not_needed(vqa.Config(quantization={quantization!r}))
+import peft
+print(bool(sys.modules.get("bitsandbytes")))
+"""
+    command = [sys.executable, "-c", script]
+    finished = subprocess.run(command, cwd=vqa.HERE, check=True, capture_output=True, text=True)
+    assert finished.stdout.strip() == loaded

@@ -41,14 +41,14 @@ def seconds_of(part, step, **settings):
         ("train: training", "training", {"num_epochs": 2, "final_retrain": True}, 3 * 160 + 240),
         ("train: prompts", "prompt", {"num_epochs": 2}, 3 * 80 * 3),
         # Epochs, and each kind of weights once.
-        ("train: validation", "validation", {"num_epochs": 2, "use_ema": False}, 3 * 40 * 3),
-        ("train: validation", "validation", {"num_epochs": 2}, 3 * 40 * 4),
-        ("train: validation", "validation", {"num_epochs": 2, "use_swa": True}, 3 * 40 * 5),
+        ("train: validation", "validation", {"num_epochs": 2, "use_ema": False}, 3 * 40 * 2),
+        ("train: validation", "validation", {"num_epochs": 2}, 3 * 40 * 3),
+        ("train: validation", "validation", {"num_epochs": 2, "use_swa": True}, 3 * 40 * 4),
         (
             "train: validation",
             "validation",
             {"num_epochs": 2, "final_retrain": True},  # nothing is held out from that one
-            3 * 40 * 4,
+            3 * 40 * 3,
         ),
         ("train: checkpoints", "checkpoint", {"num_epochs": 2}, 3 * 2),
         (
