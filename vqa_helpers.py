@@ -4664,11 +4664,16 @@ def _notations_of_sample(rows: pd.DataFrame) -> list[AnswerNotation]:
     return [_notation_of(reading, rows)[0] for reading in fitting]
 
 
+def _choices_by_id(test: pd.DataFrame) -> pd.DataFrame:
+    """The texts a, b, c, d of the test rows; the index is the id, as text."""
+    rows = test.assign(id=test["id"].map(str)).drop_duplicates("id")
+    return rows.set_index("id")[[*CHOICES]]
+
+
 def _sample_rows(sample: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
     """The sample's rows that have an answer, with the choices of the test row."""
     answers = ["" if pd.isna(answer) else str(answer) for answer in sample.iloc[:, 1]]
-    by_id = test.assign(id=test["id"].map(str)).drop_duplicates("id").set_index("id")
-    choices = by_id[[*CHOICES]].reindex(sample.iloc[:, 0].map(str), fill_value="")
+    choices = _choices_by_id(test).reindex(sample.iloc[:, 0].map(str), fill_value="")
     rows = choices.assign(answer=answers)
     return rows[~rows["answer"].map(shows_nothing)]
 
@@ -5909,18 +5914,6 @@ class LeakageReport:
     # The same of each test row that has a usable image; the numbers are those of `image_group`.
     test_group: pd.Series
     alarm: str  # why near copies were not used for grouping; "" where they were
-
-    @property
-    def groups_in_train(self) -> int:
-        """Groups with at least two training rows."""
-        groups = self.groups.loc[self.groups["split"] == "train", "group"]
-        return int((groups.value_counts() > 1).sum())
-
-    @property
-    def test_rows_in_train(self) -> int:
-        """Test rows whose image has a copy in train."""
-        is_across = self.groups["where"] == COPY_PLACES[0]
-        return int((is_across & (self.groups["split"] == "test")).sum())
 
 
 @dataclass(frozen=True)
@@ -13930,7 +13923,7 @@ def _choices_of_sample(
             "this competition's answers are the texts of the choices: give test, its test rows, too"
         )
     ids = sample.iloc[:, 0].map(str)
-    by_id = test.assign(id=test["id"].map(str)).set_index("id")[[*CHOICES]]
+    by_id = _choices_by_id(test)
     missing = sorted(set(ids) - set(by_id.index))
     if missing:
         raise SubmissionError(

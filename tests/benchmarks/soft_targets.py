@@ -22,17 +22,8 @@ from leaderboard import finished_run, hidden_labels
 
 import vqa_helpers as vqa
 
-COLUMNS = [  # of the ladder
-    "accuracy",
-    "nll",
-    "gain",
-    "gain_low",
-    "gain_high",
-    "p_value",
-    "nll_change",
-    "nll_low",
-    "nll_high",
-]
+NOT_SHOWN = {"brier", "ece", "against", "used"}  # of the ladder
+COLUMNS = [name for name in vqa.LADDER_COLUMNS if name not in NOT_SHOWN]
 
 
 def all_runs(output_dir: str, larger: bool) -> dict[str, vqa.Run]:
