@@ -49,6 +49,7 @@ above it.
    Adapters                            LoRA on the language model, fresh or from a file
    Image tokens                        pixel budget, patch grid, pixel inputs
    Vision cache                        features of the frozen vision tower, computed once
+   Recurrent layers                    choice orders go on from the state of their common prefix
    Session                             what a worker loads once
    Batches                             tokenised questions, padded together
    Scores and loss                     a batch's scores of the four letters, and the loss on them
@@ -218,6 +219,7 @@ class _LazyModule(ModuleType):
 
 torch = _LazyModule("torch")
 transformers = _LazyModule("transformers")
+cache_utils = _LazyModule("transformers.cache_utils")
 peft = _LazyModule("peft")
 bnb_functional = _LazyModule("bitsandbytes.functional")
 bnb_parametrize = _LazyModule("bitsandbytes.nn.parametrize")
@@ -6307,9 +6309,9 @@ def image_variants(frame: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
 class Family:
     """What differs between families of models and cannot be read from the model itself."""
 
-    # A mask keeps the choice orders of one question apart; a recurrent layer would carry
-    # what it has read of one order over to the next.
-    is_attention_only: bool = True
+    # Name of the part of a decoder layer that reads one token after the other, where some
+    # layers have one instead of attention: see the section Recurrent layers.
+    recurrent_mixer: str | None = None
     is_compiled: bool = True  # torch.compile is used for its decoder layers
     # Regular expression for the parameters that hold all experts of a layer in one tensor.
     experts: str | None = None
@@ -6328,7 +6330,7 @@ FAMILIES = {
         is_compiled=False,
         experts=r"\.mlp\.experts\.(gate_up|down)_proj$",
     ),
-    "qwen3_5": Family(is_attention_only=False, is_compiled=False),
+    "qwen3_5": Family(recurrent_mixer="linear_attn", is_compiled=False),
 }
 # Projections of the language model's decoder layers and nothing else: the vision tower stays
 # as it was pretrained, and so do the experts of a mixture, which are no linear layers.
@@ -7434,6 +7436,113 @@ class VisionCache:
         return SimpleNamespace(pooler_output=layers[0], deepstack_features=layers[1:])
 
 
+# === Recurrent layers =============================================================================
+class SharedPrefixes(NamedTuple):
+    """Where the prefixes and ends of a batch lie that holds several choice orders a question.
+
+    Attention keeps the orders apart by a mask. A recurrent layer would carry what it has read of
+    one order over to the next: it reads a prefix once, and each order's end from a copy of the
+    state behind the prefix. All tensors are made once a batch, by `split_at_prefixes`; tokens
+    are counted through the batch's (questions, length), row by row.
+    """
+
+    # (questions, longest prefix): number of each token; in front of a shorter one that of its
+    # first token, over and over.
+    prefix_tokens: torch.Tensor
+    prefix_mask: torch.Tensor  # of that shape: False in front of a shorter one
+    # (answers, longest end): number of each token; behind a shorter one that of its last token.
+    end_tokens: torch.Tensor
+    questions: torch.Tensor  # (answers,): the question of each end
+    # (questions, length): where each token's output lies, in the outputs of all prefixes, then
+    # of all ends, then one row of zeros, for padding.
+    places: torch.Tensor
+
+
+def split_at_prefixes(segments) -> SharedPrefixes:
+    """The prefixes and ends of a batch, from its `segments` (questions, length), on the CPU.
+
+    A segment is -1 in padding, 0 in the prefix, then the number of the order.
+
+    >>> parts = split_at_prefixes(torch.tensor([[-1, 0, 0, 1, 2, 2]]))
+    >>> parts.prefix_tokens.tolist(), parts.end_tokens.tolist()
+    ([[1, 2]], [[3, 3], [4, 5]])
+    >>> parts.places.tolist()  # prefix 0 and 1, ends 2 to 5, of which 3 is padding; 6: zeros
+    [[6, 0, 1, 2, 4, 5]]
+    """
+    numbers = np.arange(segments.numel()).reshape(segments.shape)
+    prefixes = []
+    ends = []
+    questions = []
+    for question, row in enumerate(segments.numpy()):
+        prefixes.append(numbers[question, row == 0])
+        for order in range(1, row.max() + 1):
+            ends.append(numbers[question, row == order])
+            questions.append(question)
+    longest_prefix = max(len(tokens) for tokens in prefixes)
+    longest_end = max(len(tokens) for tokens in ends)
+    first_end = len(prefixes) * longest_prefix
+    zeros = first_end + len(ends) * longest_end
+    places = np.full(segments.numel(), zeros)
+    for question, tokens in enumerate(prefixes):
+        behind = (question + 1) * longest_prefix
+        places[tokens] = np.arange(behind - len(tokens), behind)
+    for answer, tokens in enumerate(ends):
+        start = first_end + answer * longest_end
+        places[tokens] = np.arange(start, start + len(tokens))
+    # Padding repeats a real token, so that it is as finite as that one.
+    missing = [longest_prefix - len(tokens) for tokens in prefixes]
+    prefix_tokens = [
+        np.pad(tokens, (count, 0), mode="edge")
+        for tokens, count in zip(prefixes, missing, strict=True)
+    ]
+    end_tokens = [np.pad(tokens, (0, longest_end - len(tokens)), mode="edge") for tokens in ends]
+    prefix_mask = np.arange(longest_prefix) >= np.array(missing)[:, None]
+    return SharedPrefixes(
+        prefix_tokens=torch.from_numpy(np.array(prefix_tokens)),
+        prefix_mask=torch.from_numpy(prefix_mask),
+        end_tokens=torch.from_numpy(np.array(end_tokens)),
+        questions=torch.tensor(questions),
+        places=torch.from_numpy(places.reshape(segments.shape)),
+    )
+
+
+def forward_behind_prefixes(
+    mixer, compute: Callable, hidden_states, attention_mask=None, **options
+):
+    """The pass of a recurrent `mixer` by `compute`, its own forward, over (batch, length, hidden).
+
+    Given `SharedPrefixes` as the mask, it reads each question's prefix once and the ends of all
+    orders from copies of the state behind it; the outputs come back where their tokens stand.
+    Else it is the mixer's own pass.
+    """
+    if not isinstance(attention_mask, SharedPrefixes):
+        return compute(hidden_states=hidden_states, attention_mask=attention_mask, **options)
+    parts = attention_mask
+    tokens = hidden_states.flatten(0, 1)
+    # A cache of this layer alone: its states are gone before the next layer has any.
+    state = cache_utils.LinearAttentionLayer()
+    cache = transformers.Cache(layers=[state] * (mixer.layer_idx + 1))
+    # By position: the cache is `cache_params` in transformers 5.18 and `cache` in 5.24.
+    prefixes = compute(tokens[parts.prefix_tokens], cache, parts.prefix_mask)
+    state.reorder_cache(parts.questions)
+    # Nobody reads what the ends leave behind. A cache would write it over the prefix's state,
+    # which a backward pass still needs.
+    state.update_recurrent_state = lambda states, *_, **__: states
+    ends = compute(tokens[parts.end_tokens], cache)
+    zeros = tokens.new_zeros(1, tokens.shape[1])
+    outputs = torch.cat([prefixes.flatten(0, 1), ends.flatten(0, 1), zeros])
+    return outputs[parts.places]
+
+
+def use_shared_prefixes(model) -> None:
+    """Let the model's recurrent layers, if it has any, take `SharedPrefixes` as their mask."""
+    name = FAMILIES[model.config.model_type].recurrent_mixer
+    for layer in model.model.language_model.layers:
+        mixer = getattr(layer, name or "", None)
+        if mixer is not None:
+            mixer.forward = functools.partial(forward_behind_prefixes, mixer, mixer.forward)
+
+
 # === Session ======================================================================================
 @dataclass
 class Session:
@@ -7489,7 +7598,7 @@ class Session:
 
         That takes a mask which other kinds of attention refuse.
         """
-        return self.runtime.attention == "sdpa" and self.family.is_attention_only
+        return self.runtime.attention == "sdpa"
 
     def add_note(self, text: str) -> None:
         """Log a departure from the plan as a warning, and keep it for the report."""
@@ -7522,6 +7631,7 @@ def open_session(config: Config, example: Mapping) -> Session:
     with track_peak_memory("model loaded"):
         model = load_model(config, runtime)
     remove_gpu_syncs(model)
+    use_shared_prefixes(model)
     device = model.device
     vision_cache = VisionCache(model, processor, config.cache_dir)
 
@@ -7707,6 +7817,8 @@ def collate(session: Session, prompts: Sequence[Prompt]) -> dict:
         "prompts": list(prompts),
         "padded": len(lengths) > 1,  # whether any question has padding
     }
+    if session.family.recurrent_mixer and len(answer_rows) > len(prompts):
+        batch["shared_prefixes"] = split_at_prefixes(segments)
     if session.vision_cache.has_all(prompt.image_key for prompt in prompts):
         batch["features"] = [session.vision_cache.load(prompt.image_key) for prompt in prompts]
     else:
@@ -7789,6 +7901,16 @@ def shared_prefix_mask(segments):
     return ((is_causal & is_visible) | is_padding)[:, None]
 
 
+def _recurrent_mask(session: Session, batch: Mapping):
+    """The mask of recurrent layers: a batch's parts, its padding, or None where it has neither."""
+    if "shared_prefixes" in batch:
+        parts = batch["shared_prefixes"]
+        return SharedPrefixes(*(part.to(session.device, non_blocking=True) for part in parts))
+    if batch["padded"]:
+        return batch["attention_mask"].to(session.device, non_blocking=True)
+    return None
+
+
 def _model_inputs(session: Session, batch: Mapping) -> dict:
     """The model's inputs but the image, on its device, with the mask that attention needs."""
     inputs = {name: batch[name].to(session.device, non_blocking=True) for name in MODEL_INPUTS}
@@ -7799,6 +7921,11 @@ def _model_inputs(session: Session, batch: Mapping) -> dict:
     if session.shares_prefixes and needs_mask:
         segments = batch["segments"].to(session.device, non_blocking=True)
         inputs["attention_mask"] = shared_prefix_mask(segments)
+        if session.family.recurrent_mixer:
+            inputs["attention_mask"] = {
+                "full_attention": inputs["attention_mask"],
+                "linear_attention": _recurrent_mask(session, batch),
+            }
     elif not batch["padded"]:
         del inputs["attention_mask"]  # it says nothing, and asking it would wait for the GPU
     return inputs

@@ -210,3 +210,17 @@ def test_gradients_of_orders_behind_a_shared_prefix_are_those_of_separate_prompt
     separate = gradients_of([[order] for order in orders])
     assert (shared - separate).norm() <= 1e-5 * separate.norm()
     assert separate.norm() > 1e-3
+
+
+@pytest.mark.parametrize("turns", [1, 4])
+def test_recurrent_layers_never_wait_for_the_gpu(model_folders, demo_rows, turns):
+    config = vqa.Config.preset("demo", model_id=str(model_folders["qwen3_5"]))
+    session = vqa.open_session(config, demo_rows.train.iloc[0])
+    orders = [view.order for view in ROTATIONS[:turns]]
+    prompts = [vqa.make_prompt(session, demo_rows.train, row, orders) for row in range(3)]
+    batch = vqa.collate(session, prompts)
+    batch["features"] = session.vision_cache.compute_for_batch(batch)
+    assert batch["padded"]
+    with torch.no_grad(), Waits() as ours:
+        vqa.answer_hidden_states(session, batch)
+    assert not ours.found

@@ -1,0 +1,161 @@
+"""Part 3, Recurrent layers: choice orders go on from one prefix's state as from their own."""
+
+import dataclasses
+
+import accelerate
+import pytest
+import torch
+from cards import T4
+from references import gradients, perturb_adapter
+from running import ROTATIONS
+from transformers.cache_utils import LinearAttentionLayer
+
+import vqa_helpers as vqa
+
+PLAIN = (0, 1, 2, 3)
+TURNED = (1, 2, 3, 0)
+REVERSED = (3, 2, 1, 0)
+
+
+@pytest.fixture
+def session(model_folders, demo_rows):
+    config = vqa.Config.preset("demo", model_id=str(model_folders["qwen3_5"]), label_smoothing=0.0)
+    session = vqa.open_session(config, demo_rows.train.iloc[0])
+    perturb_adapter(vqa.attach_lora(session.model, session.config, seed=0)).eval()
+    return session
+
+
+@pytest.fixture
+def rows(demo_rows):
+    """Questions of several lengths; the second has a blank choice."""
+    frame = demo_rows.test.head(4).copy()
+    frame.loc[frame.index[1], "c"] = ""
+    frame.loc[frame.index[2], "a"] = "a much longer choice than all others, of several words"
+    return frame
+
+
+def states_of(session, frame, orders):
+    """Hidden states (answers, hidden) of a batch with these orders of each row."""
+    prompts = []
+    for row, row_orders in enumerate(orders):
+        if row_orders:
+            prompts.append(vqa.make_prompt(session, frame, row, row_orders))
+    return vqa.answer_hidden_states(session, vqa.collate(session, prompts))
+
+
+def states_alone(session, frame, orders):
+    """The same states, each from a prompt and a forward pass of its own."""
+    alone = []
+    for row, row_orders in enumerate(orders):
+        for order in row_orders:
+            only = [[]] * row + [[order]]
+            alone.append(states_of(session, frame, only))
+    return torch.cat(alone)
+
+
+ORDERS = {
+    "ends and prefixes of several lengths": [[PLAIN, TURNED], [PLAIN, REVERSED], [TURNED, PLAIN]],
+    "four orders beside one": [[PLAIN], [PLAIN, TURNED, REVERSED, (2, 3, 0, 1)], [PLAIN]],
+    # The same order twice: all but the last token is common.
+    "ends of a single token": [[PLAIN, PLAIN], [TURNED, TURNED]],
+    "one question": [[PLAIN, TURNED, REVERSED]],
+}
+
+
+@pytest.mark.parametrize("orders", ORDERS.values(), ids=ORDERS.keys())
+@torch.inference_mode()
+def test_orders_behind_one_prefix_have_the_states_of_prompts_of_their_own(session, rows, orders):
+    together = states_of(session, rows, orders)
+    alone = states_alone(session, rows, orders)
+    assert torch.allclose(together, alone, rtol=0, atol=1e-5)
+    assert alone.std(0).max() > 1e-2 or len(orders) == 1  # the prompts differ
+
+
+def test_prefixes_and_ends_are_padded_with_tokens_of_their_own():
+    segments = torch.tensor([[-1, 0, 0, 1, 1, 2], [0, 0, 0, 0, 0, 1]])
+    parts = vqa.split_at_prefixes(segments)
+    assert parts.prefix_tokens.tolist() == [[1, 1, 1, 1, 2], [6, 7, 8, 9, 10]]
+    assert parts.prefix_mask.tolist() == [[False, False, False, True, True], [True] * 5]
+    assert parts.end_tokens.tolist() == [[3, 4], [5, 5], [11, 11]]
+    assert parts.questions.tolist() == [0, 0, 1]
+    # Prefixes take the places 0 to 9, ends 10 to 15; padding reads the zeros behind them.
+    assert parts.places.tolist() == [[16, 3, 4, 10, 11, 12], [5, 6, 7, 8, 9, 14]]
+
+
+def test_padding_leaves_a_recurrent_layer_as_zeros(session):
+    segments = torch.tensor([[-1, -1, 0, 0, 1, 2], [0, 0, 0, 1, 1, 2]])
+    hidden = torch.randn(2, 6, 64)
+    hidden[0, :2] = torch.nan  # and is not read
+    mixer = session.decoder_layers[0].linear_attn
+    with torch.no_grad():
+        outputs = mixer(hidden, attention_mask=vqa.split_at_prefixes(segments))
+    assert (outputs[0, :2] == 0).all()
+    assert outputs.isfinite().all()
+    assert (outputs[0, 2:].abs().amax(-1) > 0).all()
+
+
+def test_gradients_flow_through_the_copied_states_and_recomputed_layers(session, rows):
+    session.model.train()
+    vqa.use_fast_layers(session, session.model, questions=3)
+    found = []
+    for recompute in (False, True):
+        for layer in session.decoder_layers:
+            layer.recompute = recompute
+        together = states_of(session, rows, [[PLAIN, TURNED], [PLAIN]])
+        found.append(gradients(session.model, together.square().sum()))
+    alone = states_alone(session, rows, [[PLAIN, TURNED], [PLAIN]])
+    expected = gradients(session.model, alone.square().sum())
+    assert expected.norm() > 1e-2
+    for ours in found:
+        assert (ours - expected).norm() <= 1e-4 * expected.norm()
+
+
+@torch.inference_mode()
+def test_in_half_precision_states_stay_in_fp32(session, rows, monkeypatch):
+    session.model.bfloat16()
+    dtypes = set()
+    reorder = LinearAttentionLayer.reorder_cache
+
+    def noted(layer, questions):
+        dtypes.add(layer.recurrent_states[0].dtype)
+        reorder(layer, questions)
+
+    monkeypatch.setattr(LinearAttentionLayer, "reorder_cache", noted)
+    orders = [[PLAIN, TURNED], [PLAIN, REVERSED]]
+    together = states_of(session, rows, orders).float()
+    assert dtypes == {torch.float32}
+    alone = states_alone(session, rows, orders).float()
+    assert torch.allclose(together, alone, rtol=0.05, atol=0.05)
+
+
+@torch.inference_mode()
+def test_a_model_with_accelerates_hooks_shares_prefixes(session, rows):
+    orders = [[PLAIN, TURNED], [PLAIN]]
+    plain = states_of(session, rows, orders)
+    places = ["model.visual", "model.language_model", "lm_head"]
+    for number in range(len(session.decoder_layers)):
+        places.append(f"model.language_model.layers.{number}")
+    accelerate.dispatch_model(session.model, dict.fromkeys(places, "cpu"), force_hooks=True)
+    assert hasattr(session.decoder_layers[0].linear_attn, "_hf_hook")
+    assert torch.equal(states_of(session, rows, orders), plain)
+
+
+@torch.inference_mode()
+def test_a_t4_gets_a_mask_for_attention_only(session, rows):
+    prompts = [vqa.make_prompt(session, rows, 0, [PLAIN])] * 2
+    batch = vqa.collate(session, prompts)
+    plain = vqa.answer_hidden_states(session, batch)
+    assert "attention_mask" not in vqa._model_inputs(session, batch)
+    session.runtime = dataclasses.replace(session.runtime, gpus=(T4,))
+    masks = vqa._model_inputs(session, batch)["attention_mask"]
+    assert masks["full_attention"].shape == (2, 1, *[batch["input_ids"].shape[1]] * 2)
+    assert masks["linear_attention"] is None
+    assert torch.allclose(vqa.answer_hidden_states(session, batch), plain, atol=1e-6)
+
+
+def test_four_orders_of_a_recurrent_family_cost_less_than_four_prompts(session, rows):
+    planned = vqa.plan_prompts(session, rows, ROTATIONS)
+    assert [len(item.view_numbers) for item in planned] == [4, 4, 4, 4]
+    assert vqa.views_cost(session, ROTATIONS) == pytest.approx(1 + 3 / 7)
+    session.runtime = dataclasses.replace(session.runtime, attention="flash_attention_2")
+    assert len(vqa.plan_prompts(session, rows, ROTATIONS)) == 16
