@@ -42,6 +42,7 @@ above it.
    Leakage and folds                   copies of images, and folds that keep them together
    Augmentation                        mildly changed copies of training images
 3. Model
+   Patch grids                         Qwen's images: tokens, pixel inputs, positions, features
    Families                            what differs between families of models
    Prompt                              texts, chat messages, and the tokens of the letters
    Loading                             processor and base model, quantised or not
@@ -6304,11 +6305,162 @@ def image_variants(frame: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
 # ======= 3. Model =================================================================================
 
 
+# === Patch grids ==================================================================================
+def resized_size(width: int, height: int, processor, budget: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) to which an image of that size in pixels is resized for the model.
+
+    `budget` is (min_pixels, max_pixels). The aspect ratio is kept, but for the rounding
+    to whole image tokens. Each side has at least one, also where that costs the ratio:
+    smart_resize gives long strips at small budgets a side of zero, and takes no longer ones.
+
+    >>> qwen = SimpleNamespace(image_processor=SimpleNamespace(patch_size=16, merge_size=2))
+    >>> resized_size(640, 320, qwen, budget=(4096, 786432))
+    (640, 320)
+    >>> resized_size(3000, 2, qwen, budget=(1024, 4096))
+    (128, 32)
+    """
+    images = processor.image_processor
+    token_side = images.patch_size * images.merge_size
+    min_pixels, max_pixels = budget
+    least_side = math.ceil(max(width, height) / vision_process.MAX_RATIO)
+    new_height, new_width = vision_process.smart_resize(
+        max(height, least_side),
+        max(width, least_side),
+        factor=token_side,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+    )
+    if 0 in (new_height, new_width):
+        longest = max(max_pixels // token_side**2, 1) * token_side
+        new_height = min(max(new_height, token_side), longest)
+        new_width = min(max(new_width, token_side), longest)
+    return new_width, new_height
+
+
+def _resize_by_vision_process(image, processor, budget: tuple[int, int]) -> list:
+    """The image in a list, resized as the family's own package does it."""
+    min_pixels, max_pixels = budget
+    content = {
+        "type": "image",
+        "image": image,
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
+    }
+    resized, _ = vision_process.process_vision_info(
+        [{"role": "user", "content": [content]}],
+        image_patch_size=processor.image_processor.patch_size,
+    )
+    return resized
+
+
+class PatchGrids:
+    """Qwen's images: a grid of patches of any shape, and positions in three dimensions.
+
+    A grid is (1, rows, columns), in patches; merge_size times merge_size of them are one token.
+    """
+
+    # Classes of processors that prepare images so.
+    processors = ("Qwen2_5_VLProcessor", "Qwen3VLProcessor")
+
+    def pixels_per_token(self, processor) -> int:
+        """Pixels that become one image token: (patch size x merge size) squared."""
+        images = processor.image_processor
+        return (images.patch_size * images.merge_size) ** 2
+
+    def grid(
+        self, width: int, height: int, processor, budget: tuple[int, int]
+    ) -> tuple[int, int, int]:
+        """The grid of an image of that size in pixels.
+
+        The aspect ratio is kept, but for the rounding to whole image tokens.
+        """
+        patch_size = processor.image_processor.patch_size
+        resized_width, resized_height = resized_size(width, height, processor, budget)
+        return 1, resized_height // patch_size, resized_width // patch_size
+
+    def token_count(self, grid: tuple[int, int, int], processor) -> int:
+        """Image tokens of a grid."""
+        return math.prod(grid) // processor.image_processor.merge_size**2
+
+    def text(self, processor, count: int) -> str:
+        """What stands in the prompt for an image of `count` tokens."""
+        return processor.image_token * count
+
+    def prepare(self, image, processor, budget: tuple[int, int]):
+        """(pixel_values (patches, values), grid) of a PIL image.
+
+        The image is resized once; the processor does not resize it again.
+        """
+        size = resized_size(image.width, image.height, processor, budget)
+        if min(size) ** 2 == self.pixels_per_token(processor):
+            # A strip, of which process_vision_info may leave nothing.
+            resized = [image.resize(size)]
+        else:
+            resized = _resize_by_vision_process(image, processor, budget)
+        inputs = processor.image_processor(images=resized, do_resize=False, return_tensors="pt")
+        grid = tuple(inputs["image_grid_thw"][0].tolist())
+        return inputs["pixel_values"], grid
+
+    def positions(self, model, input_ids, grid: tuple[int, int, int]) -> np.ndarray:
+        """The model's positions (3, length) in time, height and width; `input_ids` (1, length)."""
+        inputs = self.model_inputs(model.config.image_token_id, input_ids, [grid])
+        outputs = model.model.get_rope_index(input_ids=input_ids, **inputs)
+        positions = outputs[0]  # (3, 1, length)
+        return positions[:, 0].numpy()
+
+    def model_inputs(self, image_token_id: int, input_ids, grids: Sequence) -> dict:
+        """What the model takes beside tokens, mask and positions; `input_ids` (batch, length)."""
+        return {
+            "mm_token_type_ids": (input_ids == image_token_id).int(),  # (batch, length)
+            "image_grid_thw": torch.tensor(grids),  # (images, 3)
+        }
+
+    def features(self, model, pixels, grids: Sequence) -> list[tuple]:
+        """Features of each image: (tokens, hidden), and one more of each DeepStack layer.
+
+        pixels: (patches of all images, values), on the device.
+        """
+        grid_tensor = torch.tensor(grids, device=pixels.device)
+        output = model.get_image_features(pixels, grid_tensor, return_dict=True)
+        deepstack_layers = getattr(output, "deepstack_features", None) or []
+        return list(zip(output.pooler_output, *deepstack_layers, strict=True))
+
+    def encoder_outputs(self, layers: Sequence[list]) -> SimpleNamespace:
+        """What `mm_encoder_outputs["image"]` takes, from features by [layer][image]."""
+        return SimpleNamespace(pooler_output=layers[0], deepstack_features=layers[1:])
+
+    def remove_gpu_syncs(self, model) -> None:
+        """Replace the two places of the forward pass at which the CPU would wait for the GPU."""
+        token_ids = (model.config.image_token_id, model.config.video_token_id)
+        language_model = model.model.language_model
+
+        # It need not count the image tokens: `answer_hidden_states` does, on the CPU.
+        def get_placeholder_mask(input_ids, *_, **__):
+            return tuple((input_ids == token_id)[..., None] for token_id in token_ids)
+
+        def add_deepstack(hidden_states, visual_pos_masks, visual_embeds):
+            embeds = visual_embeds.to(hidden_states)
+            mask = visual_pos_masks.to(hidden_states.device)[..., None]
+            return hidden_states + torch.zeros_like(hidden_states).masked_scatter(mask, embeds)
+
+        model.model.get_placeholder_mask = get_placeholder_mask
+        if hasattr(language_model, "_deepstack_process"):
+            language_model._deepstack_process = add_deepstack
+
+
+PATCH_GRIDS = PatchGrids()
+
+
 # === Families =====================================================================================
 @dataclass(frozen=True)
 class Family:
     """What differs between families of models and cannot be read from the model itself."""
 
+    # How images come in: tokens, pixel inputs, positions, features.
+    images: PatchGrids = PATCH_GRIDS
+    # Names inside the model of what turns pixels into image features: it stays as it was
+    # pretrained, in 16 bits, and rests on the CPU while the features are cached.
+    vision_parts: tuple[str, ...] = ("visual",)
     # Name of the part of a decoder layer that reads one token after the other, where some
     # layers have one instead of attention: see the section Recurrent layers.
     recurrent_mixer: str | None = None
@@ -6340,9 +6492,7 @@ LORA_TARGETS = (
     r"mlp\.(?:gate|up|down)_proj|"
     r"linear_attn\.(?:in_proj_qkv|in_proj_z|out_proj))"
 )
-# The vision tower's name inside the model, and so the start of its parameters' names.
-VISION_PREFIX = "visual"
-# Entries of a batch that the model's forward pass takes as they are.
+# Entries of a batch that the model's forward pass takes as they are; some families have fewer.
 MODEL_INPUTS = (
     "input_ids",
     "attention_mask",
@@ -6350,6 +6500,38 @@ MODEL_INPUTS = (
     "image_grid_thw",
     "position_ids",
 )
+
+
+def image_inputs(processor) -> PatchGrids:
+    """How images come in, by the class of the model's processor; of an unknown one as Qwen's."""
+    name = type(processor).__name__
+    for family in FAMILIES.values():
+        if name in family.images.processors:
+            return family.images
+    return PATCH_GRIDS
+
+
+def vision_tower(model):
+    """The modules of the model that turn pixels into image features, as one list of modules."""
+    names = FAMILIES[model.config.model_type].vision_parts
+    return torch.nn.ModuleList(model.get_submodule(f"model.{name}") for name in names)
+
+
+def remove_gpu_syncs(model) -> None:
+    """Replace those places of the forward pass at which the CPU would wait for the GPU.
+
+    The sums stay the same.
+    """
+    FAMILIES[model.config.model_type].images.remove_gpu_syncs(model)
+
+
+def _unquantised_modules() -> list[str]:
+    """Names of the modules of all families that stay in 16 bits: vision parts and the head."""
+    names = []
+    for family in FAMILIES.values():
+        for part in family.vision_parts:
+            names += [part, f"model.{part}"]
+    return [*dict.fromkeys(names), "lm_head"]
 
 
 # === Prompt =======================================================================================
@@ -6566,7 +6748,7 @@ def quantization_config(quantization: str, precision: str):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,  # quantises the scales too
         bnb_4bit_compute_dtype=getattr(torch, DTYPES[precision]),
-        llm_int8_skip_modules=[VISION_PREFIX, f"model.{VISION_PREFIX}", "lm_head"],
+        llm_int8_skip_modules=_unquantised_modules(),
     )
 
 
@@ -6765,28 +6947,6 @@ def load_model(config: Config, runtime: Runtime, attempts: int = 3):
     raise explain_missing_model(config, cause) from cause
 
 
-def remove_gpu_syncs(model) -> None:
-    """Replace the two places of the forward pass at which the CPU would wait for the GPU.
-
-    The sums stay the same.
-    """
-    token_ids = (model.config.image_token_id, model.config.video_token_id)
-    language_model = model.model.language_model
-
-    # It need not count the image tokens: `answer_hidden_states` does, on the CPU.
-    def get_placeholder_mask(input_ids, *_, **__):
-        return tuple((input_ids == token_id)[..., None] for token_id in token_ids)
-
-    def add_deepstack(hidden_states, visual_pos_masks, visual_embeds):
-        embeds = visual_embeds.to(hidden_states)
-        mask = visual_pos_masks.to(hidden_states.device)[..., None]
-        return hidden_states + torch.zeros_like(hidden_states).masked_scatter(mask, embeds)
-
-    model.model.get_placeholder_mask = get_placeholder_mask
-    if hasattr(language_model, "_deepstack_process"):
-        language_model._deepstack_process = add_deepstack
-
-
 # === Downloads ====================================================================================
 STALLED_SECONDS = 60  # without a byte, after which a download is said to be stalled
 
@@ -6912,9 +7072,11 @@ def attach_lora(model, config: Config, seed: int):
     )
     adapted = peft.get_peft_model(model, lora_config)
     trainable = trainable_parameters(adapted)
+    parts = FAMILIES[model.config.model_type].vision_parts
     wrong = []
     for name, parameter in trainable.items():
-        if f".{VISION_PREFIX}." in name or parameter.dtype != torch.float32:
+        is_vision = any(f".{part}." in name for part in parts)
+        if is_vision or parameter.dtype != torch.float32:
             wrong.append(name)
     assert trainable and not wrong, (
         f"LoRA weights must be fp32 and outside the vision tower, unlike {wrong[:3]}"
@@ -6966,15 +7128,14 @@ def swapped_weights(parameters: Mapping, values: Mapping) -> Iterator[None]:
 
 # === Image tokens =================================================================================
 def merged_patch_area(processor) -> int:
-    """Pixels that become one image token: (patch size x merge size) squared.
+    """Pixels that become one image token.
 
     >>> merged_patch_area(
     ...     SimpleNamespace(image_processor=SimpleNamespace(patch_size=14, merge_size=2))
     ... )
     784
     """
-    images = processor.image_processor
-    return (images.patch_size * images.merge_size) ** 2
+    return image_inputs(processor).pixels_per_token(processor)
 
 
 def pixel_budget(config: Config, processor, scale: float = 1.0) -> tuple[int, int]:
@@ -6995,93 +7156,46 @@ def pixel_budget(config: Config, processor, scale: float = 1.0) -> tuple[int, in
     return min_pixels, max_pixels
 
 
-def resized_size(width: int, height: int, processor, budget: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) to which an image of that size in pixels is resized for the model.
+def image_grid(width: int, height: int, processor, budget: tuple[int, int]) -> tuple[int, ...]:
+    """The grid, in the family's own way, of an image of that size in pixels.
 
-    `budget` is (min_pixels, max_pixels). The aspect ratio is kept, but for the rounding
-    to whole image tokens. Each side has at least one, also where that costs the ratio:
-    smart_resize gives long strips at small budgets a side of zero, and takes no longer ones.
-
-    >>> qwen = SimpleNamespace(image_processor=SimpleNamespace(patch_size=16, merge_size=2))
-    >>> resized_size(640, 320, qwen, budget=(4096, 786432))
-    (640, 320)
-    >>> resized_size(3000, 2, qwen, budget=(1024, 4096))
-    (128, 32)
-    """
-    images = processor.image_processor
-    token_side = images.patch_size * images.merge_size
-    min_pixels, max_pixels = budget
-    least_side = math.ceil(max(width, height) / vision_process.MAX_RATIO)
-    new_height, new_width = vision_process.smart_resize(
-        max(height, least_side),
-        max(width, least_side),
-        factor=token_side,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-    )
-    if 0 in (new_height, new_width):
-        longest = max(max_pixels // token_side**2, 1) * token_side
-        new_height = min(max(new_height, token_side), longest)
-        new_width = min(max(new_width, token_side), longest)
-    return new_width, new_height
-
-
-def image_grid(width: int, height: int, processor, budget: tuple[int, int]) -> tuple[int, int, int]:
-    """(1, rows, columns) of patches for an image of that size in pixels.
-
-    `budget` is (min_pixels, max_pixels). The aspect ratio is kept, but for the rounding
-    to whole image tokens.
+    `budget` is (min_pixels, max_pixels). Images of equal grids look alike to the model.
 
     >>> qwen = SimpleNamespace(image_processor=SimpleNamespace(patch_size=16, merge_size=2))
     >>> image_grid(640, 320, qwen, budget=(4096, 786432))
     (1, 20, 40)
     """
-    patch_size = processor.image_processor.patch_size
-    resized_width, resized_height = resized_size(width, height, processor, budget)
-    return 1, resized_height // patch_size, resized_width // patch_size
+    return image_inputs(processor).grid(width, height, processor, budget)
 
 
-def _resize_by_vision_process(image, processor, budget: tuple[int, int]) -> list:
-    """The image in a list, resized as the family's own package does it."""
-    min_pixels, max_pixels = budget
-    content = {
-        "type": "image",
-        "image": image,
-        "min_pixels": min_pixels,
-        "max_pixels": max_pixels,
-    }
-    resized, _ = vision_process.process_vision_info(
-        [{"role": "user", "content": [content]}],
-        image_patch_size=processor.image_processor.patch_size,
-    )
-    return resized
+def grid_tokens(grid: tuple[int, ...], processor) -> int:
+    """How many image tokens an image of that grid takes.
+
+    >>> qwen = SimpleNamespace(image_processor=SimpleNamespace(patch_size=16, merge_size=2))
+    >>> grid_tokens((1, 20, 40), qwen)
+    200
+    """
+    return image_inputs(processor).token_count(grid, processor)
 
 
 def prepare_image(image, processor, budget: tuple[int, int]):
-    """(pixel_values (patches, values), grid (1, rows, columns)) of a PIL image.
-
-    The image is resized once; the processor does not resize it again.
-    """
-    size = resized_size(image.width, image.height, processor, budget)
-    if min(size) ** 2 == merged_patch_area(processor):
-        resized = [image.resize(size)]  # a strip, of which process_vision_info may leave nothing
-    else:
-        resized = _resize_by_vision_process(image, processor, budget)
-    inputs = processor.image_processor(images=resized, do_resize=False, return_tensors="pt")
-    grid = tuple(inputs["image_grid_thw"][0].tolist())
-    return inputs["pixel_values"], grid
+    """(pixel values, grid) of a PIL image, as the model's own processor makes them."""
+    return image_inputs(processor).prepare(image, processor, budget)
 
 
-def encode_prompt(processor, messages: list[dict], grid: tuple[int, int, int]) -> np.ndarray:
+def place_image_tokens(processor, prompt: str, count: int) -> str:
+    """The prompt whose placeholder of the image has become `count` image tokens."""
+    tokens = image_inputs(processor).text(processor, count)
+    return prompt.replace(processor.image_token, tokens, 1)
+
+
+def encode_prompt(processor, messages: list[dict], grid: tuple[int, ...]) -> np.ndarray:
     """Token ids (length,) of a prompt whose image takes `grid`.
 
     They are what the processor returns, without the work on the pixels.
     """
-    patches = math.prod(grid)
-    image_tokens = patches // processor.image_processor.merge_size**2
-    placeholder = processor.image_token
-    text = render_prompt(processor, messages)
-    text = text.replace(placeholder, placeholder * image_tokens, 1)
+    prompt = render_prompt(processor, messages)
+    text = place_image_tokens(processor, prompt, grid_tokens(grid, processor))
     return np.array(processor.tokenizer(text)["input_ids"])
 
 
@@ -7209,6 +7323,7 @@ class VisionCache:
     def __init__(self, model, processor, cache_dir: str | None = None):
         self.model = model  # the base model, with its vision tower
         self.processor = processor  # the model's
+        self.images = FAMILIES[model.config.model_type].images  # how they come into the model
         self.device = model.device  # where features are computed and used
         # Of the shards; `fill` makes it.
         self.folder = vision_cache_place(cache_dir) / self.folder_hash()
@@ -7236,7 +7351,7 @@ class VisionCache:
     @property
     def vision_tower(self):
         """The model's vision tower: on the device, or on the CPU after `offload_tower`."""
-        return self.model.get_submodule(f"model.{VISION_PREFIX}")
+        return vision_tower(self.model)
 
     def offload_tower(self) -> None:
         """Move the tower to the CPU until it is needed: activations get its memory."""
@@ -7378,29 +7493,19 @@ class VisionCache:
             names = [name for name in all_names if name.startswith(f"{entry.number}.")]
             return tuple(file.get_tensor(name) for name in names)
 
-    def run_vision_tower(self, pixels, grids) -> list[tuple]:
-        """Features of each image as the model computes them.
-
-        pixels: (patches of all images, values); grids: (images, 3), in patches.
-        """
-        output = self.model.get_image_features(pixels, grids, return_dict=True)
-        deepstack_layers = getattr(output, "deepstack_features", None) or []
-        return list(zip(output.pooler_output, *deepstack_layers, strict=True))
-
     def compute_features(self, pixel_values: Sequence, grids: Sequence) -> list[tuple]:
         """Features of each image, finite, on the device, in the tower's number format.
 
-        pixel_values: (patches, values) of each image; grids: (1, rows, columns) of each.
+        pixel_values, grids: of each image, as `prepare_image` returns them.
         After an overflow all are computed again in fp32, and clamped to what the format
         can hold.
         """
         tower = self.vision_tower.to(self.device)
-        dtype = tower.dtype
+        dtype = next(tower.parameters()).dtype
         largest = torch.finfo(dtype).max
         pixels = torch.cat(list(pixel_values)).to(self.device)
-        grid_tensor = torch.tensor(grids, device=self.device)
         with torch.no_grad():
-            features = self.run_vision_tower(pixels, grid_tensor)
+            features = self.images.features(self.model, pixels, grids)
             is_finite = [tensor.isfinite().all() for image in features for tensor in image]
             if not torch.stack(is_finite).all():  # one question to the GPU, not one a tensor
                 self.recomputed_in_fp32 += len(grids)
@@ -7410,7 +7515,7 @@ class VisionCache:
                 try:
                     tower.float()
                     with torch.autocast(self.device.type, enabled=False):
-                        features = self.run_vision_tower(pixels, grid_tensor)
+                        features = self.images.features(self.model, pixels, grids)
                 finally:
                     tower.to(dtype)
         return _map_features(
@@ -7420,20 +7525,19 @@ class VisionCache:
 
     def compute_for_batch(self, batch: Mapping) -> list[tuple]:
         """Fresh features of the images of a batch that `collate` gave pixels."""
-        return self.compute_features(batch["pixel_values"], batch["image_grid_thw"].tolist())
+        grids = [prompt.grid for prompt in batch["prompts"]]
+        return self.compute_features(batch["pixel_values"], grids)
 
     def encoder_outputs(self, batch: Mapping) -> SimpleNamespace:
         """What `mm_encoder_outputs["image"]` takes for `batch`, on the device.
 
-        pooler_output: a tensor (tokens, hidden) per image; deepstack_features:
-        [layer][image], of that shape. They are the batch's cached features, or fresh
-        ones from its pixels.
+        They are the batch's cached features, or fresh ones from its pixels.
         """
         features = batch.get("features") or self.compute_for_batch(batch)
         layers = []
         for layer in zip(*features, strict=True):
             layers.append([tensor.to(self.device, non_blocking=True) for tensor in layer])
-        return SimpleNamespace(pooler_output=layers[0], deepstack_features=layers[1:])
+        return self.images.encoder_outputs(layers)
 
 
 # === Recurrent layers =============================================================================
@@ -7672,13 +7776,14 @@ class Prompt:
     image_path: str
     # Content hash, least and most pixels of the image: its key in the vision cache.
     image_key: tuple
-    # Patches of the image: frames (1), rows, columns.
-    grid: tuple[int, int, int]
+    # Grid of the image, in its family's way: see `image_grid`.
+    grid: tuple[int, ...]
     # Token ids (length,).
     input_ids: np.ndarray
     # (length,): 0 in the common prefix, then the number of the order, counted from 1.
     segments: np.ndarray
-    # (3, length): the model's positions in time, height and width, in tokens.
+    # (dimensions, length): the model's positions, in tokens; of Qwen's models in time,
+    # height and width.
     position_ids: np.ndarray
     # (orders,): index of each order's last token, where its letter is predicted.
     answer_positions: np.ndarray
@@ -7718,7 +7823,10 @@ def make_prompt(
     prefix_positions = rope_positions(session, prefix, grid)
     # Behind the image, text counts up by one in every dimension.
     first = prefix_positions.max() + 1
-    suffix_positions = [first + np.tile(np.arange(length), (3, 1)) for length in suffix_lengths]
+    dimensions = len(prefix_positions)
+    suffix_positions = []
+    for length in suffix_lengths:
+        suffix_positions.append(first + np.tile(np.arange(length), (dimensions, 1)))
     return Prompt(
         row=row,
         orders=tuple(orders),
@@ -7749,22 +7857,13 @@ def shared_prefix_length(sequences: Sequence[np.ndarray]) -> int:
     return min(len(common), shortest - 1)
 
 
-def rope_positions(
-    session: Session, input_ids: np.ndarray, grid: tuple[int, int, int]
-) -> np.ndarray:
-    """The model's own positions (3, length) in time, height and width of one sequence.
+def rope_positions(session: Session, input_ids: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+    """The model's own positions (dimensions, length) of one sequence.
 
-    `input_ids` (length,) hold one image of `grid` patches.
+    `input_ids` (length,) hold one image of that grid.
     """
     token_ids = torch.from_numpy(input_ids)[None]  # (1, length)
-    is_image = (token_ids == session.processor.image_token_id).int()
-    outputs = session.model.model.get_rope_index(
-        input_ids=token_ids,
-        image_grid_thw=torch.tensor([grid]),
-        mm_token_type_ids=is_image,
-    )
-    positions = outputs[0]  # (3, 1, length)
-    return positions[:, 0].numpy()
+    return session.family.images.positions(session.model, token_ids, grid)
 
 
 def pad_left(arrays: Sequence[np.ndarray], length: int, value: int):
@@ -7804,13 +7903,14 @@ def collate(session: Session, prompts: Sequence[Prompt]) -> dict:
             answer_columns.append(padding + position)
             targets.append(permute_choices(prompt.target, order))
             present.append(permute_choices(prompt.present_choices, order))
+    image_token_id = session.processor.image_token_id
+    grids = [prompt.grid for prompt in prompts]
     batch = {
         "input_ids": input_ids,  # (questions, length)
         "segments": segments,  # (questions, length): as in `Prompt`, -1 in padding
         "attention_mask": (segments >= 0).long(),  # (questions, length): 0 in padding
-        "mm_token_type_ids": (input_ids == session.processor.image_token_id).int(),
-        "image_grid_thw": torch.tensor([prompt.grid for prompt in prompts]),  # (questions, 3)
-        "position_ids": positions.permute(2, 0, 1),  # (3, questions, length)
+        **session.family.images.model_inputs(image_token_id, input_ids, grids),
+        "position_ids": positions.permute(2, 0, 1),  # (dimensions, questions, length)
         "answers": torch.from_numpy(np.array([answer_rows, answer_columns])),  # (2, answers)
         "targets": torch.tensor(targets),  # (answers, 4), in prompt positions
         "present": torch.tensor(present),  # (answers, 4), in prompt positions
@@ -7827,7 +7927,7 @@ def collate(session: Session, prompts: Sequence[Prompt]) -> dict:
 
 
 def _load_pixels(session: Session, prompt: Prompt):
-    """Pixel values (patches, values) of a prompt's image.
+    """Pixel values of a prompt's image, as `prepare_image` returns them.
 
     Raises DataError where they form another grid than the prompt has room for.
     """
@@ -7836,7 +7936,7 @@ def _load_pixels(session: Session, prompt: Prompt):
     pixels, grid = prepare_image(image, session.processor, budget)
     if grid != prompt.grid:
         raise DataError(
-            f"Image {prompt.image_path} gives the patch grid {grid}, not the planned {prompt.grid}"
+            f"Image {prompt.image_path} gives the grid {grid}, not the planned {prompt.grid}"
         )
     return pixels
 
@@ -9779,7 +9879,7 @@ def generate_baseline(
     For each row the letter, or None where the text is anything else, see `parse_letter`.
     """
     session.model.get_output_embeddings().to(session.device)
-    session.model.get_submodule(f"model.{VISION_PREFIX}").to(session.device)
+    vision_tower(session.model).to(session.device)
     answers: list[str | None] = []
     for row in range(len(frame)):
         prompt = make_prompt(session, frame, row, [(0, 1, 2, 3)])
@@ -16230,7 +16330,7 @@ def memory_costs(
         if re.fullmatch(LORA_TARGETS, name):
             linears.append(module)
     language = sum(linear.weight.numel() for linear in linears)  # parameters
-    tower = model.get_submodule(f"model.{VISION_PREFIX}").num_parameters()
+    tower = sum(parameter.numel() for parameter in vision_tower(model).parameters())
     packed = {
         # half a byte, 8 bits of scale for 64 weights, 32 bits for 256 scales (NF4, double)
         "4bit": 1 / 2 + 1 / 64 + 4 / 64 / 256,
@@ -16326,11 +16426,10 @@ def count_tokens(processor, texts: Sequence[str]) -> np.ndarray:
 
 def image_token_counts(processor, frame: pd.DataFrame, budget: tuple[int, int]) -> np.ndarray:
     """(n,) tokens of each row's image within `budget` (min, max pixels), from its size."""
-    patches_per_token = processor.image_processor.merge_size**2
     counts = []
     for width, height in zip(frame["width"], frame["height"], strict=True):
         grid = image_grid(width, height, processor, budget)
-        counts.append(math.prod(grid) // patches_per_token)
+        counts.append(grid_tokens(grid, processor))
     return np.array(counts, dtype=int)
 
 
@@ -16352,12 +16451,13 @@ def prompt_lengths(config: Config, processor, competition: Competition) -> pd.Da
         choices = []
         for record in records:
             messages = build_messages(record, templates=templates)
-            prompts.append(render_prompt(processor, messages))
+            prompt = render_prompt(processor, messages)
+            prompts.append(place_image_tokens(processor, prompt, count=0))
             choices.append("\n".join(str(record[choice]) for choice in CHOICES))
         image = image_token_counts(processor, frame, pixel_budget(config, processor))
         largest_budget = pixel_budget(config, processor, scale)
         largest_image = image_token_counts(processor, frame, largest_budget)
-        text = count_tokens(processor, prompts) - 1  # one stands for the image
+        text = count_tokens(processor, prompts)
         further_orders = (orders - 1) * count_tokens(processor, choices)
         part = {
             "split": split,

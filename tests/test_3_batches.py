@@ -61,5 +61,5 @@ def test_an_error_while_preparing_names_the_row(mini_run):
         vqa.make_prompt(session, without_height, 0, [(0, 1, 2, 3)])
     of_another_size = run.train.assign(height=32, width=64)
     prompts = plain_prompts(session, of_another_size, [0])
-    with pytest.raises(vqa.DataError, match="gives the patch grid"):
+    with pytest.raises(vqa.DataError, match="gives the grid"):
         vqa.collate(session, prompts)
