@@ -3838,6 +3838,14 @@ def question_type(text: str, choices: Sequence[str] = ()) -> str:
     return _question_type(text, tuple(map(str, choices)))
 
 
+# Qwen's and InternVL's, whichever model reads the text: data is loaded without one.
+CONTROL_TOKEN = (
+    r"<(\|[^<>|\s]{1,40}\|"
+    r"|/?(?:think|tool_call|tool_response|img|quad|ref|box)"
+    r"|IMG_CONTEXT|video)>"
+)
+
+
 def neutralise_special_tokens(text: str) -> str:
     """The text, with spaces in whatever a tokenizer would read as a control token.
 
@@ -3846,7 +3854,7 @@ def neutralise_special_tokens(text: str) -> str:
     >>> neutralise_special_tokens("1 < 2 </think>")
     '1 < 2 < /think >'
     """
-    return re.sub(r"<(\|[^<>|\s]{1,40}\||/?(?:think|tool_call|tool_response))>", r"< \1 >", text)
+    return re.sub(CONTROL_TOKEN, r"< \1 >", text)
 
 
 def present_choices(row: Mapping) -> list[bool]:

@@ -210,3 +210,10 @@ def test_a_template_of_ones_own_that_ends_in_blanks_is_trimmed():
     templates = dict.fromkeys(vqa.QUESTION_TYPES, "{question}\n{choices}\n \n")
     _, user = vqa.build_messages(ROW, templates=templates)
     assert user["content"][1]["text"].endswith("d. 초록")
+
+
+@pytest.mark.parametrize("token", ["img", "/img", "IMG_CONTEXT", "/box", "ref", "quad", "video"])
+def test_internvls_control_tokens_are_broken_up(token):
+    text = user_text(ROW | {"a": f"앞<{token}>뒤"})
+    assert f"a. 앞< {token} >뒤" in text
+    assert "<image>" in user_text(ROW | {"a": "<image>"})  # none of theirs
