@@ -43,6 +43,7 @@ above it.
    Augmentation                        mildly changed copies of training images
 3. Model
    Patch grids                         Qwen's images: tokens, pixel inputs, positions, features
+   Tiles                               InternVL's images: the same
    Families                            what differs between families of models
    Prompt                              texts, chat messages, and the tokens of the letters
    Loading                             processor and base model, quantised or not
@@ -6369,6 +6370,7 @@ class PatchGrids:
 
     # Classes of processors that prepare images so.
     processors = ("Qwen2_5_VLProcessor", "Qwen3VLProcessor")
+    without_mask = {}  # without a mask the language model asks nothing on the GPU
 
     def pixels_per_token(self, processor) -> int:
         """Pixels that become one image token: (patch size x merge size) squared."""
@@ -6389,6 +6391,12 @@ class PatchGrids:
     def token_count(self, grid: tuple[int, int, int], processor) -> int:
         """Image tokens of a grid."""
         return math.prod(grid) // processor.image_processor.merge_size**2
+
+    def budget_in_words(self, processor, budget: tuple[int, int]) -> str:
+        """How many tokens an image takes at most."""
+        area = self.pixels_per_token(processor)
+        side = math.isqrt(area)
+        return f"an image takes at most {budget[1] // area} tokens of {side} x {side} pixels"
 
     def text(self, processor, count: int) -> str:
         """What stands in the prompt for an image of `count` tokens."""
@@ -6459,16 +6467,138 @@ class PatchGrids:
 PATCH_GRIDS = PatchGrids()
 
 
+# === Tiles ========================================================================================
+def tiles_within(pixels: int, tile_pixels: int) -> int:
+    """How many tiles of an image fit into `pixels` beside its thumbnail; at least one.
+
+    A single tile shows the whole image, and has no thumbnail.
+
+    >>> [tiles_within(count * 448**2, 448**2) for count in (1, 2, 3, 4)]
+    [1, 1, 2, 3]
+    """
+    return max(1, pixels // tile_pixels - 1)
+
+
+class Tiles:
+    """InternVL's images: tiles of one size, a thumbnail beside several, and plain positions.
+
+    A grid is (tiles,), the thumbnail among them; each takes as many tokens.
+    """
+
+    # Classes of processors that prepare images so.
+    processors = ("InternVLProcessor",)
+    # A mask that says nothing. Without any, the language model would ask on the GPU whether the
+    # positions are those of several texts behind each other.
+    without_mask = {"attention_mask": {"full_attention": None}}
+
+    def tile_pixels(self, processor) -> int:
+        """Pixels of a tile."""
+        size = processor.image_processor.size
+        return size["height"] * size["width"]
+
+    def pixels_per_token(self, processor) -> int:
+        """Pixels that become one image token."""
+        return self.tile_pixels(processor) // processor.image_seq_length
+
+    def tiling(self, processor, budget: tuple[int, int]) -> dict:
+        """How the processor is to cut images: within the budget and its own bounds.
+
+        `budget` is (min_pixels, max_pixels) of all tiles, the thumbnail counted.
+        """
+        images = processor.image_processor
+        least, most = (tiles_within(pixels, self.tile_pixels(processor)) for pixels in budget)
+        most = min(most, images.max_patches)
+        return {
+            "crop_to_patches": True,
+            "min_patches": min(max(least, images.min_patches), most),
+            "max_patches": most,
+        }
+
+    def grid(self, width: int, height: int, processor, budget: tuple[int, int]) -> tuple[int]:
+        """The grid of an image of that size in pixels.
+
+        The tiles are laid out as its aspect ratio wants it, however small the image is.
+        """
+        images = processor.image_processor
+        tiling = self.tiling(processor, budget)
+        return (images.get_number_of_image_patches(height, width, tiling),)
+
+    def token_count(self, grid: tuple[int], processor) -> int:
+        """Image tokens of a grid."""
+        return grid[0] * processor.image_seq_length
+
+    def budget_in_words(self, processor, budget: tuple[int, int]) -> str:
+        """How many tiles and tokens an image takes at most."""
+        tiles = self.tiling(processor, budget)["max_patches"]
+        count = "1 tile"
+        if tiles > 1:
+            tiles += 1
+            count = f"{tiles} tiles with the thumbnail"
+        tokens = tiles * processor.image_seq_length
+        text = f"an image takes at most {tokens} tokens, {count}"
+        pixels = self.tile_pixels(processor)
+        if pixels > budget[1]:
+            text += f"; max_pixels={budget[1]} is less than a tile, {pixels}"
+        return text
+
+    def text(self, processor, count: int) -> str:
+        """What stands in the prompt for an image of `count` tokens."""
+        tokens = processor.image_token * count
+        return f"{processor.start_image_token}{tokens}{processor.end_image_token}"
+
+    def prepare(self, image, processor, budget: tuple[int, int]):
+        """(pixel_values (tiles, 3, height, width), grid) of a PIL image."""
+        tiling = self.tiling(processor, budget)
+        inputs = processor.image_processor(images=[image], **tiling, return_tensors="pt")
+        return inputs["pixel_values"], (len(inputs["pixel_values"]),)
+
+    def positions(self, model, input_ids, grid: tuple[int]) -> np.ndarray:
+        """The model's positions (1, length): it counts image tokens like others."""
+        return np.arange(input_ids.shape[1])[None]
+
+    def model_inputs(self, image_token_id: int, input_ids, grids: Sequence) -> dict:
+        """What the model takes beside tokens, mask and positions: nothing."""
+        return {}
+
+    def features(self, model, pixels, grids: Sequence) -> list[tuple]:
+        """Features of each image: (tiles, tokens of a tile, hidden).
+
+        pixels: (tiles of all images, 3, height, width), on the device.
+        """
+        output = model.get_image_features(pixels, return_dict=True)
+        tile_counts = [tiles for (tiles,) in grids]
+        return [(image,) for image in output.pooler_output.split(tile_counts)]
+
+    def encoder_outputs(self, layers: Sequence[list]) -> SimpleNamespace:
+        """What `mm_encoder_outputs["image"]` takes, from features by [0][image]."""
+        return SimpleNamespace(pooler_output=torch.cat(layers[0]))
+
+    def remove_gpu_syncs(self, model) -> None:
+        """Replace the place of the forward pass at which the CPU would wait for the GPU."""
+        image_token_id = model.config.image_token_id
+
+        # It need not count the image tokens: `answer_hidden_states` does, on the CPU.
+        def get_placeholder_mask(input_ids, *_, **__):
+            return (input_ids == image_token_id)[..., None]
+
+        model.model.get_placeholder_mask = get_placeholder_mask
+
+
+TILES = Tiles()
+
+
 # === Families =====================================================================================
 @dataclass(frozen=True)
 class Family:
     """What differs between families of models and cannot be read from the model itself."""
 
     # How images come in: tokens, pixel inputs, positions, features.
-    images: PatchGrids = PATCH_GRIDS
+    images: PatchGrids | Tiles = PATCH_GRIDS
     # Names inside the model of what turns pixels into image features: it stays as it was
     # pretrained, in 16 bits, and rests on the CPU while the features are cached.
     vision_parts: tuple[str, ...] = ("visual",)
+    # transformers' model_types of language models that it may have; None: it has one of its own.
+    text_models: tuple[str, ...] | None = None
     # Name of the part of a decoder layer that reads one token after the other, where some
     # layers have one instead of attention: see the section Recurrent layers.
     recurrent_mixer: str | None = None
@@ -6491,6 +6621,11 @@ FAMILIES = {
         experts=r"\.mlp\.experts\.(gate_up|down)_proj$",
     ),
     "qwen3_5": Family(recurrent_mixer="linear_attn", is_compiled=False),
+    "internvl": Family(
+        images=TILES,
+        vision_parts=("vision_tower", "multi_modal_projector"),
+        text_models=("qwen2", "qwen3"),
+    ),
 }
 # Projections of the language model's decoder layers and nothing else: the vision tower stays
 # as it was pretrained, and so do the experts of a mixture, which are no linear layers.
@@ -6510,7 +6645,7 @@ MODEL_INPUTS = (
 )
 
 
-def image_inputs(processor) -> PatchGrids:
+def image_inputs(processor) -> PatchGrids | Tiles:
     """How images come in, by the class of the model's processor; of an unknown one as Qwen's."""
     name = type(processor).__name__
     for family in FAMILIES.values():
@@ -6821,6 +6956,23 @@ def quantising_experts(pattern: str) -> Iterator[None]:
         quantizers_by_name["bitsandbytes_4bit"] = plain_quantizer
 
 
+def _check_text_model(config: Config, model_config) -> None:
+    """ValueError for a language model that the family's masks would not suit."""
+    text = model_config.get_text_config()
+    known = FAMILIES[model_config.model_type].text_models
+    if known and text.model_type not in known:
+        raise ValueError(
+            f"{config.model_path} has a language model of the kind {text.model_type!r}; of the "
+            f"family {model_config.model_type!r} known are those with {', '.join(known)}"
+        )
+    if "sliding_attention" in (getattr(text, "layer_types", None) or []):
+        raise ValueError(
+            f"{config.model_path} has layers that see only the last {text.sliding_window} tokens "
+            "(sliding_attention in its config.json), and choice orders behind one prefix lie "
+            "further apart: choose another model_id"
+        )
+
+
 def _read_model_config(config: Config):
     """The model's own config.json. Raises ValueError where its family is not known here."""
     model_config = transformers.AutoConfig.from_pretrained(
@@ -6832,6 +6984,7 @@ def _read_model_config(config: Config):
         raise ValueError(
             f"{config.model_path} is of the family {model_config.model_type!r}; known are {known}"
         )
+    _check_text_model(config, model_config)
     return model_config
 
 
@@ -7324,8 +7477,8 @@ class VisionCache:
     """Features of the frozen vision tower, once per image and pixel budget.
 
     They lie on disk, where later processes find them, or in RAM. The features of one
-    image are a tuple of tensors: (tokens, hidden), and for a model with DeepStack one
-    of the same shape for each of its layers.
+    image are a tuple of tensors: (tokens, hidden), or (tiles, tokens, hidden), and for a
+    model with DeepStack one of the same shape for each of its layers.
     """
 
     def __init__(self, model, processor, cache_dir: str | None = None):
@@ -7739,6 +7892,8 @@ def open_session(config: Config, example: Mapping) -> Session:
         LOGGER.info("Decision: %s", reason)
     seed_everything(config.seed, config.deterministic, config.strict_determinism)
     processor = load_processor(config)
+    budget = pixel_budget(config, processor)
+    LOGGER.info("Decision: %s", image_inputs(processor).budget_in_words(processor, budget))
     letter_token_ids = _check_wordings(processor, config, example)
     with track_peak_memory("model loaded"):
         model = load_model(config, runtime)
@@ -7790,8 +7945,8 @@ class Prompt:
     input_ids: np.ndarray
     # (length,): 0 in the common prefix, then the number of the order, counted from 1.
     segments: np.ndarray
-    # (dimensions, length): the model's positions, in tokens; of Qwen's models in time,
-    # height and width.
+    # (dimensions, length): the model's positions, in tokens. Of Qwen's models in time,
+    # height and width, of others in one dimension.
     position_ids: np.ndarray
     # (orders,): index of each order's last token, where its letter is predicted.
     answer_positions: np.ndarray
@@ -7918,7 +8073,8 @@ def collate(session: Session, prompts: Sequence[Prompt]) -> dict:
         "segments": segments,  # (questions, length): as in `Prompt`, -1 in padding
         "attention_mask": (segments >= 0).long(),  # (questions, length): 0 in padding
         **session.family.images.model_inputs(image_token_id, input_ids, grids),
-        "position_ids": positions.permute(2, 0, 1),  # (dimensions, questions, length)
+        # (3, questions, length), or (questions, length) where a position is one number.
+        "position_ids": positions.permute(2, 0, 1).squeeze(0),
         "answers": torch.from_numpy(np.array([answer_rows, answer_columns])),  # (2, answers)
         "targets": torch.tensor(targets),  # (answers, 4), in prompt positions
         "present": torch.tensor(present),  # (answers, 4), in prompt positions
@@ -8021,7 +8177,10 @@ def _recurrent_mask(session: Session, batch: Mapping):
 
 def _model_inputs(session: Session, batch: Mapping) -> dict:
     """The model's inputs but the image, on its device, with the mask that attention needs."""
-    inputs = {name: batch[name].to(session.device, non_blocking=True) for name in MODEL_INPUTS}
+    inputs = {}
+    for name in MODEL_INPUTS:
+        if name in batch:
+            inputs[name] = batch[name].to(session.device, non_blocking=True)
     # Before capability 8.0 the fast kernel refuses grouped queries without a mask.
     is_turing = any(gpu["capability"] < 8.0 for gpu in session.runtime.gpus)
     has_several_orders = len(batch["present"]) > len(batch["prompts"])
@@ -8036,13 +8195,15 @@ def _model_inputs(session: Session, batch: Mapping) -> dict:
             }
     elif not batch["padded"]:
         del inputs["attention_mask"]  # it says nothing, and asking it would wait for the GPU
+        if session.runtime.attention == "sdpa":
+            inputs.update(session.family.images.without_mask)
     return inputs
 
 
 def _check_image_tokens(session: Session, batch: Mapping, features: Sequence) -> None:
     """Raise DataError, naming the images, unless there is a feature for each image token.
 
-    `features`: one tensor (tokens, hidden) an image.
+    `features`: one tensor (tokens, hidden) an image or a tile.
     """
     image_token = session.processor.image_token_id
     token_count = sum(
@@ -9894,7 +10055,7 @@ def generate_baseline(
         batch = collate(session, [prompt])
         inputs = {}
         for name in MODEL_INPUTS:
-            if name != "position_ids":  # `generate` computes them itself
+            if name in batch and name != "position_ids":  # `generate` computes them itself
                 inputs[name] = batch[name].to(session.device)
         pixels = _load_pixels(session, prompt).to(session.device)
         with torch.inference_mode():

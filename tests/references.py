@@ -24,7 +24,10 @@ def use_huggingfaces_forward(session):
 
 
 def own_inputs(session, text, path):
-    """The processor's own inputs for an image that qwen_vl_utils resized, as its pages say."""
+    """The processor's own inputs, for Qwen of an image that qwen_vl_utils resized as it says."""
+    if session.model.config.model_type == "internvl":
+        image = vqa.load_image(path)
+        return session.processor(text=[text], images=[image], max_patches=4, return_tensors="pt")
     patch = session.processor.image_processor.patch_size
     vision = [{"role": "user", "content": [{"type": "image", "image": path}]}]
     images, _ = process_vision_info(vision, image_patch_size=patch)

@@ -15,6 +15,7 @@ from twins import TWINS
 import vqa_helpers as vqa
 
 NOT_TRAINED = ("visual", "experts", "lm_head", "embed_tokens", "norm", "conv1d", "mlp.gate.")
+NOT_TRAINED_OF_INTERNVL = ("vision_tower", "multi_modal_projector")
 # A whole run takes seconds: the quick suite does one.
 FAMILIES_OF_A_WHOLE_RUN = [
     "qwen3_vl",
@@ -83,7 +84,8 @@ def test_a_family_trains_caches_rotates_and_resumes_to_the_same_bytes(
     assert logits.shape == (12, 2, 4)
     assert np.isfinite(logits).any(axis=(1, 2)).all()
     weights = load_file(adapter_file(plain, 0, "raw"))
-    assert not [name for name in weights if any(part in name for part in NOT_TRAINED)]
+    others = (*NOT_TRAINED, *NOT_TRAINED_OF_INTERNVL)
+    assert not [name for name in weights if any(part in name for part in others)]
     trained_layers = {name.split(".layers.")[1].split(".")[0] for name in weights}
     model_config = json.loads((model_folders[family] / "config.json").read_text())
     assert len(trained_layers) == model_config["text_config"]["num_hidden_layers"]
@@ -137,7 +139,8 @@ def test_a_model_spread_over_devices_keeps_our_layers_and_accelerates_hooks(
     session.config = replace(session.config, spread_model=True)
     batch = plain_batch(session, demo_rows.train, range(3))
     plain = vqa.answer_hidden_states(session, batch).detach()
-    places = ["model.visual", "model.language_model", "lm_head"]
+    places = [f"model.{part}" for part in session.family.vision_parts]
+    places += ["model.language_model", "lm_head"]
     for number in range(len(session.decoder_layers)):
         places.append(f"model.language_model.layers.{number}")
     accelerate.dispatch_model(session.model, dict.fromkeys(places, "cpu"), force_hooks=True)
@@ -167,3 +170,19 @@ def test_a_model_spread_over_devices_keeps_our_layers_and_accelerates_hooks(
     vqa.answer_hidden_states(session, batch)
     assert layer.forward.func is vqa.forward_with_checkpointing
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("qwen2_5_vl", "768 tokens of 28 x 28 pixels"),
+        ("internvl", "20 tokens, 5 tiles with the thumbnail"),
+    ],
+)
+def test_the_log_says_how_many_tokens_an_image_takes(
+    family, words, model_folders, demo_rows, caplog
+):
+    config = vqa.Config.preset("demo", model_id=str(model_folders[family]))
+    with caplog.at_level("INFO"):
+        vqa.open_session(config, demo_rows.train.iloc[0])
+    assert f"Decision: an image takes at most {words}" in caplog.text

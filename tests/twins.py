@@ -48,7 +48,34 @@ TWINS = {
         },
         {"patch_size": 16, "num_position_embeddings": 64},
     ),
+    "internvl": (
+        "InternVLConfig",
+        {"model_type": "qwen3", "head_dim": 16},
+        # Tiles of 64 x 64 pixels in 4 tokens.
+        {
+            "patch_size": 16,
+            "image_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        },
+    ),
 }
+# What stands around and for an image in InternVL's prompts.
+INTERNVL_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+# As in the repositories that end in -HF: no thinking, and no system text of its own.
+INTERNVL_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<IMG_CONTEXT>\n{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def text_settings(tokenizer) -> dict:
@@ -76,11 +103,32 @@ VISION_SETTINGS = {
 }
 
 
+def internvl_processor():
+    """InternVL's processor, with the demo's tokenizer and small tiles."""
+    import transformers
+    from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
+    from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
+
+    images = GotOcr2ImageProcessor(size={"height": 64, "width": 64}, max_patches=4)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        TINY, extra_special_tokens=INTERNVL_TOKENS
+    )
+    return transformers.InternVLProcessor(
+        images,
+        tokenizer,
+        InternVLVideoProcessor(),
+        image_seq_length=4,
+        chat_template=INTERNVL_TEMPLATE,
+    )
+
+
 def twin_processor(family: str, demo):
-    """The demo's processor; for Qwen2.5-VL one of its own kind, with larger patches."""
+    """The demo's processor, or one of the family's own kind."""
     import transformers
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
+    if family == "internvl":
+        return internvl_processor()
     if family != "qwen2_5_vl":
         return demo
     return transformers.Qwen2_5_VLProcessor(
@@ -91,25 +139,34 @@ def twin_processor(family: str, demo):
     )
 
 
+def image_token_ids(family: str, processor) -> dict:
+    """The model's names for the tokens of an image."""
+    if family == "internvl":
+        return {"image_token_id": processor.image_token_id, "image_seq_length": 4}
+    token = processor.tokenizer.convert_tokens_to_ids
+    return {
+        "image_token_id": token("<|image_pad|>"),
+        "video_token_id": token("<|video_pad|>"),
+        "vision_start_token_id": token("<|vision_start|>"),
+        "vision_end_token_id": token("<|vision_end|>"),
+    }
+
+
 def build_twin(family: str, folder: Path) -> Path:
     """A random model of that family, smaller than the demo's, in this folder."""
     import torch
     import transformers
 
-    demo = transformers.AutoProcessor.from_pretrained(TINY)
-    token = demo.tokenizer.convert_tokens_to_ids
+    processor = twin_processor(family, transformers.AutoProcessor.from_pretrained(TINY))
     kind, own_text_settings, own_vision_settings = TWINS[family]
     config = getattr(transformers, kind)(
-        text_config=text_settings(demo.tokenizer) | own_text_settings,
+        text_config=text_settings(processor.tokenizer) | own_text_settings,
         vision_config=VISION_SETTINGS | own_vision_settings,
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=True,
+        **image_token_ids(family, processor),
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(config)
     model.save_pretrained(folder)
-    twin_processor(family, demo).save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
