@@ -6627,6 +6627,26 @@ FAMILIES = {
         text_models=("qwen2", "qwen3"),
     ),
 }
+# Other families that are often tried, and why they are refused.
+REFUSED_FAMILIES = {
+    "gemma3": (
+        "image tokens see each other in both directions, and most layers only the last tokens of "
+        "the sequence; the mask of choice orders behind one prefix has room for neither"
+    ),
+    "gemma4": (
+        "most layers see only the last tokens of the sequence, and in its larger models image "
+        "tokens see each other in both directions; the mask of choice orders behind one prefix "
+        "has room for neither"
+    ),
+    "internvl_chat": (
+        "it brings Python code of its own; take the repository of the same name that ends in -HF"
+    ),
+    "mllama": "it sees images by cross-attention: there are no image tokens to put features into",
+    "paligemma": (
+        "all tokens of a prompt see each other in both directions, so that choice orders cannot "
+        "share a prefix"
+    ),
+}
 # Projections of the language model's decoder layers and nothing else: the vision tower stays
 # as it was pretrained, and so do the experts of a mixture, which are no linear layers.
 LORA_TARGETS = (
@@ -6858,15 +6878,29 @@ def _refuse_python_code(model_path: str) -> None:
             )
 
 
+def _check_family(config: Config) -> None:
+    """ValueError where the model's family is not known here, with the reason if there is one."""
+    settings, _ = transformers.PreTrainedConfig.get_config_dict(config.model_path)
+    family = settings.get("model_type")
+    if family in FAMILIES:
+        return
+    problem = f"{config.model_path} is of the family {family!r}"
+    known = f"known are {', '.join(FAMILIES)}"
+    if family in REFUSED_FAMILIES:
+        raise ValueError(f"{problem}, which is refused: {REFUSED_FAMILIES[family]} ({known})")
+    raise ValueError(f"{problem}; {known}")
+
+
 def load_processor(config: Config):
     """The model's processor, padding on the left: the last position is every row's answer.
 
-    Raises ValueError for a folder with Python code of its own that the config does not
-    trust, and OSError, with what to check, where there is no processor.
+    Raises ValueError for an unknown family and for a folder with Python code of its own that
+    the config does not trust, and OSError, with what to check, where there is no processor.
     """
-    if not config.trust_remote_code:
-        _refuse_python_code(config.model_path)
     try:
+        _check_family(config)
+        if not config.trust_remote_code:
+            _refuse_python_code(config.model_path)
         processor = transformers.AutoProcessor.from_pretrained(
             config.model_path,
             trust_remote_code=config.trust_remote_code,
@@ -6975,15 +7009,11 @@ def _check_text_model(config: Config, model_config) -> None:
 
 def _read_model_config(config: Config):
     """The model's own config.json. Raises ValueError where its family is not known here."""
+    _check_family(config)
     model_config = transformers.AutoConfig.from_pretrained(
         config.model_path,
         trust_remote_code=config.trust_remote_code,
     )
-    if model_config.model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ValueError(
-            f"{config.model_path} is of the family {model_config.model_type!r}; known are {known}"
-        )
     _check_text_model(config, model_config)
     return model_config
 

@@ -172,6 +172,29 @@ def test_a_model_spread_over_devices_keeps_our_layers_and_accelerates_hooks(
     assert len(calls) == 1
 
 
+REFUSED = {
+    "gemma3": "image tokens see each other in both directions, and most layers only the last",
+    "gemma4": "most layers see only the last tokens of the sequence, and in its larger models",
+    "internvl_chat": "take the repository of the same name that ends in -HF",
+    "mllama": "there are no image tokens to put features into",
+    "paligemma": "choice orders cannot share a prefix",
+}
+
+
+@pytest.mark.parametrize("family", vqa.REFUSED_FAMILIES)
+@pytest.mark.parametrize("load", ["processor", "model"])
+def test_a_family_that_does_not_suit_is_refused_with_its_reason(tmp_path, family, load):
+    settings = {"model_type": family, "auto_map": {"AutoModel": "modeling.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config = vqa.Config.preset("demo", model_id=str(tmp_path))
+    message = f"is of the family '{family}', which is refused: .*{REFUSED[family]}.*known are qwen"
+    with pytest.raises(ValueError, match=message):
+        if load == "processor":
+            vqa.load_processor(config)
+        else:
+            vqa.load_model(config, vqa.detect_runtime())
+
+
 @pytest.mark.parametrize(
     ("family", "words"),
     [
