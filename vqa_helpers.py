@@ -115,8 +115,9 @@ Where to change what:
                                        between settings: Config
    a score                             Metrics `SCORES`, `score_row`; if a vote has none of it:
                                        Ladder `ladder_table`
-   a family of models                  Families; where its layers differ: Loading, Session,
-                                       Vision cache, Memory by computation
+   a family of models                  Families `FAMILIES`; other images: a class like those of
+                                       Patch grids and Tiles; other layers: Recurrent layers,
+                                       Memory by computation; its twin: tests/twins.py
    a kind of view                      Settings; Views; Prediction `group_views_by_prompt`;
                                        Out-of-fold rows `cost`
    an item of a checkpoint             Fold state
@@ -6609,9 +6610,12 @@ class Family:
     is_memory_computed: bool = False
 
 
-# transformers' model_type -> what to know about it; all others are refused. Where the parts of a
-# family have other names or shapes: the constants below, `Session.decoder_layers`, the section
-# Vision cache, `memory_costs` and `activation_bytes`.
+# transformers' model_type -> what to know about it; all others are refused. One more takes
+# - an entry here, with the names of its vision parts;
+# - a class like PatchGrids or Tiles where its images come in neither way, named in `images`;
+# - its names in LORA_TARGETS and `Session.decoder_layers` where the language model has others;
+# - a twin in tests/twins.py, for which all of tests/test_3_families.py then runs;
+# - `memory_costs` and `activation_bytes`, once its layers are measured.
 FAMILIES = {
     "qwen2_5_vl": Family(is_memory_computed=True),
     "qwen3_vl": Family(is_memory_computed=True),
