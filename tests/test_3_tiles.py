@@ -78,6 +78,21 @@ def test_the_least_pixels_ask_for_more_tiles_and_a_tile_is_never_cut(processor, 
     )
 
 
+def test_the_real_tiles_take_256_tokens_and_the_default_budget_three_of_them(processor, config):
+    processor.image_processor.size = {"height": 448, "width": 448}
+    processor.image_processor.max_patches = 12
+    processor.image_seq_length = 256
+    budget = vqa.pixel_budget(config, processor)
+    assert budget == (4 * 784, 768 * 784)
+    tokens = []
+    for size in [(512, 512), (1000, 480), (300, 900)]:
+        grid = vqa.image_grid(*size, processor, budget)
+        tokens.append(vqa.grid_tokens(grid, processor))
+    assert tokens == [256, 768, 768]
+    large = vqa.pixel_budget(config, processor, scale=10)  # the processor takes 12 at most
+    assert vqa.image_grid(2000, 1500, processor, large) == (13,)
+
+
 def test_the_lengths_of_prompts_are_known_before_an_image_is_read(
     processor, config, demo_rows, replace
 ):
