@@ -36,7 +36,7 @@ def session(config, demo_rows, tmp_path):
 # --- Tokens and pixels ----------------------------------------------------------------------------
 
 BUDGETS = [1, 3, 4, 9]  # tiles, the thumbnail counted
-SIZES = [(64, 64), (128, 64), (40, 130), (200, 190), (3000, 2), (1, 1)]
+SIZES = [(64, 64), (128, 64), (40, 130), (280, 200), (200, 190), (3000, 2), (1, 1)]
 
 
 @pytest.mark.parametrize("tiles", BUDGETS)
