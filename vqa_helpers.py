@@ -6625,6 +6625,11 @@ FAMILIES = {
         experts=r"\.mlp\.experts\.(gate_up|down)_proj$",
     ),
     "qwen3_5": Family(recurrent_mixer="linear_attn", is_compiled=False),
+    "qwen3_5_moe": Family(
+        recurrent_mixer="linear_attn",
+        is_compiled=False,
+        experts=r"\.mlp\.experts\.(gate_up|down)_proj$",
+    ),
     "internvl": Family(
         images=TILES,
         vision_parts=("vision_tower", "multi_modal_projector"),
@@ -6652,13 +6657,18 @@ REFUSED_FAMILIES = {
     ),
 }
 # Projections of the language model's decoder layers and nothing else: the vision tower stays
-# as it was pretrained, and so do the experts of a mixture, which are no linear layers.
+# as it was pretrained, and so do the experts of a mixture, which are no linear layers. The
+# expert that all tokens share is.
 LORA_TARGETS = (
     r"(?:.*\.)?language_model\.layers\.\d+\."
     r"(?:self_attn\.(?:q|k|v|o)_proj|"
-    r"mlp\.(?:gate|up|down)_proj|"
+    r"mlp\.(?:shared_expert\.)?(?:gate|up|down)_proj|"
     r"linear_attn\.(?:in_proj_qkv|in_proj_z|out_proj))"
 )
+# Linear layers with one number a head or token: how fast a recurrent layer forgets, how strongly
+# it writes, and how much the shared expert counts. An error of 4 bits there acts on a whole head
+# or token, and all of a 27B take 34 MiB more in 16 bits. They are not trained either.
+GATE_LAYERS = ("in_proj_a", "in_proj_b", "shared_expert_gate")
 # Entries of a batch that the model's forward pass takes as they are; some families have fewer.
 MODEL_INPUTS = (
     "input_ids",
@@ -6693,12 +6703,12 @@ def remove_gpu_syncs(model) -> None:
 
 
 def _unquantised_modules() -> list[str]:
-    """Names of the modules of all families that stay in 16 bits: vision parts and the head."""
+    """Names of the modules of all families that stay in 16 bits: vision parts, gates, the head."""
     names = []
     for family in FAMILIES.values():
         for part in family.vision_parts:
             names += [part, f"model.{part}"]
-    return [*dict.fromkeys(names), "lm_head"]
+    return [*dict.fromkeys(names), *GATE_LAYERS, "lm_head"]
 
 
 # === Prompt =======================================================================================
@@ -6918,8 +6928,8 @@ def load_processor(config: Config):
 def quantization_config(quantization: str, precision: str):
     """bitsandbytes settings for the language model, or None for "none".
 
-    The vision tower and the head stay in 16 bits. 4-bit is NF4 with double quantisation
-    (Dettmers et al. 2023, QLoRA); `precision` is that of the arithmetic.
+    The vision tower, the head and `GATE_LAYERS` stay in 16 bits. 4-bit is NF4 with double
+    quantisation (Dettmers et al. 2023, QLoRA); `precision` is that of the arithmetic.
     """
     if quantization == "none":
         return None

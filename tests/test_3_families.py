@@ -16,6 +16,7 @@ import vqa_helpers as vqa
 
 NOT_TRAINED = ("visual", "experts", "lm_head", "embed_tokens", "norm", "conv1d", "mlp.gate.")
 NOT_TRAINED_OF_INTERNVL = ("vision_tower", "multi_modal_projector")
+NOT_TRAINED += vqa.GATE_LAYERS
 # A whole run takes seconds: the quick suite does one.
 FAMILIES_OF_A_WHOLE_RUN = [
     "qwen3_vl",

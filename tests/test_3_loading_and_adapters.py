@@ -316,3 +316,84 @@ def test_an_adapter_that_does_not_arrive_whole_is_refused(finished, tmp_path):
         message = str(caught.value)
         assert "was not loaded completely: ['base_model" in message
         assert f"; it was saved with {advice}" in message
+
+
+# --- Mixtures with recurrent layers ---------------------------------------------------------------
+
+# Neither packed nor trained: they decide for a whole head or token.
+GATES = {"mlp.gate", "mlp.shared_expert_gate", "linear_attn.in_proj_a", "linear_attn.in_proj_b"}
+TRAINED_BESIDE_ATTENTION = {
+    "linear_attn.in_proj_qkv",
+    "linear_attn.in_proj_z",
+    "linear_attn.out_proj",
+    "mlp.shared_expert.gate_proj",
+    "mlp.shared_expert.up_proj",
+    "mlp.shared_expert.down_proj",
+}
+
+
+def part_of_layer(name):
+    return name.split("layers.0.")[1]
+
+
+def test_gates_of_a_recurrent_mixture_are_neither_packed_nor_trained(model_folders, demo_config):
+    with vqa.quantising_experts(vqa.FAMILIES["qwen3_5_moe"].experts):
+        model = load_in_4_bit(model_folders["qwen3_5_moe"])
+    layer = model.model.language_model.layers[0]
+    for name in GATES:
+        assert layer.get_submodule(name).weight.dtype == torch.float32
+    packed = {
+        name for name, parameter in layer.named_parameters() if parameter.dtype == torch.uint8
+    }
+    experts = {
+        f"mlp.experts.parametrizations.{name}.original" for name in ("gate_up_proj", "down_proj")
+    }
+    assert packed == {f"{name}.weight" for name in TRAINED_BESIDE_ATTENTION} | experts
+    adapted = vqa.attach_lora(model, demo_config, seed=0)
+    trained = [name for name in vqa.trainable_parameters(adapted) if ".layers.0." in name]
+    assert {part_of_layer(name).split(".lora_")[0] for name in trained} == TRAINED_BESIDE_ATTENTION
+
+
+def rewrite_weights(folder, change):
+    """Replace the checkpoint's tensors by what change(tensors) gives."""
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def join_experts(tensors):
+    """One tensor for all experts of a layer, as the hub's checkpoints have it."""
+    joined = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for layer in range(2):
+        start = f"model.language_model.layers.{layer}.mlp.experts"
+        experts = {}
+        for part in ("gate", "up", "down"):
+            names = [f"{start}.{number}.{part}_proj.weight" for number in range(4)]
+            experts[part] = torch.stack([tensors[name] for name in names])
+        joined[f"{start}.gate_up_proj"] = torch.cat([experts["gate"], experts["up"]], dim=1)
+        joined[f"{start}.down_proj"] = experts["down"]
+    return joined
+
+
+def test_experts_stored_one_by_one_or_together_give_the_same_4_bits(model_folders, tmp_path):
+    together = shutil.copytree(model_folders["qwen3_5_moe"], tmp_path / "together")
+    rewrite_weights(together, join_experts)
+    found = []
+    for folder in (model_folders["qwen3_5_moe"], together):
+        with vqa.quantising_experts(vqa.FAMILIES["qwen3_5_moe"].experts):
+            model = load_in_4_bit(folder)
+        found.append(model.model.language_model.layers[1].mlp.experts.down_proj)
+    assert torch.equal(*found)
+    assert found[0].std() > 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_weights_for_guessing_tokens_ahead_are_left_out_without_a_warning(
+    family, model_folders, tmp_path, caplog
+):
+    """All checkpoints of Qwen3.5 and later carry such layers, `mtp`."""
+    folder = shutil.copytree(model_folders[family], tmp_path / family)
+    extra = {"mtp.fc.weight": torch.ones(4, 4), "mtp.layers.0.mlp.gate_proj.weight": torch.ones(4)}
+    rewrite_weights(folder, lambda tensors: tensors | extra)
+    config = vqa.Config.preset("demo", model_id=str(folder))
+    vqa.load_model(config, vqa.detect_runtime())
+    assert not caplog.records

@@ -17,6 +17,17 @@ def rope(sections, **more):
     }
 
 
+# Three of four layers of the large models are recurrent.
+RECURRENT = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "rope_parameters": rope([1, 1, 0], partial_rotary_factor=0.25),
+}
+
 # What each twin has beside the common shape: its config's class, then text and vision settings.
 TWINS = {
     "qwen2_5_vl": (
@@ -37,14 +48,17 @@ TWINS = {
     ),
     "qwen3_5": (
         "Qwen3_5Config",
-        {
-            "head_dim": 16,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "rope_parameters": rope([1, 1, 0], partial_rotary_factor=0.25),
+        RECURRENT,
+        {"patch_size": 16, "num_position_embeddings": 64},
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeConfig",
+        RECURRENT
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 32,
         },
         {"patch_size": 16, "num_position_embeddings": 64},
     ),
