@@ -7844,12 +7844,76 @@ def forward_behind_prefixes(
 
 
 def use_shared_prefixes(model) -> None:
-    """Let the model's recurrent layers, if it has any, take `SharedPrefixes` as their mask."""
+    """Let the model's recurrent layers take `SharedPrefixes` as their mask."""
     name = FAMILIES[model.config.model_type].recurrent_mixer
     for layer in model.model.language_model.layers:
-        mixer = getattr(layer, name or "", None)
-        if mixer is not None:
+        mixer = getattr(layer, name, None)
+        if mixer is not None:  # the other layers have attention
             mixer.forward = functools.partial(forward_behind_prefixes, mixer, mixer.forward)
+
+
+# transformers takes these kernels by itself wherever `import fla` works.
+RECURRENT_KERNELS = "flash-linear-attention"
+
+
+def _obstacle_to_recurrent_kernels(gpus: Sequence[Mapping], strict: bool) -> str:
+    """Why this machine cannot use `RECURRENT_KERNELS`, or the `strict` settings must not; or ""."""
+    if not gpus:
+        return "needs a GPU"
+    oldest = min(gpus, key=lambda gpu: gpu["capability"])
+    if oldest["capability"] < 8.0:
+        return f"needs capability 8.0, as Triton does; {oldest['name']} has {oldest['capability']}"
+    torch_version = installed_version("torch")
+    if torch_version < Version("2.7"):
+        return f"needs torch 2.7; {torch_version} is installed"
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton, which comes with torch on Linux only"
+    if strict:
+        return "chooses its kernels by their speed, unlike strict_determinism wants it"
+    return ""
+
+
+def decide_recurrent_kernels(gpus: Sequence[Mapping], strict: bool = False) -> tuple[bool, str]:
+    """Whether recurrent layers use the kernels of flash-linear-attention here, and why.
+
+    Without them they compute the same in plain PyTorch, slower. `gpus` as in `Runtime`;
+    `strict`: with the setting strict_determinism. Nothing is imported.
+
+    >>> decide_recurrent_kernels([])[1]
+    'recurrent layers (Qwen3.5 and later) in plain PyTorch: flash-linear-attention needs a GPU'
+    """
+    layers = "recurrent layers (Qwen3.5 and later)"
+    obstacle = _obstacle_to_recurrent_kernels(gpus, strict)
+    if obstacle:
+        return False, f"{layers} in plain PyTorch: {RECURRENT_KERNELS} {obstacle}"
+    if importlib.util.find_spec("fla") is None:
+        advice = f"`pip install {RECURRENT_KERNELS}` before training makes them faster on this GPU"
+        return False, f"{layers} in plain PyTorch: {RECURRENT_KERNELS} is not installed; {advice}"
+    version = installed_version(RECURRENT_KERNELS)
+    first_use = "its kernels are compiled at their first use, which can take minutes"
+    return True, f"{layers} by {RECURRENT_KERNELS} {version}: {first_use}"
+
+
+def hide_recurrent_kernels() -> None:
+    """Let `import fla` fail in this process, so that transformers goes without these kernels.
+
+    It would choose them by the package alone, also for a CPU, where they fail.
+    """
+    sys.modules["fla"] = None
+
+
+def log_recurrent_kernels(are_chosen: bool, why: str) -> None:
+    """Log how a loaded model's recurrent layers compute; the arguments: as they were decided."""
+    if are_chosen and "fla.ops.gated_delta_rule" not in sys.modules:
+        LOGGER.warning(
+            "Recurrent layers compute in plain PyTorch, slower: %s is installed, but cannot be "
+            'imported; `python -c "import fla"` says why',
+            RECURRENT_KERNELS,
+        )
+    else:
+        LOGGER.info("Decision: %s", why)
+    # It would say so again, without the reason, and advise a package that needs a compiler.
+    logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
 
 
 # === Session ======================================================================================
@@ -7939,10 +8003,15 @@ def open_session(config: Config, example: Mapping) -> Session:
     budget = pixel_budget(config, processor)
     LOGGER.info("Decision: %s", image_inputs(processor).budget_in_words(processor, budget))
     letter_token_ids = _check_wordings(processor, config, example)
+    has_kernels, why_kernels = decide_recurrent_kernels(runtime.gpus, config.strict_determinism)
+    if not has_kernels:
+        hide_recurrent_kernels()
     with track_peak_memory("model loaded"):
         model = load_model(config, runtime)
     remove_gpu_syncs(model)
-    use_shared_prefixes(model)
+    if FAMILIES[model.config.model_type].recurrent_mixer:
+        use_shared_prefixes(model)
+        log_recurrent_kernels(has_kernels, why_kernels)
     device = model.device
     vision_cache = VisionCache(model, processor, config.cache_dir)
 

@@ -1,14 +1,18 @@
 """Part 3, Recurrent layers: choice orders go on from one prefix's state as from their own."""
 
 import dataclasses
+import importlib.util
+import shutil
+import sys
 
 import accelerate
 import pytest
 import torch
-from cards import T4
+from cards import A100, T4
 from references import gradients, perturb_adapter
 from running import ROTATIONS
 from transformers.cache_utils import LinearAttentionLayer
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 
 import vqa_helpers as vqa
 
@@ -159,3 +163,115 @@ def test_four_orders_of_a_recurrent_family_cost_less_than_four_prompts(session, 
     assert vqa.views_cost(session, ROTATIONS) == pytest.approx(1 + 3 / 7)
     session.runtime = dataclasses.replace(session.runtime, attention="flash_attention_2")
     assert len(vqa.plan_prompts(session, rows, ROTATIONS)) == 16
+
+
+# --- Their kernels --------------------------------------------------------------------------------
+
+PLAIN_PYTORCH = "recurrent layers (Qwen3.5 and later) in plain PyTorch: flash-linear-attention "
+
+
+def modules_of_kernels():
+    return [name for name in sys.modules if name.split(".")[0] == "fla"]
+
+
+@pytest.fixture
+def kernels(tmp_path, monkeypatch):
+    """A package that stands for flash-linear-attention: its folder, and what is imported of it."""
+    gated = tmp_path / "fla" / "ops" / "gated_delta_rule"
+    gated.mkdir(parents=True)
+    gated.joinpath("__init__.py").write_text("def chunk_gated_delta_rule(): return 'kernel'\n")
+    metadata = tmp_path / "flash_linear_attention-0.6.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Name: flash-linear-attention\nVersion: 0.6.0\n")
+    if importlib.util.find_spec("triton") is None:  # torch for a CPU brings none
+        tmp_path.joinpath("triton.py").touch()
+    real_version = vqa.installed_version
+    versions = {"torch": vqa.Version("2.8.0")}
+    monkeypatch.setattr(
+        vqa, "installed_version", lambda name: versions.get(name) or real_version(name)
+    )
+    for name in modules_of_kernels():
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    yield tmp_path / "fla"
+    for name in modules_of_kernels():
+        del sys.modules[name]
+
+
+def implementation():
+    """What transformers takes for a function of which there is a kernel."""
+
+    def chunk_gated_delta_rule():
+        return "plain"
+
+    decorate = use_kernel_func_from_hub_with_fallback("chunk_gated_delta_rule", "fla")
+    return decorate(chunk_gated_delta_rule)()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "strict", "obstacle"),
+    [
+        ([], False, "needs a GPU"),
+        ([A100, T4], False, "needs capability 8.0, as Triton does; Tesla T4 has 7.5"),
+        ([A100], True, "chooses its kernels by their speed, unlike strict_determinism wants it"),
+    ],
+)
+def test_recurrent_kernels_are_not_used_where_they_cannot_work(kernels, gpus, strict, obstacle):
+    assert vqa.decide_recurrent_kernels(gpus, strict) == (False, PLAIN_PYTORCH + obstacle)
+
+
+def test_recurrent_kernels_need_triton_and_a_recent_torch(kernels, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    _, why = vqa.decide_recurrent_kernels([A100])
+    assert why == PLAIN_PYTORCH + "needs Triton, which comes with torch on Linux only"
+    monkeypatch.setattr(vqa, "installed_version", lambda name: vqa.Version("2.6.0+cu124"))
+    _, why = vqa.decide_recurrent_kernels([A100])
+    assert why == PLAIN_PYTORCH + "needs torch 2.7; 2.6.0+cu124 is installed"
+
+
+def test_recurrent_kernels_are_advised_where_they_pay_and_used_where_they_are(kernels):
+    chosen, why = vqa.decide_recurrent_kernels([A100])
+    assert chosen
+    assert why == (
+        "recurrent layers (Qwen3.5 and later) by flash-linear-attention 0.6.0: "
+        "its kernels are compiled at their first use, which can take minutes"
+    )
+    shutil.rmtree(kernels)
+    importlib.invalidate_caches()
+    chosen, why = vqa.decide_recurrent_kernels([A100])
+    assert not chosen
+    assert why == PLAIN_PYTORCH + (
+        "is not installed; `pip install flash-linear-attention` before training "
+        "makes them faster on this GPU"
+    )
+
+
+def test_transformers_takes_the_kernels_unless_they_are_hidden(kernels):
+    assert implementation() == "kernel"
+    vqa.hide_recurrent_kernels()
+    assert implementation() == "plain"
+
+
+def test_a_session_hides_kernels_from_a_cpu_and_says_how_recurrent_layers_compute(
+    kernels, model_folders, demo_rows, caplog
+):
+    caplog.set_level("INFO", "vqa")
+    for family in ("qwen3_vl", "qwen3_5"):
+        caplog.clear()
+        config = vqa.Config.preset("demo", model_id=str(model_folders[family]))
+        vqa.open_session(config, demo_rows.train.iloc[0])
+        decision = f"Decision: {PLAIN_PYTORCH}needs a GPU"
+        assert caplog.messages.count(decision) == (family == "qwen3_5")
+        assert implementation() == "plain"
+
+
+def test_kernels_that_cannot_be_imported_are_a_warning(kernels, caplog):
+    chosen, why = vqa.decide_recurrent_kernels([A100])
+    (kernels / "__init__.py").write_text("raise ImportError('another torch')\n")
+    assert implementation() == "plain"
+    vqa.log_recurrent_kernels(chosen, why)
+    assert caplog.messages == [
+        "Recurrent layers compute in plain PyTorch, slower: flash-linear-attention is installed, "
+        'but cannot be imported; `python -c "import fla"` says why'
+    ]
