@@ -7849,7 +7849,10 @@ def use_shared_prefixes(model) -> None:
     for layer in model.model.language_model.layers:
         mixer = getattr(layer, name, None)
         if mixer is not None:  # the other layers have attention
-            mixer.forward = functools.partial(forward_behind_prefixes, mixer, mixer.forward)
+            forward = functools.partial(forward_behind_prefixes, mixer, mixer.forward)
+            # Where decoder layers are compiled, they are so around it: it has loops over chunks,
+            # or kernels of its own.
+            mixer.forward = torch.compiler.disable(forward)
 
 
 # transformers takes these kernels by itself wherever `import fla` works.

@@ -1,5 +1,6 @@
 """Part 3, Fast layers: they compute what PEFT's LoRA and torch without compiling compute."""
 
+import dataclasses
 import functools
 
 import bitsandbytes
@@ -7,7 +8,7 @@ import peft
 import pytest
 import torch
 from references import flat_gradients, perturb_adapter
-from running import batch_loss, plain_batch
+from running import ROTATIONS, batch_loss, plain_batch
 from torch._dynamo.backends.debugging import aot_eager
 
 import vqa_helpers as vqa
@@ -184,3 +185,35 @@ def test_layers_are_compiled_where_it_pays(wish, device, questions, expected, re
     use, why = vqa.decide_compile(wish, device, questions)
     assert use is expected
     assert reason in why
+
+
+@pytest.mark.slow
+def test_recurrent_layers_can_be_compiled_around_their_mixer(
+    model_folders, demo_rows, replace, monkeypatch
+):
+    """Right, but not switched on in FAMILIES: nobody has timed it on a GPU."""
+    family = dataclasses.replace(vqa.FAMILIES["qwen3_5"], is_compiled=True)
+    monkeypatch.setitem(vqa.FAMILIES, "qwen3_5", family)
+    config = vqa.Config.preset("demo", model_id=str(model_folders["qwen3_5"]), label_smoothing=0.0)
+    session = vqa.open_session(config, demo_rows.train.iloc[0])
+    plain = lora_gradients(session, demo_rows.train, fast=False)
+    scores = vqa.predict_logits(session, demo_rows.test.head(5), ROTATIONS)
+    compiled = []
+
+    def counting(graph, inputs):
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    compile_with = functools.partial(torch.compile, backend=counting)
+    monkeypatch.setattr(torch, "compile", compile_with)
+    session.config = replace(config, compile_layers="on")
+    fast = lora_gradients(session, demo_rows.train)
+    assert (fast - plain).norm() <= 1e-5 * plain.norm()
+    # Before the mixer, behind it, and the layer with attention.
+    assert len(compiled) == 3
+    assert torch.equal(lora_gradients(session, demo_rows.train, stored_layers=0), fast)
+    assert len(compiled) == 3
+    compiled_scores = vqa.predict_logits(session, demo_rows.test.head(5), ROTATIONS)
+    assert len(compiled) == 6
+    assert abs(compiled_scores - scores).max() <= 1e-5
