@@ -1253,7 +1253,14 @@ class ModelSettings:
         one_of=("auto", "on", "off"),
     )
     lora_r: int = setting(16, "rank of the adapter", at_least=1)
-    lora_alpha: int = setting(32, "the adapter's update is scaled by alpha / r", at_least=1)
+    lora_alpha: int = setting(
+        32,
+        "the adapter's update is scaled by alpha / r; with use_rslora by alpha / sqrt(r)",
+        at_least=1,
+    )
+    use_rslora: bool = setting(
+        False, "rank-stabilised LoRA: scaled by alpha / sqrt(r), for ranks of 32 and more"
+    )
     lora_dropout: float = setting(
         0.05, "probability of dropout in the adapter", at_least=0, below=1
     )
@@ -7265,6 +7272,7 @@ def trainable_parameters(model) -> dict:
 def attach_lora(model, config: Config, seed: int):
     """`model` with a fresh LoRA adapter (Hu et al. 2021), a function of `seed`.
 
+    With `use_rslora` its update is scaled as by Kalajdzievski (2023, rank-stabilised LoRA).
     Asserts that its weights are fp32 and outside the vision tower.
     """
     torch.manual_seed(seed)
@@ -7273,6 +7281,7 @@ def attach_lora(model, config: Config, seed: int):
         task_type="CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
+        use_rslora=config.use_rslora,
         lora_dropout=config.lora_dropout,
     )
     adapted = peft.get_peft_model(model, lora_config)
@@ -8471,7 +8480,7 @@ def lora_linear(
     dropped,  # x after dropout, (..., in); None without dropout
     lora_a,  # A, (rank, in), fp32
     lora_b,  # B, (out, rank), fp32
-    scaling,  # alpha / rank
+    scaling,  # alpha / rank, or alpha / sqrt(rank)
     weight,  # W with `scales` and `shape`, as `dequantize_weight` takes them
     bias,  # (out,), or None
     scales,

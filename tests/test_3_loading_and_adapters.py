@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from machine import FIND, IMPORT
+from references import perturb_adapter
 from running import ONE_VIEW, plain_batch
 from safetensors.torch import load_file, save_file
 from twins import TINY
@@ -316,6 +317,38 @@ def test_an_adapter_that_does_not_arrive_whole_is_refused(finished, tmp_path):
         message = str(caught.value)
         assert "was not loaded completely: ['base_model" in message
         assert f"; it was saved with {advice}" in message
+
+
+def letter_scores(session, model, batch):
+    """Scores of the letters, (questions, 4), by the session with this model."""
+    session.model = model
+    with torch.no_grad():
+        states = vqa.answer_hidden_states(session, batch)
+    return vqa.answer_scores(session, states)
+
+
+@pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 2.0), (True, 4.0)])
+def test_rank_stabilised_lora_is_scaled_by_the_root_of_its_rank_also_when_loaded_again(
+    use_rslora, scaling, demo_rows, tmp_path
+):
+    config = vqa.Config.preset("demo", lora_r=4, lora_alpha=8, use_rslora=use_rslora)
+    session = vqa.open_session(config, demo_rows.train.iloc[0])
+    base = session.model
+    batch = plain_batch(session, demo_rows.train, range(2))
+    adapted = perturb_adapter(vqa.attach_lora(base, config, seed=0)).eval()
+    query = session.decoder_layers[0].self_attn.q_proj
+    assert query.scaling == {"default": scaling}
+    by_peft = letter_scores(session, base, batch)
+    vqa.use_fast_layers(session, adapted, questions=2)
+    assert torch.allclose(letter_scores(session, base, batch), by_peft, atol=1e-5)
+    adapted.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["use_rslora"] is use_rslora
+    adapted.unload()
+    loaded = vqa.load_adapter(base, tmp_path)
+    assert session.decoder_layers[0].self_attn.q_proj.scaling == {"default": scaling}
+    vqa.use_fast_layers(session, loaded, questions=2)
+    assert torch.allclose(letter_scores(session, base, batch), by_peft, atol=1e-5)
 
 
 # --- Mixtures with recurrent layers ---------------------------------------------------------------
