@@ -8447,9 +8447,9 @@ def dequantize_weight(weight, scales: Sequence, shape: Sequence[int], dtype):
     """The frozen weight (out, in) in `dtype`.
 
     Without `scales`, `weight` is plain. With them it is packed in NF4, and `shape` is
-    (out, in, weights in a block, blocks that share a scale of the scales). One tensor
-    in `scales`: each block's scale in fp32. Four: the scales in 8 bits, as
-    `dequantize_scales` takes them.
+    (out, in, weights in a block) and, where scales are quantised, too, (..., blocks that
+    share a scale of the scales). One tensor in `scales`: each block's scale in fp32. Four:
+    the scales in 8 bits, as `dequantize_scales` takes them.
     """
     if not scales:
         return weight.to(dtype)
@@ -8654,25 +8654,28 @@ def fast_lora_class(kind: type) -> type:
     return type(f"Fast{kind.__name__}", (kind,), {"forward": lora_forward})
 
 
-def _is_double_nf4(state) -> bool:
-    """Whether bitsandbytes' `quant_state` of a weight, or None, is NF4 with 8-bit scales."""
-    return state is not None and state.quant_type == "nf4" and state.nested
+def _is_nf4(state) -> bool:
+    """Whether bitsandbytes' `quant_state` of a weight, or None, is NF4."""
+    return state is not None and state.quant_type == "nf4"
 
 
 def _add_packed_weight(layer, state, unpack_scales: bool) -> None:
-    """Give a layer its 4-bit weight and scales as plain buffers, for `lora_forward`.
+    """Give a layer its NF4 weight and scales as plain buffers, for `lora_forward`.
 
-    `unpack_scales`: keep the scales in fp32, instead of what they are computed from.
+    `unpack_scales`: keep 8-bit scales in fp32, instead of what they are computed from.
     """
-    layer.packed_shape = [*state.shape, state.blocksize, state.state2.blocksize]
-    scales = {
-        "absmax": state.absmax,
-        "code": state.state2.code,
-        "group_scale": state.state2.absmax,
-        "offset": state.offset,
-    }
-    if unpack_scales:
-        scales = {"scale": dequantize_scales([*scales.values()], layer.packed_shape)}
+    layer.packed_shape = [*state.shape, state.blocksize]
+    scales = {"scale": state.absmax}
+    if state.nested:
+        layer.packed_shape.append(state.state2.blocksize)
+        scales = {
+            "absmax": state.absmax,
+            "code": state.state2.code,
+            "group_scale": state.state2.absmax,
+            "offset": state.offset,
+        }
+        if unpack_scales:
+            scales = {"scale": dequantize_scales([*scales.values()], layer.packed_shape)}
     layer.scale_names = tuple(scales)
     packed = layer.base_layer.weight.detach().as_subclass(torch.Tensor)
     for name, tensor in {"packed": packed, **scales}.items():
@@ -8680,29 +8683,33 @@ def _add_packed_weight(layer, state, unpack_scales: bool) -> None:
 
 
 def use_fast_lora(adapted) -> None:
-    """Let all LoRA layers of a PEFT model compute `lora_forward`.
+    """Let all LoRA layers of a PEFT model compute `lora_forward`, each by its own kind.
 
-    Their weights and files stay PEFT's. From the first layer of another kind on, layers
+    Their weights and files stay PEFT's. Layers of another kind than NF4 and unquantised
     stay as they are, and the log says so.
     """
     register_lora_operators()
     kind = peft.tuners.lora.LoraLayer
     layers = [layer for layer in adapted.modules() if isinstance(layer, kind)]
     states = [getattr(layer.base_layer.weight, "quant_state", None) for layer in layers]
-    blocks = sum(state.absmax.numel() for state in states if state is not None)
+    nested = [state for state in states if _is_nf4(state) and state.nested]
+    blocks = sum(state.absmax.numel() for state in nested)
     unpack_scales = 4 * blocks <= MAX_UNPACKED_SCALE_BYTES  # 4 bytes a scale in fp32
     plain_dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    others = Counter()
     for layer, state in zip(layers, states, strict=True):
         base_kind = type(layer.base_layer)
-        if _is_double_nf4(state):
+        if _is_nf4(state):
             _add_packed_weight(layer, state, unpack_scales)
         elif base_kind is torch.nn.Linear and layer.base_layer.weight.dtype in plain_dtypes:
             layer.packed_shape = []
         else:
-            # 8-bit, FP8, other 4-bit: only their own layer knows what they mean.
-            LOGGER.info("Decision: %s layers of PEFT stay as they are", base_kind.__name__)
-            return
+            # 8-bit, FP8, FP4: only their own layer knows what they mean.
+            others[base_kind.__name__] += 1
+            continue
         layer.__class__ = fast_lora_class(type(layer))
+    for name, count in others.items():
+        LOGGER.info("Decision: %d %s layers of PEFT stay as they are", count, name)
 
 
 def forward_with_checkpointing(layer, compute: Callable, hidden_states, **options):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 
 import bitsandbytes
 import peft
@@ -217,3 +218,57 @@ def test_recurrent_layers_can_be_compiled_around_their_mixer(
     compiled_scores = vqa.predict_logits(session, demo_rows.test.head(5), ROTATIONS)
     assert len(compiled) == 6
     assert abs(compiled_scores - scores).max() <= 1e-5
+
+
+# --- Several kinds of layers ----------------------------------------------------------------------
+
+
+def packed_layer(quant_type="nf4", double=False, storage=torch.uint8):
+    layer = bitsandbytes.nn.Linear4bit(
+        128,
+        192,
+        bias=False,
+        compute_dtype=torch.float32,
+        compress_statistics=double,
+        quant_type=quant_type,
+        quant_storage=storage,
+    )
+    layer.load_state_dict(torch.nn.Linear(128, 192, bias=False).state_dict())
+    return layer.to("cpu").requires_grad_(False)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_weights_whose_scales_are_not_quantised_go_through_our_layer_too(storage):
+    plain, fast = lora_pair(lambda: packed_layer(storage=storage))
+    assert not plain.base_layer.weight.quant_state.nested
+    assert type(fast).__name__.startswith("Fast")
+    assert fast.scale_names == ("scale",)
+    x = torch.randn(3, 5, 128)
+    ours = outputs_and_gradients(fast.train(), x)
+    theirs = outputs_and_gradients(plain.train(), x)
+    for our_tensor, their_tensor in zip(ours, theirs, strict=True):
+        assert (our_tensor - their_tensor).norm() <= 1e-5 * their_tensor.norm()
+
+
+def test_each_layer_of_a_mixed_model_is_computed_by_its_own_kind(caplog):
+    kinds = {
+        "in_fp4": lambda: packed_layer("fp4"),
+        "in_single_nf4": packed_layer,
+        "in_double_nf4": lambda: packed_layer(double=True),
+        "in_fp32": lambda: torch.nn.Linear(128, 192).requires_grad_(False),
+    }
+    layers = torch.nn.ModuleDict({name: make() for name, make in kinds.items()})
+    adapted = peft.get_peft_model(layers, peft.LoraConfig(r=4, target_modules=list(kinds)))
+    caplog.set_level(logging.INFO, "vqa")
+    vqa.use_fast_lora(adapted)
+    is_ours = {}
+    for name in kinds:
+        layer = adapted.base_model.model[name]
+        is_ours[name] = type(layer).__name__.startswith("Fast")
+    assert is_ours == {
+        "in_fp4": False,
+        "in_single_nf4": True,
+        "in_double_nf4": True,
+        "in_fp32": True,
+    }
+    assert "Decision: 1 Linear4bit layers of PEFT stay as they are" in caplog.text
