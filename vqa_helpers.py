@@ -46,6 +46,7 @@ above it.
    Tiles                               InternVL's images: the same
    Families                            what differs between families of models
    Prompt                              texts, chat messages, and the tokens of the letters
+   Stored formats                      checkpoints that are quantised already
    Loading                             processor and base model, quantised or not
    Downloads                           how much of a model has arrived, and what if no more comes
    Adapters                            LoRA on the language model, fresh or from a file
@@ -224,7 +225,9 @@ torch = _LazyModule("torch")
 transformers = _LazyModule("transformers")
 cache_utils = _LazyModule("transformers.cache_utils")
 peft = _LazyModule("peft")
+accelerate_hooks = _LazyModule("accelerate.hooks")
 bnb_functional = _LazyModule("bitsandbytes.functional")
+bnb_nn = _LazyModule("bitsandbytes.nn")
 bnb_parametrize = _LazyModule("bitsandbytes.nn.parametrize")
 bnb_loading = _LazyModule("transformers.integrations.bitsandbytes")
 quantizers = _LazyModule("transformers.quantizers.auto")
@@ -6861,6 +6864,136 @@ def check_template(processor, messages: list[dict]) -> tuple[tuple[int, ...], ..
     return letter_token_ids
 
 
+# === Stored formats ===============================================================================
+def stored_quantization(model_config) -> dict:
+    """What a model's config.json says about weights that are quantised already.
+
+    Empty where they are not. `model_config`: as AutoConfig reads it.
+    """
+    for part in (model_config, model_config.get_text_config()):
+        stored = getattr(part, "quantization_config", None)
+        if stored:
+            return stored
+    return {}
+
+
+def is_stored_in_nf4(stored: Mapping) -> bool:
+    """Whether a quantization_config means bitsandbytes' 4-bit NF4.
+
+    >>> is_stored_in_nf4({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+    True
+    >>> is_stored_in_nf4({"load_in_4bit": True})  # bitsandbytes' default is FP4
+    False
+    """
+    return bool(stored.get("load_in_4bit")) and stored.get("bnb_4bit_quant_type") == "nf4"
+
+
+def stored_format_in_words(stored: Mapping) -> str:
+    """What a quantization_config means, in words.
+
+    >>> stored_format_in_words({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+    'bitsandbytes 4-bit NF4'
+    >>> stored_format_in_words({"quant_method": "awq", "bits": 4})
+    'awq'
+    >>> stored_format_in_words({"bits": 4})
+    'an unnamed format'
+    >>> stored_format_in_words({})
+    'not quantised'
+    """
+    if not stored:
+        return "not quantised"
+    if is_stored_in_nf4(stored):
+        double = " with double quantisation" if stored.get("bnb_4bit_use_double_quant") else ""
+        return f"bitsandbytes 4-bit NF4{double}"
+    if stored.get("load_in_4bit"):
+        return "bitsandbytes 4-bit FP4"
+    if stored.get("load_in_8bit"):
+        return "bitsandbytes 8-bit"
+    return stored.get("quant_method", "an unnamed format")
+
+
+def check_stored_format(config: Config, model_config) -> None:
+    """ValueError, with what to set or take instead, unless these settings can use the checkpoint.
+
+    Quantised checkpoints are used in two formats: bitsandbytes' NF4 with quantization "4bit",
+    and fp8, unpacked to 16 bits, with "none".
+    """
+    stored = stored_quantization(model_config)
+    if not stored:
+        return
+    words = stored_format_in_words(stored)
+    is_nf4 = is_stored_in_nf4(stored)
+    problem = f"{config.model_path} is stored in {words} already"
+    if not is_nf4 and words != "fp8":
+        raise ValueError(
+            f"{problem}, which cannot be trained here: set model_id to the 16-bit original, or to "
+            "a copy of it in bitsandbytes 4-bit NF4"
+        )
+    needed = "4bit" if is_nf4 else "none"
+    if config.quantization != needed:
+        raise ValueError(
+            f"{problem}: set quantization={needed!r} instead of {config.quantization!r}, or set "
+            "model_id to the 16-bit original"
+        )
+    if is_nf4 and FAMILIES[model_config.model_type].experts:
+        raise ValueError(
+            f"{problem}, but for its experts, which take 16 bits there: set model_id to the "
+            "16-bit original, whose experts are quantised, too, while they are loaded"
+        )
+    LOGGER.info("Decision: %s: it is not quantised again", problem)
+
+
+def _plain_linear(layer, dtype):
+    """An unquantised layer with the weight and bias of bitsandbytes' 4-bit `layer`."""
+    weight = layer.weight
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        weight = bnb_functional.dequantize_4bit(weight.data, state)
+    plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    plain.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
+    plain.bias = layer.bias
+    if hasattr(layer, "_hf_hook"):  # on several GPUs it fetches the inputs
+        accelerate_hooks.add_hook_to_module(plain, layer._hf_hook)
+    return plain
+
+
+def unpack_all_but_the_language_model(model, dtype) -> None:
+    """Make a model that was stored in 4 bits like one that was quantised while loading.
+
+    Its vision tower and its head become unquantised; so do layers that the checkpoint holds in
+    16 bits, although its list of exceptions does not say so under their present names. What is
+    not packed gets `dtype`, and so does what is unpacked for a product.
+    """
+    head = model.get_output_embeddings()
+    unpacked = []
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, bnb_nn.Linear4bit):
+            continue
+        state = getattr(layer.weight, "quant_state", None)
+        if state is not None:
+            state.dtype = dtype
+        elif not layer.weight.is_floating_point():
+            raise RuntimeError(
+                f"The checkpoint holds the 4-bit weight of {name} without its scales: "
+                "download it again, or set model_id to the 16-bit original"
+            )
+        in_tower = name.startswith(f"model.{VISION_PREFIX}.")
+        if state is None or in_tower or layer is head:
+            model.set_submodule(name, _plain_linear(layer, dtype))
+            unpacked.append(name)
+    for parameter in model.parameters():
+        # Loading leaves it in the checkpoint's format.
+        if parameter.is_floating_point() and not isinstance(parameter, bnb_nn.Params4bit):
+            parameter.data = parameter.data.to(dtype)
+    if unpacked:
+        LOGGER.info(
+            "Decision: %d layers such as %s are used unquantised: they belong to the vision "
+            "tower or the head, or are stored so",
+            len(unpacked),
+            unpacked[0],
+        )
+
+
 # === Loading ======================================================================================
 def _attached_model_folders() -> list[str]:
     """Folders among the attached data that hold a model's config.json and safetensors."""
@@ -7040,7 +7173,7 @@ def _read_model_config(config: Config):
 
 
 def _loading_options(config: Config, runtime: Runtime) -> dict:
-    """Options of from_pretrained: number format, attention, quantisation and devices."""
+    """Options of from_pretrained: number format, attention and devices."""
     options = {
         "dtype": getattr(torch, DTYPES[runtime.precision]),
         "attn_implementation": runtime.attention,
@@ -7048,9 +7181,6 @@ def _loading_options(config: Config, runtime: Runtime) -> dict:
         "trust_remote_code": config.trust_remote_code,
         "use_safetensors": True,  # never a pickle
     }
-    quantization = quantization_config(config.quantization, runtime.precision)
-    if quantization is not None:  # None would undo the checkpoint's own
-        options["quantization_config"] = quantization
     if config.spread_model:
         # The rest of each card is for activations, and for one layer's experts in 16 bits.
         max_memory = {}
@@ -7061,22 +7191,23 @@ def _loading_options(config: Config, runtime: Runtime) -> dict:
     return options
 
 
-def _stored_format_options(config: Config, model_config) -> dict:
-    """More options of from_pretrained for a checkpoint that is quantised already.
+def _quantization_options(config: Config, model_config, precision: str) -> dict:
+    """Options of from_pretrained about quantisation: the checkpoint's own, ours, or none.
 
-    Raises ValueError for all but fp8, and where it should be quantised once more.
+    Raises ValueError for a stored format that cannot be used with these settings.
     """
-    stored = getattr(model_config, "quantization_config", None)
-    if not stored:
+    stored = stored_quantization(model_config)
+    check_stored_format(config, model_config)
+    if is_stored_in_nf4(stored):
+        # The arithmetic follows this card, not the one that the checkpoint was made on.
+        stored["bnb_4bit_compute_dtype"] = DTYPES[precision]
+        return {"config": model_config}
+    if stored:
+        # Also on cards with FP8: its kernels come from the hub, and LoRA would train through none.
+        return {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)}
+    if config.quantization == "none":
         return {}
-    method = stored["quant_method"]
-    if config.quantization != "none" or method != "fp8":
-        raise ValueError(
-            f"{config.model_path} is stored in {method} already: "
-            "only fp8 is read, with quantization='none'"
-        )
-    # Also on cards with FP8: its kernels come from the hub, and LoRA would train through none.
-    return {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)}
+    return {"quantization_config": quantization_config(config.quantization, precision)}
 
 
 def _check_weight_names(config: Config, report: Mapping) -> None:
@@ -7093,7 +7224,7 @@ def _check_weight_names(config: Config, report: Mapping) -> None:
             f"{kind} {names[:3]} ({len(names)} in all)"
         )
         # A scale that nobody asked for: its weight was read as numbers without their scale.
-        has_unused_scale = any("scale" in name for name in names)
+        has_unused_scale = any("scale" in name or ".absmax" in name for name in names)
         if kind != "unexpected_keys" or has_unused_scale:
             raise RuntimeError(f"{problem}; download it again, or update transformers")
         LOGGER.warning("%s", problem)
@@ -7112,10 +7243,12 @@ def _check_loading(config: Config, model, report: Mapping) -> None:
         )
 
 
-def _load_model_once(config: Config, options: Mapping):
-    """The model, loaded with these options of from_pretrained and checked; one attempt."""
+def _load_model_once(config: Config, runtime: Runtime):
+    """The model, loaded and checked; one attempt."""
     model_config = _read_model_config(config)
-    stored_format = _stored_format_options(config, model_config)
+    options = _loading_options(config, runtime)
+    options.update(_quantization_options(config, model_config, runtime.precision))
+    is_stored_in_4_bit = is_stored_in_nf4(stored_quantization(model_config))
     experts = FAMILIES[model_config.model_type].experts
     loading = contextlib.nullcontext()
     if experts and config.quantization == "4bit":
@@ -7123,11 +7256,20 @@ def _load_model_once(config: Config, options: Mapping):
     with loading:
         model, report = transformers.AutoModelForImageTextToText.from_pretrained(
             config.model_path,
-            **{**options, **stored_format},
+            **options,
             output_loading_info=True,
         )
     _check_loading(config, model, report)
+    if is_stored_in_4_bit:
+        unpack_all_but_the_language_model(model, options["dtype"])
     return model
+
+
+def _refuse_quantisation_without_gpu(config: Config, runtime: Runtime) -> None:
+    if config.quantization != "none" and not runtime.gpus:
+        raise ValueError(
+            f"quantization {config.quantization!r} needs a GPU; on a CPU set quantization='none'"
+        )
 
 
 def load_model(config: Config, runtime: Runtime, attempts: int = 3):
@@ -7137,15 +7279,11 @@ def load_model(config: Config, runtime: Runtime, attempts: int = 3):
     here, RuntimeError for a checkpoint that is not whole or does not fit into the GPUs,
     and after `attempts` an OSError that says what to do.
     """
-    if config.quantization != "none" and not runtime.gpus:
-        raise ValueError(
-            f"quantization {config.quantization!r} needs a GPU; on a CPU set quantization='none'"
-        )
-    options = _loading_options(config, runtime)
+    _refuse_quantisation_without_gpu(config, runtime)
     for attempt in range(attempts):  # downloads from the hub break off
         time.sleep(2 * attempt)
         try:
-            model = _load_model_once(config, options)
+            model = _load_model_once(config, runtime)
             return model.requires_grad_(False).eval()
         except OSError as error:
             LOGGER.warning(

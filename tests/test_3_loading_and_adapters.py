@@ -243,7 +243,7 @@ def test_an_fp8_checkpoint_is_not_quantised_twice(fp8_folder):
     gpu = {"index": 0, "name": "L4", "memory_gib": 22.5, "capability": 8.9}
     config = vqa.Config.preset("kaggle_t4x2", model_id=str(fp8_folder))
     with pytest.raises(
-        ValueError, match="is stored in fp8 already: only fp8 is read, with quantization='none'"
+        ValueError, match="is stored in fp8 already: set quantization='none' instead of '4bit', or"
     ):
         vqa.load_model(config, vqa.Runtime("local", (gpu,), "bf16", "sdpa", ()))
 
@@ -251,7 +251,7 @@ def test_an_fp8_checkpoint_is_not_quantised_twice(fp8_folder):
 def test_a_checkpoint_in_another_format_is_refused(fp8_folder, demo_config, replace):
     path = fp8_folder / "config.json"
     path.write_text(path.read_text().replace('"fp8"', '"awq"'))
-    with pytest.raises(ValueError, match="is stored in awq already: only fp8 is read"):
+    with pytest.raises(ValueError, match="is stored in awq already, which cannot be trained"):
         vqa.load_model(replace(demo_config, model_id=str(fp8_folder)), vqa.detect_runtime())
 
 

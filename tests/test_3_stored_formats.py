@@ -1,0 +1,282 @@
+"""Part 3, Stored formats: checkpoints in 4 bits are used like those that we quantise ourselves."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from references import flat_gradients, perturb_adapter
+from running import ONE_VIEW, batch_loss, plain_batch
+from safetensors.torch import load_file, save_file
+
+import vqa_helpers as vqa
+
+LANGUAGE_MODEL_ONLY = ["visual", "model.visual", "lm_head"]
+
+
+def store_in_4_bit(source, folder, dtype=torch.float32, **settings):
+    """A checkpoint as others publish it: the twin in `source`, quantised by transformers alone."""
+    quantised = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+        "llm_int8_skip_modules": LANGUAGE_MODEL_ONLY,
+    }
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        source,
+        dtype=dtype,
+        quantization_config=transformers.BitsAndBytesConfig(**(quantised | settings)),
+        device_map={"": "cpu"},
+    )
+    weights = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(source, folder, ignore=weights, dirs_exist_ok=True)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stored_double(model_folders, tmp_path_factory) -> Path:
+    """The demo's model in 4 bits, as our own quantisation makes it."""
+    return store_in_4_bit(model_folders["qwen3_vl"], tmp_path_factory.mktemp("double"))
+
+
+def edit_config(folder, **settings):
+    """Change a checkpoint's own statement about how it is stored."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content["quantization_config"] |= settings
+    path.write_text(json.dumps(content))
+
+
+def copy_with(stored, folder, **settings):
+    """A copy of a checkpoint, with these settings in its quantization_config."""
+    edit_config(shutil.copytree(stored, folder), **settings)
+    return folder
+
+
+def config_of(folder, **settings):
+    settings = {"quantization": "4bit", "label_smoothing": 0.0} | settings
+    return vqa.Config.preset("demo", model_id=str(folder), **settings)
+
+
+def scores_and_gradients(config, rows):
+    """Of the letters before training, (rows, 4), and one training step's LoRA gradients."""
+    session = vqa.open_session(config, rows.iloc[0])
+    scores = vqa.predict_logits(session, rows.head(3), ONE_VIEW)[:, 0]
+    adapted = perturb_adapter(vqa.attach_lora(session.model, config, seed=0)).train()
+    vqa.use_fast_layers(session, adapted, questions=1)
+    batch_loss(session, plain_batch(session, rows, range(3))).backward()
+    assert type(session.decoder_layers[0].self_attn.q_proj).__name__ == "FastLinear4bit"
+    return torch.from_numpy(scores), flat_gradients(adapted)
+
+
+# --- The same as quantised while loading ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_a_stored_checkpoint_gives_the_scores_and_gradients_of_our_own_quantisation(
+    double, model_folders, stored_double, four_bits_on_the_cpu, demo_rows, tmp_path, monkeypatch
+):
+    source = model_folders["qwen3_vl"]
+    stored = stored_double
+    if not double:
+        stored = store_in_4_bit(source, tmp_path / "stored", bnb_4bit_use_double_quant=False)
+        own = vqa.quantization_config("4bit", "fp32")
+        own.bnb_4bit_use_double_quant = False
+        monkeypatch.setattr(vqa, "quantization_config", lambda quantization, precision: own)
+    ours = scores_and_gradients(config_of(source), demo_rows.train)
+    theirs = scores_and_gradients(config_of(stored), demo_rows.train)
+    for our_tensor, their_tensor in zip(ours, theirs, strict=True):
+        assert torch.equal(our_tensor, their_tensor)
+
+
+def test_numbers_follow_this_machine_and_not_the_one_that_stored_them(
+    model_folders, four_bits_on_the_cpu, tmp_path
+):
+    stored = store_in_4_bit(model_folders["qwen3_vl"], tmp_path / "bf16", dtype=torch.bfloat16)
+    runtime = vqa.Runtime("local", (), "fp16", "sdpa", ())  # a T4's
+    model = vqa.load_model(config_of(stored), runtime)
+    dtypes = {value.dtype for value in model.parameters()}
+    assert dtypes == {torch.float16, torch.uint8}
+    query = model.model.language_model.layers[0].self_attn.q_proj
+    assert query.compute_dtype == query.weight.quant_state.dtype == torch.float16
+
+
+# --- Mixed layers ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dynamic_folder(model_folders, tmp_path):
+    """A checkpoint as the "dynamic" ones are, whose list of exceptions has names of long ago.
+
+    One attention layer and the tower's first block are in 16 bits, the rest of the tower and
+    the language model in 4.
+    """
+    skipped = ["lm_head", "model.visual.blocks.0", "model.language_model.layers.0.self_attn"]
+    source = model_folders["qwen2_5_vl"]
+    stored = store_in_4_bit(source, tmp_path / "dynamic", llm_int8_skip_modules=skipped)
+    old_names = ["lm_head", "visual.blocks.0", "model.layers.0.self_attn"]
+    edit_config(stored, llm_int8_skip_modules=old_names)
+    return stored
+
+
+def test_layers_in_4_and_in_16_bits_stand_side_by_side_each_computed_by_its_own_kind(
+    dynamic_folder, four_bits_on_the_cpu, demo_rows, caplog
+):
+    caplog.set_level(logging.INFO, "vqa")
+    config = config_of(dynamic_folder)
+    session = vqa.open_session(config, demo_rows.train.iloc[0])
+    said = "is stored in bitsandbytes 4-bit NF4 with double quantisation already: it is not quanti"
+    assert said in caplog.text
+    assert "layers such as model.visual.blocks.0.attn.qkv are used unquantised" in caplog.text
+    tower = session.vision_cache.vision_tower
+    assert {value.dtype for value in tower.parameters()} == {torch.float32}
+    batch = plain_batch(session, demo_rows.train, range(2))
+    adapted = perturb_adapter(vqa.attach_lora(session.model, config, seed=0)).eval()
+    by_peft = vqa.answer_hidden_states(session, batch)
+    vqa.use_fast_layers(session, adapted, questions=2)
+    first, second = session.decoder_layers
+    assert type(first.self_attn.q_proj).__name__ == "FastLinear"
+    assert type(first.mlp.up_proj).__name__ == "FastLinear4bit"
+    assert type(second.self_attn.q_proj).__name__ == "FastLinear4bit"
+    assert torch.allclose(vqa.answer_hidden_states(session, batch), by_peft, atol=1e-4)
+
+
+def with_a_head_of_its_own(source, folder):
+    """A copy of a checkpoint whose head is not its embeddings."""
+    shutil.copytree(source, folder)
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content["tie_word_embeddings"] = content["text_config"]["tie_word_embeddings"] = False
+    path.write_text(json.dumps(content))
+    tensors = load_file(folder / "model.safetensors")
+    embeddings = next(value for name, value in tensors.items() if "embed_tokens" in name)
+    tensors["lm_head.weight"] = embeddings.flip(1).contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder, tensors
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_a_vision_tower_and_a_head_in_4_bits_are_unpacked(
+    family, model_folders, four_bits_on_the_cpu, demo_rows, tmp_path
+):
+    source, whole = with_a_head_of_its_own(model_folders[family], tmp_path / "source")
+    stored = store_in_4_bit(source, tmp_path / "all", llm_int8_skip_modules=[])
+    packed_names = [name for name in load_file(stored / "model.safetensors") if "absmax" in name]
+    assert "lm_head.weight.absmax" in packed_names
+    assert any("visual" in name for name in packed_names)
+    session = vqa.open_session(config_of(stored), demo_rows.train.iloc[0])
+    tower = session.vision_cache.vision_tower
+    unpacked = {
+        "visual.blocks.0.attn.qkv.weight": tower.blocks[0].attn.qkv,
+        "lm_head.weight": session.model.get_output_embeddings(),
+    }
+    for name, layer in unpacked.items():
+        assert type(layer) is torch.nn.Linear
+        original = next(value for key, value in whole.items() if key.endswith(name)).float()
+        lost = (layer.weight - original).norm() / original.norm()
+        assert 0.01 < lost < 0.2  # NF4 keeps about a tenth of it wrong
+    rows = demo_rows.test.head(2)
+    session.vision_cache.fill(rows, (1024, 65536), lambda *_: None)
+    session.vision_cache.offload_tower()
+    assert np.isfinite(vqa.predict_logits(session, rows, ONE_VIEW)).all()
+
+
+def test_what_is_unpacked_keeps_the_hook_that_fetches_its_inputs(
+    stored_double, four_bits_on_the_cpu
+):
+    model = transformers.AutoModelForImageTextToText.from_pretrained(stored_double)
+    layer = model.model.language_model.layers[0].mlp.up_proj
+    layer.compute_dtype = torch.float32
+    hook = AlignDevicesHook(execution_device="cpu")
+    plain = vqa._plain_linear(add_hook_to_module(layer, hook), torch.float32)
+    assert plain._hf_hook is hook
+    x = torch.randn(2, layer.in_features)
+    assert torch.allclose(plain(x), layer(x), atol=1e-5)
+
+
+# --- Refused --------------------------------------------------------------------------------------
+
+WITHOUT_A_GPU = vqa.Runtime("local", (), "fp32", "sdpa", ())
+
+
+@pytest.mark.parametrize(
+    ("stored", "quantization", "message"),
+    [
+        (
+            {},
+            "none",
+            r"4-bit NF4 with double quantisation already: set quantization='4bit' instead",
+        ),
+        (
+            {},
+            "8bit",
+            r"set quantization='4bit' instead of '8bit', or set model_id to the 16-bit or",
+        ),
+        (
+            {"load_in_4bit": False, "load_in_8bit": True},
+            "8bit",
+            "stored in bitsandbytes 8-bit already, which cannot be trained here: set model_id to "
+            "the 16-bit original, or to a copy of it in bitsandbytes 4-bit NF4",
+        ),
+        ({"bnb_4bit_quant_type": "fp4"}, "4bit", "stored in bitsandbytes 4-bit FP4 already, which"),
+        (
+            {"load_in_4bit": False, "quant_method": "gptq", "bits": 4},
+            "4bit",
+            "stored in gptq already, which cannot be trained here",
+        ),
+    ],
+)
+def test_a_format_that_does_not_fit_the_settings_is_refused_with_what_to_take_instead(
+    stored, quantization, message, stored_double, four_bits_on_the_cpu, tmp_path
+):
+    folder = copy_with(stored_double, tmp_path / "other", **stored)
+    with pytest.raises(ValueError, match=message):
+        vqa.load_model(config_of(folder, quantization=quantization), WITHOUT_A_GPU)
+
+
+def test_a_mixture_of_experts_stored_in_4_bits_is_refused(
+    model_folders, four_bits_on_the_cpu, tmp_path
+):
+    folder = store_in_4_bit(model_folders["qwen3_vl_moe"], tmp_path / "mixture")
+    experts = {
+        name: value.dtype
+        for name, value in load_file(folder / "model.safetensors").items()
+        if ".experts." in name
+    }
+    assert set(experts.values()) == {torch.float32}
+    with pytest.raises(ValueError, match="but for its experts, which take 16 bits there: set mod"):
+        vqa.load_model(config_of(folder), WITHOUT_A_GPU)
+
+
+def test_a_checkpoint_whose_config_does_not_say_that_it_is_packed_is_refused(
+    stored_double, four_bits_on_the_cpu, tmp_path
+):
+    folder = shutil.copytree(stored_double, tmp_path / "silent")
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    del content["quantization_config"]
+    path.write_text(json.dumps(content))
+    said = r"unexpected_keys \['model.language_model.layers.0.mlp.down_proj.weight.absmax'.*; down"
+    with pytest.raises(RuntimeError, match=said):
+        vqa.load_model(config_of(folder), WITHOUT_A_GPU)
+
+
+def test_packed_weights_without_their_scales_are_refused(
+    stored_double, four_bits_on_the_cpu, tmp_path
+):
+    folder = shutil.copytree(stored_double, tmp_path / "bare")
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    tensors = {}
+    for key, value in load_file(folder / "model.safetensors").items():
+        if not key.startswith(f"{name}."):
+            tensors[key] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RuntimeError, match="4-bit weight of .*layers.0.mlp.up_proj without its sc"):
+        vqa.load_model(config_of(folder), WITHOUT_A_GPU)
