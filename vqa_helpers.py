@@ -1233,6 +1233,12 @@ class ModelSettings:
         one_of=("trained", "16bit"),
         searched=False,
     )
+    score_model_id: str | None = setting(
+        None,
+        "hub id or local folder of the unquantised model for score_precision 16bit; None: "
+        "model_id, unless that is stored in 4 bits",
+        searched=False,
+    )
     precision: str = setting(
         "auto",
         "number format; auto follows the card",
@@ -1590,6 +1596,7 @@ def _is_of_kind(value, annotation: str) -> bool:
 # Fields that may name a folder below the home folder, as "~/vqa".
 PATH_FIELDS = (
     "model_id",
+    "score_model_id",
     "data_dir",
     "output_dir",
     "cache_dir",
@@ -1666,6 +1673,9 @@ def _check_inference(config: Config) -> None:
     if config.score_precision == "16bit" and config.quantization == "none":
         needs = "'trained' where quantization is 'none': there is nothing else to score with"
         _refuse(config, "score_precision", needs)
+    if config.score_model_id and config.score_precision != "16bit":
+        needs = "score_precision '16bit': nothing else is scored with it"
+        _refuse(config, "score_model_id", needs)
 
     scales = config.tta_scales
     if 1.0 not in scales or not all(0.25 <= scale <= 4 for scale in scales):
@@ -1685,6 +1695,14 @@ def _check_inference(config: Config) -> None:
     if config.mix_weights and (not has_averages or config.adaptive_tta is not None):
         needs = "use_ema or use_swa, to mix with, and no adaptive_tta"
         _refuse(config, "mix_weights", needs)
+
+
+def _model_place(model_id: str) -> str:
+    """A local folder as an absolute path (also relative to this file), else the hub id."""
+    for folder in (Path(model_id), HERE / model_id):
+        if folder.is_dir():
+            return str(folder.resolve())
+    return model_id
 
 
 def _require_known(kind: str, word: str, known: Sequence[str]) -> None:
@@ -1773,23 +1791,41 @@ class Config(
     @property
     def model_path(self) -> str:
         """A local folder as an absolute path (also relative to this file), else the hub id."""
-        for folder in (Path(self.model_id), HERE / self.model_id):
-            if folder.is_dir():
-                return str(folder.resolve())
-        return self.model_id
+        return _model_place(self.model_id)
+
+    @property
+    def model_paths(self) -> list[str]:
+        """`model_path`, and that of `score_model_id` where there is one."""
+        return [_model_place(name) for name in (self.model_id, self.score_model_id) if name]
 
     @property
     def model_files(self) -> str:
-        """Names and sizes of a local model's files; "" for a hub id.
+        """Names and sizes of local models' files; "" for hub ids.
 
         By them a run is not continued on another model in the same folder.
         """
-        files = [
-            f"{path.name} {path.stat().st_size}"
-            for path in sorted(Path(self.model_path).glob("*"))
-            if path.suffix in (".safetensors", ".json")
-        ]
+        files = []
+        for folder in self.model_paths:
+            for path in sorted(Path(folder).glob("*")):
+                if path.suffix in (".safetensors", ".json"):
+                    files.append(f"{path.name} {path.stat().st_size}")
         return ", ".join(files)
+
+    @property
+    def rescoring(self) -> Config:
+        """The settings of the stage "rescore": the unquantised model in place of the trained one.
+
+        >>> config = Config(model_id="in/4bit", score_precision="16bit", score_model_id="in/16bit")
+        >>> config.rescoring.model_id, config.rescoring.quantization
+        ('in/16bit', 'none')
+        """
+        return dataclasses.replace(
+            self,
+            model_id=self.score_model_id or self.model_id,
+            score_model_id=None,
+            quantization="none",
+            score_precision="trained",
+        )
 
     @property
     def folds_to_train(self) -> tuple[int, ...]:
@@ -6888,6 +6924,24 @@ def is_stored_in_nf4(stored: Mapping) -> bool:
     return bool(stored.get("load_in_4bit")) and stored.get("bnb_4bit_quant_type") == "nf4"
 
 
+def is_left_unquantised(name: str, stored: Mapping) -> bool:
+    """Whether a quantization_config lists this layer, or a module around it, as an exception.
+
+    The lists have names of several versions; what they agree in is what follows `layers`.
+
+    >>> stored = {"llm_int8_skip_modules": ["lm_head", "model.layers.0.mlp"]}
+    >>> is_left_unquantised("model.language_model.layers.0.mlp.up_proj", stored)
+    True
+    >>> is_left_unquantised("model.language_model.layers.10.mlp.up_proj", stored)
+    False
+    """
+    for exception in stored.get("llm_int8_skip_modules") or ():
+        ending = re.sub(r"^(?:model\.|language_model\.)+", "", exception)
+        if f".{ending}." in f".{name}.":
+            return True
+    return False
+
+
 def stored_format_in_words(stored: Mapping) -> str:
     """What a quantization_config means, in words.
 
@@ -7265,6 +7319,63 @@ def _load_model_once(config: Config, runtime: Runtime):
     return model
 
 
+def _adapted_shapes(model_config) -> dict[str, tuple[int, int]]:
+    """Name -> (out, in) of a model's layers that get an adapter; no weight is loaded."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(model_config)
+    shapes = {}
+    for name, layer in model.named_modules():
+        if re.fullmatch(LORA_TARGETS, name):
+            shapes[name] = tuple(layer.weight.shape)
+    return shapes
+
+
+def _why_adapters_do_not_fit(trained, scoring) -> str:
+    """What keeps an adapter that was trained on one model from another; "" where it fits.
+
+    Both as AutoConfig reads their config.json.
+    """
+    if scoring.model_type != trained.model_type:
+        return f"it is of the family {scoring.model_type!r} instead of {trained.model_type!r}"
+    their_shapes = _adapted_shapes(scoring)
+    for name, shape in _adapted_shapes(trained).items():
+        if their_shapes.get(name) != shape:
+            return f"its {name} has the shape {their_shapes.get(name)} instead of {shape}"
+    return ""
+
+
+def check_score_model(config: Config) -> None:
+    """Find out whether score_precision "16bit" has a model to score with, before hours of training.
+
+    Raises ValueError where that model is quantised or adapters do not fit it, and OSError where
+    a config.json cannot be read.
+    """
+    if config.score_precision != "16bit":
+        return
+    base = config.rescoring
+    model_configs = {}
+    for name, settings in {"model_id": config, "score_model_id": base}.items():
+        try:
+            model_configs[name] = _read_model_config(settings)
+        except OSError as error:
+            raise OSError(f"{name}: {explain_missing_model(settings, error)}") from error
+    trained, scoring = model_configs.values()
+    stored = stored_quantization(scoring)
+    if stored and stored.get("quant_method") != "fp8":
+        raise ValueError(
+            f"score_precision '16bit' needs an unquantised model, and {base.model_path} is stored "
+            f"in {stored_format_in_words(stored)}: set score_model_id to the 16-bit original of "
+            f"{config.model_path}, or score_precision='trained'"
+        )
+    problem = _why_adapters_do_not_fit(trained, scoring)
+    if problem:
+        raise ValueError(
+            f"score_model_id {base.model_path} does not fit adapters of {config.model_path}: "
+            f"{problem}. Set score_model_id to the 16-bit original of {config.model_path}"
+        )
+    LOGGER.info("Decision: scoring in 16 bits uses %s", base.model_path)
+
+
 def _refuse_quantisation_without_gpu(config: Config, runtime: Runtime) -> None:
     if config.quantization != "none" and not runtime.gpus:
         raise ValueError(
@@ -7280,6 +7391,7 @@ def load_model(config: Config, runtime: Runtime, attempts: int = 3):
     and after `attempts` an OSError that says what to do.
     """
     _refuse_quantisation_without_gpu(config, runtime)
+    check_score_model(config)
     for attempt in range(attempts):  # downloads from the hub break off
         time.sleep(2 * attempt)
         try:
@@ -15560,7 +15672,8 @@ def _check_same_run(
     differences = _differing_settings(before["config"], now["config"])
     differences += _differing_rows(directory, tables)
     if "model" in changed:
-        differences.append(f"files in {now['config']['model_id']}")
+        names = [now["config"]["model_id"], now["config"]["score_model_id"]]
+        differences.append(f"files in {' or '.join(filter(None, names))}")
     what = "; ".join(differences) or "same settings"
     raise CheckpointError(
         f"{directory} was made with other {' and '.join(changed)} ({what}); "
@@ -15819,7 +15932,7 @@ def fits_in_16_bits(config: Config, free: float) -> tuple[bool, str]:
     """
     runtime = detect_runtime(config.precision, config.attn_implementation)
     shapes = transformers.AutoConfig.from_pretrained(
-        config.model_path,
+        config.rescoring.model_path,
         trust_remote_code=config.trust_remote_code,
     )
     with torch.device("meta"):
@@ -15838,7 +15951,7 @@ def open_stage_session(run: Run, stage: str, folds: Sequence[int], progress: Cal
     """The worker's session: the run's model, for the stage "rescore" without quantisation."""
     config = run.config
     if stage == "rescore":
-        config = dataclasses.replace(config, quantization="none", score_precision="trained")
+        config = config.rescoring
     session = open_session(config, run.train.iloc[0])
     session.progress = progress
     session.assigned_folds = folds
@@ -16227,30 +16340,29 @@ def _show_progress(
     `killed` is as in `_end_broken_groups`.
     """
     live_text = LiveText()
-    download = DownloadWatch(run.config.model_path)
+    downloads = [DownloadWatch(path) for path in run.config.model_paths]
     count = sum(len(processes) for processes in groups)
     paths = {f"worker {number}": _progress_path(run, number) for number in range(count)}
     started = time.monotonic()
     is_running = True
     while is_running and not stop():
         is_running = _end_broken_groups(groups, killed)
-        live_text.show(progress_lines(paths, download, time.monotonic() - started))
+        live_text.show(progress_lines(paths, downloads, time.monotonic() - started))
         if is_running:
             time.sleep(1)
 
 
 def progress_lines(
     paths: Mapping[str, Path],
-    download: DownloadWatch,
+    downloads: Sequence[DownloadWatch],
     elapsed: float,
 ) -> list[str]:
-    """A line for each process, from its progress file, and one for what they download.
+    """A line for each process, from its progress file, and one for each model that arrives.
 
-    `paths`: name -> progress file. A process writes it once it has loaded its model.
+    `paths`: name -> progress file.
     """
     lines = [_progress_line(path, name, elapsed) for name, path in paths.items()]
-    if not all(path.exists() for path in paths.values()):
-        lines.append(download.line())
+    lines += [download.line() for download in downloads]
     return [line for line in lines if line]
 
 
@@ -16764,15 +16876,20 @@ def memory_costs(
         model = transformers.AutoModelForImageTextToText.from_config(shapes)
     bytes_each = getattr(torch, DTYPES[precision]).itemsize
     layers = model.model.language_model.layers
+    stored = stored_quantization(shapes)
     linears = []
+    language = 0  # parameters that are quantised
     for name, module in model.named_modules():
         if re.fullmatch(LORA_TARGETS, name):
             linears.append(module)
-    language = sum(linear.weight.numel() for linear in linears)  # parameters
+            if not is_left_unquantised(name, stored):
+                language += module.weight.numel()
     tower = sum(parameter.numel() for parameter in vision_tower(model).parameters())
+    # 8 bits of scale for 64 weights, 32 bits for 256 scales (NF4, double); 32 bits for 64 weights
+    is_double = stored.get("bnb_4bit_use_double_quant", True)
+    scale_bytes = 1 / 64 + 4 / 64 / 256 if is_double else 4 / 64
     packed = {
-        # half a byte, 8 bits of scale for 64 weights, 32 bits for 256 scales (NF4, double)
-        "4bit": 1 / 2 + 1 / 64 + 4 / 64 / 256,
+        "4bit": 1 / 2 + scale_bytes,
         "8bit": 1,
         "none": bytes_each,
     }[config.quantization]
@@ -16781,7 +16898,7 @@ def memory_costs(
     head = model.get_output_embeddings().weight
     if config.loss == "choices" and head is not model.get_input_embeddings().weight:
         weights -= bytes_each * head.numel()  # so does the head: only the letters' rows are used
-    scales = 4 * language / 64 if config.quantization == "4bit" else 0
+    scales = 4 * language / 64 if config.quantization == "4bit" and is_double else 0
     if scales <= MAX_UNPACKED_SCALE_BYTES:
         weights += scales
     lora = 4 * config.lora_r * sum(linear.in_features + linear.out_features for linear in linears)
@@ -17606,6 +17723,7 @@ def preflight(
     and whatever loading the data and the model raises.
     """
     started = started or time.time()
+    check_score_model(config)
     processor = load_processor(config)
     looked = time.time()
     trial = draw_trial_rows(config, processor, rows)
@@ -17653,6 +17771,7 @@ def trial_facts(
         "seconds per scored question": round(result.seconds.zeroshot, 4),
         "zero-shot accuracy": f"{zeroshot:.2f} on {len(labels)} rows",
         "memory plan": plan_as_text(session, result.plan),
+        "stored weights": stored_format_in_words(stored_quantization(_read_model_config(config))),
         "memory needed": memory.needed,
         "memory": {},
         "peak memory": ", ".join(f"{name} {gib}" for name, gib in memory_summary().items()),
@@ -17746,14 +17865,14 @@ def _watch_preflight(
     output = place / "output"
     errors = place / "errors"
     live_text = LiveText()
-    download = DownloadWatch(config.model_path)
+    downloads = [DownloadWatch(config.model_path)]
     started = time.monotonic()
     with output.open("wb") as out, errors.open("wb") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
     try:
         while process.poll() is None:
             elapsed = time.monotonic() - started
-            live_text.show(progress_lines({"preflight": progress}, download, elapsed))
+            live_text.show(progress_lines({"preflight": progress}, downloads, elapsed))
             time.sleep(PREFLIGHT_POLL_SECONDS)
     finally:  # reached by a KeyboardInterrupt, too
         process.terminate()
@@ -17765,11 +17884,11 @@ def _watch_preflight(
 def leave_out_what_is_not_needed(config: Config) -> None:
     """Let this process import and ask for no more than the configuration needs.
 
-    Where the model is a local folder, the hub is not asked. Where nothing is quantised,
+    Where all models are local folders, the hub is not asked. Where nothing is quantised,
     bitsandbytes is not imported: PEFT would, which takes a second, and fails where it is broken.
     To be called before transformers is imported.
     """
-    if Path(config.model_path).is_dir():
+    if all(Path(path).is_dir() for path in config.model_paths):
         os.environ["HF_HUB_OFFLINE"] = "1"
     if config.quantization == "none":
         sys.modules["bitsandbytes"] = None  # Python's way to say that there is none

@@ -24,6 +24,7 @@ from competition_folder import Folder, copy_demo_rows  # noqa: E402
 from machine import Machine  # noqa: E402
 from notebook_run import NotebookRun  # noqa: E402
 from running import quiet, run_all  # noqa: E402
+from stored_models import store_in_4_bit  # noqa: E402
 from twins import TINY, TWINS, build_twin  # noqa: E402
 
 import vqa_helpers as vqa  # noqa: E402
@@ -141,6 +142,12 @@ def model_folders(tmp_path_factory) -> dict[str, Path]:
     for family in TWINS:
         folders[family] = build_twin(family, tmp_path_factory.mktemp(family))
     return folders
+
+
+@pytest.fixture(scope="session")
+def stored_double(model_folders, tmp_path_factory) -> Path:
+    """The demo's model in 4 bits, as our own quantisation makes it."""
+    return store_in_4_bit(model_folders["qwen3_vl"], tmp_path_factory.mktemp("double"))
 
 
 @pytest.fixture

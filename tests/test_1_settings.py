@@ -163,3 +163,19 @@ def test_every_setting_and_preset_is_listed_for_the_terminal():
     for preset in vqa.PRESETS:
         assert preset in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_model_for_scoring_needs_something_that_is_scored_with_it(tmp_path, monkeypatch):
+    with pytest.raises(
+        ValueError, match="'score_model_id' is 'Qwen/a'; it needs score_precision '16bit'"
+    ):
+        vqa.Config(score_model_id="Qwen/a")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    config = vqa.Config(score_precision="16bit", score_model_id="~/base")
+    assert config.model_paths == ["Qwen/Qwen3-VL-8B-Instruct", str(folder.resolve())]
+    assert config.model_files == "config.json 2"
+    assert config.fingerprint != vqa.Config(score_precision="16bit").fingerprint
+    assert config.rescoring.model_path == str(folder.resolve())

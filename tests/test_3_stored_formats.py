@@ -1,68 +1,23 @@
 """Part 3, Stored formats: checkpoints in 4 bits are used like those that we quantise ourselves."""
 
+import dataclasses
 import json
 import logging
 import shutil
-from pathlib import Path
 
+import huggingface_hub.constants
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from references import flat_gradients, perturb_adapter
-from running import ONE_VIEW, batch_loss, plain_batch
+from running import ONE_VIEW, batch_loss, plain_batch, quiet, read_logits, run_all
 from safetensors.torch import load_file, save_file
+from stored_models import config_of, copy_with, edit_config, store_in_4_bit
 
 import vqa_helpers as vqa
-
-LANGUAGE_MODEL_ONLY = ["visual", "model.visual", "lm_head"]
-
-
-def store_in_4_bit(source, folder, dtype=torch.float32, **settings):
-    """A checkpoint as others publish it: the twin in `source`, quantised by transformers alone."""
-    quantised = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.bfloat16,
-        "llm_int8_skip_modules": LANGUAGE_MODEL_ONLY,
-    }
-    model = transformers.AutoModelForImageTextToText.from_pretrained(
-        source,
-        dtype=dtype,
-        quantization_config=transformers.BitsAndBytesConfig(**(quantised | settings)),
-        device_map={"": "cpu"},
-    )
-    weights = shutil.ignore_patterns("*.safetensors")
-    shutil.copytree(source, folder, ignore=weights, dirs_exist_ok=True)
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def stored_double(model_folders, tmp_path_factory) -> Path:
-    """The demo's model in 4 bits, as our own quantisation makes it."""
-    return store_in_4_bit(model_folders["qwen3_vl"], tmp_path_factory.mktemp("double"))
-
-
-def edit_config(folder, **settings):
-    """Change a checkpoint's own statement about how it is stored."""
-    path = folder / "config.json"
-    content = json.loads(path.read_text())
-    content["quantization_config"] |= settings
-    path.write_text(json.dumps(content))
-
-
-def copy_with(stored, folder, **settings):
-    """A copy of a checkpoint, with these settings in its quantization_config."""
-    edit_config(shutil.copytree(stored, folder), **settings)
-    return folder
-
-
-def config_of(folder, **settings):
-    settings = {"quantization": "4bit", "label_smoothing": 0.0} | settings
-    return vqa.Config.preset("demo", model_id=str(folder), **settings)
 
 
 def scores_and_gradients(config, rows):
@@ -79,27 +34,63 @@ def scores_and_gradients(config, rows):
 # --- The same as quantised while loading ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("double", [True, False])
+def quantise_singly(monkeypatch, precision):
+    """Let our own quantisation leave the scales as they are."""
+    own = vqa.quantization_config("4bit", precision)
+    own.bnb_4bit_use_double_quant = False
+    monkeypatch.setattr(vqa, "quantization_config", lambda quantization, precision: own)
+
+
 def test_a_stored_checkpoint_gives_the_scores_and_gradients_of_our_own_quantisation(
-    double, model_folders, stored_double, four_bits_on_the_cpu, demo_rows, tmp_path, monkeypatch
+    model_folders, stored_double, four_bits_on_the_cpu, demo_rows
 ):
-    source = model_folders["qwen3_vl"]
-    stored = stored_double
-    if not double:
-        stored = store_in_4_bit(source, tmp_path / "stored", bnb_4bit_use_double_quant=False)
-        own = vqa.quantization_config("4bit", "fp32")
-        own.bnb_4bit_use_double_quant = False
-        monkeypatch.setattr(vqa, "quantization_config", lambda quantization, precision: own)
-    ours = scores_and_gradients(config_of(source), demo_rows.train)
-    theirs = scores_and_gradients(config_of(stored), demo_rows.train)
+    ours = scores_and_gradients(config_of(model_folders["qwen3_vl"]), demo_rows.train)
+    theirs = scores_and_gradients(config_of(stored_double), demo_rows.train)
     for our_tensor, their_tensor in zip(ours, theirs, strict=True):
         assert torch.equal(our_tensor, their_tensor)
+
+
+@pytest.mark.slow
+def test_scales_that_are_not_quantised_give_the_same_numbers_as_our_own_without(
+    model_folders, four_bits_on_the_cpu, demo_rows, tmp_path, monkeypatch
+):
+    source = model_folders["qwen2_5_vl"]
+    stored = store_in_4_bit(source, tmp_path / "single", bnb_4bit_use_double_quant=False)
+    theirs = scores_and_gradients(config_of(stored), demo_rows.train)
+    quantise_singly(monkeypatch, "fp32")
+    ours = scores_and_gradients(config_of(source), demo_rows.train)
+    for our_tensor, their_tensor in zip(ours, theirs, strict=True):
+        assert torch.equal(our_tensor, their_tensor)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_on_a_gpu_a_stored_checkpoint_is_like_our_own_quantisation_within_rounding(
+    family, double, model_folders, demo_rows, tmp_path, monkeypatch
+):
+    precision = vqa.detect_runtime().precision
+    source = model_folders[family]
+    stored = store_in_4_bit(
+        source,
+        tmp_path / "stored",
+        dtype=vqa.DTYPES[precision],
+        device=0,
+        bnb_4bit_use_double_quant=double,
+    )
+    theirs = scores_and_gradients(config_of(stored), demo_rows.train)
+    if not double:
+        quantise_singly(monkeypatch, precision)
+    ours = scores_and_gradients(config_of(source), demo_rows.train)
+    for our_tensor, their_tensor in zip(ours, theirs, strict=True):
+        difference = our_tensor.float() - their_tensor.float()
+        assert difference.norm() <= 0.01 * our_tensor.float().norm()
 
 
 def test_numbers_follow_this_machine_and_not_the_one_that_stored_them(
     model_folders, four_bits_on_the_cpu, tmp_path
 ):
-    stored = store_in_4_bit(model_folders["qwen3_vl"], tmp_path / "bf16", dtype=torch.bfloat16)
+    stored = store_in_4_bit(model_folders["qwen3_vl"], tmp_path / "bf16", dtype="bfloat16")
     runtime = vqa.Runtime("local", (), "fp16", "sdpa", ())  # a T4's
     model = vqa.load_model(config_of(stored), runtime)
     dtypes = {value.dtype for value in model.parameters()}
@@ -280,3 +271,117 @@ def test_packed_weights_without_their_scales_are_refused(
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(RuntimeError, match="4-bit weight of .*layers.0.mlp.up_proj without its sc"):
         vqa.load_model(config_of(folder), WITHOUT_A_GPU)
+
+
+# --- The unquantised model beside it --------------------------------------------------------------
+
+
+def config_16_bit(stored, scored):
+    """Trained in 4 bits, scored in 16 by another folder."""
+    scored = None if scored is None else str(scored)
+    return config_of(stored, score_precision="16bit", score_model_id=scored)
+
+
+def test_a_model_that_is_stored_in_4_bits_needs_another_one_for_scoring_in_16(
+    stored_double, four_bits_on_the_cpu, tmp_path
+):
+    said = (
+        "score_precision '16bit' needs an unquantised model, and .*double.* is stored in "
+        "bitsandbytes 4-bit NF4 with double quantisation: set score_model_id to the 16-bit orig"
+    )
+    copied = shutil.copytree(stored_double, tmp_path / "also_double")
+    for scored in (None, copied):
+        config = config_16_bit(stored_double, scored)
+        with pytest.raises(ValueError, match=said):
+            vqa.preflight(config)
+        with pytest.raises(ValueError, match=said):
+            vqa.load_model(config, WITHOUT_A_GPU)
+
+
+def test_the_model_for_scoring_has_to_fit_the_adapter(model_folders, stored_double, tmp_path):
+    vqa.check_score_model(config_16_bit(stored_double, model_folders["qwen3_vl"]))
+    other_family = config_16_bit(stored_double, model_folders["qwen2_5_vl"])
+    with pytest.raises(ValueError, match="is of the family 'qwen2_5_vl' instead of 'qwen3_vl'. Se"):
+        vqa.check_score_model(other_family)
+    wider = shutil.copytree(stored_double, tmp_path / "wider")
+    path = wider / "config.json"
+    content = json.loads(path.read_text())
+    del content["quantization_config"]
+    content["text_config"]["intermediate_size"] = 4096
+    path.write_text(json.dumps(content))
+    said = r"layers.0.mlp.gate_proj has the shape \(4096, 192\) instead of \(448, 192\). Set score_"
+    with pytest.raises(ValueError, match=said):
+        vqa.check_score_model(config_16_bit(stored_double, wider))
+    fits, figures = vqa.fits_in_16_bits(config_16_bit(stored_double, wider), free=0.52)
+    assert not fits
+    assert "0.54 GiB for the unquantised model" in figures
+
+
+def test_a_model_for_scoring_that_is_not_there_is_named_with_its_setting(
+    stored_double, monkeypatch
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    config = config_16_bit(stored_double, "nobody/no-such-model")
+    with pytest.raises(OSError, match="^score_model_id: nobody/no-such-model could not be loaded"):
+        vqa.check_score_model(config)
+
+
+def test_an_adapter_trained_in_4_bits_opens_on_the_16_bit_model_as_peft_opens_it(
+    model_folders, stored_double, four_bits_on_the_cpu, demo_rows, mini_run, tmp_path
+):
+    run = mini_run(
+        model_id=str(stored_double),
+        quantization="4bit",
+        score_precision="16bit",
+        score_model_id=str(model_folders["qwen3_vl"]),
+    )
+    trained = vqa.open_stage_session(run, "train", [0], quiet)
+    perturb_adapter(vqa.attach_lora(trained.model, run.config, seed=0)).save_pretrained(tmp_path)
+    session = vqa.open_stage_session(run, "rescore", [0], quiet)
+    assert session.config.model_path == str(model_folders["qwen3_vl"])
+    by_peft = vqa.open_session(session.config, run.train.iloc[0])
+    peft.PeftModel.from_pretrained(by_peft.model, tmp_path).eval()
+    expected = vqa.predict_logits(by_peft, demo_rows.test.head(3), ONE_VIEW)
+    adapted = vqa.load_adapter(session.model, tmp_path)
+    vqa.use_fast_layers(session, adapted, questions=3)
+    layer = session.decoder_layers[0].mlp.up_proj
+    assert type(layer.base_layer) is torch.nn.Linear
+    scores = vqa.predict_logits(session, demo_rows.test.head(3), ONE_VIEW)
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
+    without = vqa.open_session(session.config, run.train.iloc[0])
+    plain = vqa.predict_logits(without, demo_rows.test.head(3), ONE_VIEW)
+    assert np.abs(scores - plain).max() > 0.1
+
+
+@pytest.mark.slow
+def test_a_run_on_a_stored_checkpoint_gives_the_files_of_one_that_quantises_while_loading(
+    model_folders, stored_double, four_bits_on_the_cpu, mini_run
+):
+    """Zero-shot scores, training, scoring and scoring in 16 bits, through all stages."""
+    source = str(model_folders["qwen3_vl"])
+
+    def scores_of_run(name, **settings):
+        run = mini_run(
+            run_name=name, quantization="4bit", score_precision="16bit", tta_rotations=2, **settings
+        )
+        run_all(run, ("train", "predict", "rescore"))
+        return [read_logits(run, 1, kind) for kind in ("oof", "test", "oof_16bit", "test_16bit")]
+
+    theirs = scores_of_run("stored", model_id=str(stored_double), score_model_id=source)
+    ours = scores_of_run("own", model_id=source)
+    for our_scores, their_scores in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(their_scores, our_scores, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_preflight_says_what_is_stored_and_counts_the_model_for_scoring(
+    model_folders, stored_double, four_bits_on_the_cpu, mini_data, tmp_path
+):
+    config = dataclasses.replace(
+        config_16_bit(stored_double, model_folders["qwen3_vl"]),
+        data_dir=str(mini_data),
+        cache_dir=str(tmp_path),
+    )
+    facts = vqa.preflight(config, rows=4)
+    assert facts["stored weights"] == "bitsandbytes 4-bit NF4 with double quantisation"
+    assert facts["scoring in 16 bits"].startswith("0.5")

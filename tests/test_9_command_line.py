@@ -86,3 +86,15 @@ print(bool(sys.modules.get("bitsandbytes")))
     command = [sys.executable, "-c", script]
     finished = subprocess.run(command, cwd=vqa.HERE, check=True, capture_output=True, text=True)
     assert finished.stdout.strip() == loaded
+
+
+def test_a_local_model_leaves_the_hub_on_where_another_one_scores_in_16_bits(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # so that it is put back
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    config = vqa.Config(
+        model_id="data/tiny_qwen3_vl",
+        score_precision="16bit",
+        score_model_id="Qwen/Qwen3-VL-8B-Instruct",
+    )
+    vqa.leave_out_what_is_not_needed(config)
+    assert "HF_HUB_OFFLINE" not in os.environ

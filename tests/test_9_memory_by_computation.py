@@ -2,8 +2,10 @@
 
 import memory_plan
 import pytest
+import transformers
 from cards import CARDS
 from running import plain_batch, plain_prompts
+from stored_models import LANGUAGE_MODEL_ONLY, config_of, store_in_4_bit
 
 import vqa_helpers as vqa
 
@@ -109,3 +111,38 @@ def test_before_loading_memory_is_that_of_the_longest_prompt_with_the_runs_own_t
     longest = max(len(prompt.input_ids) for prompt in prompts)
     known = vqa.memory_costs(session.config, session.model.config, longest, "fp32", compiled=False)
     assert vqa.expected_memory(session.config, frame) == known
+
+
+# --- Stored in 4 bits -----------------------------------------------------------------------------
+
+
+def bytes_of(model):
+    """What a model's weights take, with the scales of those that are packed."""
+    total = 0
+    for parameter in model.parameters():
+        total += parameter.nbytes
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            total += state.absmax.nbytes
+            total += state.state2.absmax.nbytes if state.nested else 0
+    return total
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bnb_4bit_use_double_quant": True},
+        {"bnb_4bit_use_double_quant": False},
+        {"llm_int8_skip_modules": [*LANGUAGE_MODEL_ONLY, "model.language_model.layers.1"]},
+    ],
+    ids=["double", "single", "dynamic"],
+)
+def test_the_weights_of_a_checkpoint_in_4_bits_are_counted_as_they_are_stored(
+    settings, model_folders, four_bits_on_the_cpu, demo_rows, tmp_path
+):
+    stored = store_in_4_bit(model_folders["qwen3_vl"], tmp_path / "stored", **settings)
+    config = config_of(stored)
+    shapes = transformers.AutoConfig.from_pretrained(stored)
+    costs = vqa.memory_costs(config, shapes, 1, "fp32", compiled=False)
+    model = vqa.load_model(config, vqa.detect_runtime())
+    assert costs.loaded * 2**30 == pytest.approx(bytes_of(model), rel=0.005)
