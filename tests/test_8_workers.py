@@ -378,17 +378,19 @@ def test_the_start_says_how_much_time_is_left_and_what_to_do_without_any(
     assert f"{record.levelname} {record.getMessage()}".startswith(said)
 
 
-def test_a_model_that_arrives_late_has_a_line_beside_the_workers_own(tmp_path, monkeypatch):
+def test_a_model_that_arrives_late_has_a_line_beside_the_workers_own(tmp_path, monkeypatch, capsys):
     for name in ("HF_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    config = vqa.Config(score_precision="16bit", score_model_id="some/base")
-    downloads = [vqa.DownloadWatch(path) for path in config.model_paths]
     blobs = tmp_path / "hub" / "models--some--base" / "blobs"
     blobs.mkdir(parents=True)
     (blobs / "a.incomplete").write_bytes(b"x" * 20_000_000)
-    progress = tmp_path / "progress.json"
-    progress.write_text('{"stage": "predict", "done": 1, "total": 2}')
-    worker, download = vqa.progress_lines({"worker 0": progress}, downloads, elapsed=5)
-    assert worker.startswith("worker 0 predict:  50%")
-    assert download == "downloading some/base: 0.02 GB, 0.0 MB/s"
+    config = vqa.Config(score_precision="16bit", score_model_id="some/base")
+    run = SimpleNamespace(config=config, directory=tmp_path)
+    progress = '{"stage": "predict", "done": 1, "total": 2}'
+    vqa._progress_path(run, 0).write_text(progress)
+    ended = SimpleNamespace(poll=lambda: 0)
+    vqa._show_progress(run, [[ended]], lambda: False, [])
+    shown = capsys.readouterr().out
+    assert "worker 0 predict:  50%" in shown
+    assert shown.endswith(" | downloading some/base: 0.02 GB, 0.0 MB/s")
