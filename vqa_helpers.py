@@ -6833,12 +6833,99 @@ def build_messages(row, order=(0, 1, 2, 3), templates=PROMPT_TEMPLATES) -> list[
     ]
 
 
+# Ways to render a chat template, in the order in which they are tried: options for
+# `apply_chat_template`. Each family of templates has its own switch for not thinking:
+# `enable_thinking` Qwen3 to 3.8 and Nemotron 3, `thinking` Kimi K2, `reasoning_effort` Kimi K3.
+_RENDERINGS = (
+    {},
+    {"enable_thinking": False},
+    {"thinking": False},
+    {"reasoning_effort": "none"},
+)
+
+
+def renderings_to_try(template: str) -> list[dict]:
+    """The ways to render this chat template: as it is, then with each switch that it names.
+
+    >>> renderings_to_try("{% if enable_thinking %}<think>{% endif %}")
+    [{}, {'enable_thinking': False}]
+    """
+    ways = []
+    for options in _RENDERINGS:
+        if all(re.search(rf"\b{name}\b", template) for name in options):
+            ways.append(options)
+    return ways
+
+
+def options_as_text(options: Mapping) -> str:
+    """In words, how a chat template is rendered.
+
+    >>> options_as_text({"enable_thinking": False}), options_as_text({})
+    ('with enable_thinking=False', 'as it is')
+    """
+    if not options:
+        return "as it is"
+    values = [f"{name}={value!r}" for name, value in options.items()]
+    return f"with {', '.join(values)}"
+
+
+def _render_answered(processor, messages: list[dict], letter: str, options: Mapping) -> str:
+    """The conversation in which the assistant has answered with that letter."""
+    answered = [*messages, {"role": "assistant", "content": letter}]
+    return processor.apply_chat_template(
+        answered, tokenize=False, add_generation_prompt=False, **options
+    )
+
+
+def _rendering_problem(processor, messages: list[dict], options: Mapping) -> str:
+    """How prompt and answered conversation differ when they are rendered so; "" if they agree.
+
+    They agree where "prompt + letter" begins the answered conversation, for every letter.
+    """
+    try:
+        prompt = processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **options
+        )
+        answered = [_render_answered(processor, messages, letter, options) for letter in CHOICES]
+    except Exception as error:  # a template's own raise_exception, or a type that it cannot join
+        return f"The template refuses to be rendered so: {error}"
+    for letter, training_text in zip(CHOICES, answered, strict=True):
+        if not training_text.startswith(prompt + letter):
+            return f"--- inference prompt:\n{prompt}\n--- training text:\n{training_text}"
+    return ""
+
+
+@functools.lru_cache(maxsize=4)  # every prompt asks; a changed template is another key
+def _find_options(processor, template: str) -> dict:
+    """The first way to render `template`, the processor's, in which an example agrees, or {}."""
+    choices = {"a": "1", "b": "2", "c": "3", "d": "4"}
+    messages = build_messages({"image_path": "1.png", "question": "몇 개인가요?", **choices})
+    for options in renderings_to_try(template):
+        if not _rendering_problem(processor, messages, options):
+            return options
+    return {}
+
+
+def template_options(processor) -> dict:
+    """Options for `apply_chat_template` with which prompt and training text agree.
+
+    They are found by rendering, never by the model's name: the first way for which
+    "prompt + letter" begins the answered conversation. A template that thinks by default is
+    thus told not to, by whatever switch it has. {}: the template as it is, also where no way
+    agrees; `check_template` then says so.
+    """
+    return dict(_find_options(processor, str(processor.chat_template)))
+
+
 def render_prompt(processor, messages: list[dict]) -> str:
     """The chat prompt that ends where the answer's letter belongs.
 
-    It is the one text for training and inference.
+    It is the one text for training and inference, rendered with `template_options`.
     """
-    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    options = template_options(processor)
+    return processor.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **options
+    )
 
 
 def _single_token_ids(processor, prompt: str, letter: str) -> tuple[int, ...]:
@@ -6878,26 +6965,39 @@ def choice_token_ids(processor, prompt: str) -> tuple[tuple[int, ...], ...]:
     return letter_token_ids
 
 
+def _explain_renderings(processor, messages: list[dict]) -> TemplateError:
+    """The error that shows every way to render the template that was tried."""
+    lines = [
+        "The chat template puts something between the prompt and the answer, so that "
+        "a model trained on one would be read at the other. Take a model whose template "
+        "can leave thinking out: an Instruct model, or one with a switch for it.",
+    ]
+    for options in renderings_to_try(str(processor.chat_template)):
+        problem = _rendering_problem(processor, messages, options)
+        if problem:
+            lines.append(f"Tried {options_as_text(options)}.\n{problem}")
+    return TemplateError("\n".join(lines))
+
+
 def check_template(processor, messages: list[dict]) -> tuple[tuple[int, ...], ...]:
     """The letters' token ids, of a template that training and inference can share.
 
-    Raises TemplateError, with both texts, unless "prompt + letter" begins the text of the
-    conversation in which the assistant has answered with that letter.
+    Raises TemplateError, with both texts of every way to render it, unless "prompt + letter"
+    begins the text of the conversation in which the assistant has answered with that letter,
+    and where the template leaves out the question.
     """
+    options = template_options(processor)
+    if _rendering_problem(processor, messages, options):
+        raise _explain_renderings(processor, messages)
     prompt = render_prompt(processor, messages)
-    letter_token_ids = choice_token_ids(processor, prompt)
-    for letter in CHOICES:
-        answered = [*messages, {"role": "assistant", "content": letter}]
-        training_text = processor.apply_chat_template(
-            answered, tokenize=False, add_generation_prompt=False
+    question = messages[-1]["content"][-1]["text"]
+    if question not in prompt:
+        raise TemplateError(
+            "The chat template leaves out the user's text or changes it, as templates for text "
+            "alone do. Take a model for images with its own template.\n"
+            f"--- text:\n{question}\n--- inference prompt:\n{prompt}"
         )
-        if not training_text.startswith(prompt + letter):
-            raise TemplateError(
-                "The chat template puts something between the prompt and the answer, so that "
-                "a model trained on one would be read at the other.\n"
-                f"--- inference prompt:\n{prompt}\n--- training text:\n{training_text}"
-            )
-    return letter_token_ids
+    return choice_token_ids(processor, prompt)
 
 
 # === Stored formats ===============================================================================
@@ -8265,6 +8365,10 @@ def open_session(config: Config, example: Mapping) -> Session:
     budget = pixel_budget(config, processor)
     LOGGER.info("Decision: %s", image_inputs(processor).budget_in_words(processor, budget))
     letter_token_ids = _check_wordings(processor, config, example)
+    LOGGER.info(
+        'Decision: chat template %s: "prompt + letter" then begins the answered conversation',
+        options_as_text(template_options(processor)),
+    )
     has_kernels, why_kernels = decide_recurrent_kernels(runtime.gpus, config.strict_determinism)
     if not has_kernels:
         hide_recurrent_kernels()
@@ -9302,6 +9406,7 @@ class Run:
     | test_rows.csv, sample_rows.csv | start_run     | `test`, `sample`
     | extra_rows.csv                 | start_run     | `extra_rows`, where there are any
     | session.json                   | run_folds     | when the time budget began to run
+    | prompt.json                    | all stages    | a rendered prompt: another is refused
     | worker_W.log, run.log          | all workers   | what they print; the log, with times
     | progress_W.json                | all workers   | what worker W is doing now
     | stages.jsonl                   | all stages    | seconds and peak memory of each fold
@@ -15947,12 +16052,46 @@ def fits_in_16_bits(config: Config, free: float) -> tuple[bool, str]:
     return True, figures
 
 
+def example_prompt(session: Session, row: Mapping) -> str:
+    """The rendered prompt of one question."""
+    messages = build_messages(row, templates=prompt_templates(session.config))
+    return render_prompt(session.processor, messages)
+
+
+def check_run_prompt(run: Run, session: Session) -> None:
+    """Keep the first training row's prompt in prompt.json, or compare it with the one there.
+
+    It changes with the model's chat template, the way that it is rendered, and the wordings of
+    this module. Raises CheckpointError where it is another: nothing is trained or scored with
+    two kinds of prompts.
+    """
+    path = run.directory / "prompt.json"
+    prompt = example_prompt(session, run.train.iloc[0])
+    if path.exists():
+        try:
+            before = read_json(path, ["prompt"])["prompt"]
+        except DamagedFileError as error:
+            LOGGER.warning("Written anew: %s", error.problem)
+        else:
+            if before == prompt:
+                return
+            raise CheckpointError(
+                f"{path}: this run's prompts were rendered otherwise, by another chat template of "
+                f"{session.config.model_id} or another version of this file; choose a new "
+                f"run_name, or delete that folder\n--- before:\n{before}\n--- now:\n{prompt}"
+            )
+    options = template_options(session.processor)
+    content = {"prompt": prompt, "chat_template": options_as_text(options)}
+    atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False))
+
+
 def open_stage_session(run: Run, stage: str, folds: Sequence[int], progress: Callable) -> Session:
     """The worker's session: the run's model, for the stage "rescore" without quantisation."""
     config = run.config
     if stage == "rescore":
         config = config.rescoring
     session = open_session(config, run.train.iloc[0])
+    check_run_prompt(run, session)
     session.progress = progress
     session.assigned_folds = folds
     if process_count() > 1:
@@ -17761,6 +17900,7 @@ def trial_facts(
     is_cached = session.vision_cache.has_all((digest, *budget) for digest in digests)
     facts = {
         "letter tokens": letters_as_text(session),
+        "chat template": options_as_text(template_options(session.processor)),
         "prompt": example_prompt(session, trial.sample.iloc[0]),
         "tokens per prompt": f"at most {trial.lengths['longest'].max()}",
         "token_budget": budget[1] // pixels_per_token,
@@ -17811,12 +17951,6 @@ def letters_as_text(session: Session) -> str:
     """Each letter with its token ids, the plain letter's first."""
     pairs = zip(CHOICES, session.letter_token_ids, strict=True)
     return " ".join(f"{letter}={list(ids)}" for letter, ids in pairs)
-
-
-def example_prompt(session: Session, row: Mapping) -> str:
-    """The rendered prompt of one question."""
-    messages = build_messages(row, templates=prompt_templates(session.config))
-    return render_prompt(session.processor, messages)
 
 
 def plan_as_text(session: Session, plan: MemoryPlan) -> str:
