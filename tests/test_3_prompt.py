@@ -1,11 +1,23 @@
 """Part 3, Prompt: order of its parts, control tokens that stay text, tokens of the letters."""
 
 import itertools
+import json
+import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from chat_templates import (
+    BY_EFFORT,
+    BY_ENABLE_THINKING,
+    BY_THINKING,
+    THINKS_BY_DEFAULT,
+    thinking_template,
+)
+from running import quiet
 from small_competition import R1, R2, table, write
+from twins import TINY
 
 import vqa_helpers as vqa
 
@@ -237,3 +249,186 @@ def test_no_choice_is_cut_from_an_over_long_prompt(tmp_path, processor):
     for letter in "abcd":
         assert f"\n{letter}. {long[letter]}" in text
     assert text.endswith("<|im_start|>assistant\n")
+
+
+# --- Templates that think -------------------------------------------------------------------------
+
+
+EMPTY_BLOCK = "<think>\n\n</think>\n\n"
+EFFORT = f"('' if {BY_ENABLE_THINKING} else 'Think hard.\\n\\n')"
+CHECKED_EFFORT = (
+    "(raise_exception('Unexpected effort ' ~ reasoning_effort) "
+    "if reasoning_effort is defined and reasoning_effort == 'none' else '')"
+)
+# Name -> template, and how it has to be rendered.
+TEMPLATES_THAT_AGREE = {
+    "opens a block": (thinking_template(BY_ENABLE_THINKING), {"enable_thinking": False}),
+    "closes an empty block": (thinking_template("true"), {}),
+    "closes it unless told to think": (
+        thinking_template("enable_thinking is not defined or enable_thinking is false"),
+        {},
+    ),
+    "writes an effort into the system's text": (
+        thinking_template(BY_ENABLE_THINKING, effort=EFFORT),
+        {"enable_thinking": False},
+    ),
+    "calls its switch thinking": (thinking_template(BY_THINKING), {"thinking": False}),
+    "calls its switch reasoning_effort": (
+        thinking_template(BY_EFFORT),
+        {"reasoning_effort": "none"},
+    ),
+    "refuses an unknown effort": (
+        thinking_template(BY_ENABLE_THINKING, effort=CHECKED_EFFORT),
+        {"enable_thinking": False},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("template", "options"), TEMPLATES_THAT_AGREE.values(), ids=TEMPLATES_THAT_AGREE
+)
+def test_a_template_that_can_think_is_rendered_without_thinking(processor, template, options):
+    processor.chat_template = template
+    assert vqa.template_options(processor) == options
+    letters = vqa.check_template(processor, MESSAGES)
+    assert [processor.tokenizer.decode([ids[0]]) for ids in letters] == list("abcd")
+
+    text = MESSAGES[1]["content"][1]["text"]
+    prompt = vqa.render_prompt(processor, MESSAGES)
+    assert prompt == (
+        f"<|im_start|>system\n{vqa.SYSTEM_PROMPT}<|im_end|>\n"
+        f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{text}<|im_end|>\n"
+        f"<|im_start|>assistant\n{EMPTY_BLOCK}"
+    )
+    answered = [*MESSAGES, {"role": "assistant", "content": "c"}]
+    trained = processor.apply_chat_template(answered, tokenize=False, **options)
+    assert trained == f"{prompt}c<|im_end|>\n"
+    ids = vqa.encode_prompt(processor, MESSAGES, (1, 2, 2))
+    assert processor.tokenizer.decode(ids) == prompt
+
+
+def test_a_template_without_thinking_is_rendered_as_it_is(processor):
+    assert vqa.template_options(processor) == {}
+    plain = processor.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert vqa.render_prompt(processor, MESSAGES) == plain
+
+
+def test_another_template_of_the_same_processor_is_looked_at_anew(processor):
+    assert vqa.template_options(processor) == {}
+    processor.chat_template = thinking_template(BY_THINKING)
+    assert vqa.template_options(processor) == {"thinking": False}
+    processor.chat_template = thinking_template(BY_ENABLE_THINKING)
+    assert vqa.template_options(processor) == {"enable_thinking": False}
+
+
+TEMPLATES_THAT_DO_NOT_AGREE = {
+    "always opens a block": (
+        thinking_template("false"),
+        ["Tried as it is.\n--- inference prompt:", "assistant\n<think>\n\n--- training text:"],
+    ),
+    "drops the empty block from answers": (
+        thinking_template(BY_ENABLE_THINKING, before_answer="''"),
+        ["Tried as it is.", f"Tried with enable_thinking=False.{{}}{EMPTY_BLOCK}"],
+    ),
+    "closes the block in another way": (
+        thinking_template(BY_ENABLE_THINKING, closed="'<think></think>'"),
+        ["Tried with enable_thinking=False.{}assistant\n<think></think>\n--- training text"],
+    ),
+    "cannot be told not to think": (
+        thinking_template("false", effort=CHECKED_EFFORT),
+        [
+            "Tried as it is.",
+            "Tried with reasoning_effort='none'.\n"
+            "The template refuses to be rendered so: Unexpected effort none",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    TEMPLATES_THAT_DO_NOT_AGREE.values(),
+    ids=TEMPLATES_THAT_DO_NOT_AGREE,
+)
+def test_a_template_that_no_way_of_rendering_suits_is_refused_with_all_ways(
+    processor, template, said
+):
+    processor.chat_template = template
+    with pytest.raises(vqa.TemplateError, match="Take a model whose template") as raised:
+        vqa.check_template(processor, MESSAGES)
+    for text in said:
+        pattern = ".*".join(re.escape(part) for part in text.split("{}"))
+        assert re.search(pattern, str(raised.value), re.DOTALL), text
+    ways = vqa.renderings_to_try(template)
+    assert str(raised.value).count("Tried ") == len(ways)
+
+
+def test_a_template_that_only_mentions_a_switch_in_another_word_does_not_try_it():
+    assert vqa.renderings_to_try("{{ message.my_thinking }} rethinking enable_thinkings") == [{}]
+
+
+def test_a_template_for_text_alone_is_refused(processor):
+    """It would drop the question: both texts then agree, on nothing."""
+    dropping = "{%- if message.content is string %}{{ message.content }}{%- endif %}"
+    content = processor.chat_template
+    start = content.index("    {%- if message.content is string %}")
+    end = content.index("    {{- '<|im_end|>")
+    processor.chat_template = content[:start] + dropping + content[end:]
+    with pytest.raises(vqa.TemplateError, match="(?s)leaves out the .*몇 개인가요") as raised:
+        vqa.check_template(processor, MESSAGES)
+    assert "user\n<|im_end|>" in str(raised.value)
+
+
+# --- The choice in a run --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def thinking_folder(tmp_path):
+    """The demo's model with a template that thinks by default."""
+    folder = tmp_path / "thinking"
+    shutil.copytree(TINY, folder)
+    (folder / "chat_template.jinja").write_text(THINKS_BY_DEFAULT, encoding="utf-8")
+    return folder
+
+
+def test_how_the_template_is_rendered_is_logged_and_kept_with_the_run(
+    thinking_folder, mini_run, mini_data, caplog
+):
+    run = mini_run(model_id=str(thinking_folder))
+    with caplog.at_level("INFO"):
+        session = vqa.open_stage_session(run, "zeroshot", [0], quiet)
+    assert "Decision: chat template with enable_thinking=False" in caplog.text
+    content = json.loads((run.directory / "prompt.json").read_text(encoding="utf-8"))
+    assert content["chat_template"] == "with enable_thinking=False"
+    assert content["prompt"].endswith(EMPTY_BLOCK)
+    assert run.train["question"][0] in content["prompt"]
+    prompt = vqa.make_prompt(session, run.train, 0, [(0, 1, 2, 3)])
+    assert session.processor.tokenizer.decode(prompt.input_ids).endswith(EMPTY_BLOCK)
+    lengths = vqa.prompt_lengths(run.config, session.processor, vqa.load_competition(mini_data))
+    assert lengths["tokens"][0] == len(prompt.input_ids)
+
+
+def test_a_run_is_not_continued_with_prompts_that_are_rendered_otherwise(thinking_folder, mini_run):
+    run = mini_run(model_id=str(thinking_folder))
+    vqa.open_stage_session(run, "zeroshot", [0], quiet)
+    vqa.open_stage_session(run, "train", [0], quiet)
+    template = THINKS_BY_DEFAULT.replace("user\\n", "user\\n\\n")
+    (thinking_folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    with pytest.raises(vqa.CheckpointError, match="prompt.json: this run's prompts were rendered"):
+        vqa.open_stage_session(run, "train", [0], quiet)
+
+    path = run.directory / "prompt.json"
+    path.unlink()  # a run of an earlier version has none, and goes on
+    vqa.open_stage_session(run, "train", [0], quiet)
+    assert "user\n\n<|vision_start|>" in json.loads(path.read_text(encoding="utf-8"))["prompt"]
+
+
+def test_a_damaged_file_of_the_prompt_is_written_anew(mini_run, caplog):
+    run = mini_run()
+    vqa.open_stage_session(run, "zeroshot", [0], quiet)
+    path = run.directory / "prompt.json"
+    before = path.read_bytes()
+    path.write_bytes(before[:20])
+    vqa.open_stage_session(run, "zeroshot", [0], quiet)
+    assert path.read_bytes() == before
+    assert "Written anew" in caplog.text
