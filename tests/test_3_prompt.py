@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from chat_templates import (
     BY_EFFORT,
     BY_ENABLE_THINKING,
@@ -15,7 +17,8 @@ from chat_templates import (
     THINKS_BY_DEFAULT,
     thinking_template,
 )
-from running import quiet
+from competition_folder import Folder
+from running import quiet, run_all
 from small_competition import R1, R2, table, write
 from twins import TINY
 
@@ -432,3 +435,71 @@ def test_a_damaged_file_of_the_prompt_is_written_anew(mini_run, caplog):
     vqa.open_stage_session(run, "zeroshot", [0], quiet)
     assert path.read_bytes() == before
     assert "Written anew" in caplog.text
+
+
+# --- A whole run ----------------------------------------------------------------------------------
+
+
+def write_easy_rows(folder, rows):
+    """A competition whose questions tell the letter of the answer, whatever the choices are."""
+    folder.mkdir()
+    competition = Folder(folder, rows)
+    lines = []
+    for number in range(rows):
+        letter = "abcd"[number % 4]
+        lines.append(f"train_{number},train/{number}.png,정답은 {letter} 입니다,1,2,3,4,{letter}")
+    competition.write("train", "id,path,question,a,b,c,d,answer", lines)
+    return folder
+
+
+def write_thinking_twin(twin, folder):
+    """A random Qwen3.5 that thinks by default; its weights are large enough to learn by LoRA."""
+    shutil.copytree(twin, folder)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
+    with torch.no_grad():
+        for name, parameter in model.model.language_model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8 if "embed" in name else 4)
+    model.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(THINKS_BY_DEFAULT, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_model_that_thinks_by_default_learns_and_resumes_to_the_same_bytes(
+    model_folders, mini_run, tmp_path
+):
+    settings = {
+        "model_id": str(write_thinking_twin(model_folders["qwen3_5"], tmp_path / "model")),
+        "data_dir": str(write_easy_rows(tmp_path / "data", 64)),
+        "train_folds": (0,),
+        "num_epochs": 10,
+        "batch_size": 8,
+        "learning_rate": 3e-3,
+        "use_ema": False,
+        "shuffle_choices": False,
+        "tta_rotations": 1,  # an order of its own would contradict the question
+        "save_every_steps": 2,
+    }
+    plain = mini_run(**settings, output_dir=str(tmp_path / "plain"))
+    run_all(plain)
+    zeroshot = vqa.read_arrays(plain.directory / "zeroshot.npz", plain.fingerprint)
+    oof = vqa.read_arrays(plain.fold_dir(0) / "oof.npz", plain.fingerprint)
+    zeroshot_accuracy = np.mean(zeroshot["logits"][:, 0].argmax(1) == zeroshot["labels"])
+    oof_accuracy = np.mean(oof["logits"][:, 0].argmax(1) == oof["labels"])
+    assert zeroshot_accuracy < 0.5
+    assert oof_accuracy > 0.9
+
+    def stop(stage, done, total, **_):
+        if (stage, done) == ("fold 0 training", 9):
+            raise vqa.Interrupted
+
+    stopped = mini_run(**settings, output_dir=str(tmp_path / "stopped"))
+    with pytest.raises(vqa.Interrupted):
+        run_all(stopped, progress=stop)
+    names = ("adapter_raw/adapter_model.safetensors", "oof.npz", "test.npz")
+    assert not [name for name in names if (stopped.fold_dir(0) / name).exists()]
+    run_all(stopped)
+    for name in names:
+        resumed = stopped.fold_dir(0) / name
+        assert resumed.read_bytes() == (plain.fold_dir(0) / name).read_bytes()
