@@ -122,7 +122,8 @@ Where to change what:
    a kind of view                      Settings; Views; Prediction `group_views_by_prompt`;
                                        Out-of-fold rows `cost`
    an item of a checkpoint             Fold state
-   a prompt                            Prompt; number of wordings: Settings
+   a prompt                            Prompt; number of wordings: Settings; a chat template's
+                                       switch for not thinking: `_RENDERINGS`
    a question type                     `QUESTION_TYPES`; Korean questions, English questions;
                                        its hint: Prompt
    a preset                            Presets; notebook and README list the names

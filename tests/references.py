@@ -1,5 +1,7 @@
 """What the module's own computations are compared with: Hugging Face's processor and loss."""
 
+import functools
+
 import torch
 from qwen_vl_utils import process_vision_info
 
@@ -37,7 +39,8 @@ def own_inputs(session, text, path):
 def huggingface_loss(session, model, frame):
     """The usual recipe: prompt and answer in one chat, every label -100 but the letter's."""
     use_huggingfaces_forward(session)
-    render = session.processor.apply_chat_template
+    options = vqa.template_options(session.processor)
+    render = functools.partial(session.processor.apply_chat_template, **options)
     losses = []
     for _, row in frame.iterrows():
         messages = vqa.build_messages(row)
