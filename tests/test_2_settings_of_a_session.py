@@ -100,8 +100,8 @@ def test_the_large_preset_steps_down_to_the_8b_where_its_model_does_not_fit(
     monkeypatch.setattr(vqa, "detect_runtime", lambda *_: runtime)
     config = vqa.load_config("large", {"data_dir": str(vqa.DEMO)}, environ={})
     assert config.spread_model is not steps_down
-    assert ("30B" in config.model_id) is not steps_down
-    reason = "stepped down to the 8B: the 30B needs 18 GiB"
+    assert ("35B" in config.model_id) is not steps_down
+    reason = "stepped down to the 8B: the 35B needs 19.5 GiB"
     assert config.preset_reason.startswith(reason) is steps_down
     # What the user asks for stays.
     own = vqa.load_config("large", {"data_dir": str(vqa.DEMO), "model_id": "mine"}, environ={})
