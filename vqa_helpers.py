@@ -7134,6 +7134,8 @@ def unpack_all_but_the_language_model(model, dtype) -> None:
     not packed gets `dtype`, and so does what is unpacked for a product.
     """
     head = model.get_output_embeddings()
+    family = FAMILIES[model.config.model_type]
+    tower_names = tuple(f"model.{part}." for part in family.vision_parts)
     unpacked = []
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, bnb_nn.Linear4bit):
@@ -7146,7 +7148,7 @@ def unpack_all_but_the_language_model(model, dtype) -> None:
                 f"The checkpoint holds the 4-bit weight of {name} without its scales: "
                 "download it again, or set model_id to the 16-bit original"
             )
-        in_tower = name.startswith(f"model.{VISION_PREFIX}.")
+        in_tower = name.startswith(tower_names)
         if state is None or in_tower or layer is head:
             model.set_submodule(name, _plain_linear(layer, dtype))
             unpacked.append(name)
@@ -16921,8 +16923,10 @@ class MemoryCosts:
     tower: float  # on top of the weights while features are not cached
     loaded: float  # weights just after loading
     largest_weight: float  # while it is out of its 4 bits
+    layer_experts: float  # experts of a layer out of their 4 bits, as long as it keeps activations
     question: float  # for each question of a pass
-    layer: float  # for each question and decoder layer that keeps its activations
+    layer: float  # for each question and decoder layer that keeps its activations; the mean
+    largest_layer: float  # the same of the layer that keeps most
     image_token: float  # of cached vision features, on disk or in RAM
     tokens: int  # of each question
     number_bytes: int  # of one number
@@ -16935,7 +16939,8 @@ class MemoryCosts:
         copies grow with the square of the tokens. `tokens`: a number or an array.
         """
         share = tokens / self.tokens
-        activations = share * (self.question + layers * self.layer)
+        kept = max(self.largest_layer, layers * self.layer)
+        activations = share * (self.question + kept)
         mask = tokens**2 * (layers * self.number_bytes + MASK_BYTES) / 2**30
         return questions * (activations + (questions > 1) * mask)
 
@@ -16943,15 +16948,17 @@ class MemoryCosts:
         """As `training_pass`, without a backward pass: one layer at a time, and always a mask."""
         share = tokens / self.tokens
         # Of what a layer keeps for the backward pass a third is there at any moment.
-        activations = share * self.layer / 3
+        activations = share * self.largest_layer / 3
         mask = tokens**2 * (self.number_bytes + MASK_BYTES) / 2**30
         return questions * (activations + mask)
 
     def peak(self, plan: MemoryPlan) -> dict[str, float]:
         """What is on the GPU in one pass of `plan`, GiB by row."""
-        layers = max(1, plan.stored_layers)  # one layer at a time is computed again anyway
-        questions = plan.micro_batch * (self.question + layers * self.layer)
-        return {**self.rows, "activations": self.largest_weight + questions}
+        # One layer at a time is computed again anyway.
+        kept = max(self.largest_layer, plan.stored_layers * self.layer)
+        questions = plan.micro_batch * (self.question + kept)
+        unpacked = max(self.largest_weight, plan.stored_layers * self.layer_experts)
+        return {**self.rows, "activations": unpacked + questions}
 
     def table(self, plan: MemoryPlan, is_cached: bool, token_count: int) -> dict[str, dict]:
         """The computed GiB by row beside the measured sum, empty where nothing was measured.
@@ -16979,40 +16986,132 @@ class MemoryCosts:
 
 
 @dataclass(frozen=True)
+class KeptNumbers:
+    """Numbers a token that a part of a decoder layer keeps for the backward pass."""
+
+    inputs: float  # of LoRA layers: with dropout each is a copy, and has a mask of one byte
+    others: float  # in the model's number format
+    fp32: float = 0.0  # in fp32, whatever the model's format
+
+
+def attention_numbers(attention, config: Config, compiled: bool) -> KeptNumbers:
+    """What attention keeps, from the shapes of its projections."""
+    hidden = attention.q_proj.in_features
+    queries = attention.o_proj.in_features
+    # After dropout q, k and v have an input of their own; without it they share one.
+    hidden_inputs = 3 if config.lora_dropout else 1
+    attention_states = 4 * queries  # q, k, v (under a mask as many heads as q) and the output
+    lora_products = 4 * config.lora_r
+    others = attention_states + lora_products
+    if hasattr(attention, "q_norm"):
+        normed = queries + attention.k_proj.out_features  # the inputs of q_norm and k_norm
+        others += normed if compiled else 2 * normed  # not compiled it keeps them in fp32
+    if attention.q_proj.out_features > queries:
+        others += 2 * queries  # a gate behind the attention: both factors
+    return KeptNumbers(hidden_inputs * hidden + queries, others)
+
+
+# Tokens that the gated delta rule takes together, in flash-linear-attention and in torch.
+CHUNK_TOKENS = 64
+
+
+def recurrent_numbers(mixer, config: Config, with_fla: bool) -> KeptNumbers:
+    """What a gated delta rule keeps (Yang et al. 2024), from the shapes of its projections.
+
+    `with_fla`: computed by flash-linear-attention, which computes most of it again in the
+    backward pass, and not by torch, where autograd keeps every step in fp32.
+    """
+    hidden = mixer.in_proj_qkv.in_features
+    channels = mixer.in_proj_qkv.out_features  # q, k and v
+    values = mixer.in_proj_z.out_features  # v: of more heads than q and k, and of the same size
+    hidden_inputs = 2 if config.lora_dropout else 1
+    # The convolution's input and output; the rule's output once more, as its norm's gate meets it.
+    others = 2 * channels + values + 3 * config.lora_r
+    fp32 = 3 * values  # the norm's input, its gate before and behind the activation
+    within_chunk = CHUNK_TOKENS * mixer.num_v_heads  # one matrix of tokens by tokens a head
+    if with_fla:
+        others += channels + within_chunk  # q, k, v and the inverse matrix
+    else:
+        states = values * mixer.head_k_dim / CHUNK_TOKENS  # one a chunk
+        # As counted in torch's own path: decays, products and the system's solution; then q, k
+        # and v, with decays and without, what both phases get of them, and the new values.
+        fp32 += 5 * within_chunk + 11 * values + states
+    return KeptNumbers(hidden_inputs * hidden + values, others, fp32)
+
+
+def mlp_numbers(mlp, config: Config, compiled: bool) -> KeptNumbers:
+    """What a gated MLP keeps, from the shapes of its projections."""
+    hidden = mlp.gate_proj.in_features
+    inner = mlp.gate_proj.out_features
+    hidden_inputs = 2 if config.lora_dropout else 1
+    others = 2 * inner + 3 * config.lora_r  # gate and up
+    if not compiled:
+        others += inner  # silu(gate)
+    return KeptNumbers(hidden_inputs * hidden + inner, others)
+
+
+def mixture_numbers(block, config: Config) -> KeptNumbers:
+    """What a mixture of experts keeps: of each expert that a token goes to, and the shared one's.
+
+    The experts themselves have no LoRA.
+    """
+    experts = block.experts
+    hidden, inner = experts.down_proj.shape[1:]
+    # gate, up and silu(gate) of each, and its output, which is weighted.
+    others = block.gate.top_k * (3 * inner + hidden)
+    inputs = 0.0
+    shared = getattr(block, "shared_expert", None)
+    if shared is not None:
+        numbers = mlp_numbers(shared, config, compiled=False)
+        inputs = numbers.inputs
+        others += numbers.others + hidden  # its output, which a gate meets
+    return KeptNumbers(inputs, others, fp32=block.gate.weight.shape[0])  # the router's
+
+
+@dataclass(frozen=True)
 class ActivationBytes:
     """Bytes a token that one decoder layer keeps in a training pass."""
 
-    entry: int  # its input
-    kept: int  # all that the backward pass needs
-    gradients: int  # of its MLP, while the backward pass is there
+    entry: float  # its input
+    kept: float  # all that the backward pass needs
+    gradients: float  # of its MLP, while the backward pass is there
 
 
-def activation_bytes(config: Config, layer, bytes_each: int, compiled: bool) -> ActivationBytes:
+def activation_bytes(
+    config: Config, layer, bytes_each: int, compiled: bool, with_fla: bool
+) -> ActivationBytes:
     """The activations of a decoder layer, from its shapes; `bytes_each`: of one number."""
-    attention = layer.self_attn
-    hidden = attention.q_proj.in_features
-    queries = attention.q_proj.out_features
-    inner = layer.mlp.gate_proj.out_features
-    normed = 0  # the inputs of q_norm and k_norm
-    if hasattr(attention, "q_norm"):
-        normed = queries + attention.k_proj.out_features
-    # The inputs of seven projections. After dropout each has its own; without it q, k and v
-    # share one, and so do gate and up.
-    hidden_inputs = 5 if config.lora_dropout else 2
-    inputs = hidden_inputs * hidden + queries + inner
-    residuals = 2 * hidden
-    attention_states = 4 * queries  # q, k, v (under a mask as many heads as q) and the output
-    gate_and_up = 2 * inner
-    lora_products = 7 * config.lora_r
-    kept = inputs + residuals + normed + attention_states + gate_and_up + lora_products
-    if not compiled:
-        kept += inner + 2 * hidden + normed  # silu(gate), and what is normed in fp32
+    if hasattr(layer, "linear_attn"):
+        mixer = recurrent_numbers(layer.linear_attn, config, with_fla)
+        hidden = layer.linear_attn.in_proj_qkv.in_features
+    else:
+        mixer = attention_numbers(layer.self_attn, config, compiled)
+        hidden = layer.self_attn.q_proj.in_features
+    if hasattr(layer.mlp, "experts"):
+        mlp = mixture_numbers(layer.mlp, config)
+        # Of each expert's output: its gradient, and that of its product with the router's weight.
+        gradients = (2 + 3 * layer.mlp.gate.top_k) * hidden
+    else:
+        mlp = mlp_numbers(layer.mlp, config, compiled)
+        gradients = 2 * (hidden + layer.mlp.gate_proj.out_features)
+    residuals = 2 * hidden if compiled else 4 * hidden  # not compiled the norms keep them in fp32
+    inputs = mixer.inputs + mlp.inputs
+    kept = inputs + mixer.others + mlp.others + residuals
     dropout_masks = inputs if config.lora_dropout else 0  # one byte a number
     return ActivationBytes(
         entry=bytes_each * hidden,
-        kept=bytes_each * kept + dropout_masks,
-        gradients=bytes_each * 2 * (hidden + inner),
+        kept=bytes_each * kept + 4 * (mixer.fp32 + mlp.fp32) + dropout_masks,
+        gradients=bytes_each * gradients,
     )
+
+
+def _count_experts(model, pattern: str | None) -> tuple[int, int]:
+    """(parameters of all experts whose names match `pattern`, those of the largest layer)."""
+    by_layer = Counter()
+    for name, parameter in model.named_parameters():
+        if pattern and re.search(pattern, name):
+            by_layer[name.partition(".mlp.")[0]] += parameter.numel()
+    return by_layer.total(), max(by_layer.values(), default=0)
 
 
 def memory_costs(
@@ -17021,10 +17120,12 @@ def memory_costs(
     tokens: int,
     precision: str,
     compiled: bool,
+    with_fla: bool = False,
 ) -> MemoryCosts:
     """The memory of training on prompts of `tokens` tokens.
 
-    From the model's own configuration `shapes`; no weight is loaded.
+    From the model's own configuration `shapes`; no weight is loaded. `with_fla`: recurrent layers
+    are computed by flash-linear-attention.
     """
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(shapes)
@@ -17032,12 +17133,15 @@ def memory_costs(
     layers = model.model.language_model.layers
     stored = stored_quantization(shapes)
     linears = []
-    language = 0  # parameters that are quantised
+    quantised = 0  # parameters of linear layers
     for name, module in model.named_modules():
         if re.fullmatch(LORA_TARGETS, name):
             linears.append(module)
             if not is_left_unquantised(name, stored):
-                language += module.weight.numel()
+                quantised += module.weight.numel()
+    pattern = FAMILIES[shapes.model_type].experts if config.quantization == "4bit" else None
+    experts, experts_of_a_layer = _count_experts(model, pattern)
+    language = quantised + experts  # parameters
     tower = sum(parameter.numel() for parameter in vision_tower(model).parameters())
     # 8 bits of scale for 64 weights, 32 bits for 256 scales (NF4, double); 32 bits for 64 weights
     is_double = stored.get("bnb_4bit_use_double_quant", True)
@@ -17052,7 +17156,7 @@ def memory_costs(
     head = model.get_output_embeddings().weight
     if config.loss == "choices" and head is not model.get_input_embeddings().weight:
         weights -= bytes_each * head.numel()  # so does the head: only the letters' rows are used
-    scales = 4 * language / 64 if config.quantization == "4bit" and is_double else 0
+    scales = 4 * quantised / 64 if config.quantization == "4bit" and is_double else 0
     if scales <= MAX_UNPACKED_SCALE_BYTES:
         weights += scales
     lora = 4 * config.lora_r * sum(linear.in_features + linear.out_features for linear in linears)
@@ -17062,20 +17166,26 @@ def memory_costs(
         "optimizer": 2 * lora,
         "averages": (config.use_ema + config.use_swa) * lora,
     }
-    activations = activation_bytes(config, layers[0], bytes_each, compiled)
+    by_layer = []
+    for layer in layers:
+        by_layer.append(activation_bytes(config, layer, bytes_each, compiled, with_fla))
     vision = shapes.vision_config
     feature_layers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
-    question = tokens * (len(layers) * activations.entry + activations.gradients)
-    layer = tokens * (activations.kept - activations.entry)
+    largest = max(by_layer, key=lambda activations: activations.kept)
+    entries = sum(activations.entry for activations in by_layer)
+    beyond_entry = [activations.kept - activations.entry for activations in by_layer]
+    largest_linear = max(linear.weight.numel() for linear in linears)
     gib = 2**30
     return MemoryCosts(
         rows={name: value / gib for name, value in rows.items()},
         tower=bytes_each * tower / gib,
         loaded=loaded / gib,
-        largest_weight=bytes_each * max(linear.weight.numel() for linear in linears) / gib,
-        question=question / gib,
-        layer=layer / gib,
-        image_token=bytes_each * vision.out_hidden_size * feature_layers / gib,
+        largest_weight=bytes_each * max(largest_linear, experts_of_a_layer) / gib,
+        layer_experts=bytes_each * experts_of_a_layer / gib,
+        question=tokens * (entries + largest.gradients) / gib,
+        layer=tokens * sum(beyond_entry) / len(layers) / gib,
+        largest_layer=tokens * max(beyond_entry) / gib,
+        image_token=bytes_each * shapes.text_config.hidden_size * feature_layers / gib,
         tokens=tokens,
         number_bytes=bytes_each,
         decoder_layers=len(layers),

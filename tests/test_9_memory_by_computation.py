@@ -1,7 +1,9 @@
 """Part 9, Memory by computation: against what GPUs took, and on every card that a preset is for."""
 
 import memory_plan
+import new_models
 import pytest
+import torch
 import transformers
 from cards import CARDS
 from running import plain_batch, plain_prompts
@@ -69,7 +71,7 @@ def test_settings_change_the_rows_that_they_should():
 @pytest.mark.parametrize(("cards", "preset", "_"), CARDS.values(), ids=CARDS)
 def test_what_auto_picks_fits_on_the_card_by_computation(cards, preset, _):
     smallest = min(memory for _, memory, _ in cards)
-    row = memory_plan.memory_row(preset, smallest)
+    row = memory_plan.memory_row(memory_plan.Row(preset, "T4"), smallest)
     assert row["in a pass"] >= 8
     assert row["sum"] <= row["free"]
     assert row["loading"] <= row["free"]
@@ -113,6 +115,47 @@ def test_before_loading_memory_is_that_of_the_longest_prompt_with_the_runs_own_t
     assert vqa.expected_memory(session.config, frame) == known
 
 
+def kept_bytes(layer, hidden_states, **inputs) -> int:
+    """Bytes of all that autograd keeps of a pass of the layer, but for its weights."""
+    weights = {value.untyped_storage().data_ptr() for value in layer.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held: its address is not used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = layer(hidden_states, **inputs)
+    assert output.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("make_shapes", [new_models.qwen35_9b, new_models.qwen35_35b_a3b])
+@pytest.mark.parametrize("number", [0, 3], ids=["recurrent", "attention"])
+def test_what_a_layer_is_computed_to_keep_is_what_autograd_keeps(make_shapes, number):
+    """In bf16, which recurrent layers leave for fp32; dropout keeps other masks on a CPU."""
+    torch.manual_seed(0)
+    shapes = make_shapes(dict.fromkeys(["image_token_id"], 5), tiny=True)
+    model = transformers.AutoModelForImageTextToText.from_config(shapes, dtype=torch.bfloat16)
+    config = vqa.Config(lora_r=4, lora_dropout=0.0)
+    vqa.use_fast_lora(vqa.attach_lora(model.requires_grad_(False), config, seed=0))
+    language_model = model.model.language_model
+    layer = language_model.layers[number].train()
+    batch, length, hidden = 2, 128, shapes.text_config.hidden_size
+    states = torch.randn(batch, length, hidden, dtype=torch.bfloat16).requires_grad_()
+    positions = torch.arange(length).expand(3, batch, length)
+    mask = None
+    if number == 3:  # as many heads of k and v as of q, as behind a mask on a GPU
+        mask = torch.ones(batch, 1, length, length, dtype=torch.bool).tril()
+    rotations = language_model.rotary_emb(states, positions)
+    measured = kept_bytes(layer, states, position_embeddings=rotations, attention_mask=mask)
+    measured /= batch * length
+    if mask is not None:
+        measured -= 2 * length  # the mask as numbers, which is counted for itself
+    computed = vqa.activation_bytes(config, layer, 2, compiled=False, with_fla=False).kept
+    assert computed == pytest.approx(measured, rel=0.05)
 # --- Stored in 4 bits -----------------------------------------------------------------------------
 
 

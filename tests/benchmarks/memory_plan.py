@@ -8,9 +8,11 @@ taken for CUDA itself and 8 % is left for fragmentation.
 """
 
 import sys
+from dataclasses import dataclass
 
 import pandas as pd
 from bench_gpu import TEXT, qwen3_4b, qwen3_8b, qwen25_3b, vqa
+from new_models import internvl35_8b, qwen35_9b, qwen35_27b, qwen35_35b_a3b
 
 CONTEXT_GIB = 0.5  # taken for CUDA itself
 MARGIN = 0.92  # share of the rest that training may take
@@ -18,6 +20,10 @@ SHAPES = {
     "Qwen/Qwen3-VL-8B-Instruct": qwen3_8b,
     "Qwen/Qwen3-VL-4B-Instruct": qwen3_4b,
     "Qwen/Qwen2.5-VL-3B-Instruct": qwen25_3b,
+    "Qwen/Qwen3.5-9B": qwen35_9b,
+    "Qwen/Qwen3.5-27B": qwen35_27b,
+    "Qwen/Qwen3.5-35B-A3B": qwen35_35b_a3b,
+    "OpenGVLab/InternVL3_5-8B-HF": internvl35_8b,
 }
 CARDS = {  # MiB
     "RTX 8 GB": 8192,
@@ -29,26 +35,65 @@ CARDS = {  # MiB
     "A100 80 GB": 81920,
     "H200": 143771,
 }
-ROWS = [  # preset, card
-    ("quick_test", "T4"),
-    ("single", "RTX 8 GB"),
-    ("single", "T4"),
-    ("colab_t4", "RTX 12 GB"),
-    ("colab_t4", "T4"),
-    ("kaggle_t4x2", "T4"),
-    ("max_score", "T4"),
-    ("gpu_24gb", "L4"),
-    ("gpu_24gb", "V100 32 GB"),
-    ("colab_a100", "A100 40 GB"),
-    ("colab_a100", "A100 80 GB"),
-    ("colab_a100", "H200"),
+
+
+@dataclass(frozen=True)
+class Row:
+    """A preset on a card."""
+
+    preset: str
+    card: str
+    gpus: int = 1  # over which the model is spread
+    model_id: str = ""  # in place of the preset's own
+    quantization: str = ""  # in place of the preset's own
+    with_fla: bool = False  # flash-linear-attention is installed
+
+    @property
+    def config(self) -> vqa.Config:
+        """The settings of the row."""
+        own = {"model_id": self.model_id, "quantization": self.quantization}
+        overrides = {name: value for name, value in own.items() if value}
+        return vqa.Config.preset(self.preset, **overrides)
+
+    @property
+    def title(self) -> str:
+        """The row in words."""
+        cards = f"{self.gpus} x {self.card}" if self.gpus > 1 else self.card
+        kernels = ", with fla" if self.with_fla else ""
+        return f"`{self.preset}`, {cards}{kernels}"
+
+
+ROWS = [
+    Row("quick_test", "T4"),
+    Row("single", "RTX 8 GB"),
+    Row("single", "T4"),
+    Row("colab_t4", "RTX 12 GB"),
+    Row("colab_t4", "T4"),
+    Row("kaggle_t4x2", "T4"),
+    Row("max_score", "T4"),
+    Row("gpu_24gb", "L4"),
+    Row("gpu_24gb", "V100 32 GB"),
+    Row("colab_a100", "A100 40 GB"),
+    Row("colab_a100", "A100 80 GB"),
+    Row("colab_a100", "H200"),
+    Row("kaggle_t4x2", "T4", model_id="Qwen/Qwen3.5-9B"),
+    Row("kaggle_t4x2", "T4", model_id="OpenGVLab/InternVL3_5-8B-HF"),
+    Row("large", "T4", gpus=2),
+    Row("gpu_24gb", "L4", model_id="Qwen/Qwen3.5-9B", with_fla=True),
+    Row("gpu_80gb", "A100 80 GB"),
+    Row("gpu_80gb", "A100 80 GB", with_fla=True),
+    Row("gpu_80gb", "A100 80 GB", quantization="4bit", with_fla=True),
 ]
 
 
 def image_tokens(config: vqa.Config, shapes) -> int:
     """Tokens of the largest image that the preset allows; `shapes` is the model's config."""
     vision = shapes.vision_config
-    pixels_per_token = (vision.patch_size * vision.spatial_merge_size) ** 2
+    if shapes.model_type == "internvl":
+        tile_pixels = vision.image_size[0] * vision.image_size[1]
+        pixels_per_token = tile_pixels // shapes.image_seq_length
+    else:
+        pixels_per_token = (vision.patch_size * vision.spatial_merge_size) ** 2
     return (config.max_pixels or 768 * pixels_per_token) // pixels_per_token
 
 
@@ -68,23 +113,30 @@ def first_plan(
     )
     step = config.batch_size * config.grad_accum_steps
     plans = vqa.candidate_plans(pass_costs, free, layers, step, recompute=True)
-    micro_batch, stored_layers = plans[0] if plans else (1, 0)
-    return vqa.MemoryPlan(micro_batch, stored_layers)
+    for micro_batch, stored_layers in plans:
+        plan = vqa.MemoryPlan(micro_batch, stored_layers)
+        if sum(costs.peak(plan).values()) > free:
+            # What counts is the largest layer, or the experts that its own would keep unpacked.
+            plan = vqa.MemoryPlan(micro_batch, 0)
+        if sum(costs.peak(plan).values()) <= free:
+            return plan
+    return vqa.MemoryPlan(1, 0)
 
 
-def memory_row(preset: str, mebibytes: float) -> dict:
-    """The computed GiB of a preset on a card of that memory, with the first plan."""
-    config = vqa.Config.preset(preset)
+def memory_row(row: Row, mebibytes: float | None = None) -> dict:
+    """The computed GiB of a row, with the first plan; on its card, or on one of that memory."""
+    config = row.config
     shapes = SHAPES[config.model_id]({})
     image = image_tokens(config, shapes)
     tokens = image + TEXT
     precision = "bf16"  # as many bytes as fp16
-    costs = vqa.memory_costs(config, shapes, tokens, precision, compiled=False)
-    free = free_memory(mebibytes)
+    costs = vqa.memory_costs(config, shapes, tokens, precision, False, row.with_fla)
+    free = row.gpus * free_memory(mebibytes or CARDS[row.card])
     plan = first_plan(config, costs, free, shapes.text_config.num_hidden_layers)
     peak = costs.peak(plan)
+    name = config.model_id.rpartition("/")[2].removesuffix("-Instruct").removesuffix("-HF")
     return {
-        "model": config.model_id.removeprefix("Qwen/").removesuffix("-Instruct"),
+        "model": name if config.quantization != "none" else f"{name}, 16 bits",
         "tokens": tokens,
         "in a pass": plan.micro_batch,
         "layers kept": plan.stored_layers,
@@ -96,12 +148,16 @@ def memory_row(preset: str, mebibytes: float) -> dict:
     }
 
 
+def known_rows() -> list[Row]:
+    """The rows whose models' families are known here."""
+    return [row for row in ROWS if SHAPES[row.config.model_id]({}).model_type in vqa.FAMILIES]
+
+
 def memory_table() -> str:
     """The rows of all presets as Markdown, as the README has it."""
-    rows = {}
-    for preset, card in ROWS:
-        rows[f"`{preset}`, {card}"] = memory_row(preset, CARDS[card])
-    table = pd.DataFrame(list(rows.values()), index=pd.Index(rows, name="GiB"))
+    rows = known_rows()
+    titles = pd.Index([row.title for row in rows], name="GiB")
+    table = pd.DataFrame([memory_row(row) for row in rows], index=titles)
     numbers = table.select_dtypes("float").columns
     table[numbers] = table[numbers].map("{:.1f}".format)
     return vqa.markdown_table(table)

@@ -182,8 +182,8 @@ def internvl35_8b(token: Mapping, tiny: bool = False):
     text = smaller(QWEN3_8B, SMALL_TEXT) if tiny else QWEN3_8B
     return transformers.InternVLConfig(
         text_config={"model_type": "qwen3", **text},
-        image_token_id=token["image_token_id"],
         tie_word_embeddings=False,
+        **token,
     )
 
 
