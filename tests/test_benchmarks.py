@@ -17,6 +17,10 @@ SCRIPTS = {
         ["--tiny", "kaggle_t4x2"],
         "submission of 12 rows",
     ),
+    "new_models.py": (
+        ["--tiny", "--models", "qwen3.5-9b"],
+        "| Qwen3.5-9B, 4bit, without fla |",
+    ),
     "two_gpus.py": (
         ["--tiny", "--stages", "train"],
         "times as fast in training",

@@ -19,6 +19,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -361,6 +362,24 @@ class Variant:
             return numbers
         return f"{numbers}, {'without' if self.hides_kernels else 'with'} fla"
 
+    @property
+    def is_turing(self) -> bool:
+        """Whether the GPU is told to be a T4; the kernels need a later card of its memory."""
+        model = MODELS[self.model]
+        return model.is_turing and not self.tiny and (self.hides_kernels or not model.is_recurrent)
+
+
+def use_kernels_anyway() -> None:
+    """Take flash-linear-attention also where it refuses a Hopper card with its version of Triton.
+
+    Its gradients are wrong there; it takes the time and the memory that it takes where it is used.
+    """
+    if hasattr(vqa, "decide_recurrent_kernels"):
+        vqa.decide_recurrent_kernels = lambda *_, **__: (True, "flash-linear-attention: forced")
+    from fla.ops.common import chunk_o
+
+    chunk_o.IS_NVIDIA_HOPPER = False
+
 
 def limit_gpus(variant: Variant) -> None:
     """Take no more of each GPU than the variant's card has."""
@@ -444,33 +463,30 @@ def allocated_gib() -> float:
     return max((torch.cuda.memory_allocated(gpu) / 2**30 for gpu in gpus), default=0.0)
 
 
-def computed_costs(session: vqa.Session, tokens: int) -> vqa.MemoryCosts | None:
-    """What `memory_costs` says of this session, None where it does not know the family."""
-    if not session.family.is_memory_computed:
-        return None
+def computed_costs(session: vqa.Session, tokens: int, with_fla: bool) -> vqa.MemoryCosts:
+    """What `memory_costs` says of this session."""
     config = session.config
     compiled = session.family.is_compiled and config.compile_layers == "on"
     shapes = session.model.config
-    return vqa.memory_costs(config, shapes, tokens, session.runtime.precision, compiled)
+    precision = session.runtime.precision
+    return vqa.memory_costs(config, shapes, tokens, precision, compiled, with_fla)
 
 
 def measure_passes(trainer: vqa.FoldTrainer, prompt: vqa.Prompt, costs) -> list[dict]:
-    """Peaks of single passes over copies of `prompt`, beside the computed ones.
-
-    The optimizer's state lies on the GPU, too, as in training.
-    """
+    """What single passes over copies of `prompt` add to what rests, beside the computed GiB."""
     session = trainer.session
     layers = len(session.decoder_layers)
+    at_rest = allocated_gib()
     rows = []
     for questions in (2, 8):
         for stored in (0, max(2, layers // 4), layers):
             seconds, peak = vqa.measure_pass(session, [prompt] * questions, stored)
             if math.isinf(seconds):
                 break
+            row = {"questions": questions, "stored": stored, "GiB": peak / 2**30 - at_rest}
             plan = vqa.MemoryPlan(questions, stored)
-            row = {"questions": questions, "stored": stored, "GiB": peak / 2**30}
-            if costs is not None:
-                row["computed"] = sum(costs.peak(plan).values())
+            gradients = costs.rows["LoRA and gradients"] / 2
+            row["computed"] = costs.peak(plan)["activations"] + gradients
             rows.append(row)
     vqa.clear_memory()
     return rows
@@ -514,6 +530,8 @@ def measure(variant: Variant) -> dict:
     """All figures of a variant by name; "passes" is a list of those of `measure_passes`."""
     if not variant.tiny:
         limit_gpus(variant)
+    if MODELS[variant.model].is_recurrent and not variant.hides_kernels:
+        use_kernels_anyway()
     config = make_config(variant)
     frame = vqa.load_competition(variant.data).train.assign(fold=1)
     begin = time.perf_counter()
@@ -535,12 +553,11 @@ def measure(variant: Variant) -> dict:
     if "train" in variant.parts:
         result.update(time_training(trainer, prompts, variant.rows))
     result["at rest, GiB"] = allocated_gib()
-    costs = computed_costs(session, len(longest.input_ids))
-    if costs is not None:
-        gradients = costs.rows["LoRA and gradients"] / 2  # there are none between two steps
-        result["at rest, computed"] = sum(costs.rows.values()) - gradients
-        result["loading, computed"] = costs.loaded
-        result["training, computed"] = sum(costs.peak(trainer.plan).values())
+    costs = computed_costs(session, result["tokens"], not variant.hides_kernels)
+    gradients = costs.rows["LoRA and gradients"] / 2  # there are none between two steps
+    result["at rest, computed"] = sum(costs.rows.values()) - gradients
+    result["loading, computed"] = costs.loaded
+    result["training, computed"] = sum(costs.peak(trainer.plan).values())
     if "passes" in variant.parts and torch.cuda.is_available():
         result["passes"] = measure_passes(trainer, longest, costs)
     if "score" in variant.parts:
@@ -583,8 +600,7 @@ def measure_in_this_process(place: Path) -> None:
     vqa.setup_logging(place, to_file=False)
     fields = json.loads((place / "variant.json").read_text())
     variant = Variant(**{**fields, "parts": tuple(fields["parts"])})
-    pretends = MODELS[variant.model].is_turing and not variant.tiny
-    with told_to_be_turing(variant.gpus) if pretends else contextlib.nullcontext():
+    with told_to_be_turing(variant.gpus) if variant.is_turing else contextlib.nullcontext():
         result = measure(variant)
     (place / "result.json").write_text(json.dumps(result))
 
@@ -641,9 +657,7 @@ def variants_of(name: str, folder: Path, data: Path, options) -> Iterator[Varian
         kernels = (False, True) if importlib.util.find_spec("fla") else (True,)
     for hides_kernels in kernels:
         for quantization in model.quantizations:
-            if options.quantization not in ("", quantization):
-                continue
-            yield Variant(
+            variant = Variant(
                 model=name,
                 folder=str(folder),
                 data=str(data),
@@ -654,6 +668,8 @@ def variants_of(name: str, folder: Path, data: Path, options) -> Iterator[Varian
                 parts=tuple(options.parts.split(",")),
                 tiny=options.tiny,
             )
+            if re.search(options.only, variant.label):
+                yield variant
 
 
 def measure_model(name: str, options) -> None:
@@ -689,7 +705,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
     parser.add_argument("--parts", default="train,passes,score", help="what to measure")
-    parser.add_argument("--quantization", default="", help="only this one: none or 4bit")
+    parser.add_argument("--only", default="", help="variants whose labels match, as a pattern")
     parser.add_argument("--rows", type=int, default=128, help="questions in a timed epoch")
     parser.add_argument("--spread", action="store_true", help="over two GPUs told to be T4s")
     parser.add_argument("--tiny", action="store_true", help="small shapes on this CPU")
