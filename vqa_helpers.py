@@ -1021,8 +1021,8 @@ def seeded_generator(*keys) -> np.random.Generator:
 
 # === Presets ======================================================================================
 # What "auto" picks: GiB that the smallest GPU has at least, preset, why. The first row that fits
-# is taken; the other presets are picked by name only. So is "gpu_80gb", also on its own cards:
-# its model takes 55 GB to download and hours for one fold, in which the 8B gives three.
+# is taken; the other presets are picked by name only. "gpu_80gb" is, too: a Colab A100 would first
+# download 55 GB, and end with one fold where "colab_a100" gives three.
 PRESET_BY_MEMORY = (
     (38.0, "colab_a100", "room for Qwen3-VL-8B in 16 bits and 32 questions a step"),
     (20.0, "gpu_24gb", "room for Qwen3-VL-8B in 4-bit with images of 1024 tokens"),
@@ -6667,8 +6667,6 @@ class Family:
     is_compiled: bool = True  # torch.compile is used for its decoder layers
     # Regular expression for the parameters that hold all experts of a layer in one tensor.
     experts: str | None = None
-    # Whether `memory_costs` holds for it: what its layers keep has been measured.
-    is_memory_computed: bool = False
 
 
 # transformers' model_type -> what to know about it; all others are refused. One more takes
@@ -6678,8 +6676,8 @@ class Family:
 # - a twin in tests/twins.py, for which all of tests/test_3_families.py then runs;
 # - `memory_costs` and `activation_bytes`, once its layers are measured.
 FAMILIES = {
-    "qwen2_5_vl": Family(is_memory_computed=True),
-    "qwen3_vl": Family(is_memory_computed=True),
+    "qwen2_5_vl": Family(),
+    "qwen3_vl": Family(),
     # Which experts a token needs is known on the GPU only: nothing is gained by compiling.
     "qwen3_vl_moe": Family(
         is_compiled=False,
@@ -16909,7 +16907,6 @@ def search_hyperparameters(
 # ======= 9. Command line ==========================================================================
 
 # === Memory by computation ========================================================================
-NOT_COMPUTED = "not computed for this family of models"
 MASK_BYTES = 3  # of True and False, for each pair of positions, while the mask is made
 
 
@@ -17015,11 +17012,11 @@ def attention_numbers(attention, config: Config, compiled: bool) -> KeptNumbers:
 CHUNK_TOKENS = 64
 
 
-def recurrent_numbers(mixer, config: Config, with_fla: bool) -> KeptNumbers:
+def recurrent_numbers(mixer, config: Config, tokens: int, with_fla: bool) -> KeptNumbers:
     """What a gated delta rule keeps (Yang et al. 2024), from the shapes of its projections.
 
-    `with_fla`: computed by flash-linear-attention, which computes most of it again in the
-    backward pass, and not by torch, where autograd keeps every step in fp32.
+    `tokens` of a prompt; `with_fla`: computed by flash-linear-attention, which computes most of
+    it again in the backward pass, and not by torch, where autograd keeps every step in fp32.
     """
     hidden = mixer.in_proj_qkv.in_features
     channels = mixer.in_proj_qkv.out_features  # q, k and v
@@ -17035,7 +17032,8 @@ def recurrent_numbers(mixer, config: Config, with_fla: bool) -> KeptNumbers:
         states = values * mixer.head_k_dim / CHUNK_TOKENS  # one a chunk
         # As counted in torch's own path: decays, products and the system's solution; then q, k
         # and v, with decays and without, what both phases get of them, and the new values.
-        fp32 += 5 * within_chunk + 11 * values + states
+        whole_chunks = CHUNK_TOKENS * math.ceil(tokens / CHUNK_TOKENS) / tokens
+        fp32 += whole_chunks * (5 * within_chunk + 11 * values + states)
     return KeptNumbers(hidden_inputs * hidden + values, others, fp32)
 
 
@@ -17078,11 +17076,11 @@ class ActivationBytes:
 
 
 def activation_bytes(
-    config: Config, layer, bytes_each: int, compiled: bool, with_fla: bool
+    config: Config, layer, tokens: int, bytes_each: int, compiled: bool, with_fla: bool
 ) -> ActivationBytes:
     """The activations of a decoder layer, from its shapes; `bytes_each`: of one number."""
     if hasattr(layer, "linear_attn"):
-        mixer = recurrent_numbers(layer.linear_attn, config, with_fla)
+        mixer = recurrent_numbers(layer.linear_attn, config, tokens, with_fla)
         hidden = layer.linear_attn.in_proj_qkv.in_features
     else:
         mixer = attention_numbers(layer.self_attn, config, compiled)
@@ -17168,7 +17166,7 @@ def memory_costs(
     }
     by_layer = []
     for layer in layers:
-        by_layer.append(activation_bytes(config, layer, bytes_each, compiled, with_fla))
+        by_layer.append(activation_bytes(config, layer, tokens, bytes_each, compiled, with_fla))
     vision = shapes.vision_config
     feature_layers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
     largest = max(by_layer, key=lambda activations: activations.kept)
@@ -17192,20 +17190,14 @@ def memory_costs(
     )
 
 
-def expected_memory(config: Config, frame: pd.DataFrame) -> MemoryCosts | None:
+def expected_memory(config: Config, frame: pd.DataFrame) -> MemoryCosts:
     """The memory of training on the longest of these rows, before a weight is loaded.
 
-    None for a family of which it has not been measured what recurrent layers and experts keep.
+    Raises ValueError where the model's family is not known here.
     """
     processor = load_processor(config)
     runtime = detect_runtime(config.precision, config.attn_implementation)
-    shapes = transformers.AutoConfig.from_pretrained(
-        config.model_path,
-        trust_remote_code=config.trust_remote_code,
-    )
-    family = FAMILIES.get(shapes.model_type)
-    if family is None or not family.is_memory_computed:
-        return None
+    shapes = _read_model_config(config)
     budget = pixel_budget(config, processor)
     templates = prompt_templates(config)
     longest = 0
@@ -17214,7 +17206,8 @@ def expected_memory(config: Config, frame: pd.DataFrame) -> MemoryCosts | None:
         ids = encode_prompt(processor, build_messages(row, templates=templates), grid)
         longest = max(longest, len(ids))
     device = "cuda" if runtime.gpus else "cpu"
-    compiled, _ = decide_compile(config.compile_layers, device, len(frame))
+    wish = config.compile_layers if FAMILIES[shapes.model_type].is_compiled else "off"
+    compiled, _ = decide_compile(wish, device, len(frame))
     return memory_costs(config, shapes, longest, runtime.precision, compiled)
 
 
@@ -17805,7 +17798,7 @@ def draw_trial_rows(config: Config, processor, rows: int) -> TrialRows:
 class MemoryForecast:
     """What is known of the memory before a weight is loaded."""
 
-    costs: MemoryCosts | None  # None: not computed for this family of models
+    costs: MemoryCosts
     needed: str  # in words
     rescoring: str  # whether the unquantised model fits, in words; "": it is not asked for
     is_rescored: bool
@@ -17816,10 +17809,8 @@ def forecast_memory(config: Config, trial: TrialRows) -> MemoryForecast:
     longest, _ = trial.longest("tokens", ["train"])
     costs = expected_memory(config, longest)
     free = free_gib()
-    needed = NOT_COMPUTED
-    if costs:
-        check_row_memory(config, trial.lengths, trial.competition, costs, free)
-        needed = costs.verdict(free)
+    check_row_memory(config, trial.lengths, trial.competition, costs, free)
+    needed = costs.verdict(free)
     LOGGER.info("Memory: %s", needed)
     fits = False
     rescoring = ""
@@ -18038,12 +18029,9 @@ def trial_facts(
         "memory plan": plan_as_text(session, result.plan),
         "stored weights": stored_format_in_words(stored_quantization(_read_model_config(config))),
         "memory needed": memory.needed,
-        "memory": {},
+        "memory": memory.costs.table(result.plan, is_cached, feature_tokens(config, trial)),
         "peak memory": ", ".join(f"{name} {gib}" for name, gib in memory_summary().items()),
     }
-    if memory.costs:
-        tokens = feature_tokens(config, trial)
-        facts["memory"] = memory.costs.table(result.plan, is_cached, tokens)
     if memory.rescoring:
         facts["scoring in 16 bits"] = memory.rescoring
     return facts

@@ -145,6 +145,19 @@ IMPOSSIBLE = {
         {"model_id": "Qwen/Qwen2.5-VL-72B-Instruct"},
         "takes 36 GiB at least, and Tesla T4 has 21",
     ),
+    "27 billion in 16 bits on 40 GB": (
+        [("NVIDIA A100-SXM4-40GB", 40960, 8.0)],
+        "gpu_80gb",
+        {},
+        "Qwen/Qwen3.5-27B takes 50 GiB at least, and NVIDIA A100-SXM4-40GB has 40",
+    ),
+    "27 billion in 16 bits on 80 GB": ([("NVIDIA H100", 81559, 9.0)], "gpu_80gb", {}, None),
+    "9 billion in 4 bits on two T4": (
+        ONE_T4 * 2,
+        "kaggle_t4x2",
+        {"model_id": "Qwen/Qwen3.5-9B"},
+        None,
+    ),
     "more than the computer's memory": (
         [],
         "quick_test",

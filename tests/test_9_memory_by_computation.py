@@ -77,6 +77,24 @@ def test_what_auto_picks_fits_on_the_card_by_computation(cards, preset, _):
     assert row["loading"] <= row["free"]
 
 
+@pytest.mark.parametrize("name", ["RTX 12 GB", "T4", "L4", "A100 40 GB"])
+def test_qwen35_9b_fits_by_computation_where_auto_picks_the_8b(name):
+    ((_, memory, _),), preset, _ = CARDS[name]
+    row = memory_plan.Row(preset, "T4", model_id="Qwen/Qwen3.5-9B")
+    computed = memory_plan.memory_row(row, memory)
+    assert computed["in a pass"] >= 4
+    assert computed["sum"] <= computed["free"]
+    assert computed["loading"] <= computed["free"]
+
+
+@pytest.mark.parametrize("with_fla", [False, True])
+def test_the_preset_for_80_gb_takes_its_whole_step_in_one_pass(with_fla):
+    row = memory_plan.memory_row(memory_plan.Row("gpu_80gb", "", with_fla=with_fla), 81559)
+    assert row["in a pass"] == 8
+    assert row["sum"] <= row["free"]
+    assert row["model"] == "Qwen3.5-27B, 16 bits"
+
+
 def test_a_card_below_the_smallest_preset_is_too_small_by_computation_for_the_larger_model():
     costs = vqa.memory_costs(vqa.Config(), memory_plan.qwen3_8b({}), 878, "fp16", False)
     verdict = costs.verdict(memory_plan.free_memory(6144))
@@ -154,7 +172,7 @@ def test_what_a_layer_is_computed_to_keep_is_what_autograd_keeps(make_shapes, nu
     measured /= batch * length
     if mask is not None:
         measured -= 2 * length  # the mask as numbers, which is counted for itself
-    computed = vqa.activation_bytes(config, layer, 2, compiled=False, with_fla=False).kept
+    computed = vqa.activation_bytes(config, layer, length, 2, compiled=False, with_fla=False).kept
     assert computed == pytest.approx(measured, rel=0.05)
 # --- Stored in 4 bits -----------------------------------------------------------------------------
 

@@ -77,18 +77,23 @@ def test_gradients_that_are_not_finite_end_preflight_with_the_row(preflight_conf
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5"])
-def test_preflight_says_where_it_computes_no_memory(family, model_folders, mini_data, monkeypatch):
+def test_memory_is_computed_for_mixtures_and_recurrent_layers(family, model_folders, mini_data):
     config = vqa.Config.preset("demo", model_id=str(model_folders[family]), data_dir=str(mini_data))
-    facts = vqa.preflight(config, rows=4)
-    assert facts["memory needed"] == "not computed for this family of models"
-    assert facts["memory"] == {}
-    assert "questions in a pass" in facts["memory plan"]
+    frame = vqa.load_competition(mini_data).train
+    costs = vqa.expected_memory(config, frame)
+    parameters = vqa.load_model(config, vqa.detect_runtime()).num_parameters()
+    assert costs.loaded == pytest.approx(4 * parameters / 2**30)
+    assert costs.largest_layer >= costs.layer > 0
+    is_mixed = family == "qwen3_5"  # of two kinds of layers
+    assert (costs.largest_layer > costs.layer) is is_mixed
 
-    out_of_memory = torch.OutOfMemoryError("while loading")
-    monkeypatch.setattr(vqa, "open_session", raising(out_of_memory))
-    with pytest.raises(torch.OutOfMemoryError) as caught:
-        vqa.preflight(config, rows=4)
-    assert caught.value.__notes__ == ["Memory: not computed for this family of models"]
+
+def test_memory_is_not_computed_for_an_unknown_family(preflight_config, monkeypatch):
+    config = preflight_config()
+    frame = vqa.load_competition(config.data_dir).train
+    monkeypatch.delitem(vqa.FAMILIES, "qwen3_vl")
+    with pytest.raises(ValueError, match="is of the family 'qwen3_vl'; known are qwen2_5_vl"):
+        vqa.expected_memory(config, frame)
 
 
 def test_preflight_says_whether_the_unquantised_model_fits(
