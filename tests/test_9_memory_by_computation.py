@@ -1,5 +1,8 @@
 """Part 9, Memory by computation: against what GPUs took, and on every card that a preset is for."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import memory_plan
 import new_models
 import pytest
@@ -35,6 +38,37 @@ def test_the_computed_peak_is_within_5_percent_of_every_measured_one(
     for plan, measured in peaks.items():
         peak = sum(costs.peak(vqa.MemoryPlan(*plan)).values())
         assert peak == pytest.approx(measured, rel=0.05), plan
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Passes on one GPU under new_models.py's settings; GiB without the optimizer's state."""
+
+    make_shapes: Callable
+    quantization: str
+    tokens: int
+    with_fla: bool
+    loaded: float
+    peaks: dict[tuple[int, int], float]  # (questions in a pass, layers kept) -> GiB
+
+
+MEASURED_MODELS = {
+    "9B in 4 bits, told to be on a T4": Measured(
+        new_models.qwen35_9b, "4bit", 348, False, 7.97, {(2, 0): 6.11, (2, 8): 8.29, (8, 0): 7.83}
+    ),
+}
+
+
+@pytest.mark.parametrize("measured", MEASURED_MODELS.values(), ids=MEASURED_MODELS)
+def test_computed_memory_of_todays_models_is_the_measured_one(measured):
+    config = vqa.Config(quantization=measured.quantization)
+    shapes = measured.make_shapes({})
+    costs = vqa.memory_costs(config, shapes, measured.tokens, "fp16", False, measured.with_fla)
+    assert costs.loaded == pytest.approx(measured.loaded, rel=0.01)
+    state = costs.rows["optimizer"] + costs.rows["averages"]
+    for plan, gib in measured.peaks.items():
+        computed = sum(costs.peak(vqa.MemoryPlan(*plan)).values()) - state
+        assert computed == pytest.approx(gib, rel=0.05), plan
 
 
 def test_computed_weights_are_those_measured_after_loading_and_at_rest():
