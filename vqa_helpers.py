@@ -50,7 +50,7 @@ above it.
    Loading                             processor and base model, quantised or not
    Downloads                           how much of a model has arrived, and what if no more comes
    Adapters                            LoRA on the language model, fresh or from a file
-   Image tokens                        pixel budget, patch grid, pixel inputs
+   Image tokens                        pixel budget; an image's grid, tokens, pixel inputs
    Vision cache                        features of the frozen vision tower, computed once
    Recurrent layers                    choice orders go on from the state of their common prefix
    Session                             what a worker loads once
@@ -6568,11 +6568,13 @@ class Tiles:
         `budget` is (min_pixels, max_pixels) of all tiles, the thumbnail counted.
         """
         images = processor.image_processor
-        least, most = (tiles_within(pixels, self.tile_pixels(processor)) for pixels in budget)
-        most = min(most, images.max_patches)
+        tile_pixels = self.tile_pixels(processor)
+        min_pixels, max_pixels = budget
+        most = min(tiles_within(max_pixels, tile_pixels), images.max_patches)
+        least = max(tiles_within(min_pixels, tile_pixels), images.min_patches)
         return {
             "crop_to_patches": True,
-            "min_patches": min(max(least, images.min_patches), most),
+            "min_patches": min(least, most),
             "max_patches": most,
         }
 
@@ -8366,6 +8368,17 @@ def _check_wordings(processor, config: Config, example: Mapping) -> tuple[tuple[
     return letter_token_ids[0]
 
 
+def _check_processor(config: Config, processor, model) -> None:
+    """ValueError where the processor prepares images for another kind of models."""
+    family = model.config.model_type
+    if image_inputs(processor) is not FAMILIES[family].images:
+        raise ValueError(
+            f"{config.model_path} has a model of the family {family!r} and a "
+            f"{type(processor).__name__}, which prepares images for another one: "
+            "download both from one repository"
+        )
+
+
 def open_session(config: Config, example: Mapping) -> Session:
     """A session with processor and model loaded and every decision logged with its reason.
 
@@ -8389,6 +8402,7 @@ def open_session(config: Config, example: Mapping) -> Session:
         hide_recurrent_kernels()
     with track_peak_memory("model loaded"):
         model = load_model(config, runtime)
+    _check_processor(config, processor, model)
     remove_gpu_syncs(model)
     if FAMILIES[model.config.model_type].recurrent_mixer:
         use_shared_prefixes(model)

@@ -1,6 +1,7 @@
 """Part 3, Tiles: InternVL's images reach the model as its own processor cuts them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -194,6 +195,33 @@ def test_an_image_of_another_size_than_planned_is_refused(session, demo_rows, re
     session.config = replace(session.config, max_pixels=TILE)
     with pytest.raises(vqa.DataError, match=r"gives the grid \(5,\), not the planned \(1,\)"):
         vqa.collate(session, [replace(prompt, grid=(1,))])
+
+
+def test_overflowing_features_are_recomputed_in_fp32(session, demo_rows):
+    tower = vqa.vision_tower(session.model).to(torch.float16)
+    with torch.no_grad():
+        session.model.model.multi_modal_projector.linear_2.weight.mul_(1e6).clamp_(-6e4, 6e4)
+    frame = demo_rows.train.head(2)
+    budget = vqa.pixel_budget(session.config, session.processor)
+    try:
+        session.vision_cache.fill(frame, budget, session.progress)
+    except RuntimeError as error:  # a CPU without half-precision kernels
+        pytest.skip(str(error))
+    assert session.vision_cache.recomputed_in_fp32 == 2
+    for key in session.vision_cache.shards:
+        (features,) = session.vision_cache.load(key)
+        assert features.isfinite().all()
+        assert features.dtype == torch.float16
+    assert {weight.dtype for weight in tower.parameters()} == {torch.float16}
+
+
+def test_a_processor_of_another_family_is_refused(model_folders, demo_rows, tmp_path):
+    mixed = shutil.copytree(model_folders["qwen3_vl_moe"], tmp_path / "mixed")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(model_folders["internvl"] / name, mixed / name)
+    config = vqa.Config.preset("demo", model_id=str(mixed))
+    with pytest.raises(ValueError, match="of the family 'internvl' and a Qwen3VLProcessor, which"):
+        vqa.open_session(config, demo_rows.train.iloc[0])
 
 
 # --- Other models of the family -------------------------------------------------------------------
