@@ -52,6 +52,7 @@ above it.
    Adapters                            LoRA on the language model, fresh or from a file
    Image tokens                        pixel budget; an image's grid, tokens, pixel inputs
    Vision cache                        features of the frozen vision tower, computed once
+   Gated delta rule                    what Qwen3.5's recurrent layers compute, in chunks
    Recurrent layers                    choice orders go on from the state of their common prefix
    Session                             what a worker loads once
    Batches                             tokenised questions, padded together
@@ -224,7 +225,7 @@ class _LazyModule(ModuleType):
 
 torch = _LazyModule("torch")
 transformers = _LazyModule("transformers")
-cache_utils = _LazyModule("transformers.cache_utils")
+fla_rules = _LazyModule("fla.ops.gated_delta_rule")
 peft = _LazyModule("peft")
 accelerate_hooks = _LazyModule("accelerate.hooks")
 bnb_functional = _LazyModule("bitsandbytes.functional")
@@ -8121,6 +8122,126 @@ class VisionCache:
         return self.images.encoder_outputs(layers)
 
 
+# === Gated delta rule =============================================================================
+CHUNK_TOKENS = 64  # tokens that the rule takes at once
+_SMALLEST_BLOCK = 8  # of a triangular matrix that is inverted by its powers
+
+
+def _diagonal_blocks(matrix, size: int):
+    """The blocks (..., count, size, size) on the diagonal of square matrices (..., n, n)."""
+    count = matrix.shape[-1] // size
+    blocks = matrix.unflatten(-1, (count, size)).unflatten(-3, (count, size))
+    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def inverse_of_unit_triangular(lower):
+    """The inverse (..., n, n) of I + `lower`, strictly lower triangular, n a power of two.
+
+    By blocks on the diagonal, each the inverse of two half as large ones. A GPU does that
+    in a few batched products; its triangular solver takes a row after the other.
+
+    >>> lower = torch.tensor([[0.0, 0.0], [3.0, 0.0]])
+    >>> inverse_of_unit_triangular(lower).tolist()
+    [[1.0, 0.0], [-3.0, 1.0]]
+    """
+    n = lower.shape[-1]
+    size = min(_SMALLEST_BLOCK, n)
+    with torch.no_grad():
+        identity = torch.eye(n, dtype=lower.dtype, device=lower.device)
+        one = identity[:size, :size]
+        # (I + L)(I - L)(I + L^2)(I + L^4) = I - L^8, and L^8 = 0.
+        block = _diagonal_blocks(lower, size)
+        square = block @ block
+        inverse = (one - block) @ (one + square) @ (one + square @ square)
+        while size < n:
+            below = _diagonal_blocks(lower, 2 * size)[..., size:, :size]
+            first = inverse[..., 0::2, :, :]
+            second = inverse[..., 1::2, :, :]
+            left = torch.cat([first, -second @ below @ first], dim=-2)
+            right = torch.cat([torch.zeros_like(second), second], dim=-2)
+            inverse = torch.cat([left, right], dim=-1)
+            size *= 2
+        inverse = inverse[..., 0, :, :]
+    # A step of Newton's iteration: the same value, with a gradient that keeps the inverse only.
+    return 2 * inverse - inverse @ (identity + lower) @ inverse
+
+
+def _in_chunks(tensor, key_heads: int):
+    """(batch, length, heads, ...) as (batch, key heads, group, chunks, CHUNK_TOKENS, ...).
+
+    Of zeros behind the last token. A group is the value heads that share a key head.
+    """
+    length = tensor.shape[1]
+    missing = -length % CHUNK_TOKENS
+    padding = (0, 0) * (tensor.dim() - 2) + (0, missing)
+    padded = torch.nn.functional.pad(tensor, padding)
+    chunked = padded.unflatten(2, (key_heads, -1)).unflatten(1, (-1, CHUNK_TOKENS))
+    return chunked.movedim((3, 4), (1, 2)).contiguous()
+
+
+def _unit_vectors(tensor):
+    """The vectors (..., size) in fp32, of length 1."""
+    vectors = tensor.float()
+    return vectors * torch.rsqrt(vectors.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def gated_delta_rule(query, key, value, g, beta, initial_state=None) -> tuple:
+    """Outputs (batch, length, value heads, value size), and the last state, in fp32.
+
+    The gated delta rule (Yang et al. 2024, arXiv 2412.06464): at each token a head's state
+    S (key size, value size) becomes exp(g) S + beta k (v - exp(g) S^T k)^T, and its output is
+    S^T q / sqrt(key size). Vectors q and k are taken with length 1. Tokens of a chunk are
+    computed together, as in Yang et al. 2024 (arXiv 2406.06484), section 3.
+
+    query, key: (batch, length, key heads, key size); value: (batch, length, value heads,
+    value size), some value heads for each key head; g, logarithms of at most 0, and beta:
+    (batch, length, value heads); initial_state: (batch, value heads, key size, value size),
+    zeros without one.
+    """
+    length, key_heads, key_size = key.shape[1:]
+    query = _in_chunks(_unit_vectors(query), key_heads) * key_size**-0.5
+    key = _in_chunks(_unit_vectors(key), key_heads)
+    values = _in_chunks(value.float(), key_heads)
+    beta = _in_chunks(beta.float(), key_heads).unsqueeze(-1)
+    decay = _in_chunks(g, key_heads).cumsum(-1)  # its logarithm, since the chunk began
+    # Between two tokens of a chunk; no token looks at a later one.
+    between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).tril().exp().tril()
+    decay = decay.exp().unsqueeze(-1)
+    # What a chunk's tokens write depends on what those before wrote: a triangular system.
+    system = (key @ key.mT * between * beta).tril(-1)
+    solved = inverse_of_unit_triangular(system)
+    new_values = solved @ (values * beta)
+    keys_of_state = solved @ (key * (beta * decay))
+    within = query @ key.mT * between
+    query = query * decay
+    last_decay = decay[..., -1:, :]
+    key = key * between[..., -1:, :].mT  # what is left of it at the chunk's end
+    if initial_state is None:
+        state = values.new_zeros(len(values), *values.shape[1:3], key_size, values.shape[-1])
+    else:
+        state = initial_state.unflatten(1, (key_heads, -1))
+    outputs = []
+    for number in range(values.shape[3]):
+        chunk = (slice(None), slice(None), slice(None), number)
+        written = new_values[chunk] - keys_of_state[chunk] @ state
+        outputs.append(query[chunk] @ state + within[chunk] @ written)
+        state = state * last_decay[chunk] + key[chunk].mT @ written
+    output = torch.stack(outputs, dim=3).movedim((1, 2), (3, 4)).flatten(3, 4).flatten(1, 2)
+    return output[:, :length].to(value.dtype), state.flatten(1, 2)
+
+
+def recompute_gated_delta_rule(*tensors) -> tuple:
+    """`gated_delta_rule` of the same tensors; the backward pass computes it once more.
+
+    What it would keep, in fp32, is thirty times what goes in.
+    """
+    if not torch.is_grad_enabled():
+        return gated_delta_rule(*tensors)
+    return torch.utils.checkpoint.checkpoint(
+        gated_delta_rule, *tensors, use_reentrant=False, preserve_rng_state=False
+    )
+
+
 # === Recurrent layers =============================================================================
 class SharedPrefixes(NamedTuple):
     """Where the prefixes and ends of a batch lie that holds several choice orders a question.
@@ -8191,44 +8312,135 @@ def split_at_prefixes(segments) -> SharedPrefixes:
     )
 
 
-def forward_behind_prefixes(
-    mixer, compute: Callable, hidden_states, attention_mask=None, **options
-):
-    """The pass of a recurrent `mixer` by `compute`, its own forward, over (batch, length, hidden).
+def _causal_convolution(tokens, weight):
+    """silu of the convolution of (batch, length, channels) with each channel's own taps.
 
-    Given `SharedPrefixes` as the mask, it reads each question's prefix once and the ends of all
-    orders from copies of the state behind it; the outputs come back where their tokens stand.
-    Else it is the mixer's own pass.
+    In fp32, as large as the tokens and in their number format; `weight`: (channels, taps). A
+    token sees itself and those before it, the first ones zeros.
     """
-    if not isinstance(attention_mask, SharedPrefixes):
-        return compute(hidden_states=hidden_states, attention_mask=attention_mask, **options)
-    parts = attention_mask
-    tokens = hidden_states.flatten(0, 1)
-    # A cache of this layer alone: its states are gone before the next layer has any.
-    state = cache_utils.LinearAttentionLayer()
-    cache = transformers.Cache(layers=[state] * (mixer.layer_idx + 1))
-    # By position: the cache is `cache_params` in transformers 5.18 and `cache` in 5.24.
-    prefixes = compute(tokens[parts.prefix_tokens], cache, parts.prefix_mask)
-    state.reorder_cache(parts.questions)
-    # Nobody reads what the ends leave behind. A cache would write it over the prefix's state,
-    # which a backward pass still needs.
-    state.update_recurrent_state = lambda states, *_, **__: states
-    ends = compute(tokens[parts.end_tokens], cache)
-    zeros = tokens.new_zeros(1, tokens.shape[1])
-    outputs = torch.cat([prefixes.flatten(0, 1), ends.flatten(0, 1), zeros])
-    return outputs[parts.places]
+    length = tokens.shape[1]
+    taps = weight.shape[1]
+    padded = torch.nn.functional.pad(tokens, (0, 0, taps - 1, 0)).float()
+    weight = weight.float()
+    total = padded[:, :length] * weight[:, 0]
+    for tap in range(1, taps):
+        total = total + padded[:, tap : tap + length] * weight[:, tap]
+    return torch.nn.functional.silu(total).to(tokens.dtype)
 
 
-def use_shared_prefixes(model) -> None:
-    """Let the model's recurrent layers take `SharedPrefixes` as their mask."""
+def _run_rule(mixer, rule: Callable, convolved, decay, beta, state=None) -> tuple:
+    """Outputs (batch, length, heads, size) and last state, by the rule of a recurrent `mixer`."""
+    sizes = [mixer.key_dim, mixer.key_dim, mixer.value_dim]
+    query, key, value = convolved.split(sizes, dim=-1)
+    return rule(
+        query.unflatten(-1, (-1, mixer.head_k_dim)),
+        key.unflatten(-1, (-1, mixer.head_k_dim)),
+        value.unflatten(-1, (-1, mixer.head_v_dim)),
+        decay,
+        beta,
+        state,
+    )
+
+
+def _run_behind_prefixes(
+    mixer, rule: Callable, parts: SharedPrefixes, mixed, decay, beta
+) -> torch.Tensor:
+    """Outputs (batch, length, heads, size) of questions in several orders.
+
+    Each prefix is read once, and the ends of all orders go on from copies of its state.
+    """
+    weight = mixer.conv1d.weight[:, 0]
+    mixed = mixed.flatten(0, 1)
+    decay = decay.flatten(0, 1)
+    beta = beta.flatten(0, 1)
+    prefixes = mixed[parts.prefix_tokens] * parts.prefix_mask.unsqueeze(-1)
+    prefix_outputs, states = _run_rule(
+        mixer,
+        rule,
+        _causal_convolution(prefixes, weight),
+        decay[parts.prefix_tokens],
+        beta[parts.prefix_tokens],
+    )
+    # The convolution of an end begins with the last tokens of its prefix.
+    before = prefixes[:, 1 - weight.shape[1] :][parts.questions]
+    ends = torch.cat([before, mixed[parts.end_tokens]], dim=1)
+    end_outputs, _ = _run_rule(
+        mixer,
+        rule,
+        _causal_convolution(ends, weight)[:, before.shape[1] :],
+        decay[parts.end_tokens],
+        beta[parts.end_tokens],
+        states[parts.questions],
+    )
+    padding = prefix_outputs.new_zeros(1, *prefix_outputs.shape[2:])
+    outputs = [prefix_outputs.flatten(0, 1), end_outputs.flatten(0, 1), padding]
+    return torch.cat(outputs)[parts.places]
+
+
+def recurrent_forward(
+    mixer, own_forward: Callable, rule: Callable, hidden_states, attention_mask=None, **options
+):
+    """The pass of a recurrent `mixer` over (batch, length, hidden), as transformers computes it.
+
+    `rule` is `gated_delta_rule` or another implementation of it. `attention_mask`: 0 in padding,
+    (batch, length), or `SharedPrefixes`, or None. Where a cache is kept, to generate text, it
+    is left to the mixer's `own_forward`.
+    """
+    # Its name in transformers 5.24, and in 5.18.
+    cache = options.get("cache", options.get("cache_params"))
+    if cache is not None:
+        return own_forward(hidden_states, cache, attention_mask)
+    mixed = mixer.in_proj_qkv(hidden_states)
+    gate = mixer.in_proj_z(hidden_states).unflatten(-1, (-1, mixer.head_v_dim))
+    beta = mixer.in_proj_b(hidden_states).sigmoid()
+    step = torch.nn.functional.softplus(mixer.in_proj_a(hidden_states).float() + mixer.dt_bias)
+    decay = -mixer.A_log.float().exp() * step
+    if isinstance(attention_mask, SharedPrefixes):
+        outputs = _run_behind_prefixes(mixer, rule, attention_mask, mixed, decay, beta)
+    else:
+        if attention_mask is not None:
+            mixed = mixed * attention_mask.unsqueeze(-1)  # padding writes nothing
+        convolved = _causal_convolution(mixed, mixer.conv1d.weight[:, 0])
+        outputs, _ = _run_rule(mixer, rule, convolved, decay, beta)
+    # The norm takes one vector a row.
+    normed = mixer.norm(outputs.flatten(0, -2), gate.flatten(0, -2))
+    return mixer.out_proj(normed.view(*hidden_states.shape[:2], -1))
+
+
+def use_recurrent_forward(model, has_kernels: bool) -> None:
+    """Let the model's recurrent layers compute `recurrent_forward`.
+
+    With flash-linear-attention's kernels for the rule, if this process has them.
+    """
+    rule = recompute_gated_delta_rule
+    if has_kernels:
+        rule = _rule_by_kernels
+    # Where decoder layers are compiled, they are so around the rule: its loop over chunks would
+    # be compiled anew for each number of chunks.
+    rule = torch.compiler.disable(rule)
     name = FAMILIES[model.config.model_type].recurrent_mixer
     for layer in model.model.language_model.layers:
         mixer = getattr(layer, name, None)
-        if mixer is not None:  # the other layers have attention
-            forward = functools.partial(forward_behind_prefixes, mixer, mixer.forward)
-            # Where decoder layers are compiled, they are so around it: it has loops over chunks,
-            # or kernels of its own.
-            mixer.forward = torch.compiler.disable(forward)
+        if mixer is None:
+            continue  # it has attention
+        has_hook = hasattr(mixer, "_hf_hook")  # on several GPUs it fetches the inputs
+        place = "_old_forward" if has_hook else "forward"
+        own_forward = getattr(mixer, place)
+        setattr(mixer, place, functools.partial(recurrent_forward, mixer, own_forward, rule))
+
+
+def _rule_by_kernels(query, key, value, g, beta, initial_state=None) -> tuple:
+    """`gated_delta_rule` by flash-linear-attention."""
+    return fla_rules.chunk_gated_delta_rule(
+        query,
+        key,
+        value,
+        g=g,
+        beta=beta,
+        initial_state=initial_state,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+    )
 
 
 # transformers takes these kernels by itself wherever `import fla` works.
@@ -8281,9 +8493,15 @@ def hide_recurrent_kernels() -> None:
     sys.modules["fla"] = None
 
 
-def log_recurrent_kernels(are_chosen: bool, why: str) -> None:
-    """Log how a loaded model's recurrent layers compute; the arguments: as they were decided."""
-    if are_chosen and "fla.ops.gated_delta_rule" not in sys.modules:
+def check_recurrent_kernels(are_chosen: bool, why: str) -> bool:
+    """Whether the kernels can be used that `are_chosen`; logs how layers compute, and `why`."""
+    can_be_imported = are_chosen
+    if are_chosen:
+        try:
+            importlib.import_module("fla.ops.gated_delta_rule")
+        except Exception:  # whatever a package raises that another torch or Triton does not suit
+            can_be_imported = False
+    if are_chosen and not can_be_imported:
         LOGGER.warning(
             "Recurrent layers compute in plain PyTorch, slower: %s is installed, but cannot be "
             'imported; `python -c "import fla"` says why',
@@ -8291,8 +8509,7 @@ def log_recurrent_kernels(are_chosen: bool, why: str) -> None:
         )
     else:
         LOGGER.info("Decision: %s", why)
-    # It would say so again, without the reason, and advise a package that needs a compiler.
-    logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
+    return can_be_imported
 
 
 # === Session ======================================================================================
@@ -8405,8 +8622,8 @@ def open_session(config: Config, example: Mapping) -> Session:
     _check_processor(config, processor, model)
     remove_gpu_syncs(model)
     if FAMILIES[model.config.model_type].recurrent_mixer:
-        use_shared_prefixes(model)
-        log_recurrent_kernels(has_kernels, why_kernels)
+        has_kernels = check_recurrent_kernels(has_kernels, why_kernels)
+        use_recurrent_forward(model, has_kernels)
     device = model.device
     vision_cache = VisionCache(model, processor, config.cache_dir)
 

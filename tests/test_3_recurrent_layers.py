@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import shutil
 import sys
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -11,8 +12,8 @@ import torch
 from cards import A100, T4
 from references import gradients, perturb_adapter
 from running import ROTATIONS
-from transformers.cache_utils import LinearAttentionLayer
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 import vqa_helpers as vqa
 
@@ -89,7 +90,7 @@ def test_prefixes_and_ends_are_padded_with_tokens_of_their_own():
 def test_padding_leaves_a_recurrent_layer_as_zeros(session):
     segments = torch.tensor([[-1, -1, 0, 0, 1, 2], [0, 0, 0, 1, 1, 2]])
     hidden = torch.randn(2, 6, 64)
-    hidden[0, :2] = torch.nan  # and is not read
+    hidden[0, :2] = 1e4  # and is not read
     mixer = session.decoder_layers[0].linear_attn
     with torch.no_grad():
         outputs = mixer(hidden, attention_mask=vqa.split_at_prefixes(segments))
@@ -115,21 +116,30 @@ def test_gradients_flow_through_the_copied_states_and_recomputed_layers(session,
 
 
 @torch.inference_mode()
-def test_in_half_precision_states_stay_in_fp32(session, rows, monkeypatch):
+def test_orders_behind_one_prefix_agree_in_half_precision_as_far_as_it_goes(session, rows):
     session.model.bfloat16()
-    dtypes = set()
-    reorder = LinearAttentionLayer.reorder_cache
-
-    def noted(layer, questions):
-        dtypes.add(layer.recurrent_states[0].dtype)
-        reorder(layer, questions)
-
-    monkeypatch.setattr(LinearAttentionLayer, "reorder_cache", noted)
     orders = [[PLAIN, TURNED], [PLAIN, REVERSED]]
     together = states_of(session, rows, orders).float()
-    assert dtypes == {torch.float32}
     alone = states_alone(session, rows, orders).float()
     assert torch.allclose(together, alone, rtol=0.05, atol=0.05)
+
+
+@torch.inference_mode()
+def test_text_is_generated_with_transformers_own_cache(session, rows):
+    answers = vqa.generate_baseline(session, rows, max_new_tokens=3)
+    assert len(answers) == 4
+    prompt = vqa.make_prompt(session, rows, 0, [PLAIN])
+    batch = vqa.collate(session, [prompt])
+    inputs = {"input_ids": batch["input_ids"], "mm_token_type_ids": batch["mm_token_type_ids"]}
+    image = {
+        "image_grid_thw": batch["image_grid_thw"],
+        "pixel_values": vqa._load_pixels(session, prompt),
+    }
+    options = {"max_new_tokens": 3, "do_sample": False}
+    generated = session.model.generate(**inputs, **image, **options, use_cache=True)
+    uncached = session.model.generate(**inputs, **image, **options, use_cache=False)
+    assert torch.equal(generated, uncached)
+    assert generated.shape[1] == inputs["input_ids"].shape[1] + 3
 
 
 @torch.inference_mode()
@@ -163,6 +173,101 @@ def test_four_orders_of_a_recurrent_family_cost_less_than_four_prompts(session, 
     assert vqa.views_cost(session, ROTATIONS) == pytest.approx(1 + 3 / 7)
     session.runtime = dataclasses.replace(session.runtime, attention="flash_attention_2")
     assert len(vqa.plan_prompts(session, rows, ROTATIONS)) == 16
+
+
+# --- The rule -------------------------------------------------------------------------------------
+
+
+def rule_inputs(length, similar=False):
+    """Random query, key, value, g, beta and first state; keys may be nearly the same."""
+    generator = torch.Generator().manual_seed(length)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    key = draw(2, length, 2, 16)
+    if similar:
+        key = draw(2, 1, 2, 16) + 0.05 * key
+    forgets = 0.01 if similar else 1.0
+    tensors = [
+        draw(2, length, 2, 16),
+        key,
+        draw(2, length, 4, 24),
+        -forgets * draw(2, length, 4).abs(),
+        torch.full((2, length, 4), 0.99) if similar else draw(2, length, 4).sigmoid(),
+        0.1 * draw(2, 4, 16, 24),
+    ]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def outputs_and_gradients(rule, inputs):
+    """Outputs, last state, and the gradients of all inputs."""
+    outputs, state = rule(*inputs)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(outputs.shape, generator=generator)
+    loss = (outputs * weights).sum() + state.square().sum()
+    return [outputs, state, *torch.autograd.grad(loss, inputs)]
+
+
+def transformers_rule(query, key, value, g, beta, state):
+    return modeling_qwen3_5.torch_chunk_gated_delta_rule(
+        query,
+        key,
+        value,
+        g,
+        beta,
+        initial_state=state,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+    )
+
+
+@pytest.mark.parametrize("similar", [False, True], ids=["", "keys alike"])
+@pytest.mark.parametrize("length", [1, 63, 64, 150])
+def test_the_gated_delta_rule_computes_what_transformers_does(length, similar):
+    inputs = rule_inputs(length, similar)
+    ours = outputs_and_gradients(vqa.recompute_gated_delta_rule, inputs)
+    theirs = outputs_and_gradients(transformers_rule, inputs)
+    for our_tensor, their_tensor in zip(ours, theirs, strict=True):
+        assert (our_tensor - their_tensor).norm() <= 2e-5 * their_tensor.norm()
+
+
+def test_of_the_rule_only_what_goes_in_is_kept_for_the_backward_pass():
+    inputs = rule_inputs(150)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        vqa.recompute_gated_delta_rule(*inputs)
+    goes_in = {tensor.data_ptr() for tensor in inputs}
+    assert {tensor.data_ptr() for tensor in kept} <= goes_in
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        vqa.gated_delta_rule(*inputs)
+    assert sum(tensor.nbytes for tensor in kept) > 5 * sum(tensor.nbytes for tensor in inputs)
+
+
+def test_states_of_half_precision_are_in_fp32():
+    inputs = [tensor.detach().bfloat16() for tensor in rule_inputs(20)[:5]]
+    outputs, state = vqa.gated_delta_rule(*inputs)
+    assert outputs.dtype == torch.bfloat16
+    assert state.dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 64])
+def test_a_triangular_matrix_is_inverted_with_its_gradient(size):
+    lower = (0.2 * torch.randn(3, size, size, dtype=torch.float64)).tril(-1).requires_grad_()
+    weights = torch.randn(3, size, size, dtype=torch.float64)
+    found = []
+    unit = torch.eye(size, dtype=torch.float64) + lower
+    for inverse in (vqa.inverse_of_unit_triangular(lower), torch.linalg.inv(unit)):
+        (gradient,) = torch.autograd.grad((inverse * weights).sum(), lower)
+        found.append((inverse, gradient))
+    (ours, our_gradient), (theirs, their_gradient) = found
+    assert (ours - theirs).norm() <= 1e-9 * theirs.norm()
+    assert (our_gradient - their_gradient).norm() <= 1e-9 * their_gradient.norm() + 1e-12
 
 
 # --- Their kernels --------------------------------------------------------------------------------
@@ -247,6 +352,22 @@ def test_recurrent_kernels_are_advised_where_they_pay_and_used_where_they_are(ke
     )
 
 
+@torch.inference_mode()
+def test_recurrent_layers_compute_the_same_by_the_kernels(session, rows, monkeypatch):
+    orders = [[PLAIN, TURNED], [PLAIN]]
+    plain = states_of(session, rows, orders)
+    calls = []
+
+    def kernel(*inputs, **options):
+        calls.append(options["initial_state"] is not None)
+        return modeling_qwen3_5.torch_chunk_gated_delta_rule(*inputs, **options)
+
+    monkeypatch.setattr(vqa, "fla_rules", SimpleNamespace(chunk_gated_delta_rule=kernel))
+    vqa.use_recurrent_forward(session.model, has_kernels=True)
+    assert torch.allclose(states_of(session, rows, orders), plain, atol=1e-5)
+    assert calls == [False, True]  # one recurrent layer: its prefixes, then the ends
+
+
 def test_transformers_takes_the_kernels_unless_they_are_hidden(kernels):
     assert implementation() == "kernel"
     vqa.hide_recurrent_kernels()
@@ -269,8 +390,7 @@ def test_a_session_hides_kernels_from_a_cpu_and_says_how_recurrent_layers_comput
 def test_kernels_that_cannot_be_imported_are_a_warning(kernels, caplog):
     chosen, why = vqa.decide_recurrent_kernels([A100])
     (kernels / "__init__.py").write_text("raise ImportError('another torch')\n")
-    assert implementation() == "plain"
-    vqa.log_recurrent_kernels(chosen, why)
+    assert not vqa.check_recurrent_kernels(chosen, why)
     assert caplog.messages == [
         "Recurrent layers compute in plain PyTorch, slower: flash-linear-attention is installed, "
         'but cannot be imported; `python -c "import fla"` says why'
