@@ -117,6 +117,7 @@ def test_a_familys_rotations_score_like_prompts_of_their_own(family_session, dem
     session = family_session
     frame = demo_rows.test.head(5)
     perturb_adapter(vqa.attach_lora(session.model, session.config, seed=0)).eval()
+    assert len(vqa.plan_prompts(session, frame, ROTATIONS)) == len(frame)  # one holds all orders
     together = vqa.predict_logits(session, frame, ROTATIONS)
     alone = [vqa.predict_logits(session, frame, [view]) for view in ROTATIONS]
     assert np.allclose(together, np.concatenate(alone, axis=1), atol=1e-5)
