@@ -8445,6 +8445,9 @@ def _rule_by_kernels(query, key, value, g, beta, initial_state=None) -> tuple:
 
 # transformers takes these kernels by itself wherever `import fla` works.
 RECURRENT_KERNELS = "flash-linear-attention"
+# With these versions of Triton their gradients are wrong on Hopper GPUs (H100, H200), so that they
+# refuse a backward pass there: flash-linear-attention issue 640.
+TRITON_WRONG_ON_HOPPER = SpecifierSet(">=3.4,<3.7.1")
 
 
 def _obstacle_to_recurrent_kernels(gpus: Sequence[Mapping], strict: bool) -> str:
@@ -8459,6 +8462,10 @@ def _obstacle_to_recurrent_kernels(gpus: Sequence[Mapping], strict: bool) -> str
         return f"needs torch 2.7; {torch_version} is installed"
     if importlib.util.find_spec("triton") is None:
         return "needs Triton, which comes with torch on Linux only"
+    triton = installed_version("triton")
+    hoppers = [gpu["name"] for gpu in gpus if 9.0 <= gpu["capability"] < 10.0]
+    if hoppers and triton in TRITON_WRONG_ON_HOPPER:
+        return f"needs Triton 3.7.1 to train on {hoppers[0]}; torch brought {triton}, update torch"
     if strict:
         return "chooses its kernels by their speed, unlike strict_determinism wants it"
     return ""

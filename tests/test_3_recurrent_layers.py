@@ -272,6 +272,7 @@ def test_a_triangular_matrix_is_inverted_with_its_gradient(size):
 
 # --- Their kernels --------------------------------------------------------------------------------
 
+H200 = {"index": 1, "name": "NVIDIA H200", "memory_gib": 140.0, "capability": 9.0}
 PLAIN_PYTORCH = "recurrent layers (Qwen3.5 and later) in plain PyTorch: flash-linear-attention "
 
 
@@ -291,7 +292,7 @@ def kernels(tmp_path, monkeypatch):
     if importlib.util.find_spec("triton") is None:  # torch for a CPU brings none
         tmp_path.joinpath("triton.py").touch()
     real_version = vqa.installed_version
-    versions = {"torch": vqa.Version("2.8.0")}
+    versions = {"torch": vqa.Version("2.8.0"), "triton": vqa.Version("3.4.0")}
     monkeypatch.setattr(
         vqa, "installed_version", lambda name: versions.get(name) or real_version(name)
     )
@@ -319,6 +320,11 @@ def implementation():
     [
         ([], False, "needs a GPU"),
         ([A100, T4], False, "needs capability 8.0, as Triton does; Tesla T4 has 7.5"),
+        (
+            [A100, H200],
+            False,
+            "needs Triton 3.7.1 to train on NVIDIA H200; torch brought 3.4.0, update torch",
+        ),
         ([A100], True, "chooses its kernels by their speed, unlike strict_determinism wants it"),
     ],
 )
@@ -333,6 +339,14 @@ def test_recurrent_kernels_need_triton_and_a_recent_torch(kernels, monkeypatch):
     monkeypatch.setattr(vqa, "installed_version", lambda name: vqa.Version("2.6.0+cu124"))
     _, why = vqa.decide_recurrent_kernels([A100])
     assert why == PLAIN_PYTORCH + "needs torch 2.7; 2.6.0+cu124 is installed"
+
+
+@pytest.mark.parametrize(("triton", "chosen"), [("3.3.1", True), ("3.6.0", False), ("3.7.1", True)])
+def test_recurrent_kernels_train_on_hopper_with_some_versions_of_triton(
+    kernels, monkeypatch, triton, chosen
+):
+    monkeypatch.setattr(vqa, "installed_version", lambda name: vqa.Version(triton))
+    assert vqa.decide_recurrent_kernels([H200])[0] is chosen
 
 
 def test_recurrent_kernels_are_advised_where_they_pay_and_used_where_they_are(kernels):
