@@ -1,6 +1,7 @@
 """Part 3, Stored formats: checkpoints in 4 bits are used like those that we quantise ourselves."""
 
 import dataclasses
+import functools
 import json
 import logging
 import shutil
@@ -16,6 +17,7 @@ from references import flat_gradients, perturb_adapter
 from running import ONE_VIEW, batch_loss, plain_batch, quiet, read_logits, run_all
 from safetensors.torch import load_file, save_file
 from stored_models import config_of, copy_with, edit_config, store_in_4_bit
+from torch._dynamo.backends.debugging import aot_eager
 
 import vqa_helpers as vqa
 
@@ -137,6 +139,34 @@ def test_layers_in_4_and_in_16_bits_stand_side_by_side_each_computed_by_its_own_
     assert type(first.mlp.up_proj).__name__ == "FastLinear4bit"
     assert type(second.self_attn.q_proj).__name__ == "FastLinear4bit"
     assert torch.allclose(vqa.answer_hidden_states(session, batch), by_peft, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_mixed_layers_are_compiled_once_for_each_pattern_and_give_the_plain_gradients(
+    dynamic_folder, four_bits_on_the_cpu, demo_rows, monkeypatch
+):
+    def gradients(**settings):
+        config = config_of(dynamic_folder, lora_dropout=0.0, **settings)
+        session = vqa.open_session(config, demo_rows.train.iloc[0])
+        adapted = perturb_adapter(vqa.attach_lora(session.model, config, seed=0)).train()
+        if settings:
+            vqa.use_fast_layers(session, adapted, questions=1)
+        for rows in (range(2), range(3)):
+            batch_loss(session, plain_batch(session, demo_rows.train, rows)).backward()
+        return flat_gradients(adapted)
+
+    compiled = []
+
+    def counting(graph, inputs):
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+
+    plain = gradients()
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counting))
+    fast = gradients(compile_layers="on")
+    assert (fast - plain).norm() <= 1e-5 * plain.norm()
+    assert len(compiled) == 2
 
 
 def with_a_head_of_its_own(source, folder):
@@ -339,6 +369,7 @@ def test_an_adapter_trained_in_4_bits_opens_on_the_16_bit_model_as_peft_opens_it
     perturb_adapter(vqa.attach_lora(trained.model, run.config, seed=0)).save_pretrained(tmp_path)
     session = vqa.open_stage_session(run, "rescore", [0], quiet)
     assert session.config.model_path == str(model_folders["qwen3_vl"])
+    assert session.vision_cache.folder == trained.vision_cache.folder  # features serve both
     by_peft = vqa.open_session(session.config, run.train.iloc[0])
     peft.PeftModel.from_pretrained(by_peft.model, tmp_path).eval()
     expected = vqa.predict_logits(by_peft, demo_rows.test.head(3), ONE_VIEW)
@@ -362,7 +393,7 @@ def test_a_run_on_a_stored_checkpoint_gives_the_files_of_one_that_quantises_whil
 
     def scores_of_run(name, **settings):
         run = mini_run(
-            run_name=name, quantization="4bit", score_precision="16bit", tta_rotations=2, **settings
+            run_name=name, quantization="4bit", score_precision="16bit", use_tta=False, **settings
         )
         run_all(run, ("train", "predict", "rescore"))
         return [read_logits(run, 1, kind) for kind in ("oof", "test", "oof_16bit", "test_16bit")]
