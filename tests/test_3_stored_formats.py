@@ -183,7 +183,7 @@ def with_a_head_of_its_own(source, folder):
     return folder, tensors
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen3_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_a_vision_tower_and_a_head_in_4_bits_are_unpacked(
     family, model_folders, four_bits_on_the_cpu, demo_rows, tmp_path
 ):

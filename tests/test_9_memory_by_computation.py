@@ -228,11 +228,10 @@ def bytes_of(model):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"bnb_4bit_use_double_quant": True},
         {"bnb_4bit_use_double_quant": False},
         {"llm_int8_skip_modules": [*LANGUAGE_MODEL_ONLY, "model.language_model.layers.1"]},
     ],
-    ids=["double", "single", "dynamic"],
+    ids=["single", "dynamic"],
 )
 def test_the_weights_of_a_checkpoint_in_4_bits_are_counted_as_they_are_stored(
     settings, model_folders, four_bits_on_the_cpu, demo_rows, tmp_path
