@@ -193,9 +193,8 @@ def test_a_vision_tower_and_a_head_in_4_bits_are_unpacked(
     assert "lm_head.weight.absmax" in packed_names
     assert any("visual" in name for name in packed_names)
     session = vqa.open_session(config_of(stored), demo_rows.train.iloc[0])
-    tower = session.vision_cache.vision_tower
     unpacked = {
-        "visual.blocks.0.attn.qkv.weight": tower.blocks[0].attn.qkv,
+        "visual.blocks.0.attn.qkv.weight": session.model.model.visual.blocks[0].attn.qkv,
         "lm_head.weight": session.model.get_output_embeddings(),
     }
     for name, layer in unpacked.items():
