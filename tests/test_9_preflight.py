@@ -125,6 +125,7 @@ def test_preflight_reports_facts_from_a_process_of_its_own(mini_data, monkeypatc
     facts = vqa.run_preflight(vqa.Config.preset("demo", data_dir=str(mini_data)))
     assert facts["letter tokens"].startswith("a=[")
     assert facts["prompt"].endswith("<|im_start|>assistant\n")
+    assert facts["chat template"] == "as it is"
     assert len(facts["token_counts"]["train"]) == 36
     assert max(facts["token_counts"]["test"]) <= facts["token_budget"]
     assert facts["estimated minutes on one device"] > 0
