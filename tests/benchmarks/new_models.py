@@ -134,6 +134,9 @@ SMALL_SECTIONS = [2, 1, 1]  # of the rotary frequencies: time, height, width
 SMALL_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
 
 
+SMALL_TILES = {"hidden_size": 32, "intermediate_size": 64}  # of InternVL's tower
+
+
 def smaller(shapes: Mapping, small: Mapping) -> dict:
     """The shapes with the values of `small` in place of their own."""
     result = dict(shapes)
@@ -178,12 +181,18 @@ def qwen35_35b_a3b(token: Mapping, tiny: bool = False):
 def internvl35_8b(token: Mapping, tiny: bool = False):
     """The config of InternVL3.5-8B: Qwen3-8B behind InternViT-300M, whose shapes are the default.
 
-    In --tiny the twin's own tower and tiles are taken, which its processor cuts.
+    In --tiny its tiles are those of the twin, whose processor cuts them.
     """
-    text = smaller(QWEN3_8B, SMALL_TEXT) if tiny else QWEN3_8B
+    text = QWEN3_8B
+    tower_and_tiles = {}
+    if tiny:
+        text = smaller(QWEN3_8B, SMALL_TEXT)
+        _, _, of_the_twin = twins.TWINS["internvl"]
+        tower_and_tiles = {"vision_config": {**SMALL_TILES, **of_the_twin}, "image_seq_length": 4}
     return transformers.InternVLConfig(
         text_config={"model_type": "qwen3", **text},
         tie_word_embeddings=False,
+        **tower_and_tiles,
         **token,
     )
 
@@ -256,6 +265,7 @@ def make_processor(model: Model, folder: Path, tiny: bool):
     processor = transformers.AutoProcessor.from_pretrained(twin)
     if not tiny:
         processor.image_processor.size = {"height": 448, "width": 448}
+        processor.image_processor.max_patches = 12
         processor.image_seq_length = 256  # tokens of a tile
     return processor
 
@@ -352,7 +362,14 @@ class Variant:
     gpus: int
     rows: int  # questions in the timed epoch
     parts: tuple[str, ...]
+    compiles: bool  # decoder layers around recurrent mixers, too
     tiny: bool
+
+    @property
+    def compile_layers(self) -> str:
+        """The setting: layers without a recurrent mixer are compiled always."""
+        is_plain = not MODELS[self.model].is_recurrent
+        return "on" if not self.tiny and (is_plain or self.compiles) else "off"
 
     @property
     def label(self) -> str:
@@ -428,7 +445,7 @@ def make_config(variant: Variant) -> vqa.Config:
         lora_dropout=0.05,
         save_every_steps=10**9,
         save_every_minutes=1e9,
-        compile_layers="off" if tiny else "on",
+        compile_layers=variant.compile_layers,
         quantization="none" if tiny else variant.quantization,
         spread_model=variant.gpus > 1,
         infer_batch_size=4 if tiny else 32,
@@ -466,7 +483,7 @@ def allocated_gib() -> float:
 def computed_costs(session: vqa.Session, tokens: int, with_fla: bool) -> vqa.MemoryCosts:
     """What `memory_costs` says of this session."""
     config = session.config
-    compiled = session.family.is_compiled and config.compile_layers == "on"
+    compiled = config.compile_layers == "on"
     shapes = session.model.config
     precision = session.runtime.precision
     return vqa.memory_costs(config, shapes, tokens, precision, compiled, with_fla)
@@ -666,6 +683,7 @@ def variants_of(name: str, folder: Path, data: Path, options) -> Iterator[Varian
                 gpus=2 if options.spread else 1,
                 rows=24 if options.tiny else options.rows,
                 parts=tuple(options.parts.split(",")),
+                compiles=options.compile,
                 tiny=options.tiny,
             )
             if re.search(options.only, variant.label):
@@ -707,6 +725,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--parts", default="train,passes,score", help="what to measure")
     parser.add_argument("--only", default="", help="variants whose labels match, as a pattern")
     parser.add_argument("--rows", type=int, default=128, help="questions in a timed epoch")
+    parser.add_argument(
+        "--compile", action="store_true", help="decoder layers around recurrent mixers, too"
+    )
     parser.add_argument("--spread", action="store_true", help="over two GPUs told to be T4s")
     parser.add_argument("--tiny", action="store_true", help="small shapes on this CPU")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # see run_variant
