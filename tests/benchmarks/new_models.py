@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/benchmarks")]
 
 import twins  # noqa: E402
+from bench_gpu import print_idleness  # noqa: E402
 from rehearsal import enlarge_demo  # noqa: E402
 
 import vqa_helpers as vqa  # noqa: E402
@@ -577,6 +578,10 @@ def measure(variant: Variant) -> dict:
     result["training, computed"] = sum(costs.peak(trainer.plan).values())
     if "passes" in variant.parts and torch.cuda.is_available():
         result["passes"] = measure_passes(trainer, longest, costs)
+    if "profile" in variant.parts and torch.cuda.is_available():
+        trainer.epoch_prompts = lambda epoch: prompts[:32]
+        vqa.recompute_layers(session, trainer.plan.stored_layers)
+        print_idleness("training", trainer.train_epoch, 2, 0)
     if "score" in variant.parts:
         result.update(time_scoring(session, frame.head(variant.rows // 2)))
     return result
@@ -658,6 +663,8 @@ def print_row(name: str, result: Mapping) -> None:
     told = [line for line in result["log"].splitlines() if any(word in line for word in TOLD_WORDS)]
     if "failed" in result:
         told = result["log"].splitlines()[-40:]
+    elif "GPU idle" in result["log"]:
+        told += result["log"].partition("GPU idle")[2].splitlines()
     for line in told:
         sys.stdout.write(f"    {line[:300]}\n")
     for one_pass in result.get("passes", ()):
@@ -722,7 +729,11 @@ def parse_arguments() -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--parts", default="train,passes,score", help="what to measure")
+    parser.add_argument(
+        "--parts",
+        default="train,passes,score",
+        help="what to measure; there is also profile: the GPU's kernels in training",
+    )
     parser.add_argument("--only", default="", help="variants whose labels match, as a pattern")
     parser.add_argument("--rows", type=int, default=128, help="questions in a timed epoch")
     parser.add_argument(
