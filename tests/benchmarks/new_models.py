@@ -126,9 +126,9 @@ SMALL_TEXT = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 48,
+    "num_experts": 8,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 96,
     "shared_expert_intermediate_size": 48,
 }
 SMALL_SECTIONS = [2, 1, 1]  # of the rotary frequencies: time, height, width
