@@ -8315,8 +8315,8 @@ def split_at_prefixes(segments) -> SharedPrefixes:
 def _causal_convolution(tokens, weight):
     """silu of the convolution of (batch, length, channels) with each channel's own taps.
 
-    In fp32, as large as the tokens and in their number format; `weight`: (channels, taps). A
-    token sees itself and those before it, the first ones zeros.
+    As large as the tokens, and in their number format; `weight`: (channels, taps). A token
+    sees itself and those before it, the first ones zeros.
     """
     length = tokens.shape[1]
     taps = weight.shape[1]
@@ -8325,7 +8325,7 @@ def _causal_convolution(tokens, weight):
     total = padded[:, :length] * weight[:, 0]
     for tap in range(1, taps):
         total = total + padded[:, tap : tap + length] * weight[:, tap]
-    return torch.nn.functional.silu(total).to(tokens.dtype)
+    return torch.nn.functional.silu(total.to(tokens.dtype))
 
 
 def _run_rule(mixer, rule: Callable, convolved, decay, beta, state=None) -> tuple:
@@ -17246,33 +17246,37 @@ def attention_numbers(attention, config: Config, compiled: bool) -> KeptNumbers:
     return KeptNumbers(hidden_inputs * hidden + queries, others)
 
 
-# Tokens that the gated delta rule takes together, in flash-linear-attention and in torch.
-CHUNK_TOKENS = 64
-
-
 def recurrent_numbers(mixer, config: Config, tokens: int, with_fla: bool) -> KeptNumbers:
-    """What a gated delta rule keeps (Yang et al. 2024), from the shapes of its projections.
+    """What a recurrent layer keeps, from the shapes of its projections.
 
-    `tokens` of a prompt; `with_fla`: computed by flash-linear-attention, which computes most of
-    it again in the backward pass, and not by torch, where autograd keeps every step in fp32.
+    `tokens` of a prompt; `with_fla`: the rule is computed by flash-linear-attention, which keeps
+    more than what goes in.
     """
     hidden = mixer.in_proj_qkv.in_features
     channels = mixer.in_proj_qkv.out_features  # q, k and v
     values = mixer.in_proj_z.out_features  # v: of more heads than q and k, and of the same size
     hidden_inputs = 2 if config.lora_dropout else 1
-    # The convolution's input and output; the rule's output once more, as its norm's gate meets it.
+    # The convolution before and behind silu; the rule's output, as its norm's gate meets it.
     others = 2 * channels + values + 3 * config.lora_r
     fp32 = 3 * values  # the norm's input, its gate before and behind the activation
-    within_chunk = CHUNK_TOKENS * mixer.num_v_heads  # one matrix of tokens by tokens a head
     if with_fla:
+        within_chunk = CHUNK_TOKENS * mixer.num_v_heads  # one matrix of tokens by tokens a head
         others += channels + within_chunk  # q, k, v and the inverse matrix
-    else:
-        states = values * mixer.head_k_dim / CHUNK_TOKENS  # one a chunk
-        # As counted in torch's own path: decays, products and the system's solution; then q, k
-        # and v, with decays and without, what both phases get of them, and the new values.
-        whole_chunks = CHUNK_TOKENS * math.ceil(tokens / CHUNK_TOKENS) / tokens
-        fp32 += whole_chunks * (5 * within_chunk + 11 * values + states)
     return KeptNumbers(hidden_inputs * hidden + values, others, fp32)
+
+
+def rule_numbers(mixer) -> float:
+    """Numbers a token, in fp32, that one layer's rule takes while it is computed again.
+
+    Counted in `gated_delta_rule`: matrices of a chunk's tokens, q and k as unit vectors and with
+    their decays, values, and a state a chunk.
+    """
+    keys = mixer.num_k_heads * mixer.head_k_dim
+    keys_of_values = mixer.num_v_heads * mixer.head_k_dim  # with the decays of each value head
+    values = mixer.num_v_heads * mixer.head_v_dim
+    within_chunk = CHUNK_TOKENS * (6 * mixer.num_v_heads + 2 * mixer.num_k_heads)
+    states = values * mixer.head_k_dim / CHUNK_TOKENS
+    return within_chunk + 4 * keys + 4 * keys_of_values + 3 * values + states
 
 
 def mlp_numbers(mlp, config: Config, compiled: bool) -> KeptNumbers:

@@ -193,6 +193,7 @@ def test_what_a_layer_is_computed_to_keep_is_what_autograd_keeps(make_shapes, nu
     model = transformers.AutoModelForImageTextToText.from_config(shapes, dtype=torch.bfloat16)
     config = vqa.Config(lora_r=4, lora_dropout=0.0)
     vqa.use_fast_lora(vqa.attach_lora(model.requires_grad_(False), config, seed=0))
+    vqa.use_recurrent_forward(model, has_kernels=False)
     language_model = model.model.language_model
     layer = language_model.layers[number].train()
     batch, length, hidden = 2, 128, shapes.text_config.hidden_size
@@ -242,3 +243,26 @@ def test_the_weights_of_a_checkpoint_in_4_bits_are_counted_as_they_are_stored(
     costs = vqa.memory_costs(config, shapes, 1, "fp32", compiled=False)
     model = vqa.load_model(config, vqa.detect_runtime())
     assert costs.loaded * 2**30 == pytest.approx(bytes_of(model), rel=0.005)
+
+
+def test_what_the_gated_delta_rule_is_computed_to_take_is_what_autograd_keeps_of_it():
+    shapes = new_models.qwen35_9b(dict.fromkeys(["image_token_id"], 5), tiny=True)
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(shapes)
+    mixer = model.model.language_model.layers[0].linear_attn
+    length = 2 * vqa.CHUNK_TOKENS
+    key_shape = (1, length, mixer.num_k_heads, mixer.head_k_dim)
+    value_shape = (1, length, mixer.num_v_heads, mixer.head_v_dim)
+    inputs = [torch.randn(shape).requires_grad_() for shape in (key_shape, key_shape, value_shape)]
+    for _ in ("g", "beta"):
+        inputs.append(-torch.rand(value_shape[:3]).requires_grad_())
+    kept = {}
+
+    def note(tensor):
+        kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        vqa.gated_delta_rule(*inputs)
+    measured = sum(tensor.nbytes for tensor in kept.values()) / length / 4
+    assert vqa.rule_numbers(mixer) == pytest.approx(measured, rel=0.1)
