@@ -17354,6 +17354,54 @@ def _count_experts(model, pattern: str | None) -> tuple[int, int]:
     return by_layer.total(), max(by_layer.values(), default=0)
 
 
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of a model's weights."""
+
+    loaded: float  # of all, just after loading
+    tower: float  # of what rests on the CPU while the features are cached
+    at_work: float  # of the others, without a head of which only the letters' rows are used
+    largest: float  # of the largest linear layer, or one layer's experts, out of their 4 bits
+    experts_of_a_layer: float  # of the largest layer, out of their 4 bits
+
+
+def weight_bytes(config: Config, shapes, model, linears: Mapping, bytes_each: int) -> WeightBytes:
+    """The weights of `model`, which may have shapes only; `linears`: name -> layer with LoRA."""
+    stored = stored_quantization(shapes)
+    quantised = 0  # parameters of linear layers
+    for name, module in linears.items():
+        if not is_left_unquantised(name, stored):
+            quantised += module.weight.numel()
+    pattern = FAMILIES[shapes.model_type].experts if config.quantization == "4bit" else None
+    experts, experts_of_a_layer = _count_experts(model, pattern)
+    language = quantised + experts  # parameters
+    # 8 bits of scale for 64 weights, 32 bits for 256 scales (NF4, double); 32 bits for 64 weights
+    is_double = stored.get("bnb_4bit_use_double_quant", True)
+    scale_bytes = 1 / 64 + 4 / 64 / 256 if is_double else 4 / 64
+    packed = {
+        "4bit": 1 / 2 + scale_bytes,
+        "8bit": 1,
+        "none": bytes_each,
+    }[config.quantization]
+    loaded = language * packed + (model.num_parameters() - language) * bytes_each
+    tower = bytes_each * sum(value.numel() for value in vision_tower(model).parameters())
+    at_work = loaded - tower
+    head = model.get_output_embeddings().weight
+    if config.loss == "choices" and head is not model.get_input_embeddings().weight:
+        at_work -= bytes_each * head.numel()
+    scales = 4 * quantised / 64 if config.quantization == "4bit" and is_double else 0
+    if scales <= MAX_UNPACKED_SCALE_BYTES:
+        at_work += scales
+    largest_linear = max(linear.weight.numel() for linear in linears.values())
+    return WeightBytes(
+        loaded=loaded,
+        tower=tower,
+        at_work=at_work,
+        largest=bytes_each * max(largest_linear, experts_of_a_layer),
+        experts_of_a_layer=bytes_each * experts_of_a_layer,
+    )
+
+
 def memory_costs(
     config: Config,
     shapes,
@@ -17371,57 +17419,33 @@ def memory_costs(
         model = transformers.AutoModelForImageTextToText.from_config(shapes)
     bytes_each = getattr(torch, DTYPES[precision]).itemsize
     layers = model.model.language_model.layers
-    stored = stored_quantization(shapes)
-    linears = []
-    quantised = 0  # parameters of linear layers
+    linears = {}
+    lora = 0  # parameters
     for name, module in model.named_modules():
         if re.fullmatch(LORA_TARGETS, name):
-            linears.append(module)
-            if not is_left_unquantised(name, stored):
-                quantised += module.weight.numel()
-    pattern = FAMILIES[shapes.model_type].experts if config.quantization == "4bit" else None
-    experts, experts_of_a_layer = _count_experts(model, pattern)
-    language = quantised + experts  # parameters
-    tower = sum(parameter.numel() for parameter in vision_tower(model).parameters())
-    # 8 bits of scale for 64 weights, 32 bits for 256 scales (NF4, double); 32 bits for 64 weights
-    is_double = stored.get("bnb_4bit_use_double_quant", True)
-    scale_bytes = 1 / 64 + 4 / 64 / 256 if is_double else 4 / 64
-    packed = {
-        "4bit": 1 / 2 + scale_bytes,
-        "8bit": 1,
-        "none": bytes_each,
-    }[config.quantization]
-    loaded = language * packed + (model.num_parameters() - language) * bytes_each
-    weights = loaded - bytes_each * tower  # the tower rests on the CPU, its features are cached
-    head = model.get_output_embeddings().weight
-    if config.loss == "choices" and head is not model.get_input_embeddings().weight:
-        weights -= bytes_each * head.numel()  # so does the head: only the letters' rows are used
-    scales = 4 * quantised / 64 if config.quantization == "4bit" and is_double else 0
-    if scales <= MAX_UNPACKED_SCALE_BYTES:
-        weights += scales
-    lora = 4 * config.lora_r * sum(linear.in_features + linear.out_features for linear in linears)
+            linears[name] = module
+            lora += config.lora_r * (module.in_features + module.out_features)
+    weights = weight_bytes(config, shapes, model, linears, bytes_each)
+    gib = 2**30
     rows = {
-        "weights": weights,
-        "LoRA and gradients": 2 * lora,
-        "optimizer": 2 * lora,
-        "averages": (config.use_ema + config.use_swa) * lora,
+        "weights": weights.at_work / gib,
+        "LoRA and gradients": 2 * 4 * lora / gib,
+        "optimizer": 2 * 4 * lora / gib,
+        "averages": (config.use_ema + config.use_swa) * 4 * lora / gib,
     }
     by_layer = []
     for layer in layers:
         by_layer.append(activation_bytes(config, layer, tokens, bytes_each, compiled, with_fla))
-    vision = shapes.vision_config
-    feature_layers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
     largest = max(by_layer, key=lambda activations: activations.kept)
     entries = sum(activations.entry for activations in by_layer)
     beyond_entry = [activations.kept - activations.entry for activations in by_layer]
-    largest_linear = max(linear.weight.numel() for linear in linears)
-    gib = 2**30
+    feature_layers = 1 + len(getattr(shapes.vision_config, "deepstack_visual_indexes", ()))
     return MemoryCosts(
-        rows={name: value / gib for name, value in rows.items()},
-        tower=bytes_each * tower / gib,
-        loaded=loaded / gib,
-        largest_weight=bytes_each * max(largest_linear, experts_of_a_layer) / gib,
-        layer_experts=bytes_each * experts_of_a_layer / gib,
+        rows=rows,
+        tower=weights.tower / gib,
+        loaded=weights.loaded / gib,
+        largest_weight=weights.largest / gib,
+        layer_experts=weights.experts_of_a_layer / gib,
         question=tokens * (entries + largest.gradients) / gib,
         layer=tokens * sum(beyond_entry) / len(layers) / gib,
         largest_layer=tokens * max(beyond_entry) / gib,
@@ -17450,7 +17474,8 @@ def expected_memory(config: Config, frame: pd.DataFrame) -> MemoryCosts:
     device = "cuda" if runtime.gpus else "cpu"
     wish = config.compile_layers if FAMILIES[shapes.model_type].is_compiled else "off"
     compiled, _ = decide_compile(wish, device, len(frame))
-    return memory_costs(config, shapes, longest, runtime.precision, compiled)
+    with_fla, _ = decide_recurrent_kernels(runtime.gpus, config.strict_determinism)
+    return memory_costs(config, shapes, longest, runtime.precision, compiled, with_fla)
 
 
 # === Prompt lengths ===============================================================================

@@ -88,6 +88,17 @@ def test_memory_is_computed_for_mixtures_and_recurrent_layers(family, model_fold
     assert (costs.largest_layer > costs.layer) is is_mixed
 
 
+def test_memory_is_that_of_the_kernels_where_recurrent_layers_use_them(
+    model_folders, mini_data, monkeypatch
+):
+    folder = str(model_folders["qwen3_5"])
+    config = vqa.Config.preset("demo", model_id=folder, data_dir=str(mini_data))
+    frame = vqa.load_competition(mini_data).train
+    without = vqa.expected_memory(config, frame)
+    monkeypatch.setattr(vqa, "decide_recurrent_kernels", lambda *_: (True, "as on a GPU"))
+    assert vqa.expected_memory(config, frame).layer < 0.9 * without.layer
+
+
 def test_memory_is_not_computed_for_an_unknown_family(preflight_config, monkeypatch):
     config = preflight_config()
     frame = vqa.load_competition(config.data_dir).train
