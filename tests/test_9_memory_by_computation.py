@@ -208,7 +208,7 @@ def test_what_a_layer_is_computed_to_keep_is_what_autograd_keeps(make_shapes, nu
     if mask is not None:
         measured -= 2 * length  # the mask as numbers, which is counted for itself
     computed = vqa.activation_bytes(config, layer, length, 2, compiled=False, with_fla=False).kept
-    assert computed == pytest.approx(measured, rel=0.03)
+    assert computed == pytest.approx(measured, rel=0.05)
 
 
 # --- Stored in 4 bits -----------------------------------------------------------------------------

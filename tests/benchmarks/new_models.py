@@ -363,14 +363,7 @@ class Variant:
     gpus: int
     rows: int  # questions in the timed epoch
     parts: tuple[str, ...]
-    compiles: bool  # decoder layers around recurrent mixers, too
     tiny: bool
-
-    @property
-    def compile_layers(self) -> str:
-        """The setting: layers without a recurrent mixer are compiled always."""
-        is_plain = not MODELS[self.model].is_recurrent
-        return "on" if not self.tiny and (is_plain or self.compiles) else "off"
 
     @property
     def label(self) -> str:
@@ -446,7 +439,7 @@ def make_config(variant: Variant) -> vqa.Config:
         lora_dropout=0.05,
         save_every_steps=10**9,
         save_every_minutes=1e9,
-        compile_layers=variant.compile_layers,
+        compile_layers="off" if tiny else "on",  # where the family is compiled
         quantization="none" if tiny else variant.quantization,
         spread_model=variant.gpus > 1,
         infer_batch_size=4 if tiny else 32,
@@ -484,7 +477,7 @@ def allocated_gib() -> float:
 def computed_costs(session: vqa.Session, tokens: int, with_fla: bool) -> vqa.MemoryCosts:
     """What `memory_costs` says of this session."""
     config = session.config
-    compiled = config.compile_layers == "on"
+    compiled = session.family.is_compiled and config.compile_layers == "on"
     shapes = session.model.config
     precision = session.runtime.precision
     return vqa.memory_costs(config, shapes, tokens, precision, compiled, with_fla)
@@ -690,7 +683,6 @@ def variants_of(name: str, folder: Path, data: Path, options) -> Iterator[Varian
                 gpus=2 if options.spread else 1,
                 rows=24 if options.tiny else options.rows,
                 parts=tuple(options.parts.split(",")),
-                compiles=options.compile,
                 tiny=options.tiny,
             )
             if re.search(options.only, variant.label):
@@ -736,9 +728,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--only", default="", help="variants whose labels match, as a pattern")
     parser.add_argument("--rows", type=int, default=128, help="questions in a timed epoch")
-    parser.add_argument(
-        "--compile", action="store_true", help="decoder layers around recurrent mixers, too"
-    )
     parser.add_argument("--spread", action="store_true", help="over two GPUs told to be T4s")
     parser.add_argument("--tiny", action="store_true", help="small shapes on this CPU")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # see run_variant
