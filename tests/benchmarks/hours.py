@@ -1,0 +1,153 @@
+"""Memory, speed and hours of the models on their cards, for a competition of 4,000 rows.
+
+    python tests/benchmarks/hours.py    # no weights, no GPU; some seconds
+
+Prints the README's table. Memory is computed from shapes, as in memory_plan.py: the longest
+prompts that the preset allows. Hours count matrix products of the whole job (zero-shot, training,
+validation, held-out and test rows in all views; photos of 720 x 540 pixels, 110 tokens of text) at
+a rate that is assumed of each card. A model that was measured slower than the 8B, for its products
+on the same card, is slower here by as much.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+import transformers
+from memory_plan import SHAPES, Row, memory_row
+from rehearsal import A100, T4, RealCompetition, tower_flops, vqa
+
+COMPETITION = RealCompetition(rows=4000)
+TFLOPS = {"T4": T4.tflops, "A100 80 GB": A100.tflops}  # of matrix products, assumed
+ROWS = [
+    Row("kaggle_t4x2", "T4"),
+    Row("kaggle_t4x2", "T4", model_id="Qwen/Qwen3.5-9B"),
+    Row("kaggle_t4x2", "T4", model_id="OpenGVLab/InternVL3_5-8B-HF"),
+    Row("large", "T4", gpus=2),
+    Row("colab_a100", "A100 80 GB"),
+    Row("gpu_80gb", "A100 80 GB", with_fla=True),
+]
+WORKERS = {"kaggle_t4x2": 2}  # cards that train folds side by side
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOP of one question: the vision tower's and the language model's."""
+
+    image: float
+    forward: float  # in one choice order
+    rotated: float  # in four, behind one prefix
+    backward: float
+
+
+def active_weights(shapes) -> float:
+    """Parameters of the language model that a token meets: of a mixture the chosen experts."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(shapes)
+    text = shapes.text_config
+    count = 0
+    for name, parameter in model.model.language_model.layers.named_parameters():
+        if ".experts." in name:
+            count += parameter.numel() * text.num_experts_per_tok / text.num_experts
+        else:
+            count += parameter.numel()
+    return count
+
+
+def attention_width(text) -> int:
+    """Numbers of all heads of all layers that have attention."""
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    return kinds.count("full_attention") * head_dim * text.num_attention_heads
+
+
+def image_work(shapes) -> tuple[int, float]:
+    """(tokens, FLOP) of a photo of the competition."""
+    vision = shapes.vision_config
+    if shapes.model_type != "internvl":
+        side = 2 * vision.patch_size
+        tokens = round(COMPETITION.height / side) * round(COMPETITION.width / side)
+        return tokens, tower_flops(vision, COMPETITION)
+    tiles = 3  # two and the thumbnail, within the default budget
+    patches = (vision.image_size[0] // vision.patch_size[0]) ** 2
+    weights = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    products = 2 * weights + 4 * patches * vision.hidden_size
+    flops = tiles * vision.num_hidden_layers * patches * products
+    return tiles * shapes.image_seq_length, flops
+
+
+def question_work(shapes, stored_layers: int) -> Work:
+    """FLOP of one question; layers beyond the last `stored_layers` are computed again."""
+    weights = active_weights(shapes)
+    width = attention_width(shapes.text_config)
+    image_tokens, image = image_work(shapes)
+    one = image_tokens + COMPETITION.text
+    four = one + 3 * COMPETITION.suffix
+    forward = one * (2 * weights + 2 * one * width)
+    recomputed = forward * (1 - stored_layers / shapes.text_config.num_hidden_layers)
+    return Work(
+        image=image,
+        forward=forward,
+        rotated=four * (2 * weights + 2 * four * width),
+        backward=one * (2 * weights + 4 * one * width) + recomputed,
+    )
+
+
+def job_flops(config: vqa.Config, work: Work) -> float:
+    """FLOP of the whole job of a preset."""
+    rows = COMPETITION.rows
+    folds = config.n_folds if config.train_folds is None else len(config.train_folds)
+    held_out = rows * folds / config.n_folds
+    trained = rows * folds * (1 - 1 / config.n_folds) * config.num_epochs
+    kinds_of_weights = 1 + config.use_ema
+    in_one_order = config.zeroshot_rows + held_out * (config.num_epochs + kinds_of_weights)
+    in_all_views = held_out + rows * folds
+    all_views = work.rotated if config.use_tta else work.forward
+    return (
+        trained * (work.image + work.forward + work.backward)
+        + in_one_order * (work.image + work.forward)
+        + in_all_views * (work.image + all_views)
+    )
+
+
+def hours_row(row: Row) -> dict:
+    """One line of the table."""
+    config = row.config
+    shapes = SHAPES[config.model_id]({})
+    memory = memory_row(row)
+    work = question_work(shapes, memory["layers kept"])
+    speed = 1e12 * TFLOPS[row.card] * relative_speed(row)
+    cards = WORKERS.get(row.preset, 1)
+    training = work.image + work.forward + work.backward
+    return {
+        "model": memory["model"],
+        "cards": f"{max(cards, row.gpus)} × {row.card}",
+        "GiB, of": f"{memory['sum']:.0f}, {memory['free']:.0f}",
+        "in a pass": memory["in a pass"],
+        "questions/s": f"{cards * speed / training:.1f}",
+        "hours": f"{job_flops(config, work) / speed / cards / 3600:.1f}",
+    }
+
+
+# Speed beside Qwen3-VL-8B's, in matrix products per second, both on one H100 told to be that card.
+# New figures: tests/benchmarks/new_models.py.
+RELATIVE_SPEEDS = {}
+
+
+def relative_speed(row: Row) -> float:
+    """Matrix products per second beside those of the 8B on the same card; 1 if not measured."""
+    return RELATIVE_SPEEDS.get((row.config.model_id, row.card), 1.0)
+
+
+def hours_table() -> str:
+    """All rows as Markdown, as the README has them."""
+    rows = []
+    for row in ROWS:
+        if SHAPES[row.config.model_id]({}).model_type in vqa.FAMILIES:
+            rows.append(hours_row(row))
+    return vqa.markdown_table(pd.DataFrame(rows).set_index("model"))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(hours_table() + "\n")
