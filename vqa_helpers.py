@@ -6686,7 +6686,7 @@ FAMILIES = {
         is_compiled=False,
         experts=r"\.mlp\.experts\.(gate_up|down)_proj$",
     ),
-    "qwen3_5": Family(recurrent_mixer="linear_attn", is_compiled=False),
+    "qwen3_5": Family(recurrent_mixer="linear_attn"),
     "qwen3_5_moe": Family(
         recurrent_mixer="linear_attn",
         is_compiled=False,

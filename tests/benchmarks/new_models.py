@@ -587,8 +587,8 @@ def run_variant(variant: Variant) -> dict:
     environment = dict(os.environ)
     if variant.hides_kernels:
         environment[HIDE_KERNELS] = "1"
-    gpus = ",".join(map(str, range(variant.gpus)))
-    environment["CUDA_VISIBLE_DEVICES"] = gpus
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[: variant.gpus])
     command = [sys.executable, __file__, "--measure", str(place)]
     try:
         done = subprocess.run(
