@@ -7020,12 +7020,15 @@ def check_template(processor, messages: list[dict]) -> tuple[tuple[int, ...], ..
 def stored_quantization(model_config) -> dict:
     """What a model's config.json says about weights that are quantised already.
 
-    Empty where they are not. `model_config`: as AutoConfig reads it.
+    Empty where they are not. `model_config`: as AutoConfig reads it, or that of a loaded model,
+    whose own way of quantising counts.
     """
     for part in (model_config, model_config.get_text_config()):
         stored = getattr(part, "quantization_config", None)
-        if stored:
-            return stored
+        if isinstance(stored, Mapping):
+            return dict(stored)
+        if stored is not None:
+            return stored.to_dict()
     return {}
 
 

@@ -266,3 +266,13 @@ def test_what_the_gated_delta_rule_is_computed_to_take_is_what_autograd_keeps_of
         vqa.gated_delta_rule(*inputs)
     measured = sum(tensor.nbytes for tensor in kept.values()) / length / 4
     assert vqa.rule_numbers(mixer) == pytest.approx(measured, rel=0.1)
+
+
+def test_a_model_that_was_quantised_while_loading_takes_what_its_files_say(
+    model_folders, four_bits_on_the_cpu
+):
+    config = config_of(model_folders["qwen3_vl"])
+    files = transformers.AutoConfig.from_pretrained(model_folders["qwen3_vl"])
+    model = vqa.load_model(config, vqa.detect_runtime())
+    by_files = vqa.memory_costs(config, files, 100, "fp32", compiled=False)
+    assert vqa.memory_costs(config, model.config, 100, "fp32", compiled=False) == by_files
