@@ -17249,11 +17249,10 @@ def attention_numbers(attention, config: Config, compiled: bool) -> KeptNumbers:
     return KeptNumbers(hidden_inputs * hidden + queries, others)
 
 
-def recurrent_numbers(mixer, config: Config, tokens: int, with_fla: bool) -> KeptNumbers:
+def recurrent_numbers(mixer, config: Config, compiled: bool, with_fla: bool) -> KeptNumbers:
     """What a recurrent layer keeps, from the shapes of its projections.
 
-    `tokens` of a prompt; `with_fla`: the rule is computed by flash-linear-attention, which keeps
-    more than what goes in.
+    `with_fla`: the rule is computed by flash-linear-attention, which keeps more than what goes in.
     """
     hidden = mixer.in_proj_qkv.in_features
     channels = mixer.in_proj_qkv.out_features  # q, k and v
@@ -17261,25 +17260,12 @@ def recurrent_numbers(mixer, config: Config, tokens: int, with_fla: bool) -> Kep
     hidden_inputs = 2 if config.lora_dropout else 1
     # The convolution before and behind silu; the rule's output, as its norm's gate meets it.
     others = 2 * channels + values + 3 * config.lora_r
-    fp32 = 3 * values  # the norm's input, its gate before and behind the activation
+    # Not compiled: the norm's input, its gate before and behind the activation.
+    fp32 = 0 if compiled else 3 * values
     if with_fla:
         within_chunk = CHUNK_TOKENS * mixer.num_v_heads  # one matrix of tokens by tokens a head
         others += channels + within_chunk  # q, k, v and the inverse matrix
     return KeptNumbers(hidden_inputs * hidden + values, others, fp32)
-
-
-def rule_numbers(mixer) -> float:
-    """Numbers a token, in fp32, that one layer's rule takes while it is computed again.
-
-    Counted in `gated_delta_rule`: matrices of a chunk's tokens, q and k as unit vectors and with
-    their decays, values, and a state a chunk.
-    """
-    keys = mixer.num_k_heads * mixer.head_k_dim
-    keys_of_values = mixer.num_v_heads * mixer.head_k_dim  # with the decays of each value head
-    values = mixer.num_v_heads * mixer.head_v_dim
-    within_chunk = CHUNK_TOKENS * (6 * mixer.num_v_heads + 2 * mixer.num_k_heads)
-    states = values * mixer.head_k_dim / CHUNK_TOKENS
-    return within_chunk + 4 * keys + 4 * keys_of_values + 3 * values + states
 
 
 def mlp_numbers(mlp, config: Config, compiled: bool) -> KeptNumbers:
@@ -17325,7 +17311,7 @@ def activation_bytes(
 ) -> ActivationBytes:
     """The activations of a decoder layer, from its shapes; `bytes_each`: of one number."""
     if hasattr(layer, "linear_attn"):
-        mixer = recurrent_numbers(layer.linear_attn, config, tokens, with_fla)
+        mixer = recurrent_numbers(layer.linear_attn, config, compiled, with_fla)
         hidden = layer.linear_attn.in_proj_qkv.in_features
     else:
         mixer = attention_numbers(layer.self_attn, config, compiled)

@@ -42,33 +42,48 @@ def test_the_computed_peak_is_within_5_percent_of_every_measured_one(
 
 @dataclass(frozen=True)
 class Measured:
-    """Passes on one GPU under new_models.py's settings; GiB without the optimizer's state."""
+    """What the planner of passes measured on an H100, told to be a T4, under new_models.py."""
 
     make_shapes: Callable
-    quantization: str
     tokens: int
-    with_fla: bool
-    loaded: float
+    compiled: bool
+    loaded: float  # GiB
     peaks: dict[tuple[int, int], float]  # (questions in a pass, layers kept) -> GiB
 
 
 MEASURED_MODELS = {
-    "9B in 4 bits, told to be on a T4": Measured(
-        new_models.qwen35_9b, "4bit", 348, False, 7.97, {(2, 0): 6.11, (2, 8): 8.29, (8, 0): 7.83}
+    "Qwen3.5-9B": Measured(
+        new_models.qwen35_9b,
+        tokens=348,
+        compiled=True,
+        loaded=7.97,
+        peaks={(16, 3): 11.08, (8, 9): 11.80, (4, 20): 11.86, (2, 32): 10.57},
+    ),
+    "Qwen3.5-9B, not compiled": Measured(
+        new_models.qwen35_9b,
+        tokens=348,
+        compiled=False,
+        loaded=7.97,
+        peaks={(16, 2): 10.66, (8, 6): 11.23, (4, 14): 11.55, (2, 31): 11.89},
+    ),
+    "InternVL3.5-8B": Measured(
+        new_models.internvl35_8b,
+        tokens=349,
+        compiled=True,
+        loaded=6.29,
+        peaks={(32, 0): 11.09, (16, 4): 11.67, (8, 10): 11.75, (4, 22): 11.81, (2, 36): 10.49},
     ),
 }
 
 
 @pytest.mark.parametrize("measured", MEASURED_MODELS.values(), ids=MEASURED_MODELS)
 def test_computed_memory_of_todays_models_is_the_measured_one(measured):
-    config = vqa.Config(quantization=measured.quantization)
-    shapes = measured.make_shapes({})
-    costs = vqa.memory_costs(config, shapes, measured.tokens, "fp16", False, measured.with_fla)
+    shapes = measured.make_shapes(dict.fromkeys(["image_token_id"], 5))
+    costs = vqa.memory_costs(vqa.Config(), shapes, measured.tokens, "fp16", measured.compiled)
     assert costs.loaded == pytest.approx(measured.loaded, rel=0.01)
-    state = costs.rows["optimizer"] + costs.rows["averages"]
     for plan, gib in measured.peaks.items():
-        computed = sum(costs.peak(vqa.MemoryPlan(*plan)).values()) - state
-        assert computed == pytest.approx(gib, rel=0.05), plan
+        computed = sum(costs.peak(vqa.MemoryPlan(*plan)).values())
+        assert computed == pytest.approx(gib, rel=0.03), plan
 
 
 def test_computed_weights_are_those_measured_after_loading_and_at_rest():
@@ -243,29 +258,6 @@ def test_the_weights_of_a_checkpoint_in_4_bits_are_counted_as_they_are_stored(
     costs = vqa.memory_costs(config, shapes, 1, "fp32", compiled=False)
     model = vqa.load_model(config, vqa.detect_runtime())
     assert costs.loaded * 2**30 == pytest.approx(bytes_of(model), rel=0.005)
-
-
-def test_what_the_gated_delta_rule_is_computed_to_take_is_what_autograd_keeps_of_it():
-    shapes = new_models.qwen35_9b(dict.fromkeys(["image_token_id"], 5), tiny=True)
-    with torch.device("meta"):
-        model = transformers.AutoModelForImageTextToText.from_config(shapes)
-    mixer = model.model.language_model.layers[0].linear_attn
-    length = 2 * vqa.CHUNK_TOKENS
-    key_shape = (1, length, mixer.num_k_heads, mixer.head_k_dim)
-    value_shape = (1, length, mixer.num_v_heads, mixer.head_v_dim)
-    inputs = [torch.randn(shape).requires_grad_() for shape in (key_shape, key_shape, value_shape)]
-    for _ in ("g", "beta"):
-        inputs.append(-torch.rand(value_shape[:3]).requires_grad_())
-    kept = {}
-
-    def note(tensor):
-        kept[tensor.data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        vqa.gated_delta_rule(*inputs)
-    measured = sum(tensor.nbytes for tensor in kept.values()) / length / 4
-    assert vqa.rule_numbers(mixer) == pytest.approx(measured, rel=0.1)
 
 
 def test_a_model_that_was_quantised_while_loading_takes_what_its_files_say(
