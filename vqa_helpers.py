@@ -9367,6 +9367,9 @@ def _compile_forward(forward: Callable) -> Callable:
     # The floats are constants of a layer; what changes are lengths.
     torch._dynamo.config.specialize_float = True
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+    # Kinds of layers, of their weights and of masks, in training and in scoring: the usual 8
+    # would leave the last ones as they are.
+    torch._dynamo.config.cache_size_limit = 64
     # Sets the number in autograd's thread, too: else it would compile once more.
     torch.set_num_threads(torch.get_num_threads())
     return torch.compile(forward, dynamic=True)

@@ -220,6 +220,22 @@ def test_recurrent_layers_can_be_compiled_around_their_mixer(
     assert abs(compiled_scores - scores).max() <= 1e-5
 
 
+def test_every_kind_of_layer_is_compiled_also_where_there_are_many(monkeypatch):
+    compiled = []
+
+    def counting(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counting))
+    forward = vqa._compile_forward(lambda layer, states: layer(states))
+    for count in range(1, 11):
+        layer = torch.nn.Sequential(*[torch.nn.ReLU() for _ in range(count)])
+        assert forward(layer, torch.ones(2)).tolist() == [1, 1]
+    assert len(compiled) == 10
+
+
 # --- Several kinds of layers ----------------------------------------------------------------------
 
 
