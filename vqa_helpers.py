@@ -54,6 +54,7 @@ above it.
    Vision cache                        features of the frozen vision tower, computed once
    Gated delta rule                    what Qwen3.5's recurrent layers compute, in chunks
    Recurrent layers                    choice orders go on from the state of their common prefix
+   Recurrent kernels                   where flash-linear-attention is used, and whether it works
    Session                             what a worker loads once
    Batches                             tokenised questions, padded together
    Scores and loss                     a batch's scores of the four letters, and the loss on them
@@ -8410,42 +8411,7 @@ def recurrent_forward(
     return mixer.out_proj(normed.view(*hidden_states.shape[:2], -1))
 
 
-def use_recurrent_forward(model, has_kernels: bool) -> None:
-    """Let the model's recurrent layers compute `recurrent_forward`.
-
-    With flash-linear-attention's kernels for the rule, if this process has them.
-    """
-    rule = recompute_gated_delta_rule
-    if has_kernels:
-        rule = _rule_by_kernels
-    # Where decoder layers are compiled, they are so around the rule: its loop over chunks would
-    # be compiled anew for each number of chunks.
-    rule = torch.compiler.disable(rule)
-    name = FAMILIES[model.config.model_type].recurrent_mixer
-    for layer in model.model.language_model.layers:
-        mixer = getattr(layer, name, None)
-        if mixer is None:
-            continue  # it has attention
-        has_hook = hasattr(mixer, "_hf_hook")  # on several GPUs it fetches the inputs
-        place = "_old_forward" if has_hook else "forward"
-        own_forward = getattr(mixer, place)
-        setattr(mixer, place, functools.partial(recurrent_forward, mixer, own_forward, rule))
-
-
-def _rule_by_kernels(query, key, value, g, beta, initial_state=None) -> tuple:
-    """`gated_delta_rule` by flash-linear-attention."""
-    return fla_rules.chunk_gated_delta_rule(
-        query,
-        key,
-        value,
-        g=g,
-        beta=beta,
-        initial_state=initial_state,
-        output_final_state=True,
-        use_qk_l2norm_in_kernel=True,
-    )
-
-
+# === Recurrent kernels ============================================================================
 # transformers takes these kernels by itself wherever `import fla` works.
 RECURRENT_KERNELS = "flash-linear-attention"
 # With these versions of Triton their gradients are wrong on Hopper GPUs (H100, H200), so that they
@@ -8503,23 +8469,103 @@ def hide_recurrent_kernels() -> None:
     sys.modules["fla"] = None
 
 
-def check_recurrent_kernels(are_chosen: bool, why: str) -> bool:
-    """Whether the kernels can be used that `are_chosen`; logs how layers compute, and `why`."""
-    can_be_imported = are_chosen
-    if are_chosen:
-        try:
-            importlib.import_module("fla.ops.gated_delta_rule")
-        except Exception:  # whatever a package raises that another torch or Triton does not suit
-            can_be_imported = False
-    if are_chosen and not can_be_imported:
-        LOGGER.warning(
-            "Recurrent layers compute in plain PyTorch, slower: %s is installed, but cannot be "
-            'imported; `python -c "import fla"` says why',
-            RECURRENT_KERNELS,
-        )
-    else:
+def _rule_by_kernels(query, key, value, g, beta, initial_state=None) -> tuple:
+    """`gated_delta_rule` by flash-linear-attention."""
+    return fla_rules.chunk_gated_delta_rule(
+        query,
+        key,
+        value,
+        g=g,
+        beta=beta,
+        initial_state=initial_state,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+    )
+
+
+def _difference_of_kernels(mixer) -> float:
+    """Largest relative difference between the kernels and `gated_delta_rule`, NaN included.
+
+    Of outputs, states and gradients of random numbers in the shapes of a recurrent `mixer`, on
+    its device and in its number format.
+    """
+    generator = torch.Generator().manual_seed(0)
+    length = 2 * CHUNK_TOKENS + 1
+    weight = mixer.conv1d.weight
+
+    def draw(heads: int, *size: int):
+        numbers = torch.randn(2, length, heads, *size, generator=generator)
+        return numbers.to(weight.device, weight.dtype)
+
+    inputs = [
+        draw(mixer.num_k_heads, mixer.head_k_dim),
+        draw(mixer.num_k_heads, mixer.head_k_dim),
+        draw(mixer.num_v_heads, mixer.head_v_dim),
+        -draw(mixer.num_v_heads).float().abs(),
+        draw(mixer.num_v_heads).sigmoid(),
+    ]
+    found = []
+    for rule in (_rule_by_kernels, gated_delta_rule):
+        tensors = [tensor.detach().requires_grad_() for tensor in inputs]
+        outputs, state = rule(*tensors)
+        loss = outputs.float().square().sum() + state.float().square().sum()
+        found.append([outputs, state, *torch.autograd.grad(loss, tensors)])
+    differences = []
+    for by_kernels, expected in zip(*found, strict=True):
+        distance = (by_kernels.float() - expected.float()).norm()
+        differences.append(distance / expected.float().norm())
+    return torch.stack(differences).max().item()  # NaN where one is
+
+
+def _fault_of_kernels(mixer) -> str:
+    """Why the installed kernels cannot be used for a recurrent `mixer`; "" where they can."""
+    try:
+        with torch.enable_grad():
+            difference = _difference_of_kernels(mixer)
+    except Exception as error:  # whatever they raise where torch, Triton or the card do not suit
+        return str(error)
+    if difference <= 0.05:  # half precision takes a tenth of that
+        return ""
+    return f"their outputs or gradients are wrong here (off by {difference:.2g})"
+
+
+def check_recurrent_kernels(mixer, are_chosen: bool, why: str) -> bool:
+    """Whether the kernels that `are_chosen` compute what they should for a recurrent `mixer`.
+
+    Tried on a few random numbers, because versions of Triton have broken them on one kind of
+    card or another. Logs how the layers compute, and `why`.
+    """
+    fault = _fault_of_kernels(mixer) if are_chosen else ""
+    if not fault:
         LOGGER.info("Decision: %s", why)
-    return can_be_imported
+        return are_chosen
+    LOGGER.warning(
+        "Recurrent layers compute in plain PyTorch, slower: %s is installed, but does not work "
+        "here: %s",
+        RECURRENT_KERNELS,
+        fault,
+    )
+    return False
+
+
+def use_recurrent_layers(model, are_chosen: bool, why: str) -> None:
+    """Let the model's recurrent layers compute `recurrent_forward`; log by which rule.
+
+    `are_chosen`, `why`: what `decide_recurrent_kernels` says of flash-linear-attention.
+    """
+    name = FAMILIES[model.config.model_type].recurrent_mixer
+    layers = model.model.language_model.layers
+    mixers = [getattr(layer, name) for layer in layers if hasattr(layer, name)]
+    has_kernels = check_recurrent_kernels(mixers[0], are_chosen, why)
+    rule = _rule_by_kernels if has_kernels else recompute_gated_delta_rule
+    # Where decoder layers are compiled, they are so around the rule: its loop over chunks would
+    # be compiled anew for each number of chunks.
+    rule = torch.compiler.disable(rule)
+    for mixer in mixers:
+        has_hook = hasattr(mixer, "_hf_hook")  # on several GPUs it fetches the inputs
+        place = "_old_forward" if has_hook else "forward"
+        own_forward = getattr(mixer, place)
+        setattr(mixer, place, functools.partial(recurrent_forward, mixer, own_forward, rule))
 
 
 # === Session ======================================================================================
@@ -8632,8 +8678,7 @@ def open_session(config: Config, example: Mapping) -> Session:
     _check_processor(config, processor, model)
     remove_gpu_syncs(model)
     if FAMILIES[model.config.model_type].recurrent_mixer:
-        has_kernels = check_recurrent_kernels(has_kernels, why_kernels)
-        use_recurrent_forward(model, has_kernels)
+        use_recurrent_layers(model, has_kernels, why_kernels)
     device = model.device
     vision_cache = VisionCache(model, processor, config.cache_dir)
 
@@ -17357,7 +17402,9 @@ class WeightBytes:
     experts_of_a_layer: float  # of the largest layer, out of their 4 bits
 
 
-def weight_bytes(config: Config, shapes, model, linears: Mapping, bytes_each: int) -> WeightBytes:
+def count_weight_bytes(
+    config: Config, shapes, model, linears: Mapping, bytes_each: int
+) -> WeightBytes:
     """The weights of `model`, which may have shapes only; `linears`: name -> layer with LoRA."""
     stored = stored_quantization(shapes)
     quantised = 0  # parameters of linear layers
@@ -17417,7 +17464,7 @@ def memory_costs(
         if re.fullmatch(LORA_TARGETS, name):
             linears[name] = module
             lora += config.lora_r * (module.in_features + module.out_features)
-    weights = weight_bytes(config, shapes, model, linears, bytes_each)
+    weights = count_weight_bytes(config, shapes, model, linears, bytes_each)
     gib = 2**30
     rows = {
         "weights": weights.at_work / gib,

@@ -366,20 +366,65 @@ def test_recurrent_kernels_are_advised_where_they_pay_and_used_where_they_are(ke
     )
 
 
-@torch.inference_mode()
-def test_recurrent_layers_compute_the_same_by_the_kernels(session, rows, monkeypatch):
-    orders = [[PLAIN, TURNED], [PLAIN]]
-    plain = states_of(session, rows, orders)
+def kernel_of(change=lambda outputs: outputs):
+    """A stand-in for the kernels: transformers' rule, with changed outputs."""
     calls = []
 
-    def kernel(*inputs, **options):
+    def chunk_gated_delta_rule(*inputs, **options):
         calls.append(options["initial_state"] is not None)
-        return modeling_qwen3_5.torch_chunk_gated_delta_rule(*inputs, **options)
+        outputs, state = modeling_qwen3_5.torch_chunk_gated_delta_rule(*inputs, **options)
+        return change(outputs), state
 
-    monkeypatch.setattr(vqa, "fla_rules", SimpleNamespace(chunk_gated_delta_rule=kernel))
-    vqa.use_recurrent_forward(session.model, has_kernels=True)
-    assert torch.allclose(states_of(session, rows, orders), plain, atol=1e-5)
-    assert calls == [False, True]  # one recurrent layer: its prefixes, then the ends
+    return SimpleNamespace(chunk_gated_delta_rule=chunk_gated_delta_rule, calls=calls)
+
+
+def test_recurrent_layers_compute_the_same_by_the_kernels(session, rows, monkeypatch, caplog):
+    caplog.set_level("INFO", "vqa")
+    orders = [[PLAIN, TURNED], [PLAIN]]
+    kernels = kernel_of()
+    with torch.no_grad():
+        plain = states_of(session, rows, orders)
+        monkeypatch.setattr(vqa, "fla_rules", kernels)
+        vqa.use_recurrent_layers(session.model, True, "by kernels")
+        assert kernels.calls == [False]  # tried once
+        assert torch.allclose(states_of(session, rows, orders), plain, atol=1e-5)
+    assert kernels.calls == [False, False, True]  # one recurrent layer: its prefixes, then the ends
+    assert "Decision: by kernels" in caplog.text
+
+
+class _HalvedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, outputs):
+        return outputs.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / 2
+
+
+def raise_like_kernels(outputs):
+    raise RuntimeError("Triton error: misaligned address")
+
+
+FAULTY_KERNELS = {
+    "wrong outputs": (lambda outputs: 1.1 * outputs, "their outputs or gradients are wrong here"),
+    "wrong gradients": (_HalvedGradient.apply, "their outputs or gradients are wrong here"),
+    "not a number": (lambda outputs: outputs * torch.nan, "(off by nan)"),
+    "an error": (raise_like_kernels, "Triton error: misaligned address"),
+}
+
+
+@pytest.mark.parametrize(("change", "fault"), FAULTY_KERNELS.values(), ids=FAULTY_KERNELS.keys())
+def test_kernels_that_compute_something_else_are_not_used(
+    change, fault, session, rows, monkeypatch, caplog
+):
+    kernels = kernel_of(change)
+    monkeypatch.setattr(vqa, "fla_rules", kernels)
+    vqa.use_recurrent_layers(session.model, True, "by kernels")
+    assert "flash-linear-attention is installed, but does not work here: " in caplog.text
+    assert fault in caplog.text
+    assert states_of(session, rows, [[PLAIN]]).isfinite().all()
+    assert len(kernels.calls) == 1
 
 
 def test_transformers_takes_the_kernels_unless_they_are_hidden(kernels):
@@ -401,11 +446,12 @@ def test_a_session_hides_kernels_from_a_cpu_and_says_how_recurrent_layers_comput
         assert implementation() == "plain"
 
 
-def test_kernels_that_cannot_be_imported_are_a_warning(kernels, caplog):
-    chosen, why = vqa.decide_recurrent_kernels([A100])
+def test_kernels_that_cannot_be_imported_are_a_warning(kernels, session, caplog):
     (kernels / "__init__.py").write_text("raise ImportError('another torch')\n")
-    assert not vqa.check_recurrent_kernels(chosen, why)
+    sys.modules.pop("fla", None)  # the session has hidden it
+    assert implementation() == "plain"
+    assert not vqa.check_recurrent_kernels(session.decoder_layers[0].linear_attn, True, "")
     assert caplog.messages == [
         "Recurrent layers compute in plain PyTorch, slower: flash-linear-attention is installed, "
-        'but cannot be imported; `python -c "import fla"` says why'
+        "but does not work here: another torch"
     ]

@@ -208,7 +208,7 @@ def test_what_a_layer_is_computed_to_keep_is_what_autograd_keeps(make_shapes, nu
     model = transformers.AutoModelForImageTextToText.from_config(shapes, dtype=torch.bfloat16)
     config = vqa.Config(lora_r=4, lora_dropout=0.0)
     vqa.use_fast_lora(vqa.attach_lora(model.requires_grad_(False), config, seed=0))
-    vqa.use_recurrent_forward(model, has_kernels=False)
+    vqa.use_recurrent_layers(model, False, "on a CPU")
     language_model = model.model.language_model
     layer = language_model.layers[number].train()
     batch, length, hidden = 2, 128, shapes.text_config.hidden_size
