@@ -1,6 +1,5 @@
 """Part 3, Fast layers: they compute what PEFT's LoRA and torch without compiling compute."""
 
-import dataclasses
 import functools
 import logging
 
@@ -189,12 +188,9 @@ def test_layers_are_compiled_where_it_pays(wish, device, questions, expected, re
 
 
 @pytest.mark.slow
-def test_recurrent_layers_can_be_compiled_around_their_mixer(
+def test_recurrent_layers_are_compiled_around_their_rule(
     model_folders, demo_rows, replace, monkeypatch
 ):
-    """Right, but not switched on in FAMILIES: nobody has timed it on a GPU."""
-    family = dataclasses.replace(vqa.FAMILIES["qwen3_5"], is_compiled=True)
-    monkeypatch.setitem(vqa.FAMILIES, "qwen3_5", family)
     config = vqa.Config.preset("demo", model_id=str(model_folders["qwen3_5"]), label_smoothing=0.0)
     session = vqa.open_session(config, demo_rows.train.iloc[0])
     plain = lora_gradients(session, demo_rows.train, fast=False)
@@ -211,13 +207,16 @@ def test_recurrent_layers_can_be_compiled_around_their_mixer(
     session.config = replace(config, compile_layers="on")
     fast = lora_gradients(session, demo_rows.train)
     assert (fast - plain).norm() <= 1e-5 * plain.norm()
-    # Before the mixer, behind it, and the layer with attention.
-    assert len(compiled) == 3
-    assert torch.equal(lora_gradients(session, demo_rows.train, stored_layers=0), fast)
-    assert len(compiled) == 3
-    compiled_scores = vqa.predict_logits(session, demo_rows.test.head(5), ROTATIONS)
+    # Three before the rule, two behind it, and the layer with attention.
     assert len(compiled) == 6
+    assert torch.equal(lora_gradients(session, demo_rows.train, stored_layers=0), fast)
+    assert len(compiled) == 6
+    compiled_scores = vqa.predict_logits(session, demo_rows.test.head(5), ROTATIONS)
     assert abs(compiled_scores - scores).max() <= 1e-5
+    behind_prefixes = len(compiled)
+    assert behind_prefixes > 6
+    vqa.predict_logits(session, demo_rows.test.iloc[5:8], ROTATIONS)  # of other lengths
+    assert len(compiled) == behind_prefixes
 
 
 def test_every_kind_of_layer_is_compiled_also_where_there_are_many(monkeypatch):
