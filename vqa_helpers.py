@@ -17212,7 +17212,7 @@ class MemoryCosts:
     layer_experts: float  # experts of a layer out of their 4 bits, as long as it keeps activations
     question: float  # for each question of a pass
     layer: float  # for each question and decoder layer that keeps its activations; the mean
-    largest_layer: float  # the same of the layer that keeps most
+    largest_layer: float  # the same of the layer that takes most while it is computed again
     image_token: float  # of cached vision features, on disk or in RAM
     tokens: int  # of each question
     number_bytes: int  # of one number
@@ -17278,6 +17278,12 @@ class KeptNumbers:
     inputs: float  # of LoRA layers: with dropout each is a copy, and has a mask of one byte
     others: float  # in the model's number format
     fp32: float = 0.0  # in fp32, whatever the model's format
+    recomputed: float = 0.0  # in fp32, only while the part's backward pass is there
+
+    def bytes_kept(self, bytes_each: int, config: Config) -> float:
+        """Bytes a token of all but `recomputed`; `bytes_each`: of the model's numbers."""
+        dropout_masks = self.inputs if config.lora_dropout else 0
+        return bytes_each * (self.inputs + self.others) + 4 * self.fp32 + dropout_masks
 
 
 def attention_numbers(attention, config: Config, compiled: bool) -> KeptNumbers:
@@ -17297,10 +17303,32 @@ def attention_numbers(attention, config: Config, compiled: bool) -> KeptNumbers:
     return KeptNumbers(hidden_inputs * hidden + queries, others)
 
 
-def recurrent_numbers(mixer, config: Config, compiled: bool, with_fla: bool) -> KeptNumbers:
+def rule_numbers(mixer, tokens: int) -> float:
+    """Numbers a token that `gated_delta_rule` takes while it is computed once more, in fp32.
+
+    From the shapes of its heads, for prompts of so many `tokens`.
+    """
+    keys = mixer.key_dim
+    values = mixer.value_dim
+    keys_of_values = mixer.num_v_heads * mixer.head_k_dim  # each value head meets its key head's
+    matrix = CHUNK_TOKENS * mixer.num_v_heads  # tokens by tokens, in each chunk
+    matrix_of_keys = CHUNK_TOKENS * mixer.num_k_heads
+    states = keys_of_values * mixer.head_v_dim / CHUNK_TOKENS  # one a chunk
+    # As autograd keeps them, counted.
+    kept = 3 * values + 2 * keys + 4 * keys_of_values + 6 * matrix + 2 * matrix_of_keys + states
+    # Of what the loop over chunks takes; each chunk adds its own to those of the others.
+    gradients = 2 * (values + 3 * keys_of_values + matrix)
+    whole_chunks = CHUNK_TOKENS * math.ceil(tokens / CHUNK_TOKENS) / tokens
+    return whole_chunks * (kept + gradients)
+
+
+def recurrent_numbers(
+    mixer, config: Config, tokens: int, compiled: bool, with_fla: bool
+) -> KeptNumbers:
     """What a recurrent layer keeps, from the shapes of its projections.
 
-    `with_fla`: the rule is computed by flash-linear-attention, which keeps more than what goes in.
+    `tokens` of a prompt; `with_fla`: the rule is computed by flash-linear-attention, which keeps
+    more than what goes in, and not by `gated_delta_rule`, which is computed once more.
     """
     hidden = mixer.in_proj_qkv.in_features
     channels = mixer.in_proj_qkv.out_features  # q, k and v
@@ -17313,7 +17341,8 @@ def recurrent_numbers(mixer, config: Config, compiled: bool, with_fla: bool) -> 
     if with_fla:
         within_chunk = CHUNK_TOKENS * mixer.num_v_heads  # one matrix of tokens by tokens a head
         others += channels + within_chunk  # q, k, v and the inverse matrix
-    return KeptNumbers(hidden_inputs * hidden + values, others, fp32)
+    recomputed = 0.0 if with_fla else rule_numbers(mixer, tokens)
+    return KeptNumbers(hidden_inputs * hidden + values, others, fp32, recomputed)
 
 
 def mlp_numbers(mlp, config: Config, compiled: bool) -> KeptNumbers:
@@ -17352,6 +17381,7 @@ class ActivationBytes:
     entry: float  # its input
     kept: float  # all that the backward pass needs
     gradients: float  # of its MLP, while the backward pass is there
+    recomputed: float  # what a recurrent layer's rule takes beyond that, behind the MLP
 
 
 def activation_bytes(
@@ -17359,7 +17389,7 @@ def activation_bytes(
 ) -> ActivationBytes:
     """The activations of a decoder layer, from its shapes; `bytes_each`: of one number."""
     if hasattr(layer, "linear_attn"):
-        mixer = recurrent_numbers(layer.linear_attn, config, compiled, with_fla)
+        mixer = recurrent_numbers(layer.linear_attn, config, tokens, compiled, with_fla)
         hidden = layer.linear_attn.in_proj_qkv.in_features
     else:
         mixer = attention_numbers(layer.self_attn, config, compiled)
@@ -17372,13 +17402,15 @@ def activation_bytes(
         mlp = mlp_numbers(layer.mlp, config, compiled)
         gradients = 2 * (hidden + layer.mlp.gate_proj.out_features)
     residuals = 2 * hidden if compiled else 4 * hidden  # not compiled the norms keep them in fp32
-    inputs = mixer.inputs + mlp.inputs
-    kept = inputs + mixer.others + mlp.others + residuals
-    dropout_masks = inputs if config.lora_dropout else 0  # one byte a number
+    kept_by_mlp = mlp.bytes_kept(bytes_each, config)
+    kept = mixer.bytes_kept(bytes_each, config) + kept_by_mlp + bytes_each * residuals
+    # When the backward pass comes to the rule, what the MLP has kept is gone.
+    recomputed = 4 * mixer.recomputed - kept_by_mlp - bytes_each * gradients
     return ActivationBytes(
         entry=bytes_each * hidden,
-        kept=bytes_each * kept + 4 * (mixer.fp32 + mlp.fp32) + dropout_masks,
+        kept=kept,
         gradients=bytes_each * gradients,
+        recomputed=max(0.0, recomputed),
     )
 
 
@@ -17478,6 +17510,10 @@ def memory_costs(
     largest = max(by_layer, key=lambda activations: activations.kept)
     entries = sum(activations.entry for activations in by_layer)
     beyond_entry = [activations.kept - activations.entry for activations in by_layer]
+    computed_again = [
+        kept + activations.recomputed
+        for kept, activations in zip(beyond_entry, by_layer, strict=True)
+    ]
     feature_layers = 1 + len(getattr(shapes.vision_config, "deepstack_visual_indexes", ()))
     return MemoryCosts(
         rows=rows,
@@ -17487,7 +17523,7 @@ def memory_costs(
         layer_experts=weights.experts_of_a_layer / gib,
         question=tokens * (entries + largest.gradients) / gib,
         layer=tokens * sum(beyond_entry) / len(layers) / gib,
-        largest_layer=tokens * max(beyond_entry) / gib,
+        largest_layer=tokens * max(computed_again) / gib,
         image_token=bytes_each * shapes.text_config.hidden_size * feature_layers / gib,
         tokens=tokens,
         number_bytes=bytes_each,

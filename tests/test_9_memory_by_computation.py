@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import memory_plan
 import new_models
@@ -268,3 +269,33 @@ def test_a_model_that_was_quantised_while_loading_takes_what_its_files_say(
     model = vqa.load_model(config, vqa.detect_runtime())
     by_files = vqa.memory_costs(config, files, 100, "fp32", compiled=False)
     assert vqa.memory_costs(config, model.config, 100, "fp32", compiled=False) == by_files
+
+
+def test_what_the_gated_delta_rule_is_computed_to_keep_is_what_autograd_keeps():
+    heads = SimpleNamespace(
+        num_k_heads=2,
+        num_v_heads=6,
+        head_k_dim=48,
+        head_v_dim=80,
+        key_dim=2 * 48,
+        value_dim=6 * 80,
+    )
+    length = 150  # two whole chunks and a part of one
+    query, key = torch.randn(2, 1, length, 2, 48).requires_grad_().unbind()
+    value = torch.randn(1, length, 6, 80).requires_grad_()
+    decay, beta = torch.rand(2, 1, length, 6).neg().requires_grad_().unbind()
+    given = {value.untyped_storage().data_ptr() for value in (query, key, value, decay, beta)}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        vqa.gated_delta_rule(query, key, value, decay, beta)
+    measured = sum(storage.nbytes() for storage in kept.values()) / length / 4
+    whole_chunks = 3 * 64 / length
+    gradients = 2 * whole_chunks * (6 * 80 + 3 * 6 * 48 + 6 * 64)
+    assert vqa.rule_numbers(heads, length) - gradients == pytest.approx(measured, rel=0.03)
