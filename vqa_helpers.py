@@ -17339,8 +17339,8 @@ def recurrent_numbers(
     # Not compiled: the norm's input, its gate before and behind the activation.
     fp32 = 0 if compiled else 3 * values
     if with_fla:
-        within_chunk = CHUNK_TOKENS * mixer.num_v_heads  # one matrix of tokens by tokens a head
-        others += channels + within_chunk  # q, k, v and the inverse matrix
+        # Copies of q, k and v, in place of what it read, and a matrix of tokens by tokens a head.
+        others += CHUNK_TOKENS * mixer.num_v_heads
     recomputed = 0.0 if with_fla else rule_numbers(mixer, tokens)
     return KeptNumbers(hidden_inputs * hidden + values, others, fp32, recomputed)
 

@@ -96,7 +96,8 @@ def test_memory_is_that_of_the_kernels_where_recurrent_layers_use_them(
     frame = vqa.load_competition(mini_data).train
     without = vqa.expected_memory(config, frame)
     monkeypatch.setattr(vqa, "decide_recurrent_kernels", lambda *_: (True, "as on a GPU"))
-    assert vqa.expected_memory(config, frame).layer < 0.9 * without.layer
+    # Their rule is not computed once more, in fp32.
+    assert vqa.expected_memory(config, frame).largest_layer < 0.5 * without.largest_layer
 
 
 def test_memory_is_not_computed_for_an_unknown_family(preflight_config, monkeypatch):
