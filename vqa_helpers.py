@@ -40,6 +40,7 @@ above it.
    Images                              decoding, hashing
    Competition                         all tables of one competition, validated
    Leakage and folds                   copies of images, and folds that keep them together
+   Known answers                       test rows that equal a training row
    Augmentation                        mildly changed copies of training images
 3. Model
    Patch grids                         Qwen's images: tokens, pixel inputs, positions, features
@@ -1501,6 +1502,11 @@ class InferenceSettings:
         "over folds; weighted: of views; auto: the mean, or weighted or stacked views "
         "where OOF clearly prefers them",
         one_of=("auto", "mean", "vote", "weighted"),
+        searched=False,
+    )
+    use_known_answers: bool = setting(
+        False,
+        "answer test rows that equal a training row (image, question, choices) like that row",
         searched=False,
     )
 
@@ -6286,6 +6292,114 @@ def describe_balance(balance: pd.DataFrame) -> str:
         "Scores of single folds then differ by their rows too. Large groups of copies do this: "
         "look at the table of copies, or take fewer folds (n_folds)."
     )
+
+
+# === Known answers ================================================================================
+KNOWN_COLUMNS = ["id", "train_id", "answer", "problem"]  # of `known_answers`
+COPIES_DISAGREE = "its copies in train disagree"
+ANSWER_IS_REPEATED = "several of its choices read like the answer"
+
+
+class _AnsweredCopy(NamedTuple):
+    """A training row that asks what a test row asks."""
+
+    train_id: str
+    answer: str  # the text of its right choice, as in `comparable_text`
+
+
+def _question_keys(frame: pd.DataFrame) -> list[tuple]:
+    """What rows that ask the same have in common: image, question, choices in any order."""
+    questions = frame["question"].map(comparable_text)
+    choices = frame[[*CHOICES]].map(comparable_text).to_numpy()
+    keys = []
+    for pixel_hash, question, texts in zip(frame["pixel_hash"], questions, choices, strict=True):
+        keys.append((pixel_hash, question, *sorted(texts)))
+    return keys
+
+
+def _answered_copies(train: pd.DataFrame) -> dict[tuple, list[_AnsweredCopy]]:
+    """The training rows of each of `_question_keys`."""
+    choices = train[[*CHOICES]].map(comparable_text).to_numpy()
+    answers = choices[np.arange(len(train)), train["label"]]
+    copies = defaultdict(list)
+    for key, train_id, answer in zip(_question_keys(train), train["id"], answers, strict=True):
+        copies[key].append(_AnsweredCopy(train_id, answer))
+    return copies
+
+
+def _letter_of_answer(copies: Sequence[_AnsweredCopy], choices: list[str]) -> tuple[str, str]:
+    """The letter under which the copies' answer stands in `choices`, or else why there is none."""
+    answers = {copy.answer for copy in copies}
+    if len(answers) > 1:
+        return "", COPIES_DISAGREE
+    [answer] = answers
+    if choices.count(answer) > 1:
+        return "", ANSWER_IS_REPEATED
+    return CHOICES[choices.index(answer)], ""
+
+
+def known_answers(train: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
+    """The test rows that equal a training row in image, question and choices, with its answer.
+
+    Images are equal by all their pixels, texts as a reader sees them (`comparable_text`), and
+    choices in any order. Columns: id; train_id, of the first such training row; answer, the
+    letter under which its right choice stands in the test row; problem, why `answer` is "".
+
+    >>> row = {"pixel_hash": "cat", "question": "How many?", "a": "1", "b": "2", "c": "3"}
+    >>> train = pd.DataFrame([{"id": "q1", **row, "d": "4", "label": 1}])
+    >>> test = pd.DataFrame([{"id": "t1", **row, "a": "2", "b": "1", "d": "4"}])
+    >>> known_answers(train, test).to_dict("records")
+    [{'id': 't1', 'train_id': 'q1', 'answer': 'a', 'problem': ''}]
+    """
+    copies = _answered_copies(train)
+    choices_of_row = test[[*CHOICES]].map(comparable_text).to_numpy().tolist()
+    rows = []
+    for test_id, key, choices in zip(test["id"], _question_keys(test), choices_of_row, strict=True):
+        pixel_hash = key[0]
+        if pixel_hash and key in copies:  # "": its image is not usable
+            letter, problem = _letter_of_answer(copies[key], choices)
+            rows.append((test_id, copies[key][0].train_id, letter, problem))
+    return pd.DataFrame(rows, columns=KNOWN_COLUMNS, dtype=object)
+
+
+def with_known_answers(answers: np.ndarray, ids: pd.Series, known: pd.DataFrame) -> np.ndarray:
+    """(n,) answers 0-3 of the rows `ids`, with those that `known_answers` has in their place.
+
+    >>> known = pd.DataFrame({"id": ["t2", "t3"], "answer": ["d", ""]})
+    >>> with_known_answers(np.array([0, 0, 0]), pd.Series(["t1", "t2", "t3"]), known).tolist()
+    [0, 3, 0]
+    """
+    usable = known[known["answer"] != ""]
+    letters = ids.map(dict(zip(usable["id"], usable["answer"], strict=True)))
+    labels = letters.map({letter: label for label, letter in enumerate(CHOICES)})
+    return labels.fillna(pd.Series(answers, index=ids.index)).to_numpy(dtype=int)
+
+
+def describe_known_answers(known: pd.DataFrame, test_rows: int, in_use: bool) -> str:
+    """What `known_answers` has found and what becomes of it, as a sentence or two.
+
+    `in_use`: the setting use_known_answers.
+
+    >>> known = pd.DataFrame({"problem": ["", "", COPIES_DISAGREE]})
+    >>> print(textwrap.fill(describe_known_answers(known, 300, in_use=False), 90))
+    Known answers: 3 of 300 test rows equal a training row in image, question and choices. The
+    submission does not take 2 of their answers (use_known_answers is off). Not usable: 1 (its
+    copies in train disagree).
+    """
+    text = (
+        f"Known answers: {len(known)} of {test_rows} test rows equal a training row in image, "
+        "question and choices."
+    )
+    problems = known["problem"][known["problem"] != ""]
+    usable = len(known) - len(problems)
+    if usable:
+        verb = "takes" if in_use else "does not take"
+        state = "on" if in_use else "off"
+        text += f" The submission {verb} {usable} of their answers (use_known_answers is {state})."
+    counts = [f"{count} ({problem})" for problem, count in problems.value_counts().items()]
+    if counts:
+        text += f" Not usable: {', '.join(counts)}."
+    return text
 
 
 # === Augmentation =================================================================================
@@ -15016,6 +15130,9 @@ def _report_introduction(run: Run, evaluation: Evaluation) -> list[str]:
             "here."
         )
     paragraphs += _report_notation(run)
+    known = known_answers(run.train, run.test)
+    in_use = config.use_known_answers
+    paragraphs.append(describe_known_answers(known, len(run.test), in_use))
     if config.distill_from:
         paragraphs.append(f"**Do not compare runs by these figures**: {DISTILLED_WARNING}.")
     return paragraphs
@@ -15240,15 +15357,26 @@ def copy_to_kaggle_working(path: Path, config: Config) -> None:
 def _write_answers(answers: np.ndarray, run: Run, path: Path) -> pd.DataFrame:
     """Write (n,) answers, 0-3, as a checked submission, and return it as read.
 
-    The frame's `attrs` are what `validate_submission` returns, and `why` that notation.
+    With `use_known_answers` those of equal training rows come first. The frame's `attrs` are
+    what `validate_submission` returns, `why` that notation, and `known_answers` in words.
     """
     notation = _notation_to_use(run.notation, run.sample, run.test)
+    known = known_answers(run.train, run.test)
+    in_use = run.config.use_known_answers
+    if in_use:
+        own_answers = answers
+        answers = with_known_answers(own_answers, run.test["id"], known)
+        changed = int((answers != own_answers).sum())
+        rows = _count(changed, "row")
+        LOGGER.info("Decision: %s: known answers change %s", path.name, rows)
     letters = np.array(CHOICES)[answers]
     by_id = dict(zip(run.test["id"], letters, strict=True))
     checked = make_submission(run.sample, by_id, path, notation, run.test)
     LOGGER.info("%s: answers are %s, %s", path.name, notation, notation.reason)
     frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    frame.attrs = {**checked, "why": notation.reason}
+    about_known = describe_known_answers(known, len(run.test), in_use)
+    LOGGER.info("%s: %s", path.name, about_known)
+    frame.attrs = {**checked, "why": notation.reason, "known_answers": about_known}
     return frame
 
 
@@ -15256,7 +15384,7 @@ def write_submissions(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFram
     """Write and check the run's two submissions, and return them by name.
 
     They are written in the competition's notation; each frame's `attrs` have it as `notation`,
-    with `why`, `rows` and the count of each choice as `letters`.
+    with `why`, `rows`, the count of each choice as `letters`, and a word on `known_answers`.
 
     `single`, the best fold by OOF, is submission_single.csv; `ensemble`, of all models,
     is submission_ensemble.csv, which on Kaggle is also copied to the working folder.
@@ -15326,6 +15454,14 @@ def _shared_notation(runs: Mapping[str, Run]) -> AnswerNotation | None:
             f"these runs write answers differently ({notations}); combine runs on the same files"
         )
     return next(iter(known.values()), None)
+
+
+def _config_for_answers(first: Run, runs: Mapping[str, Run]) -> Config:
+    """The first run's settings; it takes known answers where any of the runs does."""
+    takers = [name for name, run in runs.items() if run.config.use_known_answers]
+    if takers:
+        LOGGER.info("Decision: known answers are used, as in %s", ", ".join(takers))
+    return dataclasses.replace(first.config, use_known_answers=bool(takers))
 
 
 def _predict_run(run: Run, test_ids: pd.Series) -> RunPredictions:
@@ -15412,7 +15548,9 @@ def ensemble_runs(
     runs = dict(named_runs)
     for run in runs.values():
         _require_same_rows(first, run)
-    first = dataclasses.replace(first, notation=_shared_notation(runs))
+    first = dataclasses.replace(
+        first, notation=_shared_notation(runs), config=_config_for_answers(first, runs)
+    )
     predictions = {}
     for name, run in runs.items():
         _require_independent(run, named_runs)
