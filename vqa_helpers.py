@@ -95,6 +95,7 @@ above it.
    Report                              report.md
 7. Submission and several runs
    Submission                          written, read back, checked
+   Submissions of a run                its two files, and which two to choose at the end
    Ensembles of runs                   several finished runs as one submission
    Soft targets                        votes and other runs' probabilities as targets
    Damaged files                       what cannot be read any more is made anew
@@ -15138,6 +15139,17 @@ def _report_introduction(run: Run, evaluation: Evaluation) -> list[str]:
     return paragraphs
 
 
+def final_pick_table(run: Run) -> pd.DataFrame:
+    """The two files to choose at the end, and the others, each with its reason; as texts.
+
+    That is what `write_submissions` has written; without a row before that.
+    """
+    path = run.directory / "tables" / "final_pick.csv"
+    if not path.exists():
+        return pd.DataFrame(columns=["pick", "file"])
+    return read_table(path, needed=("pick", "file", "reason"), number_columns={})
+
+
 def _report_tables(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFrame]:
     """The tables of the report by title; those of ladder, folds and views are written as CSV."""
     oof = evaluation.oof
@@ -15158,6 +15170,9 @@ def _report_tables(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFrame]:
         "Fallbacks taken while reading the data": fallbacks,
         "Time and memory": wrap_up_table(run),
     }
+    final_pick = final_pick_table(run)
+    if not final_pick.empty:
+        tables["Final pick: two files to choose at the end"] = final_pick.set_index("file")
     if events := unplanned_events(run):
         unplanned = pd.DataFrame(events).drop_duplicates("event").set_index("event")
         tables["What did not go to plan"] = unplanned
@@ -15345,6 +15360,61 @@ def make_submission(
     return validate_submission(path, sample, notation, test)
 
 
+def _choices_of_ids(ids: pd.Series, test: pd.DataFrame | None, path: Path) -> pd.DataFrame:
+    """The texts a, b, c, d of these test rows; stand-ins that nobody writes without `test`.
+
+    Raises SubmissionError for ids that are not the test rows'.
+    """
+    if test is None:
+        stand_ins = {choice: f"the text of choice {choice}" for choice in CHOICES}
+        return pd.DataFrame(stand_ins, index=range(len(ids)))
+    by_id = _choices_by_id(test)
+    strange = sorted(set(ids) - set(by_id.index))
+    missing = sorted(set(by_id.index) - set(ids))
+    if strange or missing:
+        raise SubmissionError(
+            f"{path}: {_count(len(missing), 'test row')} without an answer {missing[:3]}, "
+            f"{_count(len(strange), 'id')} of no test row {strange[:3]}; "
+            "give a whole submission of this competition"
+        )
+    return by_id.loc[ids].reset_index(drop=True)
+
+
+def read_submission(
+    path: str | Path,
+    test: pd.DataFrame | None = None,
+    notation: AnswerNotation | None = None,
+) -> pd.Series:
+    """The answers of a submission file as letters a-d by id, however the file writes them.
+
+    `notation`: how it is expected to; where a row is written otherwise, and without a notation,
+    the kind of answer is decided for the whole file (A-D, 1-4, the choices' texts, ...).
+    `test`: the test rows, in any order, needed for texts. Raises SubmissionError for other ids
+    than theirs and for ids that occur twice, DataError where answers are of no kind or of
+    several.
+    """
+    path = Path(path)
+    raw = _read_verbatim(path)
+    if raw.shape[1] != 2:
+        columns = raw.iloc[0].tolist()
+        raise SubmissionError(f"{path}: columns are {columns}; give a file of id and answer")
+    frame = raw.iloc[1:].reset_index(drop=True)
+    if frame.empty:
+        raise SubmissionError(f"{path}: no row below the header; give a filled submission")
+    ids = frame[0]
+    _refuse_rows(frame, ids.duplicated(), path, "this id occurs twice; keep one row per id")
+    choices = _choices_of_ids(ids, test, path)
+    labels = np.full(len(frame), -1)
+    if notation is not None and (notation.marks or test is not None):
+        labels = notation.read(frame[1], choices)
+    if (labels < 0).any():
+        lines = frame.index + 2  # behind the header, counted from 1
+        rows = choices.assign(answer=frame[1], line=lines, column=raw.iloc[0, 1])
+        labels, _ = _read_answers(rows, str(path), Counter())
+    return pd.Series(np.array(CHOICES)[labels], index=pd.Index(ids, name="id"), name="answer")
+
+
+# === Submissions of a run =========================================================================
 def copy_to_kaggle_working(path: Path, config: Config) -> None:
     """On Kaggle, copy a finished submission into the working folder.
 
@@ -15380,6 +15450,165 @@ def _write_answers(answers: np.ndarray, run: Run, path: Path) -> pd.DataFrame:
     return frame
 
 
+@dataclass(frozen=True)
+class SubmissionCandidate:
+    """A submission file that may be chosen at the end of a competition."""
+
+    file: str  # folder and name
+    answers: np.ndarray  # (n,) letters of the test rows
+    rows: int  # out-of-fold rows behind the accuracy
+    accuracy: float  # on these rows, of the run that wrote it
+    low: float  # ends of the 90 % interval of the accuracy
+    high: float
+
+
+def _reason_for_pick(
+    candidate: SubmissionCandidate, first: SubmissionCandidate, differs: int
+) -> str:
+    """Why a candidate that is neither of the two picks is none."""
+    if differs == 0:
+        return "has the first one's answers"
+    if candidate.accuracy < first.low:
+        return f"its OOF accuracy is below the first one's interval, from {first.low:.3f} on"
+    return "differs less from the first than the second does"
+
+
+def pick_two(candidates: Sequence[SubmissionCandidate]) -> pd.DataFrame:
+    """The two files to choose at the end of a competition, then the others, each with its reason.
+
+    `first`: the best by out-of-fold (OOF) accuracy, of equal ones that which comes first.
+    `second`: of those whose accuracy lies within the first one's interval, so that they may
+    well be as good, the one that differs in the most test rows: it is right where the first is
+    not more often than a near copy of it would be. Columns: pick, file, rows (OOF), accuracy,
+    low, high, differs (test rows, from the first), reason.
+
+    >>> x = SubmissionCandidate("x.csv", np.array([*"abcd"]), 90, 0.80, 0.75, 0.85)
+    >>> y = dataclasses.replace(x, file="y.csv", answers=np.array([*"abca"]), accuracy=0.79)
+    >>> z = dataclasses.replace(x, file="z.csv", answers=np.array([*"bbaa"]), accuracy=0.70)
+    >>> pick_two([x, y, z])[["pick", "file", "differs"]].to_numpy().tolist()
+    [['first', 'x.csv', 0], ['second', 'y.csv', 1], ['', 'z.csv', 3]]
+    """
+    first = max(candidates, key=lambda candidate: candidate.accuracy)
+    differs = {}
+    eligible = []
+    for candidate in candidates:
+        differs[candidate.file] = int((candidate.answers != first.answers).sum())
+        if differs[candidate.file] and candidate.accuracy >= first.low:
+            eligible.append(candidate)
+    second = max(eligible, key=lambda candidate: differs[candidate.file], default=None)
+
+    rows = []
+    for candidate in candidates:
+        differing = differs[candidate.file]
+        if candidate is first:
+            pick = "first"
+            reason = f"the best OOF accuracy, {first.accuracy:.3f}"
+        elif candidate is second:
+            pick = "second"
+            reason = (
+                f"differs from the first in {differing} of {len(first.answers)} rows, the most of "
+                f"those with an OOF accuracy within its interval, {first.low:.3f} to "
+                f"{first.high:.3f}"
+            )
+        else:
+            pick = ""
+            reason = _reason_for_pick(candidate, first, differing)
+        facts = dataclasses.asdict(candidate)
+        del facts["answers"]
+        rows.append({"pick": pick, **facts, "differs": differing, "reason": reason})
+    table = pd.DataFrame(rows).round({"accuracy": 4, "low": 4, "high": 4})
+    order = table["pick"].map(["first", "second", ""].index)
+    return table.iloc[order.argsort(kind="stable")].reset_index(drop=True)
+
+
+def describe_pick(table: pd.DataFrame) -> list[str]:
+    """The two picks of `pick_two` as sentences, and what to do where there is only one."""
+    lines = []
+    for _, row in table[table["pick"] != ""].iterrows():
+        lines.append(f"Final pick, {row['pick']}: {row['file']} ({row['reason']}).")
+    if len(lines) == 1:
+        lines.append("Final pick, second: none; no other file differs and may be as good.")
+    return lines
+
+
+def _candidate_of_another_run(run: Run, folder: Path) -> SubmissionCandidate | str:
+    """The ensemble of the finished run in `folder`, or else why it cannot be chosen.
+
+    Its accuracy is what its own final_pick.csv says.
+    """
+    other = Run.open(folder)
+    for name in ("train", "test"):
+        columns = ["id", "question", *CHOICES]
+        if _differing_ids(getattr(run, name)[columns], getattr(other, name)[columns]):
+            return f"its {name} rows are others"
+    if other.config.distill_from:
+        return DISTILLED_WARNING
+    table = final_pick_table(other)
+    file = f"{folder.name}/submission_ensemble.csv"
+    rows = table[table["file"] == file]
+    if rows.empty:
+        return "its folder has another name than when it wrote its submission"
+    facts = rows.iloc[0]
+    answers = read_submission(folder / "submission_ensemble.csv", run.test, other.notation)
+    return SubmissionCandidate(
+        file=file,
+        answers=answers.loc[run.test["id"]].to_numpy(),
+        rows=int(facts["rows"]),
+        accuracy=float(facts["accuracy"]),
+        low=float(facts["low"]),
+        high=float(facts["high"]),
+    )
+
+
+def _candidates_of_other_runs(run: Run) -> list[SubmissionCandidate]:
+    """The ensembles of the finished runs beside this one; one that cannot be chosen is logged."""
+    if run.config.distill_from:
+        LOGGER.warning("Final pick: compared with no other run, because %s", DISTILLED_WARNING)
+        return []
+    candidates = []
+    for table in sorted(run.directory.parent.glob("*/tables/final_pick.csv")):
+        folder = table.parents[1]
+        if folder == run.directory:
+            continue
+        try:
+            candidate = _candidate_of_another_run(run, folder)
+        except (CheckpointError, SubmissionError, DataError, OSError) as error:
+            candidate = error_in_words(error)
+        if isinstance(candidate, str):
+            LOGGER.warning("Final pick: %s is left out: %s", folder, candidate)
+        else:
+            candidates.append(candidate)
+    return candidates
+
+
+def propose_final_pick(run: Run, evaluation: Evaluation) -> pd.DataFrame:
+    """`pick_two` of the run's two written files and the ensembles of the runs beside it.
+
+    Each OOF row is answered by one model, so that the ensemble's accuracy and that of the single
+    fold are estimated by the same figure, that of all OOF rows: the best fold's own would be the
+    luckiest of several. The ensemble comes first. The table is also tables/final_pick.csv.
+    """
+    correct = evaluation.probabilities.argmax(axis=1) == evaluation.oof.labels
+    low, high = accuracy_interval(correct, evaluation.oof.groups)
+    candidates = []
+    for name in ("ensemble", "single"):
+        file = f"submission_{name}.csv"
+        answers = read_submission(run.directory / file, run.test, run.notation)
+        candidate = SubmissionCandidate(
+            file=f"{run.directory.name}/{file}",
+            answers=answers.loc[run.test["id"]].to_numpy(),
+            rows=len(correct),
+            accuracy=float(correct.mean()),
+            low=low,
+            high=high,
+        )
+        candidates.append(candidate)
+    table = pick_two([*candidates, *_candidates_of_other_runs(run)])
+    for line in describe_pick(table):
+        LOGGER.info("Decision: %s", line)
+    return save_table(table, run, "final_pick")
+
+
 def write_submissions(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFrame]:
     """Write and check the run's two submissions, and return them by name.
 
@@ -15387,7 +15616,9 @@ def write_submissions(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFram
     with `why`, `rows`, the count of each choice as `letters`, and a word on `known_answers`.
 
     `single`, the best fold by OOF, is submission_single.csv; `ensemble`, of all models,
-    is submission_ensemble.csv, which on Kaggle is also copied to the working folder.
+    is submission_ensemble.csv, which on Kaggle is also copied to the working folder. Which two
+    files to choose at a competition's end, of these and of the runs beside this one, is logged
+    and kept as tables/final_pick.csv: see `propose_final_pick`.
     """
     probabilities = predict_test(run, evaluation)
     members = np.stack(list(probabilities.values()))
@@ -15400,6 +15631,7 @@ def write_submissions(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFram
         path = run.directory / f"submission_{name}.csv"
         frames[name] = _write_answers(predicted, run, path)
     copy_to_kaggle_working(run.directory / "submission_ensemble.csv", run.config)
+    propose_final_pick(run, evaluation)
     return frames
 
 

@@ -123,6 +123,40 @@ def longer(run, replace, times=10):
     return replace(run, train=train)
 
 
+def runs_side_by_side(data, outputs, replace, signals):
+    """Finished runs on the rows of one competition, a name and the strength of its signal each."""
+    competition = vqa.load_competition(data)
+    runs = []
+    for seed, (name, signal) in enumerate(signals.items()):
+        config = vqa.Config.preset(
+            "demo",
+            data_dir=str(data),
+            output_dir=str(outputs),
+            run_name=name,
+            n_folds=2,
+            seed=seed,
+            ensemble_method="mean",  # quick
+            use_temperature_scaling=False,
+        )
+        folds = vqa.make_folds(competition.train, 2, seed)
+        run = longer(vqa.start_run(config, competition, folds), replace, times=4)
+        runs.append(planted_run(run, signals=(signal, signal), seed=seed))
+    return runs
+
+
+def evaluate_once(monkeypatch):
+    """Let `evaluate_run` remember what it has found for a run's folder."""
+    evaluate = vqa.evaluate_run
+    found = {}
+
+    def remember(run):
+        if run.directory not in found:
+            found[run.directory] = evaluate(run)
+        return found[run.directory]
+
+    monkeypatch.setattr(vqa, "evaluate_run", remember)
+
+
 def write_result(run, fold, raw, ema):
     """What a fold's training leaves behind, with these NLLs of raw and of EMA weights."""
     kinds = {
