@@ -97,6 +97,7 @@ above it.
    Submission                          written, read back, checked
    Submissions of a run                its two files, and which two to choose at the end
    Ensembles of runs                   several finished runs as one submission
+   Comparing submissions               where two differ, and how far the errors of runs overlap
    Soft targets                        votes and other runs' probabilities as targets
    Damaged files                       what cannot be read any more is made anew
    Starting a run                      a new run directory, or the one to continue
@@ -15820,6 +15821,369 @@ def ensemble_runs(
     write_table(table.reset_index(), path.with_name("ladder.csv"))
     copy_to_kaggle_working(path, first.config)
     return table, answers
+
+
+# === Comparing submissions ========================================================================
+MOST_POINTS_BEHIND = 0.01  # accuracy that a run worth mixing may lack of the best one
+_SIDE_WORDS = {"a": "first", "b": "second"}
+_OVERLAP_COLUMNS = [
+    "a",
+    "b",
+    "rows",
+    "accuracy_a",
+    "accuracy_b",
+    "wrong_a",
+    "wrong_b",
+    "wrong_both",
+    "jaccard",
+]
+
+
+def leaderboard_noise(differing: int) -> float:
+    """By how many rows the scores of two equally good submissions differ that differ in so many.
+
+    One standard deviation, where one of both is right in half of the rows in which they differ,
+    and each as often as the other.
+
+    >>> leaderboard_noise(50)
+    5.0
+    """
+    return math.sqrt(differing / 2)
+
+
+def error_overlap(wrong_a: np.ndarray, wrong_b: np.ndarray) -> float:
+    """Jaccard index of the errors: the share of the rows that either has wrong that both have.
+
+    1 where neither makes an error: there is nothing that one knows and the other does not.
+
+    >>> error_overlap(np.array([True, True, False]), np.array([False, True, True]))
+    0.3333333333333333
+    """
+    either = int((wrong_a | wrong_b).sum())
+    return int((wrong_a & wrong_b).sum()) / either if either else 1.0
+
+
+def error_overlaps(correct: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """How far the errors of each pair of models overlap, the least first.
+
+    `correct`: name -> (n,) right or wrong on the same rows. Columns: a, b (the names), rows,
+    accuracy_a, accuracy_b, wrong_a, wrong_b, wrong_both (rows), jaccard (`error_overlap`), and
+    worth_mixing: the pair with the least overlap of those in which both lie within
+    MOST_POINTS_BEHIND of the best model. A poor model overlaps little with any.
+    """
+    wrong = {name: ~np.asarray(values, dtype=bool) for name, values in correct.items()}
+    rows = []
+    for a, b in itertools.combinations(wrong, 2):
+        wrong_a = wrong[a]
+        wrong_b = wrong[b]
+        row = {
+            "a": a,
+            "b": b,
+            "rows": len(wrong_a),
+            "accuracy_a": float(1 - wrong_a.mean()),
+            "accuracy_b": float(1 - wrong_b.mean()),
+            "wrong_a": int(wrong_a.sum()),
+            "wrong_b": int(wrong_b.sum()),
+            "wrong_both": int((wrong_a & wrong_b).sum()),
+            "jaccard": error_overlap(wrong_a, wrong_b),
+        }
+        rows.append(row)
+    table = pd.DataFrame(rows, columns=_OVERLAP_COLUMNS)
+    table = table.sort_values("jaccard", kind="stable", ignore_index=True)
+    best = table[["accuracy_a", "accuracy_b"]].to_numpy().max(initial=0)
+    weaker = table[["accuracy_a", "accuracy_b"]].min(axis=1)
+    rounding = 1e-9
+    is_near = (weaker >= best - MOST_POINTS_BEHIND - rounding) & (table["jaccard"] < 1)
+    table["worth_mixing"] = False
+    table.loc[table.index[is_near][:1], "worth_mixing"] = True
+    return table
+
+
+def _overlap_of(runs: Mapping[str, Run], predictions: Mapping[str, RunPredictions]) -> pd.DataFrame:
+    """`error_overlaps` of the runs on the rows that all have scored; none is worth without skill.
+
+    Raises ValueError for runs on other rows, for one named twice, and for distilled ones.
+    """
+    first = next(iter(runs.values()))
+    for run in runs.values():
+        _require_same_rows(first, run)
+        _require_independent(run, [*runs.items()])
+    rows = _shared_rows(first.train, predictions)
+    labels = rows["label"].to_numpy()
+    correct = {}
+    for name, prediction in predictions.items():
+        answers = prediction.oof.loc[rows["id"]].to_numpy().argmax(axis=1)
+        correct[name] = answers == labels
+    table = error_overlaps(correct)
+    has_skill = {name: prediction.has_skill for name, prediction in predictions.items()}
+    table["worth_mixing"] &= table["a"].map(has_skill) & table["b"].map(has_skill)
+    return table
+
+
+@each_warning_once()
+def overlap_of_runs(directories: Iterable[str | Path]) -> pd.DataFrame:
+    """`error_overlaps` of two or more finished runs, on the rows that all have scored out of fold.
+
+    Raises ValueError as `ensemble_runs` does.
+    """
+    runs = {str(directory): Run.open(directory) for directory in directories}
+    if len(runs) < 2:
+        raise ValueError(f"{', '.join(runs) or 'no run'}: name two or more different finished runs")
+    test_ids = next(iter(runs.values())).test["id"]
+    for run in runs.values():
+        _require_same_rows(next(iter(runs.values())), run)
+    predictions = {name: _predict_run(run, test_ids) for name, run in runs.items()}
+    return _overlap_of(runs, predictions)
+
+
+def describe_overlap(table: pd.DataFrame) -> str:
+    """Which pair of `error_overlaps` is worth mixing, as a sentence."""
+    worth = table[table["worth_mixing"]]
+    points = round(100 * MOST_POINTS_BEHIND)
+    if worth.empty:
+        return (
+            f"No pair is worth mixing: no two runs lie within {points} point of the best one and "
+            "make different errors."
+        )
+    row = worth.iloc[0]
+    return (
+        f"Worth mixing: {row['a']} with {row['b']} (accuracy {row['accuracy_a']:.3f} and "
+        f"{row['accuracy_b']:.3f}). Their errors overlap by {row['jaccard']:.2f}, the least of "
+        f"the pairs within {points} point of the best run."
+    )
+
+
+@dataclass(frozen=True)
+class SubmissionComparison:
+    """Two submissions side by side, filled by `compare_submissions`."""
+
+    names: tuple[str, str]  # of a and b, as they were given
+    rows: int  # of each
+    # The rows with different answers, the surest disagreement first. Columns: id, answer_a,
+    # answer_b, confidence_a, confidence_b (probability of that answer; NaN where no model is
+    # known), and where the test rows are known theirs, too.
+    differing: pd.DataFrame
+    by_type: pd.DataFrame  # index type; rows, differ, share; empty without the test rows
+    overlap: pd.DataFrame  # `error_overlaps` of two finished runs; else without a row
+    overlap_problem: str  # why there is none; "" where there is one
+
+    @property
+    def noise(self) -> float:
+        """`leaderboard_noise` of the rows that differ."""
+        return leaderboard_noise(len(self.differing))
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of two submissions that are compared."""
+
+    name: str
+    path: Path  # of the file
+    run: Run | None  # that wrote it, where its folder was given
+
+
+def _open_side(source: str | Path | Run) -> _Side:
+    """The file that is meant by a file, a run, or a folder of a run or of an ensemble of runs."""
+    place = source.directory if isinstance(source, Run) else Path(source)
+    if not place.is_dir():
+        return _Side(str(place), place, None)
+    for name in ("submission_ensemble.csv", "submission.csv"):
+        if (place / name).is_file():
+            is_run = (place / "config.json").is_file()
+            return _Side(str(place), place / name, Run.open(place) if is_run else None)
+    raise FileNotFoundError(
+        f"{place}: no submission_ensemble.csv in this folder; write it with write_submissions, or "
+        "give the file itself"
+    )
+
+
+def _confidences(
+    letters: tuple[pd.Series, pd.Series], predictions: Sequence[pd.DataFrame | None]
+) -> pd.DataFrame:
+    """Columns confidence_a, confidence_b by id: the probability that each answer has."""
+    table = pd.DataFrame(index=letters[0].index)
+    for side, answers, probabilities in zip("ab", letters, predictions, strict=True):
+        values = np.full(len(table), math.nan)
+        if probabilities is not None:
+            labels = answers.loc[table.index].map(CHOICES.index)
+            of_rows = probabilities.loc[table.index].to_numpy()
+            values = of_rows[np.arange(len(table)), labels]
+        table[f"confidence_{side}"] = values
+    return table
+
+
+def _differing_rows_of(
+    letters: tuple[pd.Series, pd.Series],
+    confidences: pd.DataFrame,
+    by_one_model: bool,
+    test: pd.DataFrame | None,
+) -> pd.DataFrame:
+    """`SubmissionComparison.differing`.
+
+    Two models disagree the more surely, the surer the less sure one is; one model judges two
+    foreign answers by the likelier of both.
+    """
+    a, b = letters
+    table = pd.DataFrame({"answer_a": a, "answer_b": b.loc[a.index]}).join(confidences)
+    table = table[table["answer_a"] != table["answer_b"]]
+    both = table[["confidence_a", "confidence_b"]]
+    surety = both.max(axis=1) if by_one_model else both.min(axis=1)
+    table = table.loc[surety.sort_values(ascending=False, kind="stable").index]
+    table = table.reset_index(names="id")
+    if test is None:
+        return table
+    columns = ["id", "type", "question", *CHOICES, "image_path"]
+    return table.merge(test[columns], on="id", how="left")
+
+
+def _differences_by_type(letters: tuple[pd.Series, pd.Series], test: pd.DataFrame | None):
+    """`SubmissionComparison.by_type`, the type with the largest share first."""
+    if test is None:
+        return pd.DataFrame(columns=["rows", "differ", "share"]).rename_axis("type")
+    ids = test["id"]
+    differs = letters[0].loc[ids].to_numpy() != letters[1].loc[ids].to_numpy()
+    rows = pd.DataFrame({"type": test["type"].to_numpy(), "differs": differs})
+    table = rows.groupby("type")["differs"].agg(rows="size", differ="sum", share="mean")
+    return table.sort_values("share", ascending=False, kind="stable")
+
+
+def _require_same_ids(a: _Side, b: _Side, letters: tuple[pd.Series, pd.Series]) -> None:
+    """Raise SubmissionError with ids that only one of two files has."""
+    ids_of_a, ids_of_b = (set(answers.index) for answers in letters)
+    only_a = sorted(ids_of_a - ids_of_b)
+    only_b = sorted(ids_of_b - ids_of_a)
+    if only_a or only_b:
+        raise SubmissionError(
+            f"{a.path} and {b.path} answer other rows: {len(only_a)} ids are only in the first "
+            f"{only_a[:3]}, {len(only_b)} only in the second {only_b[:3]}; "
+            "give two submissions of one competition"
+        )
+
+
+def _overlap_or_problem(
+    sides: tuple[_Side, _Side], predictions: Sequence[RunPredictions | None]
+) -> tuple[pd.DataFrame, str]:
+    """The overlap of the errors of two runs, or without a row and with the reason."""
+    nothing = error_overlaps({})
+    files = [side.name for side in sides if side.run is None]
+    if files:
+        return nothing, f"{' and '.join(files)}: no finished run, so its errors are not known"
+    runs = {side.name: side.run for side in sides}
+    if len(runs) < 2:
+        return nothing, "one run beside itself"
+    try:
+        return _overlap_of(runs, dict(zip(runs, predictions, strict=True))), ""
+    except ValueError as error:  # other training rows, a copy of the run, a distilled one
+        return nothing, str(error)
+
+
+@each_warning_once()
+def compare_submissions(
+    a: str | Path | Run,
+    b: str | Path | Run,
+    run: str | Path | Run | Competition | None = None,
+) -> SubmissionComparison:
+    """Where two submissions differ, and whether so many rows can be told apart on a leaderboard.
+
+    `a` and `b`: submission files, or folders of finished runs, whose ensembles are meant; files
+    are read in their own notations, their rows are matched by id. `run`: a run or its data, for
+    question types, images, texts of choices, and a model's confidence where neither is a run;
+    without it those of a run among `a` and `b`. For two finished runs the overlap of their errors
+    on out-of-fold rows is measured, too.
+
+    Raises SubmissionError for files with other ids, DataError for answers of no known kind or of
+    several.
+    """
+    sides = (_open_side(a), _open_side(b))
+    if isinstance(run, (str, Path)):
+        run = Run.open(run)
+    own_runs = [side.run for side in sides if side.run is not None]
+    rows_from = run if run is not None else next(iter(own_runs), None)
+    test = None if rows_from is None else rows_from.test
+
+    letters = []
+    for side in sides:
+        writer = side.run or rows_from
+        notation = None if writer is None else writer.notation
+        letters.append(read_submission(side.path, test, notation))
+    letters = tuple(letters)
+    _require_same_ids(*sides, letters)
+
+    predictions = []
+    for side in sides:
+        is_known = side.run is not None
+        predictions.append(_predict_run(side.run, side.run.test["id"]) if is_known else None)
+    probabilities = [None if known is None else known.test for known in predictions]
+    by_one_model = len(own_runs) < 2
+    if not own_runs and isinstance(run, Run) and run.finished_folds:
+        of_run = _predict_run(run, run.test["id"]).test
+        probabilities = [of_run, of_run]
+    overlap, overlap_problem = _overlap_or_problem(sides, predictions)
+    return SubmissionComparison(
+        names=(sides[0].name, sides[1].name),
+        rows=len(letters[0]),
+        differing=_differing_rows_of(
+            letters, _confidences(letters, probabilities), by_one_model, test
+        ),
+        by_type=_differences_by_type(letters, test),
+        overlap=overlap,
+        overlap_problem=overlap_problem,
+    )
+
+
+def describe_comparison(comparison: SubmissionComparison) -> list[str]:
+    """What `compare_submissions` has found, as sentences."""
+    differing = len(comparison.differing)
+    a, b = comparison.names
+    if not differing:
+        lines = [f"{a} and {b} answer all {comparison.rows} rows alike."]
+    else:
+        share = differing / comparison.rows
+        points = 100 * comparison.noise / comparison.rows
+        lines = [
+            f"{a} and {b} differ in {differing} of {comparison.rows} rows ({share:.1%}).",
+            "If both are equally good, their scores on all these rows still differ by about "
+            f"± {comparison.noise:.1f} rows (± {points:.1f} points; on a part of the rows more "
+            "points). Less than twice that proves nothing.",
+        ]
+    if comparison.overlap_problem:
+        return [*lines, f"Overlap of errors: not known ({comparison.overlap_problem})."]
+    row = comparison.overlap.iloc[0]
+    lines.append(
+        f"Out of fold, {row['wrong_both']} of {row['rows']} rows are wrong in both, "
+        f"{row['wrong_a']} and {row['wrong_b']} in each: their errors overlap by "
+        f"{row['jaccard']:.2f} (Jaccard)."
+    )
+    return [*lines, describe_overlap(comparison.overlap)]
+
+
+def _disagreement_notes(differing: pd.DataFrame) -> list[str]:
+    """What both files answer in each row, with the probabilities where they are known."""
+    notes = []
+    for _, row in differing.iterrows():
+        parts = []
+        for side in "ab":
+            confidence = row[f"confidence_{side}"]
+            answer = row[f"answer_{side}"]
+            sure = "" if math.isnan(confidence) else f" (probability {confidence:.2f})"
+            parts.append(f"the {_SIDE_WORDS[side]} answers {answer}{sure}")
+        notes.append(", ".join(parts))
+    return notes
+
+
+def comparison_html(comparison: SubmissionComparison, cards: int = 6) -> str:
+    """The comparison as HTML: sentences, question types, and cards of the first rows that differ.
+
+    All text from the data is escaped. Cards need the test rows, whose images they show.
+    """
+    sentences = "<br>".join(html.escape(line) for line in describe_comparison(comparison))
+    parts = [f"<p>{sentences}</p>"]
+    if not comparison.by_type.empty:
+        parts.append(table_html(comparison.by_type))
+    shown = comparison.differing.head(cards)
+    if "image_path" in shown and len(shown):
+        parts.append(question_cards(shown, _disagreement_notes(shown)))
+    return "".join(parts)
 
 
 # === Soft targets =================================================================================
