@@ -16174,7 +16174,8 @@ def _disagreement_notes(differing: pd.DataFrame) -> list[str]:
 def comparison_html(comparison: SubmissionComparison, cards: int = 6) -> str:
     """The comparison as HTML: sentences, question types, and cards of the first rows that differ.
 
-    All text from the data is escaped. Cards need the test rows, whose images they show.
+    All text from the data is escaped. Cards need the test rows, whose images they show; of a run
+    of another session whose images are not attached here, a line says which one is missing.
     """
     sentences = "<br>".join(html.escape(line) for line in describe_comparison(comparison))
     parts = [f"<p>{sentences}</p>"]
@@ -16182,7 +16183,10 @@ def comparison_html(comparison: SubmissionComparison, cards: int = 6) -> str:
         parts.append(table_html(comparison.by_type))
     shown = comparison.differing.head(cards)
     if "image_path" in shown and len(shown):
-        parts.append(question_cards(shown, _disagreement_notes(shown)))
+        try:
+            parts.append(question_cards(shown, _disagreement_notes(shown)))
+        except ImageError as error:
+            parts.append(f"<p>No cards: {html.escape(str(error))}</p>")
     return "".join(parts)
 
 

@@ -133,6 +133,16 @@ def test_two_files_in_other_notations_differ_where_their_answers_do(write):
     assert vqa.comparison_html(comparison, cards=1).count("<img ") == 1
 
 
+def test_without_the_images_a_line_says_so(write, replace):
+    competition = replace(COMPETITION, test=TEST.assign(image_path="/gone/1.png"))
+    comparison = vqa.compare_submissions(
+        write("a.csv", "abcd"), write("b.csv", "abca"), competition
+    )
+    page = vqa.comparison_html(comparison)
+    assert "<p>No cards: /gone/1.png" in page
+    assert "differ in 1 of 4 rows" in page
+
+
 def test_without_data_only_rows_and_noise_are_compared(write):
     comparison = vqa.compare_submissions(write("a.csv", "ABCD"), write("b.csv", "1231"))
     assert comparison.differing["id"].tolist() == ["004"]
