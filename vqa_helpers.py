@@ -39,6 +39,7 @@ above it.
    Damaged images                      what can be saved of PNG and JPEG files, and formats by name
    Images                              decoding, hashing
    Competition                         all tables of one competition, validated
+   Writing a competition               a table of one's own as a folder like a competition's
    Leakage and folds                   copies of images, and folds that keep them together
    Known answers                       test rows that equal a training row
    Augmentation                        mildly changed copies of training images
@@ -5974,6 +5975,168 @@ def load_competition(
         data_dir=root,
         notation=notation,
     )
+
+
+# === Writing a competition ========================================================================
+def _cell_as_text(cell, line: int, column: str) -> str:
+    """The cell of a table of one's own as it will stand in the CSV; "" for a missing one.
+
+    Raises DataError for what has no single way to be written.
+    """
+    is_missing_number = isinstance(cell, float) and math.isnan(cell)
+    if cell is None or cell is pd.NA or is_missing_number:
+        return ""
+    if isinstance(cell, (int, np.integer)) and not isinstance(cell, bool):
+        return str(cell)
+    if not isinstance(cell, str):
+        problem = (
+            f"is a {type(cell).__name__} and no text; write it as text, "
+            "as pd.read_csv(file, dtype=str, keep_default_na=False) reads it"
+        )
+        raise _cell_error("table", line, column, str(cell), problem)
+    if re.search("[\0\ud800-\udfff]", cell):
+        problem = "has a NUL byte or half of a character, which no CSV can hold; remove it"
+        raise _cell_error("table", line, column, ascii(cell)[1:-1], problem)
+    return cell
+
+
+def _require_columns(frame: pd.DataFrame) -> None:
+    """Raise DataError unless the table has rows and each of COLUMNS once."""
+    counts = Counter(frame.columns)
+    wrong = [name for name in COLUMNS if counts[name] != 1]
+    if wrong:
+        raise DataError(
+            f"The table's columns {wrong} are missing or double; it needs {', '.join(COLUMNS)}, "
+            f"and has {[*map(str, frame.columns)]}: rename them"
+        )
+    if frame.empty:
+        raise DataError("The table has no rows; give it one for each question")
+
+
+def _checked_texts(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table's texts, with answers as letters, "" for a row without one, and `line` from 1 on.
+
+    Raises DataError about the first row that `load_competition` would refuse.
+    """
+    texts = pd.DataFrame({"line": range(1, len(frame) + 1)})
+    for column in COLUMNS:
+        if column != "path":
+            cells = zip(frame[column], texts["line"], strict=True)
+            texts[column] = [_cell_as_text(cell, line, column) for cell, line in cells]
+    is_wrong = texts["id"].duplicated() | texts["id"].map(shows_nothing)
+    problem = "is blank or repeats an earlier row's; give each row its own"
+    _raise_for_first_row("table", texts, is_wrong, "id", problem)
+    filled = ~texts[[*CHOICES]].map(shows_nothing)
+    problem = "fewer than two choices are filled; complete the row"
+    _raise_for_first_row("table", texts, filled.sum(axis=1) < 2, "id", problem)
+
+    is_answered = ~texts["answer"].map(shows_nothing)
+    if not is_answered.any():
+        raise DataError(
+            "The table has no row with an answer: nothing could be trained on; write a, b, c or d "
+            "into the column answer"
+        )
+    answered = texts[is_answered].assign(column="answer")
+    labels, _ = _read_answers(answered, "table", Counter())
+    answered["answer"] = [CHOICES[label] for label in labels]
+    _read_answers(answered, "table", Counter())  # as letters, which choices like "a" may contradict
+    texts["answer"] = answered["answer"].reindex(texts.index, fill_value="")
+    return texts
+
+
+def _image_files(cells: Sequence, folder: Path) -> list[Path]:
+    """The file of each row's image; pictures in memory are written to `folder` as PNG.
+
+    Raises DataError about the first row whose image cannot be used.
+    """
+    files = []
+    written = {}  # by identity: one picture may belong to many questions
+    for line, cell in enumerate(cells, start=1):
+        if isinstance(cell, Image.Image):
+            file = written.get(id(cell))
+            if file is None:
+                file = folder / f"{line:06d}.png"
+                try:
+                    _finish_image(cell, {}).image.save(file)
+                except Exception as error:  # each decoder raises its own
+                    problem = f"cannot be read ({error_in_words(error)}); give its file's path"
+                    raise _cell_error("table", line, "path", repr(cell), problem) from error
+                written[id(cell)] = file
+        elif isinstance(cell, (str, Path)) and str(cell).strip():
+            file = Path(os.path.expanduser(cell)).resolve()
+        else:
+            problem = "is neither the path of an image nor a PIL image; give one of them"
+            raise _cell_error("table", line, "path", str(cell), problem)
+        files.append(file)
+    paths = [*dict.fromkeys(map(str, files))]
+    with (
+        warnings.catch_warnings(action="ignore"),  # of PIL, whose errors suffice
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        facts = dict(zip(paths, pool.map(_image_facts, paths), strict=True))
+    for line, file in enumerate(files, start=1):
+        if problem := facts[str(file)]["problem"]:
+            raise _cell_error("table", line, "path", file.name, problem)
+    return files
+
+
+def _collect_images(cells: Sequence, root: Path) -> list[str]:
+    """Bring all rows' images into `root`/images; the path (n,) of each, relative to `root`."""
+    folder = root / "images"
+    folder.mkdir(parents=True)
+    path_of_file = {}
+    files = _image_files(cells, folder)
+    for line, file in enumerate(files, start=1):
+        if file in path_of_file:
+            continue
+        if file.parent == folder:
+            name = file.name
+        else:
+            ending = file.suffix if re.fullmatch(r"\.[A-Za-z0-9]+", file.suffix) else ""
+            name = f"{line:06d}{ending}"
+            shutil.copyfile(file, folder / name)
+        path_of_file[file] = f"images/{name}"
+    return [path_of_file[file] for file in files]
+
+
+def write_competition(frame: pd.DataFrame, folder: str | Path) -> Path:
+    """Write a table of one's own as a competition's folder, whole or not at all; its path.
+
+    `frame` has the columns id, path, question, a, b, c, d, answer, a row for each question.
+    `path` holds the path of an image file, which is copied, or a PIL image, which is written as
+    PNG, upright and in RGB. Rows with an answer, in any notation that `load_competition`
+    understands, make train.csv, with letters a to d; rows without one make test.csv. Other columns
+    are left out. `load_competition` reads all texts back verbatim; without a row for test.csv the
+    folder serves for the setting extra_train_dirs alone. Raises DataError about the first row that
+    cannot be used (line 1 is the table's first row), and where `folder` exists already.
+    """
+    folder = named_folder(folder).resolve()
+    if folder.exists():
+        raise DataError(f"{folder}: exists already; delete it, or name a new folder")
+    _require_columns(frame)
+    texts = _checked_texts(frame)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # what a killed process left
+    try:
+        texts["path"] = _collect_images([*frame["path"]], unfinished)
+        is_answered = texts["answer"] != ""
+        train = texts.loc[is_answered, [*COLUMNS]]
+        test = texts.loc[~is_answered, [*COLUMNS]]
+        tables = {
+            "train.csv": train,
+            "test.csv": test.drop(columns="answer"),
+            "sample_submission.csv": test[["id", "answer"]],
+        }
+        for name, table in tables.items():
+            atomic_write(unfinished / name, csv_text(table))
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    LOGGER.info("Wrote %d training and %d test rows to %s", len(train), len(test), folder)
+    left_out = [str(name) for name in frame.columns if name not in COLUMNS]
+    if left_out:
+        LOGGER.info("Columns of the table that were left out: %s", str(left_out)[:200])
+    return folder
 
 
 # === Leakage and folds ============================================================================
