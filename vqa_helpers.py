@@ -99,6 +99,7 @@ above it.
    Submissions of a run                its two files, and which two to choose at the end
    Ensembles of runs                   several finished runs as one submission
    Comparing submissions               where two differ, and how far the errors of runs overlap
+   Related competitions                training rows of other folders
    Soft targets                        votes and other runs' probabilities as targets
    Damaged files                       what cannot be read any more is made anew
    Starting a run                      a new run directory, or the one to continue
@@ -1340,6 +1341,11 @@ class DataSettings:
         changes_result=False,  # it is part of the data's fingerprint
         searched=False,
     )
+    extra_train_dirs: tuple[str, ...] = setting(
+        (),
+        "folders like data_dir, such as earlier rounds: their training rows join every fold's",
+        searched=False,
+    )
     use_sample: bool = setting(False, "train on a random subset of the rows", searched=False)
     sample_size: int = setting(200, "rows of that subset", at_least=2, searched=False)
     max_fallback_share: float = setting(
@@ -1630,6 +1636,7 @@ PATH_FIELDS = (
     "resume_from",
     "distill_from",
     "pseudo_label_from",
+    "extra_train_dirs",
 )
 
 
@@ -1676,6 +1683,11 @@ def _check_training(config: Config) -> None:
     if not are_texts or not are_known or len(set(names)) < len(names):
         needs = f"names among {', '.join(COLUMNS)}, each with the name that it has in the files"
         _refuse(config, "columns", needs)
+
+    names = config.extra_train_dirs
+    are_texts = all(isinstance(name, str) and name.strip() for name in names)
+    if not are_texts or len(set(names)) < len(names):
+        _refuse(config, "extra_train_dirs", "paths of folders, none twice")
 
     if config.train_folds is not None:
         folds = set(config.train_folds)
@@ -1800,6 +1812,8 @@ class Config(
         for name in ("distill_from", "pseudo_label_from"):
             if relevant[name]:  # the same run, wherever its folder lies
                 relevant[name] = Path(relevant[name]).name
+        # Of these, too: their rows are part of the run's fingerprint.
+        relevant["extra_train_dirs"] = [Path(name).name for name in self.extra_train_dirs]
         text = json.dumps(relevant, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -10025,7 +10039,8 @@ class Run:
     # A hash of configuration, data, folds, model and targets together.
     fingerprint: str
     # Further training rows, filled by `add_soft_targets`: the columns of `train`,
-    # `source` (dev or test), and `fold`, here the one that trains on the row.
+    # `source` (dev, test, or extra_1, extra_2 for the folders of extra_train_dirs),
+    # and `fold`, here the one that trains on the row.
     extra_rows: pd.DataFrame
     # How a submission writes its answers; None where an earlier version, which did not
     # record it, has made the run.
@@ -10236,8 +10251,8 @@ def _differing_ids(rows: pd.DataFrame, others: pd.DataFrame) -> list[str]:
 def all_rows(run: Run) -> pd.DataFrame:
     """The rows that any fold trains on: the run's training rows, then its extra rows.
 
-    `source` is train, dev or test. `fold` is the fold that validates a training row, or
-    that an extra row is for.
+    `source` is train, dev, test, or extra_N for a folder of extra_train_dirs. `fold` is the
+    fold that validates a training row, or that an extra row is for.
     """
     return pd.concat([run.train.assign(source="train"), run.extra_rows], ignore_index=True)
 
@@ -10255,7 +10270,7 @@ def training_rows(run: Run, fold: int, rows: pd.DataFrame | None = None) -> pd.D
 
 
 def source_table(run: Run) -> pd.DataFrame:
-    """How many rows of each file (train, dev, test) every model trains on; a row a fold."""
+    """How many rows of each source (see `all_rows`) every model trains on; a row a fold."""
     counts = {}
     for fold in run.models_to_train:
         counts[fold] = training_rows(run, fold)["source"].value_counts()
@@ -15298,6 +15313,16 @@ def _report_introduction(run: Run, evaluation: Evaluation) -> list[str]:
     known = known_answers(run.train, run.test)
     in_use = config.use_known_answers
     paragraphs.append(describe_known_answers(known, len(run.test), in_use))
+    if config.extra_train_dirs:
+        folders = ", ".join(
+            f"`extra_{number}` is `{name}`"
+            for number, name in enumerate(config.extra_train_dirs, start=1)
+        )
+        paragraphs.append(
+            f"Rows of related competitions were trained on, too: {folders}. They validate nothing, "
+            "and rows that show a copy of a test image or of a fold's validation image were left "
+            "out, as counted below."
+        )
     if config.distill_from:
         paragraphs.append(f"**Do not compare runs by these figures**: {DISTILLED_WARNING}.")
     return paragraphs
@@ -16353,6 +16378,72 @@ def comparison_html(comparison: SubmissionComparison, cards: int = 6) -> str:
     return "".join(parts)
 
 
+# === Related competitions =========================================================================
+# Their training rows join every fold's training, and nothing else: they are no OOF rows, and a
+# row that shows a validation image of a fold is left out there (Soft targets, `_without_copies`).
+RELATED_SOURCE = "extra_"  # with the folder's number in extra_train_dirs, from 1 on
+
+
+def find_related_competitions(config: Config, data_dir: Path) -> dict[str, Path]:
+    """Source of rows (extra_1, ...) -> folder with their train.csv, as extra_train_dirs names it.
+
+    Archives are unpacked. Raises ValueError for a place that holds no competition or several,
+    and for this one's own folder `data_dir`.
+    """
+    folders = {}
+    for number, name in enumerate(config.extra_train_dirs, start=1):
+        where = f"Config field 'extra_train_dirs': {name}"
+        place = named_folder(name)
+        found = [place] if place.is_file() else list_competitions({str(place): 4})
+        if len(found) != 1:
+            held = [str(path) for path in found] or "none"
+            raise ValueError(
+                f"{where} must hold one competition, with {', '.join(COMPETITION_FILES)}; "
+                f"it holds {held}: name the folder or archive of one"
+            )
+        folder = unpack_competition(found[0]) if found[0].is_file() else found[0]
+        folder = folder.resolve()
+        if folder == data_dir.resolve() or folder in folders.values():
+            raise ValueError(f"{where} is data_dir or named twice; leave it out")
+        folders[f"{RELATED_SOURCE}{number}"] = folder
+    return folders
+
+
+def _without_test_images(
+    rows: pd.DataFrame, test: pd.DataFrame, source: str, fallbacks: Counter
+) -> pd.DataFrame:
+    """`rows` without those whose image is a copy of a test image, exact or near; counted."""
+    leakage = leakage_report(test[test["image_ok"]], rows)
+    is_copy = leakage.test_group.isin(leakage.image_group)
+    fallbacks[f"{source}_copies_of_test_images_left_out"] += int(is_copy.sum())
+    return rows[~is_copy].reset_index(drop=True)
+
+
+def load_related_rows(run: Run, data_dir: Path, fallbacks: Counter) -> list[pd.DataFrame]:
+    """The labelled rows of each folder in extra_train_dirs, with their `source`.
+
+    Tables and images are read as the competition's own. Ids get the source in front. Rows that
+    show a copy of a test image are left out; all losses are counted in `fallbacks`. Raises
+    DataError that names folder, file and row.
+    """
+    config = run.config
+    frames = []
+    for source, folder in find_related_competitions(config, data_dir).items():
+        LOGGER.info("Training rows %s: those of %s", source, folder)
+        counts = Counter()
+        try:
+            rows, _ = _load_train(
+                folder, config.max_fallback_share, None, config.seed, config.columns, counts
+            )
+        except DataError as error:
+            raise DataError(f"Folder {folder} of extra_train_dirs: {error}") from error
+        for name, count in (+counts).items():
+            fallbacks[f"{source}_{name.removeprefix('train_')}"] += count
+        rows = _without_test_images(rows, run.test, source, fallbacks)
+        frames.append(rows.assign(id=f"{source}/" + rows["id"], source=source))
+    return frames
+
+
 # === Soft targets =================================================================================
 # A row's target over a, b, c, d is its label, or what people (dev.csv) or another run, the
 # teacher, make of it: the columns target_a .. target_d. No target comes from a model that was
@@ -16376,6 +16467,11 @@ def _with_targets(frame: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFram
     shares = shares / shares.sum(axis=1, keepdims=True)
     columns = dict(zip(TARGET_COLUMNS, shares.T, strict=True))
     return frame.assign(**columns)
+
+
+def _with_hard_targets(frame: pd.DataFrame) -> pd.DataFrame:
+    """`frame` with its labels as targets, which no teacher gave: where others are soft."""
+    return _with_targets(frame, np.eye(4)[frame["label"]]).assign(teacher_fold=-1)
 
 
 def _load_dev(
@@ -16495,7 +16591,8 @@ def _pseudo_labelled_rows(run: Run, teacher: Run) -> Iterator[pd.DataFrame]:
         rows = _with_targets(run.test, probabilities[fold].round(TARGET_DECIMALS))
         confidence = rows[[*TARGET_COLUMNS]].max(axis=1)
         is_sure = rows["image_ok"] & (confidence >= run.config.pseudo_label_confidence)
-        yield rows[is_sure].assign(source="test", fold=fold, teacher_fold=fold)
+        taught = {"source": "test", "fold": fold, "teacher_fold": fold, "label": -1}
+        yield rows[is_sure].assign(**taught)
 
 
 def _without_copies(run: Run, rows: pd.DataFrame, fallbacks: Counter) -> pd.DataFrame:
@@ -16539,6 +16636,10 @@ def check_no_leak(run: Run, teachers: Mapping[str, Run]) -> None:
         copies = added[added["pixel_hash"].isin(held_out["pixel_hash"])]
         problem = "a training row shows an image that validates it"
         _require_no_rows(fold, _row_keys(copies), problem)
+        related = added[added["source"].str.startswith(RELATED_SOURCE)]
+        copies = related[related["pixel_hash"].isin(run.test["pixel_hash"])]
+        problem = "a row of extra_train_dirs shows a test image"
+        _require_no_rows(fold, _row_keys(copies), problem)
         for source, teacher in teachers.items():
             own_rows = rows[rows["source"] == source]
             for number, taught in own_rows.groupby("teacher_fold"):
@@ -16561,16 +16662,21 @@ def add_soft_targets(run: Run, data_dir: Path) -> Run:
     if config.use_dev_votes:
         dev = _load_dev(data_dir, config.max_fallback_share, config.columns, fallbacks)
         for fold in run.models_to_train:
-            extra_parts.append(dev.assign(source="dev", fold=fold, teacher_fold=-1))
+            extra_parts.append(dev.assign(source="dev", fold=fold, teacher_fold=-1, label=-1))
     if config.pseudo_label_from:
         teachers["test"] = _open_teacher(run, "pseudo_label_from")
         extra_parts += _pseudo_labelled_rows(run, teachers["test"])
+    has_soft_targets = bool(extra_parts or config.distill_from)
+    for rows in load_related_rows(run, data_dir, fallbacks):
+        related = _with_hard_targets(rows) if has_soft_targets else rows
+        for fold in run.models_to_train:
+            extra_parts.append(related.assign(fold=fold))
     train = run.train
     if config.distill_from:
         teachers["train"] = _open_teacher(run, "distill_from")
         train = _add_distilled_targets(run, teachers["train"])
-    elif extra_parts:
-        train = _with_targets(train, np.eye(4)[train["label"]]).assign(teacher_fold=-1)
+    elif has_soft_targets:
+        train = _with_hard_targets(train)
     extra_rows = run.extra_rows
     if extra_parts:
         added = pd.concat(extra_parts, ignore_index=True)
@@ -16578,7 +16684,7 @@ def add_soft_targets(run: Run, data_dir: Path) -> Run:
     run = dataclasses.replace(
         run,
         train=train,
-        extra_rows=extra_rows.assign(label=-1),
+        extra_rows=extra_rows,
         fallbacks=dict(fallbacks),
     )
     check_no_leak(run, teachers)
@@ -16586,7 +16692,7 @@ def add_soft_targets(run: Run, data_dir: Path) -> Run:
         text = "Do not compare %s with other runs by OOF rows: %s"
         LOGGER.warning(text, run.directory.name, DISTILLED_WARNING)
     if extra_parts:
-        left_out = {name: count for name, count in fallbacks.items() if "copies_left_out" in name}
+        left_out = {name: count for name, count in fallbacks.items() if "copies_" in name}
         counts = source_table(run).to_dict("index")
         LOGGER.info("Training rows by fold and file: %s; %s", counts, left_out)
     return run
@@ -18653,6 +18759,9 @@ def added_row_count(config: Config, competition: Competition) -> int:
         count += len(dev)
     if config.pseudo_label_from:
         count += len(competition.test)
+    for folder in find_related_competitions(config, competition.data_dir).values():
+        rows, _ = _read_competition_table(folder / "train.csv", config.columns, Counter())
+        count += len(rows)
     return count
 
 
