@@ -30,7 +30,9 @@ import vqa_helpers as vqa
 def finished_run(**fields) -> vqa.Run:
     """The demo's run with these settings, trained and predicted if it is not there yet."""
     config = vqa.load_config("demo", fields, environ={})
-    competition = vqa.load_competition(config.data_dir, config.max_fallback_share)
+    competition = vqa.load_competition(
+        config.data_dir, config.max_fallback_share, config.rows_to_use, config.seed
+    )
     leakage = vqa.leakage_report(competition.train, competition.test)
     folds = vqa.make_folds(competition.train, config.n_folds, config.seed, leakage.image_group)
     run = vqa.start_run(config, competition, folds)
