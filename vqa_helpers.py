@@ -7670,6 +7670,7 @@ def _quantization_options(config: Config, model_config, precision: str) -> dict:
     if is_stored_in_nf4(stored):
         # The arithmetic follows this card, not the one that the checkpoint was made on.
         stored["bnb_4bit_compute_dtype"] = DTYPES[precision]
+        model_config.quantization_config = stored
         return {"config": model_config}
     if stored:
         # Also on cards with FP8: its kernels come from the hub, and LoRA would train through none.
