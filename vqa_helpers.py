@@ -11837,8 +11837,7 @@ class FoldState:
         """
         if self.session.memory_plan is None:
             copies = 2 + len(self.averagers)  # AdamW's two moments
-            weight_bytes = sum(value.nbytes for value in self.parameters.values())
-            state_bytes = copies * weight_bytes
+            state_bytes = copies * sum(value.nbytes for value in self.parameters.values())
             self.model.train()
             # Lengths differ between epochs where images or wordings do.
             differ = self.config.augment_images or self.config.paraphrases > 1
