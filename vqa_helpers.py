@@ -8708,6 +8708,9 @@ def recurrent_forward(
 # === Recurrent kernels ============================================================================
 # transformers takes these kernels by itself wherever `import fla` works.
 RECURRENT_KERNELS = "flash-linear-attention"
+# Before 0.5 their rule takes one value head for each key head, and would mix up several without a
+# word (its pull request 812); before 0.5.2 they refuse Hopper GPUs with every Triton from 3.4 on.
+FIRST_RECURRENT_KERNELS = Version("0.5.2")
 # With these versions of Triton their gradients are wrong on Hopper GPUs (H100, H200), so that they
 # refuse a backward pass there: flash-linear-attention issue 640.
 TRITON_WRONG_ON_HOPPER = SpecifierSet(">=3.4,<3.7.1")
@@ -8751,6 +8754,11 @@ def decide_recurrent_kernels(gpus: Sequence[Mapping], strict: bool = False) -> t
         advice = f"`pip install {RECURRENT_KERNELS}` before training makes them faster on this GPU"
         return False, f"{layers} in plain PyTorch: {RECURRENT_KERNELS} is not installed; {advice}"
     version = installed_version(RECURRENT_KERNELS)
+    if version < FIRST_RECURRENT_KERNELS:
+        return False, (
+            f"{layers} in plain PyTorch: {RECURRENT_KERNELS} {version} is too old; "
+            f"`pip install -U {RECURRENT_KERNELS}` before training makes them faster on this GPU"
+        )
     first_use = "its kernels are compiled at their first use, which can take minutes"
     return True, f"{layers} by {RECURRENT_KERNELS} {version}: {first_use}"
 

@@ -210,9 +210,11 @@ def outputs_and_gradients(rule, inputs):
 
 
 def transformers_rule(query, key, value, g, beta, state):
+    """transformers' own; before 5.24 it takes as many heads of query and key as of value."""
+    group = value.shape[2] // key.shape[2]
     return modeling_qwen3_5.torch_chunk_gated_delta_rule(
-        query,
-        key,
+        query.repeat_interleave(group, dim=2),
+        key.repeat_interleave(group, dim=2),
         value,
         g,
         beta,
@@ -366,13 +368,27 @@ def test_recurrent_kernels_are_advised_where_they_pay_and_used_where_they_are(ke
     )
 
 
+@pytest.mark.parametrize("version", ["0.4.2", "0.5.1"])
+def test_kernels_that_would_mix_up_heads_are_not_used(kernels, version):
+    metadata = kernels.parent / "flash_linear_attention-0.6.0.dist-info" / "METADATA"
+    metadata.write_text(f"Name: flash-linear-attention\nVersion: {version}\n")
+    importlib.invalidate_caches()
+    chosen, why = vqa.decide_recurrent_kernels([A100])
+    assert not chosen
+    assert why == PLAIN_PYTORCH + (
+        f"{version} is too old; `pip install -U flash-linear-attention` before training "
+        "makes them faster on this GPU"
+    )
+
+
 def kernel_of(change=lambda outputs: outputs):
     """A stand-in for the kernels: transformers' rule, with changed outputs."""
     calls = []
 
-    def chunk_gated_delta_rule(*inputs, **options):
-        calls.append(options["initial_state"] is not None)
-        outputs, state = modeling_qwen3_5.torch_chunk_gated_delta_rule(*inputs, **options)
+    def chunk_gated_delta_rule(query, key, value, *, g, beta, initial_state, **options):
+        assert options == {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+        calls.append(initial_state is not None)
+        outputs, state = transformers_rule(query, key, value, g, beta, initial_state)
         return change(outputs), state
 
     return SimpleNamespace(chunk_gated_delta_rule=chunk_gated_delta_rule, calls=calls)
