@@ -11,7 +11,7 @@ import pytest
 import torch
 from cards import A100, T4
 from references import gradients, perturb_adapter
-from running import ROTATIONS
+from running import ROTATIONS, plain_batch
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
@@ -165,6 +165,17 @@ def test_a_t4_gets_a_mask_for_attention_only(session, rows):
     assert masks["full_attention"].shape == (2, 1, *[batch["input_ids"].shape[1]] * 2)
     assert masks["linear_attention"] is None
     assert torch.allclose(vqa.answer_hidden_states(session, batch), plain, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_padding_changes_no_prompt_of_a_recurrent_family(session, rows):
+    batch = plain_batch(session, rows, range(4))
+    assert batch["padded"]
+    together = vqa.answer_hidden_states(session, batch)
+    alone = []
+    for row in range(4):
+        alone.append(vqa.answer_hidden_states(session, plain_batch(session, rows, [row])))
+    assert torch.allclose(together, torch.cat(alone), rtol=0, atol=1e-5)
 
 
 def test_four_orders_of_a_recurrent_family_cost_less_than_four_prompts(session, rows):
