@@ -7205,11 +7205,16 @@ def _rendering_problem(processor, messages: list[dict], options: Mapping) -> str
     return ""
 
 
+def _example_messages() -> list[dict]:
+    """Any question, to see how a chat template is rendered."""
+    choices = {"a": "1", "b": "2", "c": "3", "d": "4"}
+    return build_messages({"image_path": "1.png", "question": "몇 개인가요?", **choices})
+
+
 @functools.lru_cache(maxsize=4)  # every prompt asks; a changed template is another key
 def _find_options(processor, template: str) -> dict:
     """The first way to render `template`, the processor's, in which an example agrees, or {}."""
-    choices = {"a": "1", "b": "2", "c": "3", "d": "4"}
-    messages = build_messages({"image_path": "1.png", "question": "몇 개인가요?", **choices})
+    messages = _example_messages()
     for options in renderings_to_try(template):
         if not _rendering_problem(processor, messages, options):
             return options
@@ -7760,11 +7765,25 @@ def _why_adapters_do_not_fit(trained, scoring) -> str:
     return ""
 
 
+def _check_score_prompts(config: Config) -> None:
+    """ValueError where score_model_id would read other prompts than model_id is trained on."""
+    base = config.rescoring
+    trained = render_prompt(load_processor(config), _example_messages())
+    scored = render_prompt(load_processor(base), _example_messages())
+    if scored != trained:
+        raise ValueError(
+            f"score_model_id {base.model_path} has another chat template than {config.model_path}, "
+            "and would score other prompts than those of training: give one of the two, in a "
+            "folder, the chat template of the other, or set score_precision='trained'\n"
+            f"--- training:\n{trained}\n--- scoring:\n{scored}"
+        )
+
+
 def check_score_model(config: Config) -> None:
     """Find out whether score_precision "16bit" has a model to score with, before hours of training.
 
-    Raises ValueError where that model is quantised or adapters do not fit it, and OSError where
-    a config.json cannot be read.
+    Raises ValueError where that model is quantised, where adapters do not fit it, or where its
+    chat template gives other prompts, and OSError where a config.json cannot be read.
     """
     if config.score_precision != "16bit":
         return
@@ -7789,6 +7808,8 @@ def check_score_model(config: Config) -> None:
             f"score_model_id {base.model_path} does not fit adapters of {config.model_path}: "
             f"{problem}. Set score_model_id to the 16-bit original of {config.model_path}"
         )
+    if config.score_model_id:
+        _check_score_prompts(config)
     LOGGER.info("Decision: scoring in 16 bits uses %s", base.model_path)
 
 

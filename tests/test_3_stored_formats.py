@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from chat_templates import THINKS_BY_DEFAULT
 from references import flat_gradients, perturb_adapter
 from running import ONE_VIEW, batch_loss, plain_batch, quiet, read_logits, run_all
 from safetensors.torch import load_file, save_file
@@ -344,6 +345,16 @@ def test_the_model_for_scoring_has_to_fit_the_adapter(model_folders, stored_doub
     fits, figures = vqa.fits_in_16_bits(config_16_bit(stored_double, wider), free=0.52)
     assert not fits
     assert "0.54 GiB for the unquantised model" in figures
+
+
+def test_a_model_for_scoring_with_other_prompts_is_refused_before_training(
+    model_folders, stored_double, tmp_path
+):
+    other = shutil.copytree(model_folders["qwen3_vl"], tmp_path / "other")
+    (other / "chat_template.jinja").write_text(THINKS_BY_DEFAULT, encoding="utf-8")
+    said = "other has another chat template than .*score_precision='trained'\n--- training:\n<.*"
+    with pytest.raises(ValueError, match=f"(?s){said}--- scoring:.*<think>\n\n</think>"):
+        vqa.check_score_model(config_16_bit(stored_double, other))
 
 
 def test_a_model_for_scoring_that_is_not_there_is_named_with_its_setting(
