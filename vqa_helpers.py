@@ -7325,7 +7325,7 @@ def stored_quantization(model_config) -> dict:
     for part in (model_config, model_config.get_text_config()):
         stored = getattr(part, "quantization_config", None)
         if isinstance(stored, Mapping):
-            return stored  # itself: loading writes this machine's number format into it
+            return dict(stored)
         if stored is not None:
             return stored.to_dict()
     return {}
