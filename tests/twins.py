@@ -181,8 +181,8 @@ def build_twin(family: str, folder: Path) -> Path:
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(config)
-    with torch.no_grad():  # also padding's, which starts as zeros: in real models it is not
-        model.get_input_embeddings().weight.normal_(std=0.02)
+    with torch.no_grad():  # padding starts as zeros, which it is not in real models
+        model.get_input_embeddings().weight[processor.tokenizer.pad_token_id].normal_(std=0.02)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
