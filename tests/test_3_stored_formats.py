@@ -347,6 +347,13 @@ def test_the_model_for_scoring_has_to_fit_the_adapter(model_folders, stored_doub
     assert "0.54 GiB for the unquantised model" in figures
 
 
+def test_the_model_for_scoring_may_be_stored_in_fp8(stored_double, tmp_path, caplog):
+    scored = copy_with(stored_double, tmp_path / "fp8", load_in_4bit=False, quant_method="fp8")
+    with caplog.at_level("INFO", "vqa"):
+        vqa.check_score_model(config_16_bit(stored_double, scored))
+    assert f"Decision: scoring in 16 bits uses {scored}" in caplog.text
+
+
 def test_a_model_for_scoring_with_other_prompts_is_refused_before_training(
     model_folders, stored_double, tmp_path
 ):
