@@ -183,6 +183,18 @@ def test_before_loading_memory_is_that_of_the_longest_prompt_with_the_runs_own_t
     assert vqa.expected_memory(session.config, frame) == known
 
 
+@pytest.mark.parametrize(("family", "is_compiled"), [("qwen3_vl", True), ("qwen3_5_moe", False)])
+def test_memory_before_loading_is_that_of_compiled_layers_where_the_family_is_compiled(
+    family, is_compiled, model_folders, demo_rows
+):
+    costs = []
+    for wish in ("on", "off"):
+        model_id = str(model_folders[family])
+        config = vqa.Config.preset("demo", model_id=model_id, compile_layers=wish)
+        costs.append(vqa.expected_memory(config, demo_rows.train.head(2)))
+    assert (costs[0] != costs[1]) is is_compiled
+
+
 def kept_bytes(layer, hidden_states, **inputs) -> int:
     """Bytes of all that autograd keeps of a pass of the layer, but for its weights."""
     weights = {value.untyped_storage().data_ptr() for value in layer.parameters()}
