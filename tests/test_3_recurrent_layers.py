@@ -168,6 +168,25 @@ def test_a_t4_gets_a_mask_for_attention_only(session, rows):
 
 
 @torch.inference_mode()
+def test_a_recurrent_layer_keeps_the_hook_that_fetches_its_inputs(session, rows):
+    orders = [[PLAIN, TURNED], [PLAIN]]
+    plain = states_of(session, rows, orders)
+    fetched = []
+
+    class FetchingHook(accelerate.hooks.ModelHook):
+        def pre_forward(self, module, *inputs, **options):
+            fetched.append(module)
+            return inputs, options
+
+    mixer = session.decoder_layers[0].linear_attn
+    vars(mixer).pop("forward")  # back to transformers' own, as it is just after loading
+    accelerate.hooks.add_hook_to_module(mixer, FetchingHook())
+    vqa.use_recurrent_layers(session.model, False, "on a CPU")
+    assert torch.equal(states_of(session, rows, orders), plain)
+    assert fetched == [mixer]
+
+
+@torch.inference_mode()
 def test_padding_changes_no_prompt_of_a_recurrent_family(session, rows):
     batch = plain_batch(session, rows, range(4))
     assert batch["padded"]
