@@ -192,9 +192,11 @@ def test_an_archive_below_the_home_folder_is_found(tmp_path, monkeypatch):
 @pytest.mark.parametrize("field", vqa.PATH_FIELDS)
 def test_the_home_folder_is_expanded_in_every_setting_that_is_a_path(monkeypatch, field):
     monkeypatch.setenv("HOME", "/home/me")
-    value = ("~/a", "/b") if field == "resume_from" else "~/a"
-    expected = ("/home/me/a", "/b") if field == "resume_from" else "/home/me/a"
-    config = vqa.Config.preset("demo", **{field: value})
+    takes_several = field in ("resume_from", "extra_train_dirs")
+    value = ("~/a", "/b") if takes_several else "~/a"
+    expected = ("/home/me/a", "/b") if takes_several else "/home/me/a"
+    needs = {"score_precision": "16bit"} if field == "score_model_id" else {}
+    config = vqa.Config.preset("demo", **needs, **{field: value})
     assert getattr(config, field) == expected
 
 
