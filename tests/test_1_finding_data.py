@@ -195,7 +195,9 @@ def test_the_home_folder_is_expanded_in_every_setting_that_is_a_path(monkeypatch
     takes_several = field in ("resume_from", "extra_train_dirs")
     value = ("~/a", "/b") if takes_several else "~/a"
     expected = ("/home/me/a", "/b") if takes_several else "/home/me/a"
-    needs = {"score_precision": "16bit"} if field == "score_model_id" else {}
+    needs = {}
+    if field == "score_model_id":
+        needs = {"score_precision": "16bit", "quantization": "4bit"}
     config = vqa.Config.preset("demo", **needs, **{field: value})
     assert getattr(config, field) == expected
 
