@@ -39,6 +39,7 @@ above it.
    Damaged images                      what can be saved of PNG and JPEG files, and formats by name
    Images                              decoding, hashing
    Competition                         all tables of one competition, validated
+   Context                             words beside the image: a column, or a file by id
    Writing a competition               a table of one's own as a folder like a competition's
    Leakage and folds                   copies of images, and folds that keep them together
    Known answers                       test rows that equal a training row
@@ -143,6 +144,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import contextlib
 import csv
 import dataclasses
@@ -203,6 +205,7 @@ __version__ = "0.3.0"  # the notebook asks for exactly this one
 
 CHOICES = ("a", "b", "c", "d")  # columns of the tables, and the letters that answer
 COLUMNS = ("id", "path", "question", *CHOICES, "answer")  # of the competition's tables
+CONTEXT_COLUMN = "context"  # of tables that have it: words beside the image
 VOTE_COLUMNS = ("answer1", "answer2", "answer3", "answer4", "answer5")  # of dev.csv
 QUESTION_TYPES = (
     "counting",
@@ -1355,6 +1358,19 @@ class DataSettings:
         below=1,
         searched=False,
     )
+    context_tokens: int = setting(
+        0,
+        "tokens that the prompt shows of a row's context, words beside the image, such as 128; "
+        "0: context is not used",
+        at_least=0,
+    )
+    context_file: str | None = setting(
+        None,
+        "CSV with id and context for rows of train.csv and test.csv; None: context.csv in "
+        "data_dir, else the tables' column context",
+        changes_result=False,  # it is part of the data's fingerprint
+        searched=False,
+    )
     prompt_templates: Mapping[str, str] = setting(
         dict, "question type -> template, replaces the default"
     )
@@ -1679,7 +1695,7 @@ def _check_training(config: Config) -> None:
 
     names = config.columns.values()
     are_texts = all(isinstance(name, str) and name.strip() for name in names)
-    are_known = set(config.columns) <= {*COLUMNS, *VOTE_COLUMNS}
+    are_known = set(config.columns) <= {*COLUMNS, *VOTE_COLUMNS, CONTEXT_COLUMN}
     if not are_texts or not are_known or len(set(names)) < len(names):
         needs = f"names among {', '.join(COLUMNS)}, each with the name that it has in the files"
         _refuse(config, "columns", needs)
@@ -4086,7 +4102,9 @@ def _read_column_names(
     what is left is read by its place.
     """
     needed = TABLE_COLUMNS[file]
-    known = needed if file == "sample_submission.csv" else {*COLUMNS, *needed}
+    known = {*COLUMNS, *needed, CONTEXT_COLUMN}
+    if file == "sample_submission.csv":
+        known = needed
     own_names = [_own_name(field_name) for field_name in fields]
     by_setting = {}
     for name, file_name in columns.items():
@@ -4210,7 +4228,7 @@ def _locate_columns(
     if problem:
         raise DataError(f"{file}, line {header.line}: {problem}")
     found = reading.places
-    known = dict.fromkeys((*COLUMNS, *TABLE_COLUMNS[file]))
+    known = dict.fromkeys((*COLUMNS, *TABLE_COLUMNS[file], CONTEXT_COLUMN))
     used = {name: found[name][0] for name in known if len(found.get(name, ())) == 1}
     other_names = [name for name in used if name in reading.by_alias]
     if other_names:
@@ -5819,7 +5837,8 @@ class Competition:
     width, height               of the image as loaded, in pixels
     pixel_hash, dhash           of its content and of its look; "" without a usable image
 
-    and of train also answer (a-d) and label (0-3).
+    and of train also answer (a-d) and label (0-3). Tables with a column context have it, too,
+    verbatim; `add_context` decides whether it is used.
     """
 
     train: pd.DataFrame
@@ -5989,6 +6008,158 @@ def load_competition(
         data_dir=root,
         notation=notation,
     )
+
+
+# === Context ======================================================================================
+# Words beside a row's image: what is written in it, a caption, facts that were looked up. They
+# stand in front of the question, so that all choice orders keep their long common prefix.
+CONTEXT_FILE = "context.csv"  # in the competition's folder, where the setting names no other
+_CONTEXT_NAMES = ("context", "text")  # what the column of texts may be called in it
+
+
+@dataclass(frozen=True)
+class _ContextText:
+    """One row of a context file."""
+
+    line: int  # where it begins, 1-based
+    text: str  # verbatim
+
+
+def _context_path(config: Config, root: Path) -> Path | None:
+    """The context file of these settings; None where there is none. DataError if it is gone."""
+    if not config.context_file:
+        path = root / CONTEXT_FILE
+        return path if path.is_file() else None
+    path = Path(config.context_file)
+    if not path.is_file():
+        raise DataError(f"context_file {path}: no such file; correct the setting, or leave it out")
+    return path
+
+
+def _context_places(file: str, header: _CsvRecord) -> tuple[int, int]:
+    """Places of the ids and of the texts. Raises DataError unless there is one column of each."""
+    names = [_own_name(name) for name in header.fields]
+    texts = [place for place, name in enumerate(names) if name in _CONTEXT_NAMES]
+    if names.count("id") != 1 or len(texts) != 1:
+        raise DataError(
+            f"{file}, line {header.line}: it needs a column id and a column context (or text), "
+            f"one of each, with a comma between them; correct the header "
+            f"{str(header.fields)[:200]}"
+        )
+    return names.index("id"), texts[0]
+
+
+def _read_context_file(path: Path, fallbacks: Counter) -> dict[str, _ContextText]:
+    """Id -> text. Raises DataError for a wrong header or row, and for an id that comes twice."""
+    file = path.name
+    records = [*_csv_records(file, _decode_csv(path, fallbacks), ",")]
+    header, *rows = records or [_CsvRecord(line=1, fields=[])]
+    id_place, text_place = _context_places(file, header)
+    _check_record_lengths(file, _CsvTable(header, rows, ","))
+    texts = {}
+    for record in _without_blank_rows(file, rows, fallbacks):
+        row_id = record.fields[id_place]
+        if row_id in texts:
+            problem = f"line {texts[row_id].line} has it, too; leave one row for each id"
+            raise _cell_error(file, record.line, "id", row_id, problem)
+        texts[row_id] = _ContextText(record.line, record.fields[text_place])
+    return texts
+
+
+def _ids_of_table(path: Path, columns: Mapping[str, str]) -> set[str]:
+    """The ids of all rows of a table that was read before, those that were left out among them."""
+    table = _read_csv_table(path, columns, Counter())
+    reading = _read_column_names(path.name, table.header.fields, columns)
+    place = reading.places["id"][0]
+    return {record.fields[place] for record in table.records}
+
+
+def _check_context_ids(
+    file: str,
+    texts: Mapping[str, _ContextText],
+    root: Path,
+    columns: Mapping[str, str],
+) -> None:
+    """Raise DataError about the first id that is in neither table, or in both."""
+    train_ids = _ids_of_table(root / "train.csv", columns)
+    test_ids = _ids_of_table(root / "test.csv", columns)
+    for row_id, content in texts.items():
+        in_train = row_id in train_ids
+        in_test = row_id in test_ids
+        problem = ""
+        if not in_train and not in_test:
+            problem = "neither train.csv nor test.csv has it; correct or remove the row"
+        elif in_train and in_test:
+            problem = (
+                "train.csv and test.csv both have it, so that it cannot be told whose text this "
+                "is; put the texts into a column context of both tables"
+            )
+        if problem:
+            raise _cell_error(file, content.line, "id", row_id, problem)
+
+
+def _use_context_column(
+    config: Config, frame: pd.DataFrame, split: str, fallbacks: Counter
+) -> pd.DataFrame:
+    """The frame with its column context, blank where it has none; without it, if that is off.
+
+    Counts the rows without any text, and those with tokens that are neutralised.
+    """
+    if not config.context_tokens:
+        if CONTEXT_COLUMN in frame:
+            text = "Decision: the column context of %s.csv is not used: context_tokens is 0"
+            LOGGER.info(text, split)
+        return frame.drop(columns=CONTEXT_COLUMN, errors="ignore")
+    if CONTEXT_COLUMN not in frame:
+        frame = frame.assign(context="")
+    in_prompt = frame[CONTEXT_COLUMN].map(prompt_text)
+    without_tokens = in_prompt.map(neutralise_special_tokens)
+    fallbacks[f"{split}_rows_without_context"] += int((in_prompt == "").sum())
+    fallbacks[f"{split}_context_special_tokens"] += int((without_tokens != in_prompt).sum())
+    return frame
+
+
+def _require_context(config: Config, competition: Competition) -> None:
+    """Raise DataError where the settings ask for context and a table has no column of it."""
+    without = []
+    for split in ("train", "test"):
+        if CONTEXT_COLUMN not in getattr(competition, split):
+            without.append(f"{split}.csv")
+    if without:
+        raise DataError(
+            f"context_tokens is {config.context_tokens}, but {' and '.join(without)} in "
+            f"{competition.data_dir} have no column context, and there is no {CONTEXT_FILE}; "
+            "add one of them, name a file in context_file, or set context_tokens=0"
+        )
+
+
+def add_context(config: Config, competition: Competition) -> Competition:
+    """The competition with the context that the settings ask for in its rows' column context.
+
+    `start_run` and `preflight` call it. With context_tokens 0 the column is dropped. A file comes
+    before the tables' own column, and its bytes become part of the fingerprint. Rows without
+    context are counted. Raises DataError for ids that are unknown, doubled or in both tables, and
+    where there is no context at all.
+    """
+    fallbacks = Counter(competition.fallbacks)
+    frames = {"train": competition.train, "test": competition.test}
+    fingerprint = competition.fingerprint
+    path = _context_path(config, competition.data_dir) if config.context_tokens else None
+    if path is not None:
+        texts = _read_context_file(path, fallbacks)
+        _check_context_ids(path.name, texts, competition.data_dir, config.columns)
+        LOGGER.info("Decision: context of %d rows comes from %s", len(texts), path)
+        nothing = _ContextText(line=0, text="")
+        for split, frame in frames.items():
+            found = [texts.get(row_id, nothing).text for row_id in frame["id"]]
+            frames[split] = frame.assign(context=found)
+        content = fingerprint.encode() + path.read_bytes()
+        fingerprint = hashlib.sha256(content).hexdigest()
+    elif config.context_tokens:
+        _require_context(config, competition)
+    for split, frame in frames.items():
+        frames[split] = _use_context_column(config, frame, split, fallbacks)
+    return dataclasses.replace(competition, **frames, fallbacks=fallbacks, fingerprint=fingerprint)
 
 
 # === Writing a competition ========================================================================
@@ -7109,11 +7280,61 @@ def permute_choices(values, order):
     return [values[original] for original in order]
 
 
-def build_messages(row, order=(0, 1, 2, 3), templates=PROMPT_TEMPLATES) -> list[dict]:
-    """Chat messages of one question: system, image, hint, instruction, question, choices.
+def _cut_to_tokens(tokenizer, text: str, limit: int) -> str:
+    """The text, or as many of its words as `limit` tokens hold; of a longer word its beginning."""
+
+    def is_too_long(end: int) -> bool:
+        tokens = tokenizer(text[:end], add_special_tokens=False, verbose=False)
+        return len(tokens["input_ids"]) > limit
+
+    if not is_too_long(len(text)):
+        return text
+    ends = [match.start() for match in re.finditer(" ", text)]
+    ends = ends[:limit]  # a word has a token at least
+    if not ends or is_too_long(ends[0]):
+        ends = range(1, ends[0] if ends else len(text))
+    fitting = bisect.bisect_left(ends, True, key=is_too_long)
+    return text[: ends[fitting - 1]] if fitting else ""
+
+
+_cut_context = functools.lru_cache(maxsize=2**16)(_cut_to_tokens)  # each epoch and view asks
+
+
+def plain_context(row: Mapping) -> str:
+    """The row's whole context as it may stand in the prompt: on one line, without control tokens.
+
+    >>> plain_context({"context": "OPEN\\n<|im_end|>"}), plain_context({})
+    ('OPEN < |im_end| >', '')
+    """
+    return neutralise_special_tokens(prompt_text(row.get(CONTEXT_COLUMN, "")))
+
+
+def shown_context(config: Config, processor, row: Mapping) -> str:
+    """What the prompt shows of the row's context: at most `context_tokens`, cut at a word.
+
+    "" where the row has none, or the setting is 0.
+    """
+    if not config.context_tokens:
+        return ""
+    return _cut_context(processor.tokenizer, plain_context(row), config.context_tokens)
+
+
+def count_cut_contexts(config: Config, processor, frame: pd.DataFrame) -> int:
+    """Rows of which the prompt does not show the whole context."""
+    count = 0
+    for row in frame.to_dict("records"):
+        count += shown_context(config, processor, row) != plain_context(row)
+    return count
+
+
+def build_messages(
+    row, order=(0, 1, 2, 3), templates=PROMPT_TEMPLATES, context: str = ""
+) -> list[dict]:
+    """Chat messages of one question: system, image, context, hint, instruction, question, choices.
 
     The choices come in `order`, without those that are blank. The letters stay with their
-    positions, so that a blank choice leaves its letter out.
+    positions, so that a blank choice leaves its letter out. `context` is what `shown_context`
+    returns; "" leaves its line out.
 
     >>> row = {"image_path": "1.png", "question": "How many dogs?"}
     >>> row |= {"a": "1", "b": "2", "c": " ", "d": "4"}
@@ -7133,6 +7354,8 @@ def build_messages(row, order=(0, 1, 2, 3), templates=PROMPT_TEMPLATES) -> list[
     question = neutralise_special_tokens(prompt_text(original_question))
     template = templates[question_type(original_question, original_choices)]
     text = template.format(question=question, choices="\n".join(lines))
+    if context:
+        text = f"참고 자료: {context}\n{text}"
     content = [
         {"type": "image", "image": row["image_path"]},
         {"type": "text", "text": text.strip()},  # chat templates may trim it, too
@@ -8959,7 +9182,8 @@ def _check_wordings(processor, config: Config, example: Mapping) -> tuple[tuple[
     letter_token_ids = []
     for wording in range(config.paraphrases):
         templates = prompt_templates(config, wording)
-        messages = build_messages(example, templates=templates)
+        context = shown_context(config, processor, example)
+        messages = build_messages(example, templates=templates, context=context)
         letter_token_ids.append(check_template(processor, messages))
     return letter_token_ids[0]
 
@@ -9076,7 +9300,8 @@ def make_prompt(
         budget = pixel_budget(session.config, session.processor, scale)
         grid = image_grid(record["width"], record["height"], session.processor, budget)
         templates = prompt_templates(session.config, record.get("wording", 0))
-        messages = [build_messages(record, order, templates) for order in orders]
+        context = shown_context(session.config, session.processor, record)
+        messages = [build_messages(record, order, templates, context) for order in orders]
         encoded = [encode_prompt(session.processor, message, grid) for message in messages]
     except Exception as error:
         raise DataError(
@@ -15318,6 +15543,24 @@ def _report_notation(run: Run) -> list[str]:
     ]
 
 
+def _report_context(run: Run) -> list[str]:
+    """A paragraph on the words beside the images; none for a run that does not use them."""
+    limit = run.config.context_tokens
+    if not limit:
+        return []
+    try:
+        content = read_json(run.directory / "prompt.json", ["cut_contexts"])
+        cut = f"that of {content['cut_contexts']} rows is longer and was cut"
+    except (DamagedFileError, FileNotFoundError) as error:  # no reason to go without a report
+        cut = f"how many are longer is not known: {error_in_words(error)}"
+    rows = pd.concat([run.train, run.test])
+    filled = int((~rows[CONTEXT_COLUMN].map(shows_nothing)).sum())
+    return [
+        f"{filled} of {len(rows)} rows have context in front of their question, at most {limit} "
+        f"tokens of it; {cut}."
+    ]
+
+
 def _report_introduction(run: Run, evaluation: Evaluation) -> list[str]:
     """The paragraphs that say what the run is and how to read its figures."""
     config = run.config
@@ -15352,6 +15595,7 @@ def _report_introduction(run: Run, evaluation: Evaluation) -> list[str]:
             "and rows that show a copy of a test image or of a fold's validation image were left "
             "out, as counted below."
         )
+    paragraphs += _report_context(run)
     if config.distill_from:
         paragraphs.append(f"**Do not compare runs by these figures**: {DISTILLED_WARNING}.")
     return paragraphs
@@ -16690,6 +16934,7 @@ def add_soft_targets(run: Run, data_dir: Path) -> Run:
     extra_parts = []
     if config.use_dev_votes:
         dev = _load_dev(data_dir, config.max_fallback_share, config.columns, fallbacks)
+        dev = _use_context_column(config, dev, "dev", fallbacks)
         for fold in run.models_to_train:
             extra_parts.append(dev.assign(source="dev", fold=fold, teacher_fold=-1, label=-1))
     if config.pseudo_label_from:
@@ -16949,6 +17194,7 @@ def start_run(config: Config, competition: Competition, folds: np.ndarray) -> Ru
         raise FileNotFoundError(
             f"backup_dir {config.backup_dir}: no such disk; for Drive set MOUNT_DRIVE = True above"
         )
+    competition = add_context(config, competition)
     train = competition.train.assign(fold=folds)
     run = Run(
         config,
@@ -17394,8 +17640,19 @@ def fits_in_16_bits(config: Config, free: float) -> tuple[bool, str]:
 
 def example_prompt(session: Session, row: Mapping) -> str:
     """The rendered prompt of one question."""
-    messages = build_messages(row, templates=prompt_templates(session.config))
+    config = session.config
+    context = shown_context(config, session.processor, row)
+    messages = build_messages(row, templates=prompt_templates(config), context=context)
     return render_prompt(session.processor, messages)
+
+
+def _count_cut_contexts_of(run: Run, session: Session) -> int:
+    """Rows of the run whose context is cut, logged."""
+    rows = pd.concat([run.train, run.test])
+    count = count_cut_contexts(run.config, session.processor, rows)
+    text = "Decision: context is cut to context_tokens=%d in %d of %d rows"
+    LOGGER.info(text, run.config.context_tokens, count, len(rows))
+    return count
 
 
 def check_run_prompt(run: Run, session: Session) -> None:
@@ -17422,6 +17679,8 @@ def check_run_prompt(run: Run, session: Session) -> None:
             )
     options = template_options(session.processor)
     content = {"prompt": prompt, "chat_template": options_as_text(options)}
+    if run.config.context_tokens:
+        content["cut_contexts"] = _count_cut_contexts_of(run, session)
     atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
@@ -18580,7 +18839,9 @@ def expected_memory(config: Config, frame: pd.DataFrame) -> MemoryCosts:
     longest = 0
     for row in frame.to_dict("records"):
         grid = image_grid(row["width"], row["height"], processor, budget)
-        ids = encode_prompt(processor, build_messages(row, templates=templates), grid)
+        context = shown_context(config, processor, row)
+        messages = build_messages(row, templates=templates, context=context)
+        ids = encode_prompt(processor, messages, grid)
         longest = max(longest, len(ids))
     device = "cuda" if runtime.gpus else "cpu"
     wish = config.compile_layers if FAMILIES[shapes.model_type].is_compiled else "off"
@@ -18641,7 +18902,8 @@ def prompt_lengths(config: Config, processor, competition: Competition) -> pd.Da
         prompts = []
         choices = []
         for record in records:
-            messages = build_messages(record, templates=templates)
+            context = shown_context(config, processor, record)
+            messages = build_messages(record, templates=templates, context=context)
             prompt = render_prompt(processor, messages)
             prompts.append(place_image_tokens(processor, prompt, count=0))
             choices.append("\n".join(str(record[choice]) for choice in CHOICES))
@@ -18668,7 +18930,8 @@ def prompt_lengths(config: Config, processor, competition: Competition) -> pd.Da
 def row_in_words(row: Mapping, competition: Competition) -> str:
     """File, line, id and tokens of a row of `prompt_lengths`, and its longest text."""
     record = getattr(competition, row["split"]).iloc[row["row"]]
-    lengths = {column: len(record[column]) for column in ("question", *CHOICES)}
+    columns = [column for column in ("question", *CHOICES, CONTEXT_COLUMN) if column in record]
+    lengths = {column: len(record[column]) for column in columns}
     column = max(lengths, key=lengths.get)
     return (
         f"{row['split']}.csv, line {row['line']}, id {row['id']}: {row['longest']:,} tokens, "
@@ -19168,6 +19431,7 @@ def draw_trial_rows(config: Config, processor, rows: int) -> TrialRows:
         config.seed,
         config.columns,
     )
+    competition = add_context(config, competition)
     lengths = prompt_lengths(config, processor, competition)
     check_token_limit(lengths, competition, token_limit(config, processor))
     count = min(rows, len(competition.train))
@@ -19415,6 +19679,10 @@ def trial_facts(
     }
     if memory.rescoring:
         facts["scoring in 16 bits"] = memory.rescoring
+    if config.context_tokens:
+        rows = pd.concat([trial.competition.train, trial.competition.test])
+        cut = count_cut_contexts(config, session.processor, rows)
+        facts["context"] = f"cut to {config.context_tokens} tokens in {cut} of {len(rows)} rows"
     return facts
 
 

@@ -506,3 +506,21 @@ def test_a_choice_that_shows_nothing_gets_no_target(blank):
     frame = pd.DataFrame([{"a": "빨강", "b": blank, "c": "파랑", "d": "노랑"}])
     targets = targets_of(vqa._with_targets(frame, np.array([[0.2, 0.6, 0.1, 0.1]])))
     np.testing.assert_allclose(targets, [[0.5, 0, 0.25, 0.25]])
+
+
+# --- Context --------------------------------------------------------------------------------------
+
+
+def test_rows_of_dev_csv_show_the_context_of_their_own_column(mini_run, dev_data):
+    lines = [voted("d1", "a,a,a,b,c,") + "붉은 것", voted("d2", "b,b,b,b,b,")]
+    data = dev_data(*lines, header=f"{DEV_HEADER},context")
+    ids = vqa.load_competition(data, 0.5).test["id"]
+    file = Path(data) / "context.csv"
+    file.write_text(f"id,context\n{ids[0]},푸른 것\n", encoding="utf-8")
+    run = mini_run(data_dir=data, use_dev_votes=True, context_tokens=8)
+    rows = vqa.Run.open(run.directory).extra_rows
+    assert extra_rows_of_fold(run, 0)["context"].tolist() == ["붉은 것", ""]
+    assert rows["context"].tolist() == ["붉은 것", ""] * 2
+    assert run.fallbacks["dev_rows_without_context"] == 1
+    without = mini_run(data_dir=data, use_dev_votes=True, run_name="without")
+    assert "context" not in without.extra_rows
