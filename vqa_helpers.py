@@ -109,6 +109,7 @@ above it.
    Stages                              zero-shot, training, prediction, scoring in 16 bits
    Devices and jobs                    which device takes which folds, round by round
    Workers                             processes on devices; `run_zeroshot` and `run_folds`
+   Transcripts                         what the base model reads in the images, as context
    Search                              settings tried on one fold
 9. Command line
    Memory by computation               from a model's shapes, before it is loaded
@@ -18223,6 +18224,250 @@ def run_folds(config: Config) -> list[FoldResult]:
     return [read_fold_result(run, fold) for fold in run.finished_folds]
 
 
+# === Transcripts ==================================================================================
+# The base model reads out what is written in the images, once for each image. That is a context
+# file: every question about the image then has these words in front of it.
+TRANSCRIPT_TOKENS = 96  # of an image's text at most
+TRANSCRIPT_REQUEST = (
+    "이미지에 보이는 글자와 숫자를 모두 그대로 옮겨 적으세요. "
+    "설명하지 말고, 글자가 없으면 아무것도 쓰지 마세요."
+)
+# Settings that decide what is read, and those that decide how.
+_READING_SETTINGS = (
+    "model_id",
+    "quantization",
+    "precision",
+    "attn_implementation",
+    "spread_model",
+    "image_size",
+    "min_pixels",
+    "max_pixels",
+)
+_READER_SETTINGS = (
+    "use_batch_inference",
+    "infer_batch_size",
+    "deterministic",
+    "strict_determinism",
+    "cache_dir",
+    "log_level",
+    "trust_remote_code",
+)
+TRANSCRIPT_RECORD = {"texts": dict}  # a line of texts.jsonl, a batch: pixel_hash -> text
+_TRANSCRIPT_COLUMNS = ("id", "question", *CHOICES, "image_path", "width", "height", "pixel_hash")
+
+
+def _known_transcripts(folder: Path) -> dict[str, str]:
+    """pixel_hash -> text of every image that was read in this folder."""
+    texts = {}
+    for record in read_json_lines(folder / "texts.jsonl", TRANSCRIPT_RECORD):
+        texts.update(record["texts"])
+    return texts
+
+
+def _end_last_line(path: Path) -> None:
+    """End a line that a kill has cut short: the next one would be lost with it."""
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
+
+
+def transcript_messages(image_path: str) -> list[dict]:
+    """Chat messages that ask for an image's text."""
+    content = [
+        {"type": "image", "image": image_path},
+        {"type": "text", "text": TRANSCRIPT_REQUEST},
+    ]
+    return [{"role": "user", "content": content}]
+
+
+def read_images(session: Session, images: pd.DataFrame) -> list[str]:
+    """What the model reads in each image, on one line: greedily, all of them in one batch.
+
+    In halves where memory runs out; RuntimeError where one image is too much.
+    """
+    try:
+        return _read_batch(session, images)
+    except torch.OutOfMemoryError as error:
+        if len(images) == 1:
+            raise out_of_memory_error(error) from error
+    clear_memory(LOGGER)
+    half = len(images) // 2
+    return read_images(session, images[:half]) + read_images(session, images[half:])
+
+
+def _read_batch(session: Session, images: pd.DataFrame) -> list[str]:
+    """`read_images` in a single pass."""
+    processor = session.processor
+    budget = pixel_budget(session.config, processor)
+    pixels = []
+    grids = []
+    prompts = []
+    for path in images["image_path"]:
+        values, grid = prepare_image(load_image(path), processor, budget)
+        pixels.append(values)
+        grids.append(grid)
+        prompts.append(encode_prompt(processor, transcript_messages(path), grid))
+    length = max(map(len, prompts))
+    padding_id = processor.tokenizer.pad_token_id
+    input_ids = pad_left(prompts, length, padding_id)
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": pad_left([np.ones_like(ids) for ids in prompts], length, 0),
+        "pixel_values": torch.cat(pixels),
+        **session.family.images.model_inputs(processor.image_token_id, input_ids, grids),
+    }
+    inputs = {name: tensor.to(session.device) for name, tensor in inputs.items()}
+    with torch.inference_mode():
+        sequences = session.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=TRANSCRIPT_TOKENS,
+            pad_token_id=padding_id,
+        )
+    texts = processor.tokenizer.batch_decode(sequences[:, length:], skip_special_tokens=True)
+    return [prompt_text(text) for text in texts]
+
+
+def fill_transcripts(folder: Path, progress: Callable) -> None:
+    """What the process of `transcribe_images` does: read the images that its folder asks for.
+
+    A batch is kept as soon as it is read. Batches are planned over all images, whichever are
+    read already: after a kill the others are in the same batches, and their texts the same.
+    """
+    config = Config(**read_json(folder / "config.json"))
+    images = read_table(folder / "images.csv", needed=_TRANSCRIPT_COLUMNS)
+    known = _known_transcripts(folder)
+    _end_last_line(folder / "texts.jsonl")
+    session = open_session(config, images.iloc[0])
+    budget = pixel_budget(config, session.processor)
+    tokens = []
+    for width, height in zip(images["width"], images["height"], strict=True):
+        grid = image_grid(width, height, session.processor, budget)
+        tokens.append(grid_tokens(grid, session.processor))
+    images = images.iloc[np.argsort(tokens, kind="stable")[::-1]]  # like sizes need no padding
+    size = config.infer_batch_size if config.use_batch_inference else 1
+    for start in range(0, len(images), size):
+        progress("reading images", start, len(images))
+        batch = images[start : start + size]
+        batch = batch[~batch["pixel_hash"].isin(known)]
+        if len(batch):
+            texts = dict(zip(batch["pixel_hash"], read_images(session, batch), strict=True))
+            MetricLogger(folder / "texts.jsonl").log(texts=texts)
+    progress("reading images", len(images), len(images))
+
+
+def _transcript_config(config: Config) -> Config:
+    """The settings of the process that reads images: those that it needs, and all others' default.
+
+    With loss "vocabulary" the whole head stays where the model is: any token may be written.
+    """
+    names = (*_READING_SETTINGS, *_READER_SETTINGS)
+    return Config(**{name: getattr(config, name) for name in names}, loss="vocabulary")
+
+
+def _transcript_folder(config: Config) -> Path:
+    """Where texts of the same model, pixels and request are kept, below output_dir."""
+    parts = [getattr(config, name) for name in _READING_SETTINGS]
+    parts += [_transcript_config(config).model_files, TRANSCRIPT_REQUEST, TRANSCRIPT_TOKENS]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return Path(config.output_dir).resolve() / f"transcripts_{digest[:12]}"
+
+
+def _rows_to_transcribe(source: Run | Config, types: Sequence[str]) -> pd.DataFrame:
+    """Training and test rows of these types that have an image.
+
+    Raises ValueError for an unknown type, DataError where the files share an id.
+    """
+    for name in types:
+        _require_known("question type", name, QUESTION_TYPES)
+    tables = source
+    if isinstance(source, Config):
+        tables = load_competition(
+            source.data_dir,
+            source.max_fallback_share,
+            source.rows_to_use,
+            source.seed,
+            source.columns,
+        )
+    shared_ids = set(tables.train["id"]) & set(tables.test["id"])
+    if shared_ids:
+        raise DataError(
+            f"train.csv and test.csv share {len(shared_ids)} ids, such as {min(shared_ids)!r}, so "
+            "that a context file cannot tell whose text is meant; give them different ids"
+        )
+    rows = pd.concat([tables.train, tables.test], ignore_index=True)
+    # A table from a run's folder has text where that of a competition has True.
+    is_usable = rows["pixel_hash"] != ""
+    rows = rows[rows["type"].isin(types) & is_usable]
+    if rows.empty:
+        raise DataError(f"no row has a question of the types {', '.join(types)}; name others")
+    return rows
+
+
+def transcribe_images(source: Run | Config, types: Sequence[str] = ("ocr",)) -> Path:
+    """Write context.csv with what the base model reads in the images of questions of some types.
+
+    `source`: a run, or the config of one. The file, for the setting context_file, has id and
+    context of each such row in train.csv and test.csv. It lies in the folder of texts that were
+    read by this model at these pixels: an image is read once, and after an interruption only
+    those that are left. A worker reads, so that this process never touches the GPU. Raises
+    ValueError for an unknown type, DataError where no row is of these types or the two tables
+    share an id, RuntimeError with the end of the worker's log where that fails, and Interrupted
+    where it was asked to stop.
+    """
+    config = source.config if isinstance(source, Run) else source
+    require_machine(config)
+    rows = _rows_to_transcribe(source, types)
+    folder = _transcript_folder(config)
+    missing = set(rows["pixel_hash"]) - set(_known_transcripts(folder))
+    images = rows.drop_duplicates("pixel_hash")[[*_TRANSCRIPT_COLUMNS]]
+    LOGGER.info("%d of %d images are still to be read", len(missing), len(images))
+    if missing:
+        write_table(images, folder / "images.csv")
+        settings = dataclasses.asdict(_transcript_config(config))
+        atomic_write(folder / "config.json", json.dumps(settings))
+        _run_transcriber(config, folder)
+    texts = _known_transcripts(folder)
+    table = rows[["id"]].assign(context=[texts[digest] for digest in rows["pixel_hash"]])
+    path = folder / CONTEXT_FILE
+    atomic_write(path, csv_text(table))  # verbatim: it is read as the competition's files are
+    blank = int((table["context"] == "").sum())
+    LOGGER.info("%s: context of %d rows, blank in %d of them", path, len(table), blank)
+    return path
+
+
+def _run_transcriber(config: Config, folder: Path) -> None:
+    """Run the process that reads images in `folder`, and show how far it is."""
+    progress = folder / "progress.json"
+    log = folder / "worker.log"
+    command = [sys.executable, __file__, "transcribe"]
+    command += ["--folder", str(folder)]
+    command += ["--parent", str(os.getpid())]
+    progress.unlink(missing_ok=True)
+    live_text = LiveText()
+    downloads = [DownloadWatch(config.model_path)]
+    environment = device_environment(worker_devices(config)[0])
+    started = time.monotonic()
+    with log.open("ab") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+    try:
+        while process.poll() is None:
+            elapsed = time.monotonic() - started
+            live_text.show(progress_lines({"transcripts": progress}, downloads, elapsed))
+            time.sleep(1)
+    finally:  # reached by a KeyboardInterrupt, too
+        process.terminate()
+        status = process.wait()
+    if status == INTERRUPTED:
+        raise Interrupted("Reading images was stopped. Run the cell again to go on with the rest.")
+    if status != 0:
+        raise RuntimeError(
+            "Reading images stopped. Run the cell again to go on with the rest.\n"
+            f"Its process {exit_in_words(status)}. End of {log}:\n"
+            f"{log_tail(log.read_text('utf-8', 'replace'))}"
+        )
+
+
 # === Search =======================================================================================
 # Trials that are drawn at random and not pruned, before the later ones are compared with them.
 SEARCH_STARTUP = 4
@@ -19853,7 +20098,7 @@ def run_worker(
 
 
 def command_parser() -> argparse.ArgumentParser:
-    """The command line: worker, preflight and settings."""
+    """The command line: worker, transcribe, preflight and settings."""
     parser = argparse.ArgumentParser(prog="vqa_helpers.py")
     commands = parser.add_subparsers(dest="command", required=True)
     worker = commands.add_parser("worker", help="run stages of a prepared run directory")
@@ -19871,6 +20116,9 @@ def command_parser() -> argparse.ArgumentParser:
         default=0,
         help="stop, saving all, when this process ends; 0: do not",
     )
+    transcribe = commands.add_parser("transcribe", help="read the images of a prepared folder")
+    transcribe.add_argument("--folder", required=True, help="made by transcribe_images")
+    transcribe.add_argument("--parent", type=int, default=0, help="as for worker")
     check = commands.add_parser("preflight", help="try everything once on a few rows")
     check.add_argument(
         "--config",
@@ -19909,11 +20157,29 @@ def worker_command(options: argparse.Namespace) -> None:
         run_worker(Run.open(writable), folds, stages, progress)
 
 
+def transcribe_command(options: argparse.Namespace) -> None:
+    """Be the process of `transcribe_images`; status 75 after a request to stop."""
+    folder = Path(options.folder)
+    config = Config(**read_json(folder / "config.json"))
+    setup_logging(folder, config.log_level, to_file=False)
+    leave_out_what_is_not_needed(config)
+    progress = ProgressFile(folder / "progress.json", options.parent)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, progress.request_stop)
+    try:
+        fill_transcripts(folder, progress.update)
+    except Interrupted as error:
+        LOGGER.warning("%s", error)
+        sys.exit(INTERRUPTED)
+
+
 def main() -> None:
-    """Command line: `worker`, `preflight` and `settings`."""
+    """Command line: `worker`, `transcribe`, `preflight` and `settings`."""
     options = command_parser().parse_args()
     if options.command == "worker":
         worker_command(options)
+    elif options.command == "transcribe":
+        transcribe_command(options)
     elif options.command == "preflight":
         preflight_command(options)
     else:

@@ -282,3 +282,21 @@ def test_preflight_says_how_its_process_ended_and_what_it_tried_last(end, said, 
     first, last = str(caught.value).splitlines()
     assert first.startswith(f"Preflight failed: its process {said}")
     assert last == "Trying the longest row: train.csv, line 6"
+
+
+@pytest.mark.slow
+def test_preflight_counts_the_tokens_of_context_and_says_how_much_is_cut(
+    preflight_config, mini_data, tmp_path
+):
+    ids = vqa.load_competition(mini_data, 0.5).train["id"]
+    file = tmp_path / "context.csv"
+    file.write_text(f"id,context\n{ids[0]},{'일 이 ' * 99}\n{ids[1]},삼\n", encoding="utf-8")
+    plain = vqa.preflight(preflight_config(), rows=4)
+    config = preflight_config(context_tokens=60, context_file=str(file))
+    facts = vqa.preflight(config, rows=4)
+    assert facts["context"] == "cut to 60 tokens in 1 of 48 rows"
+    assert "context" not in plain
+    added = int(facts["tokens per prompt"].split()[-1]) - int(
+        plain["tokens per prompt"].split()[-1]
+    )
+    assert 50 <= added <= 80
