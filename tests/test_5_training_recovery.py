@@ -22,14 +22,8 @@ import vqa_helpers as vqa
 # --- Stopped and resumed --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "stop_at",
-    [
-        2,
-        pytest.param(3, marks=pytest.mark.slow),
-        pytest.param(5, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow  # test_3_families.py stops and resumes a run in the quick suite
+@pytest.mark.parametrize("stop_at", [2, 3, 5])
 def test_a_resumed_fold_ends_bitwise_like_an_uninterrupted_one(mini_run, monkeypatch, stop_at):
     """Stopped inside an epoch, at its end and in the second one: 18 rows make 3 steps an epoch."""
     settings = {

@@ -123,6 +123,7 @@ def test_a_vote_of_views_is_shown_but_never_chosen(mini_run):
 # --- Decisions ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_views_are_weighted_where_the_evidence_asks_for_it(mini_run, replace, monkeypatch):
     """The second view knows half as much: its weight falls, as the ladder's row says."""
     run = longer(mini_run(ensemble_method="auto"), replace, times=30)

@@ -52,6 +52,7 @@ def good(mini_run):
 # ----------------------------------------------------------------------------------------- figures
 
 
+@pytest.mark.slow
 def test_ninety_of_a_hundred_leaderboards_are_in_the_interval():
     random = np.random.default_rng(0)
     hits = []

@@ -68,6 +68,7 @@ def test_rows_are_matched_by_id_although_the_runs_have_other_folds(two_runs, tmp
         assert table.loc[str(run.directory), "accuracy"] == pytest.approx(own)
 
 
+@pytest.mark.slow
 def test_test_rows_are_matched_by_id_too(two_runs, replace, tmp_path):
     poor, good = two_runs
     backwards = replace(good, test=good.test[::-1].reset_index(drop=True))

@@ -154,6 +154,7 @@ def test_a_card_below_the_smallest_preset_is_too_small_by_computation_for_the_la
     assert "max_pixels" in verdict
 
 
+@pytest.mark.slow
 def test_the_readme_of_the_benchmarks_shows_what_the_script_prints():
     readme = (vqa.HERE / "tests" / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert memory_plan.memory_table() in readme

@@ -108,6 +108,7 @@ def test_memory_is_not_computed_for_an_unknown_family(preflight_config, monkeypa
         vqa.expected_memory(config, frame)
 
 
+@pytest.mark.slow
 def test_preflight_says_whether_the_unquantised_model_fits(
     four_bits_on_the_cpu, preflight_config, monkeypatch
 ):
@@ -120,6 +121,7 @@ def test_preflight_says_whether_the_unquantised_model_fits(
     assert verdict.startswith("does not fit by computation: 0.5")
 
 
+@pytest.mark.slow
 def test_preflight_counts_the_features_of_the_variants(preflight_config):
     def gib_of_features(variants):
         facts = vqa.preflight(preflight_config(augment_images=variants), rows=4)

@@ -241,6 +241,7 @@ def test_a_run_scores_and_trains_as_many_questions_as_the_estimate_counts(mini_r
     assert done["zero-shot"] == pytest.approx(parts["zeroshot: scoring"])
 
 
+@pytest.mark.slow
 def test_preflight_tells_the_time_on_one_device_here_and_by_part(mini_data, monkeypatch):
     estimates = []
     time_facts = vqa.time_facts
