@@ -304,7 +304,7 @@ QUIET = {
 }
 
 
-@settings(max_examples=120, derandomize=True, **QUIET)
+@settings(max_examples=80, derandomize=True, **QUIET)
 @given(st.data())
 def test_a_damaged_competition_loads_truthfully_or_is_refused(data):
     damage_and_load(data)
