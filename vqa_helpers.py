@@ -8996,13 +8996,13 @@ def decide_recurrent_kernels(gpus: Sequence[Mapping], strict: bool = False) -> t
     if obstacle:
         return False, f"{layers} in plain PyTorch: {RECURRENT_KERNELS} {obstacle}"
     if importlib.util.find_spec("fla") is None:
-        advice = f"`pip install {RECURRENT_KERNELS}` before training makes them faster on this GPU"
+        advice = f"`pip install {RECURRENT_KERNELS}` before training can make them faster"
         return False, f"{layers} in plain PyTorch: {RECURRENT_KERNELS} is not installed; {advice}"
     version = installed_version(RECURRENT_KERNELS)
     if version < FIRST_RECURRENT_KERNELS:
         return False, (
             f"{layers} in plain PyTorch: {RECURRENT_KERNELS} {version} is too old; "
-            f"`pip install -U {RECURRENT_KERNELS}` before training makes them faster on this GPU"
+            f"`pip install -U {RECURRENT_KERNELS}` before training can make them faster"
         )
     first_use = "its kernels are compiled at their first use, which can take minutes"
     return True, f"{layers} by {RECURRENT_KERNELS} {version}: {first_use}"
