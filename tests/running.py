@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 import vqa_helpers as vqa
 
 
@@ -27,6 +29,20 @@ def run_all(run, stages=("train", "predict"), progress=quiet):
     vqa.run_stages(run, [0], ["zeroshot"], quiet)
     vqa.run_stages(run, list(run.config.folds_to_train), stages, progress)
     return run
+
+
+def train_until_step_2(config, monkeypatch):
+    """Train fold 0 of a run, which stops at step number 2 like a dying session."""
+    step = vqa.FoldTrainer.optimizer_step
+
+    def stopping(self, epoch, number, *arguments):
+        if number == 2:
+            raise Stop
+        return step(self, epoch, number, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(vqa.FoldTrainer, "optimizer_step", stopping)
+        vqa.train_fold(config, 0)
 
 
 def open_run_session(run):

@@ -142,15 +142,8 @@ def test_fast_and_selectively_checkpointed_gradients_are_the_plain_ones(session,
         assert (again - plain).norm() <= 1e-6 * plain.norm()
 
 
-@pytest.mark.slow
-def test_compiled_layers_give_the_plain_gradients_and_one_compilation_serves_all(
-    session, demo_rows, replace, monkeypatch
-):
-    """Through torch's own tracing and differentiation, but without a C compiler.
-
-    The code generator is torch's affair.
-    """
-    plain = lora_gradients(session, demo_rows.train, fast=False)
+def count_compilations(monkeypatch):
+    """A list that gets every graph that torch.compile makes from here on, without a C compiler."""
     compiled = []
 
     def counting(graph, inputs):
@@ -160,6 +153,19 @@ def test_compiled_layers_give_the_plain_gradients_and_one_compilation_serves_all
     torch._dynamo.reset()
     compile_with = functools.partial(torch.compile, backend=counting)
     monkeypatch.setattr(torch, "compile", compile_with)
+    return compiled
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_plain_gradients_and_one_compilation_serves_all(
+    session, demo_rows, replace, monkeypatch
+):
+    """Through torch's own tracing and differentiation, but without a C compiler.
+
+    The code generator is torch's affair.
+    """
+    plain = lora_gradients(session, demo_rows.train, fast=False)
+    compiled = count_compilations(monkeypatch)
     session.config = replace(session.config, compile_layers="on")
     fast = lora_gradients(session, demo_rows.train)
     assert (fast - plain).norm() <= 1e-5 * plain.norm()
@@ -195,15 +201,7 @@ def test_recurrent_layers_are_compiled_around_their_rule(
     session = vqa.open_session(config, demo_rows.train.iloc[0])
     plain = lora_gradients(session, demo_rows.train, fast=False)
     scores = vqa.predict_logits(session, demo_rows.test.head(5), ROTATIONS)
-    compiled = []
-
-    def counting(graph, inputs):
-        compiled.append(graph)
-        return aot_eager(graph, inputs)
-
-    torch._dynamo.reset()
-    compile_with = functools.partial(torch.compile, backend=counting)
-    monkeypatch.setattr(torch, "compile", compile_with)
+    compiled = count_compilations(monkeypatch)
     session.config = replace(config, compile_layers="on")
     fast = lora_gradients(session, demo_rows.train)
     assert (fast - plain).norm() <= 1e-5 * plain.norm()
@@ -220,14 +218,7 @@ def test_recurrent_layers_are_compiled_around_their_rule(
 
 
 def test_every_kind_of_layer_is_compiled_also_where_there_are_many(monkeypatch):
-    compiled = []
-
-    def counting(graph, inputs):
-        compiled.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counting))
+    compiled = count_compilations(monkeypatch)
     forward = vqa._compile_forward(lambda layer, states: layer(states))
     for count in range(1, 11):
         layer = torch.nn.Sequential(*[torch.nn.ReLU() for _ in range(count)])

@@ -9,7 +9,7 @@ import pytest
 from competition_folder import Folder, picture
 from PIL import Image
 from planted import one_hot, planted_run, rows_of_fold
-from running import Stop
+from running import train_until_step_2
 
 import vqa_helpers as vqa
 
@@ -222,16 +222,7 @@ def test_a_resumed_training_on_related_rows_ends_bitwise_like_an_uninterrupted_o
     whole = start("one", earlier_round.root)
     broken = start("two", earlier_round.root)
     expected = vqa.train_fold(whole.config, 0)
-    step = vqa.FoldTrainer.optimizer_step
-
-    def stopping(self, epoch, number, *arguments):
-        if number == 2:
-            raise Stop
-        return step(self, epoch, number, *arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(vqa.FoldTrainer, "optimizer_step", stopping)
-        vqa.train_fold(broken.config, 0)
+    train_until_step_2(broken.config, monkeypatch)
     moved = tmp_path / "elsewhere" / "round1"
     shutil.copytree(earlier_round.root, moved)
     shutil.rmtree(earlier_round.root)

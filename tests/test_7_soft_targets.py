@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from planted import one_hot, planted_run, rewrite_rows, rows_of_fold
-from running import Stop, open_run_session
+from running import open_run_session, train_until_step_2
 
 import vqa_helpers as vqa
 
@@ -476,16 +476,7 @@ def test_a_resumed_student_ends_bitwise_like_an_uninterrupted_one(student, monke
     budget = vqa.pixel_budget(whole.config, session.processor)
     keys = [(digest, *budget) for digest in whole.extra_rows["pixel_hash"]]
     assert session.vision_cache.has_all(keys)
-    step = vqa.FoldTrainer.optimizer_step
-
-    def stopping(self, epoch, number, *arguments):
-        if number == 2:
-            raise Stop
-        return step(self, epoch, number, *arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(vqa.FoldTrainer, "optimizer_step", stopping)
-        vqa.train_fold(broken.config, 0)
+    train_until_step_2(broken.config, monkeypatch)
     shutil.rmtree(tmp_path / "two")  # the next session's disk is empty
     assert student("two", cache_dir=str(tmp_path / "two")).fingerprint == broken.fingerprint
     assert vqa.train_fold(broken.config, 0).adapters == expected.adapters

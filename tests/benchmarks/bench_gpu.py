@@ -281,6 +281,20 @@ def fill_cache(session: vqa.Session, prompts: Sequence[vqa.Prompt]) -> float:
     return statistics.median(speeds)
 
 
+def make_run_of(session: vqa.Session, frame: pd.DataFrame) -> vqa.Run:
+    """A run that trains on all rows of `frame`; its files are temporary."""
+    return vqa.Run(
+        config=session.config,
+        directory=Path(tempfile.mkdtemp()),
+        train=frame,
+        test=frame,
+        sample=frame,
+        fallbacks={},
+        fingerprint="benchmark",
+        extra_rows=frame.head(0).assign(source=""),
+    )
+
+
 def make_run(session: vqa.Session, rows: int) -> vqa.Run:
     """A run of one fold over `rows` rows; its files go to a temporary folder."""
     frame = pd.DataFrame(
@@ -299,16 +313,7 @@ def make_run(session: vqa.Session, rows: int) -> vqa.Run:
             "height": 1,
         }
     )
-    return vqa.Run(
-        config=session.config,
-        directory=Path(tempfile.mkdtemp()),
-        train=frame,
-        test=frame,
-        sample=frame,
-        fallbacks={},
-        fingerprint="benchmark",
-        extra_rows=frame.head(0).assign(source=""),
-    )
+    return make_run_of(session, frame)
 
 
 # === Ours: the module's own loops over these questions ============================================

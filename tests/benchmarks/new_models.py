@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/benchmarks")]
 
 import twins  # noqa: E402
-from bench_gpu import print_idleness, score_ours  # noqa: E402
+from bench_gpu import make_run_of, print_idleness, score_ours  # noqa: E402
 from rehearsal import enlarge_demo  # noqa: E402
 
 import vqa_helpers as vqa  # noqa: E402
@@ -447,20 +447,6 @@ def make_config(variant: Variant) -> vqa.Config:
     )
 
 
-def make_run(session: vqa.Session, frame) -> vqa.Run:
-    """A run of one fold that trains on all of these rows; its files are temporary."""
-    return vqa.Run(
-        config=session.config,
-        directory=Path(tempfile.mkdtemp()),
-        train=frame,
-        test=frame,
-        sample=frame,
-        fallbacks={},
-        fingerprint="benchmark",
-        extra_rows=frame.head(0).assign(source=""),
-    )
-
-
 def peak_gib() -> float:
     """Most GiB allocated on the fullest GPU since the last reset."""
     gpus = range(torch.cuda.device_count())
@@ -559,7 +545,7 @@ def measure(variant: Variant) -> dict:
     session.vision_cache.fill(frame, budget, lambda *_: None)
     session.vision_cache.offload_tower()
     result["images/s"] = len(frame) / (time.perf_counter() - begin)
-    trainer = vqa.FoldTrainer(session, make_run(session, frame), 0)
+    trainer = vqa.FoldTrainer(session, make_run_of(session, frame), 0)
     if "train" in variant.parts:
         result.update(time_training(trainer, prompts, variant.rows))
     result["at rest, GiB"] = allocated_gib()
