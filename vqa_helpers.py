@@ -18105,6 +18105,29 @@ def progress_lines(
     return [line for line in lines if line]
 
 
+PROCESS_POLL_SECONDS = 1  # between two looks at a process
+
+
+def watch_process(process: subprocess.Popen, name: str, progress: Path, config: Config) -> int:
+    """Show how far a process of that name is until it ends; its exit status.
+
+    `progress` is its progress file, `config` says which model it may download. It is asked to
+    end where this process is interrupted.
+    """
+    live_text = LiveText()
+    downloads = [DownloadWatch(config.model_path)]
+    started = time.monotonic()
+    try:
+        while process.poll() is None:
+            elapsed = time.monotonic() - started
+            live_text.show(progress_lines({name: progress}, downloads, elapsed))
+            time.sleep(PROCESS_POLL_SECONDS)
+    finally:  # reached by a KeyboardInterrupt, too
+        process.terminate()
+        status = process.wait()
+    return status
+
+
 def _start_worker(
     run: Run,
     number: int,
@@ -18444,20 +18467,10 @@ def _run_transcriber(config: Config, folder: Path) -> None:
     command += ["--folder", str(folder)]
     command += ["--parent", str(os.getpid())]
     progress.unlink(missing_ok=True)
-    live_text = LiveText()
-    downloads = [DownloadWatch(config.model_path)]
     environment = device_environment(worker_devices(config)[0])
-    started = time.monotonic()
     with log.open("ab") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-    try:
-        while process.poll() is None:
-            elapsed = time.monotonic() - started
-            live_text.show(progress_lines({"transcripts": progress}, downloads, elapsed))
-            time.sleep(1)
-    finally:  # reached by a KeyboardInterrupt, too
-        process.terminate()
-        status = process.wait()
+    status = watch_process(process, "transcripts", progress, config)
     if status == INTERRUPTED:
         raise Interrupted("Reading images was stopped. Run the cell again to go on with the rest.")
     if status != 0:
@@ -19842,9 +19855,6 @@ def try_model(session: Session, trial: TrialRows, start_seconds: float) -> Trial
 
 
 # === Preflight ====================================================================================
-PREFLIGHT_POLL_SECONDS = 1  # between two looks at the process
-
-
 def open_trial_session(config: Config, example: Mapping, memory: MemoryForecast) -> Session:
     """As `open_session`; where memory runs out the error says what was computed before."""
     try:
@@ -20005,19 +20015,9 @@ def _watch_preflight(
     command += ["--progress", str(progress)]
     output = place / "output"
     errors = place / "errors"
-    live_text = LiveText()
-    downloads = [DownloadWatch(config.model_path)]
-    started = time.monotonic()
     with output.open("wb") as out, errors.open("wb") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
-    try:
-        while process.poll() is None:
-            elapsed = time.monotonic() - started
-            live_text.show(progress_lines({"preflight": progress}, downloads, elapsed))
-            time.sleep(PREFLIGHT_POLL_SECONDS)
-    finally:  # reached by a KeyboardInterrupt, too
-        process.terminate()
-        status = process.wait()
+    status = watch_process(process, "preflight", progress, config)
     return status, output.read_text("utf-8", "replace"), errors.read_text("utf-8", "replace")
 
 

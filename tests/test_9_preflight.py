@@ -220,7 +220,7 @@ def test_a_local_model_is_loaded_without_asking_the_hub(machine, mini_data):
 @pytest.fixture
 def preflight_program(tmp_path, monkeypatch):
     """Let `run_preflight` start this code instead of the module."""
-    monkeypatch.setattr(vqa, "PREFLIGHT_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(vqa, "PROCESS_POLL_SECONDS", 0.02)
 
     def replace_module(code):
         path = tmp_path / "program.py"
