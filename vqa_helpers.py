@@ -50,6 +50,7 @@ above it.
    Families                            what differs between families of models
    Prompt                              texts, chat messages, and the tokens of the letters
    Stored formats                      checkpoints that are quantised already
+   Models over several GPUs            which part of a model lies on which GPU
    Loading                             processor and base model, quantised or not
    Downloads                           how much of a model has arrived, and what if no more comes
    Adapters                            LoRA on the language model, fresh or from a file
@@ -1131,7 +1132,9 @@ _CPU_PRESETS = (
     "on a CPU 'demo' runs in minutes, to try the way with a toy model, and 'quick_test' "
     "with quantization='none' runs in hours, with 16 GiB of memory"
 )
-SPREAD_MEMORY_SHARE = 0.7  # of each GPU for the weights of a spread model
+# Of each GPU for the weights of a spread model; the rest is for activations, and for one layer's
+# experts in 16 bits.
+SPREAD_MEMORY_SHARE = 0.7
 LARGE_MODEL_GIB = 19.5  # the 35B in 4-bit, with its head and vision tower in 16 bits
 
 
@@ -7692,6 +7695,70 @@ def unpack_all_but_the_language_model(model, dtype) -> None:
         )
 
 
+# === Models over several GPUs =====================================================================
+def _bytes_by_place(model, config: Config, number_bytes: int) -> dict[str, float]:
+    """Name of a module -> bytes of its weights when loaded, in the order in which they are used.
+
+    Decoder layers are not taken apart; `model` may have shapes only.
+    """
+    of_matrices = {"4bit": 0.52, "8bit": 1, "none": number_bytes}[config.quantization]
+    language = model.model.language_model
+    before = {}
+    for name, module in model.model.named_children():
+        if module is not language:
+            before[f"model.{name}"] = module
+    layers = {}
+    behind = {}
+    for name, module in language.named_children():
+        if name == "layers":
+            for number, layer in enumerate(module):
+                layers[f"model.language_model.layers.{number}"] = layer
+        elif name == "norm":
+            behind[f"model.language_model.{name}"] = module
+        else:
+            before[f"model.language_model.{name}"] = module
+    head = model.get_output_embeddings()
+    is_tied = head.weight is model.get_input_embeddings().weight
+    (before if is_tied else behind)["lm_head"] = head
+    sizes = {}
+    for name, module in {**before, **layers, **behind}.items():
+        sizes[name] = 0.0
+        for parameter in module.parameters():
+            is_quantised = name in layers and parameter.dim() > 1
+            sizes[name] += parameter.numel() * (of_matrices if is_quantised else number_bytes)
+    return sizes
+
+
+def spread_over_gpus(model, config: Config, number_bytes: int, gpus: Sequence[Mapping]) -> dict:
+    """Name of a module -> number of its GPU, each with about the same bytes of weights.
+
+    `model` may have shapes only; `number_bytes`: of an unquantised number; `gpus`: as in
+    `Runtime`. transformers' own map counts less of each GPU as free, and would put layers of the
+    35B on the CPU beside two T4s. Raises RuntimeError where a GPU has too little memory.
+    """
+    sizes = _bytes_by_place(model, config, number_bytes)
+    share = sum(sizes.values()) / len(gpus)
+    places = {}
+    used = [0.0] * len(gpus)
+    done = 0.0
+    for name, size in sizes.items():
+        middle = done + size / 2
+        number = min(len(gpus) - 1, int(middle / share))
+        places[name] = number
+        used[number] += size
+        done += size
+    for number, gpu in enumerate(gpus):
+        needed = used[number] / 2**30
+        room = SPREAD_MEMORY_SHARE * gpu["memory_gib"]
+        if needed > room:
+            raise RuntimeError(
+                f"{config.model_id} does not fit into the GPUs: {needed:.1f} GiB of weights "
+                f"for GPU {number}, which has {room:.1f} GiB for them; "
+                "choose a smaller model_id, quantization='4bit' or larger GPUs"
+            )
+    return places
+
+
 # === Loading ======================================================================================
 def _attached_model_folders() -> list[str]:
     """Folders among the attached data that hold a model's config.json and safetensors."""
@@ -7870,23 +7937,21 @@ def _read_model_config(config: Config):
     return model_config
 
 
-def _loading_options(config: Config, runtime: Runtime) -> dict:
+def _loading_options(config: Config, runtime: Runtime, model_config) -> dict:
     """Options of from_pretrained: number format, attention and devices."""
-    options = {
-        "dtype": getattr(torch, DTYPES[runtime.precision]),
+    number_format = getattr(torch, DTYPES[runtime.precision])
+    device_map = {"": 0} if runtime.gpus else None
+    if config.spread_model:
+        with torch.device("meta"):
+            shapes = transformers.AutoModelForImageTextToText.from_config(model_config)
+        device_map = spread_over_gpus(shapes, config, number_format.itemsize, runtime.gpus)
+    return {
+        "dtype": number_format,
         "attn_implementation": runtime.attention,
-        "device_map": {"": 0} if runtime.gpus else None,
+        "device_map": device_map,
         "trust_remote_code": config.trust_remote_code,
         "use_safetensors": True,  # never a pickle
     }
-    if config.spread_model:
-        # The rest of each card is for activations, and for one layer's experts in 16 bits.
-        max_memory = {}
-        for number, gpu in enumerate(runtime.gpus):
-            max_memory[number] = f"{SPREAD_MEMORY_SHARE * gpu['memory_gib']:.2f}GiB"
-        options["device_map"] = "auto"
-        options["max_memory"] = max_memory
-    return options
 
 
 def _quantization_options(config: Config, model_config, precision: str) -> dict:
@@ -7929,23 +7994,10 @@ def _check_weight_names(config: Config, report: Mapping) -> None:
         LOGGER.warning("%s", problem)
 
 
-def _check_loading(config: Config, model, report: Mapping) -> None:
-    """RuntimeError for weights that are missing, not understood or not on the GPUs."""
-    _check_weight_names(config, report)
-    device_map = getattr(model, "hf_device_map", {})
-    outside = [name for name, device in device_map.items() if device in ("cpu", "disk")]
-    if outside:
-        raise RuntimeError(
-            f"{config.model_id} does not fit into the GPUs: "
-            f"{outside[0]} and {len(outside) - 1} more parts do not; "
-            "choose a smaller model_id, quantization='4bit' or larger GPUs"
-        )
-
-
 def _load_model_once(config: Config, runtime: Runtime):
     """The model, loaded and checked; one attempt."""
     model_config = _read_model_config(config)
-    options = _loading_options(config, runtime)
+    options = _loading_options(config, runtime, model_config)
     options.update(_quantization_options(config, model_config, runtime.precision))
     is_stored_in_4_bit = is_stored_in_nf4(stored_quantization(model_config))
     experts = FAMILIES[model_config.model_type].experts
@@ -7958,7 +8010,7 @@ def _load_model_once(config: Config, runtime: Runtime):
             **options,
             output_loading_info=True,
         )
-    _check_loading(config, model, report)
+    _check_weight_names(config, report)
     if is_stored_in_4_bit:
         unpack_all_but_the_language_model(model, options["dtype"])
     return model
