@@ -6,7 +6,7 @@ Prints the README's table. Memory is computed from shapes, as in memory_plan.py:
 prompts that the preset allows. Hours count matrix products of the whole job (zero-shot, training,
 validation, held-out and test rows in all views; photos of 720 x 540 pixels, 110 tokens of text) at
 a rate that is assumed of each card. A model that was measured slower than the 8B, for its products
-on the same card, is slower here by as much; of one that was not measured only memory is shown.
+on the same card, is slower here by as much.
 """
 
 import sys
@@ -29,13 +29,16 @@ ROWS = [
     Row("gpu_80gb", "A100 80 GB", with_fla=True),
 ]
 WORKERS = {"kaggle_t4x2": 2}  # cards that train folds side by side
-# Matrix products per second beside Qwen3-VL-8B's on the same card. Of new_models.py on one H100
-# told to be a T4, 350 tokens, 4-bit, 2026-11-28: Qwen3.5-9B 12.8 questions/s, compiled, 16 a pass;
-# InternVL3.5-8B, whose language model is as large as the 8B's, 28.4 at 32 a pass.
+# Matrix products per second beside Qwen3-VL-8B's on the same card, of new_models.py, 350 tokens:
+# 4-bit told to be a T4 (416 TFLOP/s by InternVL3.5-8B, whose language model is as large): the 9B
+# 12.8 questions/s, 16 a pass, the 35B-A3B 5.0 with the memory of two. The 27B in 16 bits below
+# 78 GiB, without flash-linear-attention, 5.5 where the 8B makes 434 TFLOP/s.
 RELATIVE_SPEEDS = {
     "Qwen/Qwen3-VL-8B-Instruct": 1.0,
     "OpenGVLab/InternVL3_5-8B-HF": 1.0,
     "Qwen/Qwen3.5-9B": 0.44,
+    "Qwen/Qwen3.5-27B": 0.61,
+    "Qwen/Qwen3.5-35B-A3B": 0.06,
 }
 
 
@@ -127,19 +130,14 @@ def hours_row(row: Row) -> dict:
     work = question_work(shapes, memory["layers kept"])
     cards = WORKERS.get(row.preset, 1)
     training = work.image + work.forward + work.backward
-    questions = "not measured"
-    hours = ""
-    if config.model_id in RELATIVE_SPEEDS:
-        speed = cards * 1e12 * TFLOPS[row.card] * RELATIVE_SPEEDS[config.model_id]
-        questions = f"{speed / training:.1f}"
-        hours = f"{job_flops(config, work) / speed / 3600:.1f}"
+    speed = cards * 1e12 * TFLOPS[row.card] * RELATIVE_SPEEDS[config.model_id]
     return {
         "model": memory["model"],
         "cards": f"{max(cards, row.gpus)} × {row.card}",
         "GiB, of": f"{memory['sum']:.0f}, {memory['free']:.0f}",
         "in a pass": memory["in a pass"],
-        "questions/s": questions,
-        "hours": hours,
+        "questions/s": f"{speed / training:.1f}",
+        "hours": f"{job_flops(config, work) / speed / 3600:.1f}",
     }
 
 
