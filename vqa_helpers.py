@@ -22,6 +22,7 @@ above it.
    Checkpoints                         folders that are committed whole and verified before use
    Memory                              how much memory is used, and how much is free
    Processes that work together        ranks, sums, progress files, ends of processes, prefetching
+   Results by batch                    kept as soon as they are there, and not made again
 2. Data
    Archives                            unpacking a competition whole or not at all
    Settings of a session               preset, overrides and environment variables become one Config
@@ -110,6 +111,7 @@ above it.
    Stages                              zero-shot, training, prediction, scoring in 16 bits
    Devices and jobs                    which device takes which folds, round by round
    Workers                             processes on devices; `run_zeroshot` and `run_folds`
+   Processes beside a run              one that works on a prepared folder, and how it ends
    Transcripts                         what the base model reads in the images, as context
    Search                              settings tried on one fold
 9. Command line
@@ -2728,6 +2730,56 @@ def prefetch(batches: Iterator) -> Iterator:
                 return
             waiting.append(pool.submit(next, batches, None))
             yield batch
+
+
+# === Results by batch =============================================================================
+def _end_last_line(path: Path) -> None:
+    """End a line that a kill has cut short: the next one would be lost with it."""
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
+
+
+@dataclass(frozen=True)
+class KeptResults:
+    """Results by key in a file of JSON lines, a line a batch: a kill loses one batch at most."""
+
+    path: Path
+    name: str  # of a line's object, key -> result
+
+    def read(self) -> dict:
+        """Key -> result of everything that was done."""
+        results = {}
+        for record in read_json_lines(self.path, {self.name: dict}):
+            results.update(record[self.name])
+        return results
+
+    def fill(
+        self,
+        batches: Sequence[pd.DataFrame],
+        key: str,
+        work: Callable,
+        progress: Callable,
+        label: str,
+    ) -> None:
+        """Do what is left of the batches; `work(rows)` gives a result for each of the rows.
+
+        `key`: the column with the rows' keys. Batches are planned over all rows, whichever are
+        done already: after a kill the others are in the same batches, and their results the
+        same.
+        """
+        known = self.read()
+        _end_last_line(self.path)
+        total = sum(map(len, batches))
+        done = 0
+        for batch in batches:
+            progress(label, done, total)
+            done += len(batch)
+            left = batch[~batch[key].isin(known)]
+            if len(left):
+                results = dict(zip(left[key], work(left), strict=True))
+                MetricLogger(self.path).log(**{self.name: results})
+        progress(label, total, total)
 
 
 # ======= 2. Data ==================================================================================
@@ -9690,6 +9742,21 @@ def out_of_memory_error(cause: Exception) -> RuntimeError:
     return RuntimeError(
         f"Out of GPU memory with one question per forward pass: {remedy}. Cause: {cause}"
     )
+
+
+def in_halves(work: Callable, rows: pd.DataFrame) -> list:
+    """`work(rows)`, a list with a result for each row; in halves where memory runs out.
+
+    RuntimeError where one row is too much.
+    """
+    try:
+        return work(rows)
+    except torch.OutOfMemoryError as error:
+        if len(rows) == 1:
+            raise out_of_memory_error(error) from error
+    clear_memory(LOGGER)
+    half = len(rows) // 2
+    return in_halves(work, rows[:half]) + in_halves(work, rows[half:])
 
 
 # === Fast layers ==================================================================================
@@ -18299,6 +18366,43 @@ def run_folds(config: Config) -> list[FoldResult]:
     return [read_fold_result(run, fold) for fold in run.finished_folds]
 
 
+# === Processes beside a run =======================================================================
+# Not a worker: it has no run, but a folder with its config.json and the table that it works on.
+# What it has done is there, too, and a second process goes on from it.
+def run_side_process(
+    command: str,
+    doing: str,
+    config: Config,
+    folder: Path,
+    device: str | None,
+) -> None:
+    """Run the process `command` of this file on a folder, and show how far it is.
+
+    `doing` says in the errors what it does; `device` is one of `worker_devices`. Raises
+    RuntimeError with the end of its log where it fails, and Interrupted where it was asked to
+    stop.
+    """
+    atomic_write(folder / "config.json", json.dumps(dataclasses.asdict(config)))
+    progress = folder / "progress.json"
+    log = folder / "worker.log"
+    arguments = [sys.executable, __file__, command]
+    arguments += ["--folder", str(folder)]
+    arguments += ["--parent", str(os.getpid())]
+    progress.unlink(missing_ok=True)
+    with log.open("ab") as file:
+        environment = device_environment(device)
+        process = subprocess.Popen(arguments, stdout=file, stderr=file, env=environment)
+    status = watch_process(process, doing.lower(), progress, config)
+    if status == INTERRUPTED:
+        raise Interrupted(f"{doing} was stopped. Run the cell again to go on with the rest.")
+    if status != 0:
+        raise RuntimeError(
+            f"{doing} stopped. Run the cell again to go on with the rest.\n"
+            f"Its process {exit_in_words(status)}. End of {log}:\n"
+            f"{log_tail(log.read_text('utf-8', 'replace'))}"
+        )
+
+
 # === Transcripts ==================================================================================
 # The base model reads out what is written in the images, once for each image. That is a context
 # file: every question about the image then has these words in front of it.
@@ -18327,23 +18431,12 @@ _READER_SETTINGS = (
     "log_level",
     "trust_remote_code",
 )
-TRANSCRIPT_RECORD = {"texts": dict}  # a line of texts.jsonl, a batch: pixel_hash -> text
 _TRANSCRIPT_COLUMNS = ("id", "question", *CHOICES, "image_path", "width", "height", "pixel_hash")
 
 
-def _known_transcripts(folder: Path) -> dict[str, str]:
+def _transcripts_in(folder: Path) -> KeptResults:
     """pixel_hash -> text of every image that was read in this folder."""
-    texts = {}
-    for record in read_json_lines(folder / "texts.jsonl", TRANSCRIPT_RECORD):
-        texts.update(record["texts"])
-    return texts
-
-
-def _end_last_line(path: Path) -> None:
-    """End a line that a kill has cut short: the next one would be lost with it."""
-    if path.exists() and not path.read_bytes().endswith(b"\n"):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")
+    return KeptResults(folder / "texts.jsonl", "texts")
 
 
 def transcript_messages(image_path: str) -> list[dict]:
@@ -18360,14 +18453,7 @@ def read_images(session: Session, images: pd.DataFrame) -> list[str]:
 
     In halves where memory runs out; RuntimeError where one image is too much.
     """
-    try:
-        return _read_batch(session, images)
-    except torch.OutOfMemoryError as error:
-        if len(images) == 1:
-            raise out_of_memory_error(error) from error
-    clear_memory(LOGGER)
-    half = len(images) // 2
-    return read_images(session, images[:half]) + read_images(session, images[half:])
+    return in_halves(functools.partial(_read_batch, session), images)
 
 
 def _read_batch(session: Session, images: pd.DataFrame) -> list[str]:
@@ -18404,15 +18490,9 @@ def _read_batch(session: Session, images: pd.DataFrame) -> list[str]:
 
 
 def fill_transcripts(folder: Path, progress: Callable) -> None:
-    """What the process of `transcribe_images` does: read the images that its folder asks for.
-
-    A batch is kept as soon as it is read. Batches are planned over all images, whichever are
-    read already: after a kill the others are in the same batches, and their texts the same.
-    """
+    """What the process of `transcribe_images` does: read the images that its folder asks for."""
     config = Config(**read_json(folder / "config.json"))
     images = read_table(folder / "images.csv", needed=_TRANSCRIPT_COLUMNS)
-    known = _known_transcripts(folder)
-    _end_last_line(folder / "texts.jsonl")
     session = open_session(config, images.iloc[0])
     budget = pixel_budget(config, session.processor)
     tokens = []
@@ -18421,14 +18501,13 @@ def fill_transcripts(folder: Path, progress: Callable) -> None:
         tokens.append(grid_tokens(grid, session.processor))
     images = images.iloc[np.argsort(tokens, kind="stable")[::-1]]  # like sizes need no padding
     size = config.infer_batch_size if config.use_batch_inference else 1
-    for start in range(0, len(images), size):
-        progress("reading images", start, len(images))
-        batch = images[start : start + size]
-        batch = batch[~batch["pixel_hash"].isin(known)]
-        if len(batch):
-            texts = dict(zip(batch["pixel_hash"], read_images(session, batch), strict=True))
-            MetricLogger(folder / "texts.jsonl").log(texts=texts)
-    progress("reading images", len(images), len(images))
+    batches = [images[start : start + size] for start in range(0, len(images), size)]
+
+    def read(batch: pd.DataFrame) -> list[str]:
+        return read_images(session, batch)
+
+    kept = _transcripts_in(folder)
+    kept.fill(batches, "pixel_hash", read, progress, "reading images")
 
 
 def _transcript_config(config: Config) -> Config:
@@ -18494,43 +18573,21 @@ def transcribe_images(source: Run | Config, types: Sequence[str] = ("ocr",)) -> 
     require_machine(config)
     rows = _rows_to_transcribe(source, types)
     folder = _transcript_folder(config)
-    missing = set(rows["pixel_hash"]) - set(_known_transcripts(folder))
+    missing = set(rows["pixel_hash"]) - set(_transcripts_in(folder).read())
     images = rows.drop_duplicates("pixel_hash")[[*_TRANSCRIPT_COLUMNS]]
     LOGGER.info("%d of %d images are still to be read", len(missing), len(images))
     if missing:
         write_table(images, folder / "images.csv")
-        settings = dataclasses.asdict(_transcript_config(config))
-        atomic_write(folder / "config.json", json.dumps(settings))
-        _run_transcriber(config, folder)
-    texts = _known_transcripts(folder)
+        device = worker_devices(config)[0]
+        settings = _transcript_config(config)
+        run_side_process("transcribe", "Reading images", settings, folder, device)
+    texts = _transcripts_in(folder).read()
     table = rows[["id"]].assign(context=[texts[digest] for digest in rows["pixel_hash"]])
     path = folder / CONTEXT_FILE
     atomic_write(path, csv_text(table))  # verbatim: it is read as the competition's files are
     blank = int((table["context"] == "").sum())
     LOGGER.info("%s: context of %d rows, blank in %d of them", path, len(table), blank)
     return path
-
-
-def _run_transcriber(config: Config, folder: Path) -> None:
-    """Run the process that reads images in `folder`, and show how far it is."""
-    progress = folder / "progress.json"
-    log = folder / "worker.log"
-    command = [sys.executable, __file__, "transcribe"]
-    command += ["--folder", str(folder)]
-    command += ["--parent", str(os.getpid())]
-    progress.unlink(missing_ok=True)
-    environment = device_environment(worker_devices(config)[0])
-    with log.open("ab") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-    status = watch_process(process, "transcripts", progress, config)
-    if status == INTERRUPTED:
-        raise Interrupted("Reading images was stopped. Run the cell again to go on with the rest.")
-    if status != 0:
-        raise RuntimeError(
-            "Reading images stopped. Run the cell again to go on with the rest.\n"
-            f"Its process {exit_in_words(status)}. End of {log}:\n"
-            f"{log_tail(log.read_text('utf-8', 'replace'))}"
-        )
 
 
 # === Search =======================================================================================
@@ -20209,8 +20266,8 @@ def worker_command(options: argparse.Namespace) -> None:
         run_worker(Run.open(writable), folds, stages, progress)
 
 
-def transcribe_command(options: argparse.Namespace) -> None:
-    """Be the process of `transcribe_images`; status 75 after a request to stop."""
+def side_command(options: argparse.Namespace, fill: Callable) -> None:
+    """Be the process that works on a prepared folder; status 75 after a request to stop."""
     folder = Path(options.folder)
     config = Config(**read_json(folder / "config.json"))
     setup_logging(folder, config.log_level, to_file=False)
@@ -20219,7 +20276,7 @@ def transcribe_command(options: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, progress.request_stop)
     try:
-        fill_transcripts(folder, progress.update)
+        fill(folder, progress.update)
     except Interrupted as error:
         LOGGER.warning("%s", error)
         sys.exit(INTERRUPTED)
@@ -20231,7 +20288,7 @@ def main() -> None:
     if options.command == "worker":
         worker_command(options)
     elif options.command == "transcribe":
-        transcribe_command(options)
+        side_command(options, fill_transcripts)
     elif options.command == "preflight":
         preflight_command(options)
     else:

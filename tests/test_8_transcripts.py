@@ -27,11 +27,14 @@ def in_this_process(monkeypatch):
     """Read images without a worker; a list of how many times that was begun."""
     begun = []
 
-    def run(config, folder):
+    def run(command, doing, config, folder, device):
+        assert command == "transcribe"
         begun.append(folder)
+        settings = json.dumps(dataclasses.asdict(config))
+        (folder / "config.json").write_text(settings, encoding="utf-8")
         vqa.fill_transcripts(folder, quiet)
 
-    monkeypatch.setattr(vqa, "_run_transcriber", run)
+    monkeypatch.setattr(vqa, "run_side_process", run)
     return begun
 
 
@@ -229,14 +232,14 @@ def test_a_worker_reads_and_goes_on_after_a_kill_to_the_same_file(config):
 
 @pytest.mark.slow
 def test_the_end_of_the_log_is_shown_where_the_worker_fails(config, monkeypatch):
-    start_worker = vqa._run_transcriber
+    start_worker = vqa.run_side_process
 
-    def without_images(config, folder):
+    def without_images(command, doing, config, folder, device):
         images = vqa.read_table(folder / "images.csv").assign(image_path="gone.png")
         vqa.write_table(images, folder / "images.csv")
-        start_worker(config, folder)
+        start_worker(command, doing, config, folder, device)
 
-    monkeypatch.setattr(vqa, "_run_transcriber", without_images)
+    monkeypatch.setattr(vqa, "run_side_process", without_images)
     with pytest.raises(
         RuntimeError, match=r"Reading images stopped[^~]*exit status 1[^~]*gone.png"
     ):
