@@ -66,6 +66,7 @@ above it.
    Fast layers                         LoRA without fp32 copies, compiled decoder layers
    Memory plan                         how a training step is spread over passes
    Filling the vision cache            when it pays, and for which images
+   Alignment                           how well statements fit an image, by SigLIP or CLIP
 4. Run
    Run directory                       the files of one run, and what is done in it
    Backup                              a copy on a slow, lasting disk
@@ -89,6 +90,7 @@ above it.
    Selected weights                    raw, EMA or SWA: one decision for all folds
    Out-of-fold rows in doubt           adaptive views, as the test rows get them
    Ladder                              what each step from zero-shot to submission is worth
+   Alignment as a member               its scores added, with a weight, where OOF prefers it
    Evaluation                          every decision that is taken on out-of-fold rows
    Test answers                        the models' probabilities, and the ensemble's answers
    Errors                              where the model is wrong, and which rows are worth a look
@@ -113,6 +115,7 @@ above it.
    Workers                             processes on devices; `run_zeroshot` and `run_folds`
    Processes beside a run              one that works on a prepared folder, and how it ends
    Transcripts                         what the base model reads in the images, as context
+   Alignment scores                    of every row, in a process; the images that fit worst
    Search                              settings tried on one fold
 9. Command line
    Memory by computation               from a model's shapes, before it is loaded
@@ -1270,6 +1273,13 @@ class ModelSettings:
         "model_id, unless that is stored in 4 bits",
         searched=False,
     )
+    alignment_model: str | None = setting(
+        None,
+        "hub id or local folder of a SigLIP or CLIP model, such as "
+        "google/siglip2-so400m-patch14-384: how well each choice fits the image by it; used only "
+        "where OOF gains; None: no such model",
+        searched=False,
+    )
     precision: str = setting(
         "auto",
         "number format; auto follows the card",
@@ -1651,6 +1661,7 @@ def _is_of_kind(value, annotation: str) -> bool:
 PATH_FIELDS = (
     "model_id",
     "score_model_id",
+    "alignment_model",
     "data_dir",
     "output_dir",
     "cache_dir",
@@ -1831,6 +1842,8 @@ class Config(
         relevant = dataclasses.asdict(self)
         for name in BOOKKEEPING_FIELDS:
             del relevant[name]
+        # A finished run can get such scores, or others: nothing that was trained changes.
+        del relevant["alignment_model"]
         for name in ("distill_from", "pseudo_label_from"):
             if relevant[name]:  # the same run, wherever its folder lies
                 relevant[name] = Path(relevant[name]).name
@@ -1857,8 +1870,9 @@ class Config(
 
     @property
     def model_paths(self) -> list[str]:
-        """`model_path`, and that of `score_model_id` where there is one."""
-        return [_model_place(name) for name in (self.model_id, self.score_model_id) if name]
+        """`model_path`, and those of `score_model_id` and `alignment_model` where there are any."""
+        names = (self.model_id, self.score_model_id, self.alignment_model)
+        return [_model_place(name) for name in names if name]
 
     @property
     def model_files(self) -> str:
@@ -1867,8 +1881,9 @@ class Config(
         By them a run is not continued on another model in the same folder.
         """
         files = []
-        for folder in self.model_paths:
-            for path in sorted(Path(folder).glob("*")):
+        names = [name for name in (self.model_id, self.score_model_id) if name]
+        for name in names:
+            for path in sorted(Path(_model_place(name)).glob("*")):
                 if path.suffix in (".safetensors", ".json"):
                     files.append(f"{path.name} {path.stat().st_size}")
         return ", ".join(files)
@@ -8148,20 +8163,15 @@ def _refuse_quantisation_without_gpu(config: Config, runtime: Runtime) -> None:
         )
 
 
-def load_model(config: Config, runtime: Runtime, attempts: int = 3):
-    """The frozen base model on this process's GPU, its GPUs or the CPU.
+def load_patiently(config: Config, load: Callable, attempts: int = 3):
+    """What `load()` returns, tried again where a download breaks off.
 
-    Raises ValueError for a family, quantisation or stored format that cannot be used
-    here, RuntimeError for a checkpoint that is not whole or does not fit into the GPUs,
-    and after `attempts` an OSError that says what to do.
+    Raises after `attempts` an OSError that says what to do.
     """
-    _refuse_quantisation_without_gpu(config, runtime)
-    check_score_model(config)
-    for attempt in range(attempts):  # downloads from the hub break off
+    for attempt in range(attempts):
         time.sleep(2 * attempt)
         try:
-            model = _load_model_once(config, runtime)
-            return model.requires_grad_(False).eval()
+            return load()
         except OSError as error:
             LOGGER.warning(
                 "Loading %s failed (attempt %d of %d): %s",
@@ -8172,6 +8182,19 @@ def load_model(config: Config, runtime: Runtime, attempts: int = 3):
             )
             cause = error
     raise explain_missing_model(config, cause) from cause
+
+
+def load_model(config: Config, runtime: Runtime, attempts: int = 3):
+    """The frozen base model on this process's GPU, its GPUs or the CPU.
+
+    Raises ValueError for a family, quantisation or stored format that cannot be used
+    here, RuntimeError for a checkpoint that is not whole or does not fit into the GPUs,
+    and after `attempts` an OSError that says what to do.
+    """
+    _refuse_quantisation_without_gpu(config, runtime)
+    check_score_model(config)
+    model = load_patiently(config, lambda: _load_model_once(config, runtime), attempts)
+    return model.requires_grad_(False).eval()
 
 
 # === Downloads ====================================================================================
@@ -10337,6 +10360,262 @@ def fill_vision_cache(session: Session, frame: pd.DataFrame, uses: int, passes: 
         session.vision_cache.offload_tower()
 
 
+# === Alignment ====================================================================================
+# A model of two towers says how well a text fits an image: SigLIP (Zhai et al. 2023), SigLIP 2,
+# CLIP (Radford et al. 2021). Each question with each of its choices is such a text.
+ALIGNMENT_MODEL = "google/siglip2-so400m-patch14-384"
+ALIGNMENT_TEXTS = 256  # in a forward pass
+# Question type -> template for a Korean question, and for another. The choice comes first: the
+# texts are short (64 tokens for SigLIP), and of a long one the end is cut off.
+ALIGNMENT_TEMPLATES = {
+    "counting": ("개수는 {choice}. {question}", "the number is {choice}. {question}"),
+    "color": ("색은 {choice}. {question}", "the color is {choice}. {question}"),
+    "ocr": ("{choice}라고 적혀 있다. {question}", "it reads {choice}. {question}"),
+    "yesno": ("{choice}. {question}", "{choice}. {question}"),
+    "location": ("위치는 {choice}. {question}", "the place is {choice}. {question}"),
+    "attribute": ("모습은 {choice}. {question}", "it looks {choice}. {question}"),
+    "general": ("{choice}. {question}", "{choice}. {question}"),
+}
+ALIGNMENT_COLUMNS = ("key", "id", "type", "question", *CHOICES, "image_path", "pixel_hash")
+
+
+def alignment_statements(row: Mapping) -> list[str]:
+    """The text of each choice of a question, in lower case; "" for a blank choice.
+
+    SigLIP 2 was trained on texts in lower case.
+
+    >>> row = {"type": "color", "question": "Which color?", "a": "Red", "b": "", "c": "", "d": ""}
+    >>> alignment_statements(row)
+    ['the color is red. which color?', '', '', '']
+    """
+    korean, other = ALIGNMENT_TEMPLATES[row["type"]]
+    question = prompt_text(row["question"])
+    template = korean if re.search("[가-힣]", question) else other
+    statements = []
+    for choice, is_present in zip(CHOICES, present_choices(row), strict=True):
+        text = template.format(choice=prompt_text(row[choice]), question=question)
+        statements.append(text.lower() if is_present else "")
+    return statements
+
+
+@dataclass(frozen=True)
+class AlignmentModel:
+    """A model of two towers with its processor, on this process's device."""
+
+    model: object  # transformers' own
+    processor: object  # transformers' own
+    text_tokens: int  # of a text at most
+    padding: str  # of texts, as the processor calls it
+
+    def image_features(self, paths: Sequence[str]):
+        """(n, width) features of image files, of length 1, in fp32."""
+        with ThreadPoolExecutor() as pool:
+            images = list(pool.map(load_image, paths))
+        inputs = self.processor(images=images, return_tensors="pt")
+        return self._unit_features(self.model.get_image_features, inputs)
+
+    def text_features(self, texts: Sequence[str]):
+        """(n, width) features of texts, of length 1, in fp32."""
+        parts = []
+        for start in range(0, len(texts), ALIGNMENT_TEXTS):
+            inputs = self.processor(
+                text=list(texts[start : start + ALIGNMENT_TEXTS]),
+                padding=self.padding,
+                truncation=True,
+                max_length=self.text_tokens,
+                return_tensors="pt",
+            )
+            parts.append(self._unit_features(self.model.get_text_features, inputs))
+        return torch.cat(parts)
+
+    def _unit_features(self, tower: Callable, inputs: Mapping):
+        """What a tower gives for these inputs, of length 1."""
+        on_device = {}
+        for name, tensor in inputs.items():
+            dtype = self.model.dtype if tensor.is_floating_point() else tensor.dtype
+            on_device[name] = tensor.to(self.model.device, dtype)
+        features = tower(**on_device).pooler_output.float()
+        return features / features.norm(dim=-1, keepdim=True)
+
+    def logits(self, image_features, text_features):
+        """(n,) logits of n images, each with its own text, as in the model's logits_per_image."""
+        products = (image_features * text_features).sum(-1)
+        bias = getattr(self.model, "logit_bias", None)  # SigLIP has one, CLIP has none
+        logits = products * self.model.logit_scale.float().exp()
+        return logits if bias is None else logits + bias.float()
+
+
+def _check_two_towers(config: Config, model_config) -> None:
+    """ValueError for a model that does not compare images with texts."""
+    kind = transformers.MODEL_MAPPING.get(type(model_config), None)
+    needed = ("get_image_features", "get_text_features")
+    if not all(hasattr(kind, name) for name in needed) or not hasattr(model_config, "text_config"):
+        raise ValueError(
+            f"alignment_model {config.model_path} is of the family "
+            f"{model_config.model_type!r}, which has no tower for images and one for texts; name a "
+            f"SigLIP or CLIP model, such as {ALIGNMENT_MODEL}"
+        )
+
+
+def _load_alignment_model_once(config: Config, runtime: Runtime) -> AlignmentModel:
+    """The model, loaded and checked; one attempt."""
+    trust = config.trust_remote_code
+    if not trust:
+        _refuse_python_code(config.model_path)
+    model_config = transformers.AutoConfig.from_pretrained(
+        config.model_path, trust_remote_code=trust
+    )
+    _check_two_towers(config, model_config)
+    model, report = transformers.AutoModel.from_pretrained(
+        config.model_path,
+        **_loading_options(config, runtime),
+        output_loading_info=True,
+    )
+    _check_weight_names(config, report)
+    processor = transformers.AutoProcessor.from_pretrained(
+        config.model_path, trust_remote_code=trust
+    )
+    # SigLIP reads a text's features at the last place, behind all padding.
+    is_siglip = model_config.model_type.startswith("siglip")
+    return AlignmentModel(
+        model=model.requires_grad_(False).eval(),
+        processor=processor,
+        text_tokens=model_config.text_config.max_position_embeddings,
+        padding="max_length" if is_siglip else "longest",
+    )
+
+
+def open_alignment_model(config: Config) -> AlignmentModel:
+    """The model that `config.model_id` names, to score texts beside images.
+
+    Raises ValueError for a model without both towers, and what `load_patiently` raises.
+    """
+    runtime = detect_runtime(config.precision, config.attn_implementation)
+    for reason in runtime.reasons:
+        LOGGER.info("Decision: %s", reason)
+    seed_everything(config.seed, config.deterministic, config.strict_determinism)
+    with track_peak_memory("alignment model loaded"):
+        return load_patiently(config, lambda: _load_alignment_model_once(config, runtime))
+
+
+def align_rows_with_images(aligner: AlignmentModel, rows: pd.DataFrame) -> list[list]:
+    """For each row the scores of its choices beside its image; None for a blank choice.
+
+    Each distinct image is encoded once, in halves where memory runs out. Raises
+    FloatingPointError naming a row whose score is not finite.
+    """
+    return in_halves(functools.partial(_align_batch, aligner), rows)
+
+
+def _align_batch(aligner: AlignmentModel, rows: pd.DataFrame) -> list[list]:
+    """`align_rows_with_images` in a single pass."""
+    images = rows.drop_duplicates("pixel_hash")
+    image_numbers = pd.Index(images["pixel_hash"]).get_indexer(rows["pixel_hash"])
+    statements = [alignment_statements(row) for row in rows.to_dict("records")]
+    is_present = np.array(statements) != ""  # (n, 4)
+    texts = [text for of_row in statements for text in of_row if text]
+    image_of_text = np.repeat(image_numbers, is_present.sum(axis=1))
+    with torch.inference_mode():
+        image_features = aligner.image_features(images["image_path"].tolist())
+        text_features = aligner.text_features(texts)
+        of_texts = image_features[torch.from_numpy(image_of_text).to(image_features.device)]
+        logits = aligner.logits(of_texts, text_features).cpu().numpy()
+    scores = np.full(is_present.shape, np.nan)
+    scores[is_present] = logits
+    is_wrong = is_present & ~np.isfinite(scores)
+    if is_wrong.any():
+        row = rows["id"].iloc[is_wrong.any(axis=1).argmax()]
+        raise FloatingPointError(f"Non-finite alignment scores for row {row}")
+    return [[None if np.isnan(score) else score for score in row] for row in scores.tolist()]
+
+
+def _kept_alignment(folder: Path) -> KeptResults:
+    """key -> scores of every row that was aligned in this folder."""
+    return KeptResults(folder / "scores.jsonl", "scores")
+
+
+def fill_alignment(folder: Path, progress: Callable) -> None:
+    """Score the rows that a folder asks for; its config.json names the model as model_id."""
+    config = Config(**read_json(folder / "config.json"))
+    rows = read_table(folder / "rows.csv", needed=ALIGNMENT_COLUMNS)
+    aligner = open_alignment_model(config)
+    size = config.infer_batch_size if config.use_batch_inference else 1
+    # All questions on an image are in one batch, so that it is encoded once.
+    number_of_image = pd.factorize(rows["pixel_hash"])[0]
+    batches = [batch for _, batch in rows.groupby(number_of_image // size)]
+
+    def align(batch: pd.DataFrame) -> list[list]:
+        return align_rows_with_images(aligner, batch)
+
+    _kept_alignment(folder).fill(batches, "key", align, progress, "alignment scores")
+
+
+def _alignment_config(config: Config) -> Config:
+    """The settings of the process that aligns rows: `alignment_model`, as its model_id."""
+    names = (
+        "precision",
+        "attn_implementation",
+        "use_batch_inference",
+        "infer_batch_size",
+        "deterministic",
+        "strict_determinism",
+        "log_level",
+        "trust_remote_code",
+    )
+    settings = {name: getattr(config, name) for name in names}
+    return Config(model_id=config.alignment_model, quantization="none", **settings)
+
+
+def alignment_folder(config: Config) -> Path:
+    """Where scores by the same model and templates are kept, below output_dir."""
+    settings = _alignment_config(config)
+    parts = [settings.model_id, settings.precision, settings.attn_implementation]
+    parts += [settings.model_files, ALIGNMENT_TEMPLATES]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return Path(config.output_dir).resolve() / f"alignment_{digest[:12]}"
+
+
+def _alignment_key(row: Mapping) -> str:
+    """What a row's scores depend on: its image and its statements."""
+    text = json.dumps([row["pixel_hash"], *alignment_statements(row)])
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def prepare_alignment(rows: pd.DataFrame, config: Config) -> bool:
+    """Write what `fill_alignment` needs; whether any row is still to be scored.
+
+    Rows whose image cannot be used are passed over, and equal ones are scored once.
+    """
+    folder = alignment_folder(config)
+    # A table from a run's folder has text where that of a competition has True.
+    usable = rows[rows["pixel_hash"] != ""]
+    keyed = usable.assign(key=[_alignment_key(row) for row in usable.to_dict("records")])
+    keyed = keyed.drop_duplicates("key")[[*ALIGNMENT_COLUMNS]]
+    missing = set(keyed["key"]) - set(_kept_alignment(folder).read())
+    LOGGER.info("%d of %d rows are still to be aligned", len(missing), len(keyed))
+    if missing:
+        write_table(keyed, folder / "rows.csv")
+        settings = json.dumps(dataclasses.asdict(_alignment_config(config)))
+        atomic_write(folder / "config.json", settings)
+    return bool(missing)
+
+
+def kept_alignment_scores(rows: pd.DataFrame, config: Config) -> np.ndarray:
+    """(n, 4) scores of rows that are all done: -inf for a blank choice.
+
+    A row whose image cannot be used has the same score, 0, for each of its choices.
+    """
+    kept = _kept_alignment(alignment_folder(config)).read()
+    scores = np.full((len(rows), len(CHOICES)), -np.inf)
+    for place, row in enumerate(rows.to_dict("records")):
+        of_row = [0.0] * len(CHOICES)
+        if row["pixel_hash"] != "":
+            of_row = kept[_alignment_key(row)]
+        is_present = present_choices(row)
+        scores[place, is_present] = np.array(of_row, dtype=float)[is_present]
+    return scores
+
+
 # ======= 4. Run ===================================================================================
 
 # === Run directory ================================================================================
@@ -10346,6 +10625,7 @@ STAGE_FILES = {  # the file that a stage writes last: where it is, the stage is 
     "train": "fold_{fold}/result.json",
     "predict": "fold_{fold}/test.npz",
     "rescore": "fold_{fold}/test_16bit.npz",
+    "alignment": "alignment_test.npz",  # of all folds: it has no model of ours
 }
 
 
@@ -10384,6 +10664,8 @@ class Run:
     | stages.jsonl                   | all stages    | seconds and peak memory of each fold
     | events.jsonl                   | all stages    | what did not go to plan
     | zeroshot.npz                   | zeroshot      | scores of the untouched base model
+    | alignment_train.npz            | alignment     | how well choices fit training rows' images
+    | alignment_test.npz             | alignment     | the same of the test rows
     | fold_N/checkpoints/            | train         | where to go on with the training
     | fold_N/metrics.jsonl           | train         | the steps of the optimizer
     | fold_N/history.csv             | train         | a row an epoch
@@ -14050,6 +14332,184 @@ def view_ladder_steps(
     return steps
 
 
+# === Alignment as a member ========================================================================
+# What `alignment_model` says of each choice, added to the fine-tuned models' log-probabilities.
+STEP_ALIGNMENT = "with alignment scores"
+ALIGNMENT_FILES = {"train": "alignment_train.npz", "test": "alignment_test.npz"}
+
+
+def read_alignment(run: Run, name: str) -> pd.DataFrame | None:
+    """(rows, 4) scores by id of the train or test rows; None without `alignment_model`.
+
+    None, too, where they are not there yet.
+    """
+    path = run.directory / ALIGNMENT_FILES[name]
+    if not run.config.alignment_model or not path.exists():
+        return None
+    content = read_arrays(path, run.fingerprint, SCORE_ARRAYS)
+    return pd.DataFrame(content["logits"][:, 0], index=content["ids"], columns=CHOICES)
+
+
+@dataclass(frozen=True)
+class AlignmentWeights:
+    """How alignment scores and a model's probabilities are mixed.
+
+    The logits of the mixture are `power` times the model's log-probability, plus `weight` times
+    the score.
+    """
+
+    power: float  # one over the mixture's temperature
+    weight: float  # of the scores, which are logits
+
+    def mix(self, probabilities: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """(n, 4) probabilities of the mixture; a choice whose score is -inf keeps 0.
+
+        >>> probabilities = np.array([[0.5, 0.5, 0.0, 0.0]])
+        >>> scores = np.array([[1.0, 1 + np.log(3), -np.inf, -np.inf]])
+        >>> AlignmentWeights(power=1.0, weight=1.0).mix(probabilities, scores).round(2).tolist()
+        [[0.25, 0.75, 0.0, 0.0]]
+        """
+        logs, centred = _alignment_features(probabilities, scores)
+        is_present = np.isfinite(scores)
+        return softmax(np.where(is_present, self.power * logs + self.weight * centred, -np.inf))
+
+
+def _alignment_features(
+    probabilities: np.ndarray,
+    scores: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 4) log-probabilities, and scores less their mean in the row; 0 for a blank choice."""
+    is_present = np.isfinite(scores)
+    logs = np.log(np.maximum(probabilities, PROBABILITY_FLOOR))
+    usual = np.mean(scores, axis=1, where=is_present, keepdims=True)
+    return np.where(is_present, logs, 0), np.where(is_present, scores - usual, 0)
+
+
+def fit_alignment(
+    probabilities: np.ndarray,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    scaling: bool = True,
+) -> AlignmentWeights:
+    """The mixture of least NLL; its weight is not negative. Convex, found by L-BFGS-B.
+
+    `probabilities` and `scores`: (n, 4); `labels`: (n,). Without `scaling` the model's
+    log-probabilities keep their size.
+
+    >>> unsure = np.full((4, 4), 0.25)
+    >>> labels = np.array([0, 1, 2, 3])
+    >>> fit_alignment(unsure, np.zeros((4, 4)), labels).weight
+    0.0
+    >>> fit_alignment(unsure, np.eye(4) + 0.5 * np.eye(4)[::-1], labels).weight > 1
+    True
+    """
+    rows = np.arange(len(labels))
+    logs, centred = _alignment_features(probabilities, scores)
+    spread = centred.std()
+    if spread == 0:
+        return AlignmentWeights(power=1.0, weight=0.0)
+    features = np.stack([logs, centred / spread])  # (2, n, 4)
+    blank = np.where(np.isfinite(scores), 0, -np.inf)
+    of_label = features[:, rows, labels]
+
+    def loss_and_gradient(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = np.tensordot(weights, features, axes=1) + blank
+        loss = -special.log_softmax(logits, axis=1)[rows, labels].mean()
+        expected = (special.softmax(logits, axis=1) * features).sum(axis=2)
+        return loss, (expected - of_label).mean(axis=1)
+
+    low, high = TEMPERATURE_BOUNDS
+    powers = (1 / high, 1 / low) if scaling else (1.0, 1.0)
+    best = minimize(
+        loss_and_gradient,
+        [1.0, 0.0],
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[powers, (0.0, 100.0)],
+    ).x
+    return AlignmentWeights(power=float(best[0]), weight=float(best[1] / spread))
+
+
+@dataclass(frozen=True)
+class AlignmentMember:
+    """What OOF rows say of the alignment scores of a run."""
+
+    weights: AlignmentWeights  # fitted on all OOF rows, for the test rows
+    step: Candidate  # of the ladder: the mixture, cross-fitted
+    used: bool  # whether OOF prefers the mixture
+    # (n, 4) of what is used, mixture or not, chosen for each part of the rows by the others.
+    probabilities: np.ndarray
+
+
+def judge_alignment(run: Run, oof: OofLogits, probabilities: np.ndarray) -> AlignmentMember | None:
+    """Whether alignment scores make `probabilities` (n, 4), cross-fitted, better on OOF rows.
+
+    By the rule of the automatic choice: a lower NLL by more than one standard error, and no loss
+    of accuracy. None where the run has no such scores.
+    """
+    table = read_alignment(run, "train")
+    if table is None:
+        return None
+    scores = table.loc[oof.frame["id"]].to_numpy()
+    scaling = run.config.use_temperature_scaling
+
+    def fit_and_mix(fit_inputs, fit_labels, inputs) -> np.ndarray:
+        return fit_alignment(*fit_inputs, fit_labels, scaling).mix(*inputs)
+
+    both = np.stack([probabilities, scores])
+    mixed = cross_fit(fit_and_mix, both, oof.labels, oof.groups % CROSS_FIT_PARTS)
+    step = Candidate(mixed, fitted_parameters=1 + scaling)
+    candidates = {"without": Candidate(probabilities), "with": step}
+    chosen = choose_blend(candidates, oof.labels, oof.groups)
+    weights = fit_alignment(probabilities, scores, oof.labels, scaling)
+    LOGGER.info(
+        "Decision: alignment scores of %s are %s: weight %.3f, OOF accuracy %.4f without and "
+        "%.4f with them",
+        run.config.alignment_model,
+        "used" if chosen == "with" else "not used",
+        weights.weight,
+        (probabilities.argmax(axis=1) == oof.labels).mean(),
+        (mixed.argmax(axis=1) == oof.labels).mean(),
+    )
+    return AlignmentMember(
+        weights=weights,
+        step=step,
+        used=chosen == "with",
+        probabilities=choose_cross_fitted(candidates, oof.labels, oof.groups),
+    )
+
+
+def add_alignment_step(
+    steps: dict[str, LadderStep],
+    member: AlignmentMember,
+    views: Sequence[int],
+) -> None:
+    """Put the mixture behind the steps of the submission, against the last of them."""
+    final_model = steps.pop(STEP_FINAL_MODEL, None)
+    used = [name for name, step in steps.items() if step.used]
+    steps[STEP_ALIGNMENT] = LadderStep(
+        probabilities=member.step.probabilities,
+        against=used[-1],
+        views=views,
+        used=member.used,
+        fitted_parameters=member.step.fitted_parameters,
+    )
+    if final_model is not None:
+        steps[STEP_FINAL_MODEL] = final_model
+
+
+def aligned_letters(run: Run) -> dict[tuple[str, str], str]:
+    """(train or test, id) -> the letter whose choice fits the image best; {} without scores."""
+    letters = {}
+    for name in ALIGNMENT_FILES:
+        table = read_alignment(run, name)
+        if table is None:
+            return {}
+        for row_id, letter in table.idxmax(axis=1).items():
+            letters[name, row_id] = letter
+    return letters
+
+
 # === Evaluation ===================================================================================
 @dataclass(frozen=True)
 class Evaluation:
@@ -14066,6 +14526,7 @@ class Evaluation:
     ladder: pd.DataFrame  # of `build_ladder`
     fold_table: pd.DataFrame  # of `temperature_table`
     bound_reasons: Mapping[int, str]  # of `reasons_at_bounds`; a model without skill is not asked
+    alignment: AlignmentWeights | None = None  # of the submission; None: it has no such scores
 
 
 @dataclass(frozen=True)
@@ -14308,6 +14769,11 @@ def evaluate_run(run: Run) -> Evaluation:
         LOGGER.warning("%s: %s", run.directory.name, lack_of_skill(skill))
         decisions = _unfitted_views(oof, views)
     steps = decision_ladder_steps(run, oof, view_table, decisions)
+    probabilities = decisions.probabilities
+    alignment = judge_alignment(run, oof, probabilities) if skill.has_skill else None
+    if alignment is not None:
+        add_alignment_step(steps, alignment, decisions.views)
+        probabilities = alignment.probabilities
     ladder = build_ladder(run, oof, steps)
     if STEP_AUTOMATIC in steps:
         eligible = _without_vote(decisions.candidates)
@@ -14323,10 +14789,11 @@ def evaluate_run(run: Run) -> Evaluation:
         view_table=view_table,
         calibration=decisions.calibration,
         method=decisions.method,
-        probabilities=decisions.probabilities,
+        probabilities=probabilities,
         ladder=ladder,
         fold_table=temperature_table(oof, scores, temperatures, bound_reasons),
         bound_reasons=bound_reasons,
+        alignment=alignment.weights if alignment is not None and alignment.used else None,
     )
 
 
@@ -14354,7 +14821,11 @@ def predict_test(run: Run, evaluation: Evaluation) -> dict[int, np.ndarray]:
     probabilities = {}
     for fold in run.submission_models:
         probabilities[fold] = _predict_fold(run, evaluation, fold)
-    return probabilities
+    if evaluation.alignment is None:
+        return probabilities
+    scores = read_alignment(run, "test").loc[run.test["id"]].to_numpy()
+    mix = evaluation.alignment.mix
+    return {fold: mix(of_fold, scores) for fold, of_fold in probabilities.items()}
 
 
 def best_fold(evaluation: Evaluation) -> int:
@@ -14536,6 +15007,17 @@ def active_list(suspects: pd.DataFrame, uncertain: pd.DataFrame) -> pd.DataFrame
     return table.sort_values("chance_wrong", ascending=False, kind="stable", ignore_index=True)
 
 
+def with_aligned_letters(run: Run, table: pd.DataFrame) -> pd.DataFrame:
+    """`active_list` with the letter that `alignment_model` prefers, where the run has scores."""
+    letters = aligned_letters(run)
+    if not letters:
+        return table
+    values = [letters[key] for key in zip(table["rows"], table["id"], strict=True)]
+    place = table.columns.get_loc("other") + 1
+    table.insert(place, "aligned", values)
+    return table
+
+
 def reliability_by_type(
     types: Sequence[str], probabilities: np.ndarray, labels: np.ndarray
 ) -> pd.DataFrame:
@@ -14643,7 +15125,7 @@ def write_error_tables(
         "reliability_by_type": reliability_by_type(oof.frame["type"], probabilities, oof.labels),
         "label_suspects": suspects,
         "uncertain_rows": uncertain,
-        "active_list": active_list(suspects, uncertain),
+        "active_list": with_aligned_letters(run, active_list(suspects, uncertain)),
         "confusion": confusion_table(oof.labels, predicted),
         "mistakes": wrong_answers(evaluation)[[*texts, "answer", "predicted", "confidence"]],
     }
@@ -15415,7 +15897,7 @@ def thumbnail_html(path: str, description: str, side: int = 120) -> str:
 def _question_text(row: Mapping, note: str) -> str:
     """Id, type, question and choices of a row as HTML, the answer in bold; all text is escaped."""
     choices = {choice: f"{choice}. {html.escape(row[choice])}" for choice in CHOICES}
-    if "answer" in row:
+    if row.get("answer") in choices:
         choices[row["answer"]] = f"<b>{choices[row['answer']]}</b>"
     lines = [
         f"<code>{html.escape(row['id'])}</code> {row['type']}",
@@ -17245,6 +17727,22 @@ def _restore_history(run: Run, fold: int) -> None:
         write_table(read_fold_result(run, fold).history, path)
 
 
+def _alignment_damages(run: Run) -> Iterator[_Damage]:
+    """Damaged files of the stage "alignment", or of another model: both are made anew."""
+    rows = {"train": run.train["id"].tolist(), "test": run.test["id"].tolist()}
+    for name, ids in rows.items():
+        path = run.directory / ALIGNMENT_FILES[name]
+        problem = _scores_problem(run, path, ids)
+        if not path.exists() and run.is_done("alignment", 0):
+            problem = f"{path} is gone"
+        elif path.exists() and not problem:
+            (model,) = read_arrays(path, run.fingerprint)["view_names"].tolist()
+            if run.config.alignment_model not in (None, model):
+                problem = f"{path} has the scores of {model}"
+        if problem:
+            yield _Damage(problem, tuple(map(Path, ALIGNMENT_FILES.values())))
+
+
 def delete_damaged_files(run: Run) -> int:
     """Delete what is damaged of the run, so that the stages make it anew; how many files were.
 
@@ -17261,6 +17759,7 @@ def delete_damaged_files(run: Run) -> int:
         damages += _training_damages(run, fold)
         damages += _score_damages(run, fold)
     damages += _selection_damages(run)
+    damages += _alignment_damages(run)
     for damage in damages:
         LOGGER.warning("Made anew: %s", damage.problem)
         event = f"made anew: {damage.problem}"
@@ -17909,6 +18408,24 @@ def run_stage(
     back_up(run)
 
 
+def align_rows_of(run: Run, progress: Callable) -> None:
+    """The stage "alignment": scores of all rows by `alignment_model`, and the two files of them.
+
+    What was scored before by this model, for the notebook's section 3 for one, is only copied.
+    """
+    config = run.config
+    rows = pd.concat([run.train, run.test], ignore_index=True)
+    with track_peak_memory("alignment") as report:
+        if prepare_alignment(rows, config):
+            fill_alignment(alignment_folder(config), progress)
+        for name, frame in (("train", run.train), ("test", run.test)):
+            logits = kept_alignment_scores(frame, config)[:, None]
+            path = run.directory / ALIGNMENT_FILES[name]
+            write_logits(path, frame, logits, [config.alignment_model], run.fingerprint)
+    MetricLogger(run.directory / "stages.jsonl").log(**report)
+    back_up(run)
+
+
 def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: Callable) -> None:
     """Do what is missing of `stages` for `folds`.
 
@@ -17917,6 +18434,9 @@ def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: 
     session = None
     longest = stage_seconds(run)
     for stage in stages:
+        if stage == "alignment":
+            align_rows_of(run, progress)
+            continue
         if stage == "predict":
             select_weights(run)
         waiting = run.unfinished_folds(stage, folds)
@@ -18359,6 +18879,9 @@ def run_folds(config: Config) -> list[FoldResult]:
     run = Run.open(config.run_dir)
     delete_damaged_files(run)
     note_start(run)
+    if run.config.alignment_model and not run.is_done("alignment", 0):
+        device = worker_devices(run.config)[0]
+        launch_workers(run, [WorkerJob((device,), (0,))], ["alignment"])
     for jobs, stages in planned_launches(config, worker_devices(config)):
         folds = list(itertools.chain.from_iterable(job.folds for job in jobs))
         if any(run.unfinished_folds(stage, folds) for stage in stages):
@@ -18382,7 +18905,6 @@ def run_side_process(
     RuntimeError with the end of its log where it fails, and Interrupted where it was asked to
     stop.
     """
-    atomic_write(folder / "config.json", json.dumps(dataclasses.asdict(config)))
     progress = folder / "progress.json"
     log = folder / "worker.log"
     arguments = [sys.executable, __file__, command]
@@ -18578,8 +19100,9 @@ def transcribe_images(source: Run | Config, types: Sequence[str] = ("ocr",)) -> 
     LOGGER.info("%d of %d images are still to be read", len(missing), len(images))
     if missing:
         write_table(images, folder / "images.csv")
-        device = worker_devices(config)[0]
         settings = _transcript_config(config)
+        atomic_write(folder / "config.json", json.dumps(dataclasses.asdict(settings)))
+        device = worker_devices(config)[0]
         run_side_process("transcribe", "Reading images", settings, folder, device)
     texts = _transcripts_in(folder).read()
     table = rows[["id"]].assign(context=[texts[digest] for digest in rows["pixel_hash"]])
@@ -18588,6 +19111,57 @@ def transcribe_images(source: Run | Config, types: Sequence[str] = ("ocr",)) -> 
     blank = int((table["context"] == "").sum())
     LOGGER.info("%s: context of %d rows, blank in %d of them", path, len(table), blank)
     return path
+
+
+# === Alignment scores =============================================================================
+def alignment_scores(
+    rows: pd.DataFrame,
+    config: Config,
+    model_id: str = ALIGNMENT_MODEL,
+) -> np.ndarray:
+    """(n, 4) how well each choice, put into the question's place, fits the row's image.
+
+    Logits of a SigLIP or CLIP model; -inf for a blank choice, and 0 throughout where the image
+    cannot be used. `rows`: of a competition or a run, or any table with their columns. They are
+    kept below the config's output_dir: what was scored once by this model is not scored again,
+    and after an interruption only what is left. A process of its own scores, so that this one
+    never touches the GPU. Raises RuntimeError with the end of its log where it fails, as for a
+    model without a tower for texts, and Interrupted where it was asked to stop.
+    """
+    require_machine(config)
+    settings = dataclasses.replace(config, alignment_model=model_id)
+    if prepare_alignment(rows, settings):
+        device = worker_devices(config)[0]
+        folder = alignment_folder(settings)
+        run_side_process("align", "Aligning rows", _alignment_config(settings), folder, device)
+    return kept_alignment_scores(rows, settings)
+
+
+def worst_aligned(rows: pd.DataFrame, scores: np.ndarray) -> pd.DataFrame:
+    """The rows with an image, those first whose image fits none of their choices.
+
+    Such a row may have the wrong image, or the image the wrong row. `scores` (n, 4) are of
+    `alignment_scores`. Beside the columns of the row: `best`, the highest of its scores, and
+    `below_type`, how far that is below the median of its question type, because statements of
+    some types fit any image better.
+
+    >>> rows = pd.DataFrame({"id": ["q1", "q2", "q3"], "type": "ocr", "pixel_hash": "1"})
+    >>> scores = np.array([[1.0, 2, 0, 0], [-3, -4, -5, -6], [0, 3, 1, 1]])
+    >>> worst_aligned(rows, scores)[["id", "best", "below_type"]].values.tolist()
+    [['q2', -3.0, 5.0], ['q1', 2.0, 0.0], ['q3', 3.0, -1.0]]
+    """
+    best = np.max(scores, axis=1)
+    table = rows.assign(best=best)[(rows["pixel_hash"] != "").to_numpy()]
+    usual = table.groupby("type")["best"].transform("median")
+    table = table.assign(below_type=usual - table["best"])
+    return table.sort_values("below_type", ascending=False, kind="stable", ignore_index=True)
+
+
+def worst_aligned_html(rows: pd.DataFrame, scores: np.ndarray, count: int = 6) -> str:
+    """The first rows of `worst_aligned` as cards with thumbnails."""
+    table = worst_aligned(rows, scores).head(count)
+    notes = [f"alignment {below:.1f} below its type's median" for below in table["below_type"]]
+    return question_cards(table, notes)
 
 
 # === Search =======================================================================================
@@ -20207,7 +20781,7 @@ def run_worker(
 
 
 def command_parser() -> argparse.ArgumentParser:
-    """The command line: worker, transcribe, preflight and settings."""
+    """The command line: worker, transcribe, align, preflight and settings."""
     parser = argparse.ArgumentParser(prog="vqa_helpers.py")
     commands = parser.add_subparsers(dest="command", required=True)
     worker = commands.add_parser("worker", help="run stages of a prepared run directory")
@@ -20228,6 +20802,9 @@ def command_parser() -> argparse.ArgumentParser:
     transcribe = commands.add_parser("transcribe", help="read the images of a prepared folder")
     transcribe.add_argument("--folder", required=True, help="made by transcribe_images")
     transcribe.add_argument("--parent", type=int, default=0, help="as for worker")
+    align = commands.add_parser("align", help="align the rows of a prepared folder")
+    align.add_argument("--folder", required=True, help="made by alignment_scores")
+    align.add_argument("--parent", type=int, default=0, help="as for worker")
     check = commands.add_parser("preflight", help="try everything once on a few rows")
     check.add_argument(
         "--config",
@@ -20283,12 +20860,14 @@ def side_command(options: argparse.Namespace, fill: Callable) -> None:
 
 
 def main() -> None:
-    """Command line: `worker`, `transcribe`, `preflight` and `settings`."""
+    """Command line: `worker`, `transcribe`, `align`, `preflight` and `settings`."""
     options = command_parser().parse_args()
     if options.command == "worker":
         worker_command(options)
     elif options.command == "transcribe":
         side_command(options, fill_transcripts)
+    elif options.command == "align":
+        side_command(options, fill_alignment)
     elif options.command == "preflight":
         preflight_command(options)
     else:

@@ -30,8 +30,6 @@ def in_this_process(monkeypatch):
     def run(command, doing, config, folder, device):
         assert command == "transcribe"
         begun.append(folder)
-        settings = json.dumps(dataclasses.asdict(config))
-        (folder / "config.json").write_text(settings, encoding="utf-8")
         vqa.fill_transcripts(folder, quiet)
 
     monkeypatch.setattr(vqa, "run_side_process", run)
