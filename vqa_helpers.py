@@ -14343,9 +14343,9 @@ def read_alignment(run: Run, name: str) -> pd.DataFrame | None:
 
     None, too, where they are not there yet.
     """
-    path = run.directory / ALIGNMENT_FILES[name]
-    if not run.config.alignment_model or not path.exists():
+    if not run.config.alignment_model or not run.is_done("alignment", 0):
         return None
+    path = run.directory / ALIGNMENT_FILES[name]
     content = read_arrays(path, run.fingerprint, SCORE_ARRAYS)
     return pd.DataFrame(content["logits"][:, 0], index=content["ids"], columns=CHOICES)
 

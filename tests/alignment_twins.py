@@ -6,20 +6,7 @@ from pathlib import Path
 import vqa_helpers as vqa
 
 VOCABULARY = 1024
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "patch_size": 16,
-}
+SIDE = 64  # of an image, in pixels
 
 
 def demo_statements():
@@ -76,7 +63,17 @@ def gemma_tokenizer(texts):
     return Siglip2Tokenizer(model["vocab"], merges, model_input_names=["input_ids"])
 
 
-def make_twin(family, side=64):
+def tower(width):
+    """The shapes of either tower."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+
+
+def make_twin(family, width=32, text_tokens=64):
     """A random model of that family and its processor: siglip, siglip2 (any sides) or clip."""
     import torch
     import transformers
@@ -84,31 +81,33 @@ def make_twin(family, side=64):
     make_tokenizer = gemma_tokenizer if family == "siglip2" else plain_tokenizer
     tokenizer = make_tokenizer(demo_statements())
     text = {
-        **TEXT,
+        **tower(width),
+        "max_position_embeddings": text_tokens,
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
     }
+    vision = {**tower(width), "patch_size": 16}
     if family == "siglip":
         config = transformers.SiglipConfig(
-            text_config=text, vision_config={**VISION, "image_size": side}
+            text_config=text, vision_config={**vision, "image_size": SIDE}
         )
-        images = transformers.SiglipImageProcessor(size={"height": side, "width": side})
+        images = transformers.SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
         processor = transformers.SiglipProcessor(images, tokenizer)
     elif family == "siglip2":
-        patches = (side // 16) ** 2
+        patches = (SIDE // 16) ** 2
         config = transformers.Siglip2Config(
-            text_config=text, vision_config={**VISION, "num_patches": patches}
+            text_config=text, vision_config={**vision, "num_patches": patches}
         )
         images = transformers.Siglip2ImageProcessor(patch_size=16, max_num_patches=patches)
         processor = transformers.Siglip2Processor(images, tokenizer)
     else:
         config = transformers.CLIPConfig(
-            text_config=text, vision_config={**VISION, "image_size": side}, projection_dim=32
+            text_config=text, vision_config={**vision, "image_size": SIDE}, projection_dim=width
         )
         images = transformers.CLIPImageProcessor(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+            size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
         )
         processor = transformers.CLIPProcessor(images, tokenizer)
     torch.manual_seed(0)

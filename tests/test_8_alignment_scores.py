@@ -123,6 +123,11 @@ def test_a_finished_run_gets_scores_and_those_of_another_model(mini_run, fake_sc
     (other.directory / "alignment_train.npz").unlink()
     assert vqa.delete_damaged_files(other) == 1
     assert not other.is_done("alignment", 0)
+    vqa.run_stages(other, [0], ["alignment"], quiet)
+    path = other.directory / "alignment_test.npz"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert vqa.delete_damaged_files(other) == 1
+    assert not other.is_done("alignment", 0)
 
 
 @pytest.mark.slow
