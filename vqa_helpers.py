@@ -1365,6 +1365,9 @@ class DataSettings:
         "folders like data_dir, such as earlier rounds: their training rows join every fold's",
         searched=False,
     )
+    pretrain_epochs: int = setting(
+        0, "passes over extra_train_dirs' rows alone, before num_epochs without them", at_least=0
+    )
     use_sample: bool = setting(False, "train on a random subset of the rows", searched=False)
     sample_size: int = setting(200, "rows of that subset", at_least=2, searched=False)
     max_fallback_share: float = setting(
@@ -1722,6 +1725,9 @@ def _check_training(config: Config) -> None:
     if not are_texts or len(set(names)) < len(names):
         _refuse(config, "extra_train_dirs", "paths of folders, none twice")
 
+    if config.pretrain_epochs and not config.extra_train_dirs:
+        _refuse(config, "pretrain_epochs", "extra_train_dirs, whose rows it trains on; or 0")
+
     if config.train_folds is not None:
         folds = set(config.train_folds)
         if not folds <= set(range(config.n_folds)):
@@ -1851,6 +1857,11 @@ class Config(
         relevant["extra_train_dirs"] = [Path(name).name for name in self.extra_train_dirs]
         text = json.dumps(relevant, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def all_epochs(self) -> int:
+        """Epochs of a fold: `pretrain_epochs`, then `num_epochs`; they are counted through."""
+        return self.pretrain_epochs + self.num_epochs
 
     @property
     def rows_to_use(self) -> int | None:
@@ -10905,6 +10916,9 @@ def _differing_ids(rows: pd.DataFrame, others: pd.DataFrame) -> list[str]:
     return sorted(set(both.drop_duplicates(keep=False)["id"]))
 
 
+RELATED_SOURCE = "extra_"  # with the folder's number in extra_train_dirs, from 1 on
+
+
 def all_rows(run: Run) -> pd.DataFrame:
     """The rows that any fold trains on: the run's training rows, then its extra rows.
 
@@ -10924,6 +10938,11 @@ def training_rows(run: Run, fold: int, rows: pd.DataFrame | None = None) -> pd.D
     is_training_row = rows["source"] == "train"
     is_of_this_fold = rows["fold"] == fold
     return rows[is_training_row != is_of_this_fold].reset_index(drop=True)
+
+
+def is_related(rows: pd.DataFrame) -> np.ndarray:
+    """(n,) bools: which of `all_rows` are those of extra_train_dirs."""
+    return rows["source"].str.startswith(RELATED_SOURCE).to_numpy(dtype=bool)
 
 
 def source_table(run: Run) -> pd.DataFrame:
@@ -12206,6 +12225,124 @@ def split_steps(
     return split
 
 
+@dataclass(frozen=True)
+class TrainingPhase:
+    """Epochs that train on the same rows, and their place in a fold's training.
+
+    Epochs and steps count from 0, through all phases.
+    """
+
+    variants: pd.DataFrame  # its rows, all with one variant of the images, then the next
+    rows: pd.DataFrame  # its rows with the original images
+    is_pretraining: bool  # on the rows of extra_train_dirs alone
+    epochs: int
+    steps: int  # optimizer steps of each epoch
+    first_epoch: int
+    first_step: int
+
+    @property
+    def all_steps(self) -> int:
+        """Of all its epochs."""
+        return self.epochs * self.steps
+
+    def steps_before(self, epoch: int) -> int:
+        """Optimizer steps of the whole training before one of its epochs."""
+        return self.first_step + (epoch - self.first_epoch) * self.steps
+
+
+@dataclass(frozen=True)
+class TrainingSchedule:
+    """The rows and steps of every epoch of a fold: pretraining, if any, then the fold's own."""
+
+    phases: tuple[TrainingPhase, ...]
+
+    def __str__(self) -> str:
+        """In words, such as "9 rows for 1 epochs (3 steps), then ..."."""
+        parts = []
+        for phase in self.phases:
+            size = f"{len(phase.rows)} rows for {phase.epochs} epochs"
+            parts.append(f"{size} ({phase.all_steps} steps)")
+        return ", then ".join(parts)
+
+    def phase(self, epoch: int) -> TrainingPhase:
+        """The phase that the epoch belongs to."""
+        *earlier, last = self.phases
+        for phase in earlier:
+            if epoch < phase.first_epoch + phase.epochs:
+                return phase
+        return last
+
+    @property
+    def all_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return sum(phase.all_steps for phase in self.phases)
+
+    @property
+    def all_rows(self) -> int:
+        """Questions of the whole training, each as often as it comes."""
+        return sum(phase.epochs * len(phase.rows) for phase in self.phases)
+
+    def learning_rate_factor(self, step: int, warmup_ratio: float) -> float:
+        """Share of the peak learning rate after `step` steps: each phase warms up anew."""
+        *earlier, last = self.phases
+        for phase in earlier:
+            if step < phase.first_step + phase.all_steps:
+                return warmup_then_cosine(step - phase.first_step, phase.all_steps, warmup_ratio)
+        return warmup_then_cosine(step - last.first_step, last.all_steps, warmup_ratio)
+
+
+def warmup_then_cosine(step: int, all_steps: int, warmup_ratio: float) -> float:
+    """Share of the peak learning rate after `step` of `all_steps` steps.
+
+    A linear warm-up over that share of the steps, then half a cosine to zero: the figures of
+    transformers' get_cosine_schedule_with_warmup.
+
+    >>> [round(warmup_then_cosine(step, 10, 0.2), 2) for step in (0, 1, 2, 6, 10)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+    warmup_steps = round(all_steps * warmup_ratio)
+    if step < warmup_steps:
+        return step / warmup_steps
+    progress = (step - warmup_steps) / max(1, all_steps - warmup_steps)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def plan_training(config: Config, variants: pd.DataFrame) -> TrainingSchedule:
+    """What each epoch of a fold trains on.
+
+    `variants`: all rows that the fold trains on (columns of `all_rows`, and `variant`), all with
+    one variant of their images, then the next. With `pretrain_epochs` the rows of
+    extra_train_dirs come in the first epochs, and in these alone.
+    """
+    parts = [(False, config.num_epochs, variants)]
+    if config.pretrain_epochs:
+        related = is_related(variants)
+        own_variants = variants[~related].reset_index(drop=True)
+        related_variants = variants[related].reset_index(drop=True)
+        parts = [
+            (True, config.pretrain_epochs, related_variants),
+            (False, config.num_epochs, own_variants),
+        ]
+    phases = []
+    first_epoch = 0
+    first_step = 0
+    for is_pretraining, epochs, part_variants in parts:
+        rows = part_variants.query("variant == 0")
+        phase = TrainingPhase(
+            variants=part_variants,
+            rows=rows,
+            is_pretraining=is_pretraining,
+            epochs=epochs,
+            steps=math.ceil(len(rows) / (config.batch_size * config.grad_accum_steps)),
+            first_epoch=first_epoch,
+            first_step=first_step,
+        )
+        phases.append(phase)
+        first_epoch += epochs
+        first_step += phase.all_steps
+    return TrainingSchedule(tuple(phases))
+
+
 def training_prompts(
     session: Session, variants: pd.DataFrame, n_rows: int, epoch: int
 ) -> list[Prompt]:
@@ -12309,8 +12446,7 @@ class FoldState:
     config: Config  # the session's
 
     # Filled by `_choose_rows`.
-    variants: pd.DataFrame  # training rows, all with one variant of the images, then the next
-    train: pd.DataFrame  # the training rows with the original images
+    schedule: TrainingSchedule  # the rows and steps of every epoch
     validation: pd.DataFrame  # the held-out rows
 
     # Filled by `_attach_adapter`.
@@ -12319,11 +12455,9 @@ class FoldState:
 
     # Filled by `_prepare_steps`.
     step_size: int  # rows of an optimizer step, over all processes
-    steps_per_epoch: int
-    epochs: int  # to be trained at most
-    total_steps: int  # of the learning rate's schedule
+    epochs: int  # to be trained at most, those of pretraining among them
     optimizer: object
-    scheduler: object  # of the learning rate: warm-up, then cosine
+    scheduler: object  # of the learning rate: warm-up, then cosine, in each phase
     scaler: object  # of the loss, against underflow in fp16; disabled in other precisions
     averagers: dict[str, WeightAverager]  # "ema", "swa" -> average of `parameters`
     early_stopping: EarlyStopping  # on the validation accuracy
@@ -12360,28 +12494,28 @@ class FoldState:
     def _choose_rows(self) -> None:
         config = self.config
         variants = image_variants(all_rows(self.run), config.augment_images, config.seed)
-        self.variants = training_rows(self.run, self.fold, variants)
-        self.train = self.variants.query("variant == 0")
+        self.schedule = plan_training(config, training_rows(self.run, self.fold, variants))
+        if config.pretrain_epochs:
+            text = "Decision: fold %d trains on the rows of extra_train_dirs first: %s"
+            LOGGER.info(text, self.fold, self.schedule)
         is_held_out = self.run.train["fold"] == self.fold
         self.validation = self.run.train[is_held_out].reset_index(drop=True)
 
     def _attach_adapter(self) -> None:
         config = self.config
         self.model = attach_lora(self.session.model, config, config.seed + self.fold)
-        use_fast_layers(self.session, self.model, len(self.train) * config.num_epochs)
+        use_fast_layers(self.session, self.model, self.schedule.all_rows)
         self.parameters = trainable_parameters(self.model)
 
     def _prepare_steps(self) -> None:
         config = self.config
         self.step_size = config.batch_size * config.grad_accum_steps
-        self.steps_per_epoch = math.ceil(len(self.train) / self.step_size)
-        self.epochs = config.num_epochs
-        self.total_steps = self.steps_per_epoch * config.num_epochs
+        self.epochs = config.all_epochs
         self.optimizer = make_optimizer(self.session, self.parameters)
-        warmup_steps = round(self.total_steps * config.warmup_ratio)
-        self.scheduler = transformers.get_cosine_schedule_with_warmup(
-            self.optimizer, warmup_steps, self.total_steps
+        factor = functools.partial(
+            self.schedule.learning_rate_factor, warmup_ratio=config.warmup_ratio
         )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         is_fp16 = self.session.runtime.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.session.device.type, enabled=is_fp16)
         self.averagers = make_averagers(config, self.parameters)
@@ -12429,7 +12563,7 @@ class FoldState:
             "skipped": self.skipped,
             "plan": dataclasses.asdict(self.plan),
         }
-        steps_done = epoch * self.steps_per_epoch + step
+        steps_done = self.schedule.phase(epoch).steps_before(epoch) + step
         self.checkpoints.save(steps_done, self.parameters, state, metadata)
         back_up(self.run, self.fold)
         self.last_save = time.monotonic()
@@ -12498,8 +12632,9 @@ class FoldState:
             # Lengths differ between epochs where images or wordings do.
             differ = self.config.augment_images or self.config.paraphrases > 1
             prompts = []
-            for epoch in range(self.config.num_epochs if differ else 1):
-                prompts += self.epoch_prompts(epoch)
+            for phase in self.schedule.phases:
+                for number in range(phase.epochs if differ else 1):
+                    prompts += self.epoch_prompts(phase.first_epoch + number)
             self.session.memory_plan = plan_memory(self.session, prompts, state_bytes)
         return self.session.memory_plan
 
@@ -12514,8 +12649,9 @@ class FoldState:
         )
 
     def epoch_prompts(self, epoch: int) -> list[Prompt]:
-        """Every training row as that epoch shows it, see `training_prompts`."""
-        return training_prompts(self.session, self.variants, len(self.train), epoch)
+        """Every row of that epoch as it shows it, see `training_prompts`."""
+        phase = self.schedule.phase(epoch)
+        return training_prompts(self.session, phase.variants, len(phase.rows), epoch)
 
 
 # === Fold training ================================================================================
@@ -12576,7 +12712,8 @@ class FoldTrainer(FoldState):
             except Interrupted:
                 self.save(epoch, self.next_step)
                 raise
-            is_whole_epoch = self.next_step == self.steps_per_epoch  # else it was noted already
+            # Else it was noted already.
+            is_whole_epoch = self.next_step == self.schedule.phase(epoch).steps
             epoch += 1
             step = 0
             if self.config.save_every_epoch or epoch == self.epochs:
@@ -12610,6 +12747,7 @@ class FoldTrainer(FoldState):
         There is none to do where only the epoch's validation is left.
         """
         self.model.train()
+        phase = self.schedule.phase(epoch)
         prompts = self.epoch_prompts(epoch)
         micro_batch = self.plan.micro_batch
         lengths = [len(prompt.input_ids) for prompt in prompts]
@@ -12629,7 +12767,7 @@ class FoldTrainer(FoldState):
             self.next_step = step + 1
             questions += len(steps[step])
             speed = questions / (time.perf_counter() - start)
-            if self.is_save_due(epoch * len(steps) + step + 1):
+            if self.is_save_due(phase.steps_before(epoch) + step + 1):
                 self.save(epoch, step + 1)
             self.log_step(epoch, step, speed)
             if step + 1 == len(steps):
@@ -12668,7 +12806,7 @@ class FoldTrainer(FoldState):
             self.scaler.step(self.optimizer)
             self.update_schedule_and_averages(epoch)
         elif not (math.isfinite(loss) and self.can_lower_scale()):
-            ids = self.train["id"].iloc[rows].tolist()
+            ids = self.schedule.phase(epoch).rows["id"].iloc[rows].tolist()
             self.skip_step(
                 f"loss {loss}, gradient norm {norm} at epoch {epoch + 1}, step {step}, rows {ids}"
             )
@@ -12723,12 +12861,16 @@ class FoldTrainer(FoldState):
         return loss.detach()
 
     def update_schedule_and_averages(self, epoch: int) -> None:
-        """Advance both by a step; SWA averages over a tail of constant learning rate."""
-        in_tail = "swa" in self.averagers and epoch >= self.config.swa_start_epoch
+        """Advance both by a step; SWA averages over a tail of constant learning rate.
+
+        No average takes in weights of the pretraining.
+        """
+        own_epoch = epoch - self.config.pretrain_epochs
+        in_tail = "swa" in self.averagers and own_epoch >= self.config.swa_start_epoch
         if not in_tail:
             self.scheduler.step()
         for kind, averager in self.averagers.items():
-            if kind == "ema" or in_tail:
+            if in_tail or (kind == "ema" and own_epoch >= 0):
                 averager.update()
 
     def log_step(self, epoch: int, step: int, speed: float) -> None:
@@ -12744,8 +12886,9 @@ class FoldTrainer(FoldState):
         in_full = {**details, "loss": loss}
         self.metrics.log(epoch=epoch, step=step, gradient_norm=self.gradient_norm, **in_full)
         label = f"fold {self.fold} training"
-        steps_done = epoch * self.steps_per_epoch + step + 1
-        self.session.progress(label, steps_done, self.total_steps, together=True, **details)
+        steps_done = self.schedule.phase(epoch).steps_before(epoch) + step + 1
+        all_steps = self.schedule.all_steps
+        self.session.progress(label, steps_done, all_steps, together=True, **details)
 
     def held_out_logits(self) -> np.ndarray:
         """Logits (n, 1, 4) of the held-out rows, through the inference path."""
@@ -12771,8 +12914,21 @@ class FoldTrainer(FoldState):
         diversity = prediction_diversity(softmax(logits[:, 0]), self.validation["label"])
         return describe_preference(diversity) if diversity["collapsed"] else ""
 
+    def is_best(self, score: Sequence[float] | None) -> bool:
+        """Whether an epoch with this score, at its end, is the one to keep so far.
+
+        Pretraining is kept only until an epoch on the fold's own rows is done.
+        """
+        if self.best["score"] is None or self.best["epoch"] < self.config.pretrain_epochs:
+            return True
+        return score > self.best["score"]
+
     def end_epoch(self, epoch: int, speed: float) -> None:
-        """Validate, keep the best weights, and record the epoch in history.csv and the log."""
+        """Validate, keep the best weights, and record the epoch in history.csv and the log.
+
+        What the held-out rows say of pretraining is recorded, and decides nothing.
+        """
+        phase = self.schedule.phase(epoch)
         logits = self.held_out_logits()
         scores = self.held_out_scores(logits)
         preference = self.preferred_letter(logits)
@@ -12780,7 +12936,7 @@ class FoldTrainer(FoldState):
             LOGGER.info("Fold %d epoch %d: %s", self.fold, epoch + 1, preference)
         # Without held-out rows there are no scores, and the last epoch is the best.
         score = [scores["accuracy"], -scores["nll"]] if scores else None
-        if self.best["score"] is None or score > self.best["score"]:
+        if self.is_best(score):
             tensors = {}
             for name, value in self.parameters.items():
                 tensors[name] = value.detach().cpu().clone()
@@ -12797,13 +12953,18 @@ class FoldTrainer(FoldState):
             **scores,
             "padding_share": round(self.padding, 3),
         }
+        if self.config.pretrain_epochs:
+            record["rows"] = "pretraining" if phase.is_pretraining else "own"
         self.losses = []
         self.history.append(record)
         path = self.run.fold_dir(self.fold) / "history.csv"
         write_table(pd.DataFrame(self.history), path)
-        rounded = {name: round(value, 4) for name, value in record.items()}
+        rounded = {
+            name: round(value, 4) if isinstance(value, float) else value
+            for name, value in record.items()
+        }
         LOGGER.info("Fold %d epoch %d: %s", self.fold, epoch + 1, rounded)
-        if self.config.use_early_stopping and scores:
+        if self.config.use_early_stopping and scores and not phase.is_pretraining:
             self.early_stopping(scores["accuracy"])
 
     def finish(self) -> FoldResult:
@@ -15353,8 +15514,8 @@ def _next_step(run: Run, verdict: Verdict, results: Sequence[FoldResult], share_
     """The one thing to try next, with the figure that speaks for it: the first rule that holds."""
     config = run.config
     asked_for = len(config.folds_to_train)
-    cut_short = sum(len(result.history) < config.num_epochs for result in results)
-    best_is_last = sum(result.best_epoch == config.num_epochs for result in results)
+    cut_short = sum(len(result.history) < config.all_epochs for result in results)
+    best_is_last = sum(result.best_epoch == config.all_epochs for result in results)
     if _missing_folds(run):
         return (
             f"Run all again, which adds what is missing: {len(run.finished_folds)} "
@@ -15363,7 +15524,7 @@ def _next_step(run: Run, verdict: Verdict, results: Sequence[FoldResult], share_
     if cut_short and not config.use_early_stopping:
         return (
             f"Start a new run with fewer num_epochs or more time: {cut_short} of {asked_for} "
-            f"folds ended before epoch {config.num_epochs}."
+            f"folds ended before epoch {config.all_epochs}."
         )
     if verdict.accuracy - verdict.guessing >= GAIN_TO_SHOW and not verdict.has_skill:
         return (
@@ -15700,6 +15861,9 @@ def _plot_fold(ax, result: FoldResult, column: str, colour: str):
     """One fold's learning curve with a ring around the epoch that was kept; returns the line."""
     curve = result.history.set_index("epoch")[column]
     (line,) = ax.plot(curve, marker=".", color=colour, label=f"fold {result.fold}")
+    if "rows" in result.history:
+        pretraining = (result.history["rows"] == "pretraining").sum()
+        ax.axvline(pretraining + 0.5, linestyle=":", color=GREY, label="_pretraining")
     kept = curve.loc[[result.best_epoch]]
     ax.plot(kept, "o", markersize=11, fillstyle="none", color=colour, label="_kept")
     return line
@@ -15708,7 +15872,8 @@ def _plot_fold(ax, result: FoldResult, column: str, colour: str):
 def plot_learning_curves(results: Sequence[FoldResult], axes=None):
     """Training loss and held-out accuracy by epoch, one line per fold.
 
-    A ring marks the epoch that was kept, the dashed line is guessing.
+    A ring marks the epoch that was kept, the dashed line is guessing. Epochs left of the dotted
+    line, if there is one, were trained on rows of extra_train_dirs.
     """
     axes = _two_axes(axes)
     titles = {"loss": "Training loss", "accuracy": "Held-out accuracy"}
@@ -16192,8 +16357,14 @@ def _report_introduction(run: Run, evaluation: Evaluation) -> list[str]:
             f"`extra_{number}` is `{name}`"
             for number, name in enumerate(config.extra_train_dirs, start=1)
         )
+        use = "Rows of related competitions were trained on, too"
+        if config.pretrain_epochs:
+            use = (
+                "Each model was trained on rows of related competitions first, for "
+                f"{config.pretrain_epochs} epochs, and then on its own rows alone"
+            )
         paragraphs.append(
-            f"Rows of related competitions were trained on, too: {folders}. They validate nothing, "
+            f"{use}: {folders}. They validate nothing, "
             "and rows that show a copy of a test image or of a fold's validation image were left "
             "out, as counted below."
         )
@@ -17256,9 +17427,6 @@ def comparison_html(comparison: SubmissionComparison, cards: int = 6) -> str:
 # === Related competitions =========================================================================
 # Their training rows join every fold's training, and nothing else: they are no OOF rows, and a
 # row that shows a validation image of a fold is left out there (Soft targets, `_without_copies`).
-RELATED_SOURCE = "extra_"  # with the folder's number in extra_train_dirs, from 1 on
-
-
 def find_related_competitions(config: Config, data_dir: Path) -> dict[str, Path]:
     """Source of rows (extra_1, ...) -> folder with their train.csv, as extra_train_dirs names it.
 
@@ -17294,6 +17462,22 @@ def _without_test_images(
     return rows[~is_copy].reset_index(drop=True)
 
 
+def _with_related_context(
+    config: Config, rows: pd.DataFrame, folder: Path, source: str, fallbacks: Counter
+) -> pd.DataFrame:
+    """`rows` with their column context: of context.csv in their own folder, else of their table.
+
+    Without the column where context_tokens is 0; blank where they have none, which is counted.
+    """
+    path = folder / CONTEXT_FILE
+    if config.context_tokens and path.is_file():
+        texts = _read_context_file(path, fallbacks)
+        _check_context_ids(path.name, texts, folder, config.columns)
+        nothing = _ContextText(line=0, text="")
+        rows = rows.assign(context=[texts.get(row_id, nothing).text for row_id in rows["id"]])
+    return _use_context_column(config, rows, source, fallbacks)
+
+
 def load_related_rows(run: Run, data_dir: Path, fallbacks: Counter) -> list[pd.DataFrame]:
     """The labelled rows of each folder in extra_train_dirs, with their `source`.
 
@@ -17314,6 +17498,7 @@ def load_related_rows(run: Run, data_dir: Path, fallbacks: Counter) -> list[pd.D
             raise DataError(f"Folder {folder} of extra_train_dirs: {error}") from error
         for name, count in (+counts).items():
             fallbacks[f"{source}_{name.removeprefix('train_')}"] += count
+        rows = _with_related_context(config, rows, folder, source, fallbacks)
         rows = _without_test_images(rows, run.test, source, fallbacks)
         frames.append(rows.assign(id=f"{source}/" + rows["id"], source=source))
     return frames
@@ -17495,6 +17680,17 @@ def _require_no_rows(fold: int, keys: set[tuple[str, str]], problem: str) -> Non
         raise DataError(f"Fold {fold}: {problem}: {len(keys)} rows, such as {sorted(keys)[:3]}")
 
 
+def _require_rows_to_pretrain(run: Run) -> None:
+    """Raise DataError where a fold has no row for the epochs of pretraining."""
+    for fold in run.models_to_train:
+        if not is_related(training_rows(run, fold)).any():
+            raise DataError(
+                f"Fold {fold} has no row to pretrain on: all rows of extra_train_dirs were left "
+                "out as copies of validation or test images; name other folders, or set "
+                "pretrain_epochs=0"
+            )
+
+
 def check_no_leak(run: Run, teachers: Mapping[str, Run]) -> None:
     """Check, row by row, that no fold knows more than it should.
 
@@ -17511,7 +17707,7 @@ def check_no_leak(run: Run, teachers: Mapping[str, Run]) -> None:
         copies = added[added["pixel_hash"].isin(held_out["pixel_hash"])]
         problem = "a training row shows an image that validates it"
         _require_no_rows(fold, _row_keys(copies), problem)
-        related = added[added["source"].str.startswith(RELATED_SOURCE)]
+        related = added[is_related(added)]
         copies = related[related["pixel_hash"].isin(run.test["pixel_hash"])]
         problem = "a row of extra_train_dirs shows a test image"
         _require_no_rows(fold, _row_keys(copies), problem)
@@ -17564,6 +17760,8 @@ def add_soft_targets(run: Run, data_dir: Path) -> Run:
         fallbacks=dict(fallbacks),
     )
     check_no_leak(run, teachers)
+    if config.pretrain_epochs:
+        _require_rows_to_pretrain(run)
     if config.distill_from:
         text = "Do not compare %s with other runs by OOF rows: %s"
         LOGGER.warning(text, run.directory.name, DISTILLED_WARNING)
@@ -18022,7 +18220,7 @@ class FinalTrainer(FoldTrainer):
     def train_epoch(self, epoch: int, first_step: int) -> float:
         """As a fold's. Raises OutOfTime where the time budget ends within the epoch."""
         speed = super().train_epoch(epoch, first_step)
-        if self.next_step < self.steps_per_epoch:
+        if self.next_step < self.schedule.phase(epoch).steps:
             raise OutOfTime
         return speed
 
@@ -19231,7 +19429,8 @@ class TrialWatch:
     trial: object  # optuna.Trial
     run: Run  # the trial's own
     deadline: float  # of time.monotonic()
-    losses: dict = field(default_factory=dict)  # epoch -> held-out NLL, as far as they count
+    # Epoch, without those of pretraining -> held-out NLL, as far as they count.
+    losses: dict = field(default_factory=dict)
     pruned: bool = False  # whether an epoch was worse than the median; later ones do not count
 
     def is_pruned(self) -> bool:
@@ -19242,11 +19441,13 @@ class TrialWatch:
         history = read_table(path, needed=("epoch", "nll"))
         epochs = history["epoch"].map(int)
         losses = history["nll"].map(float)
+        config = self.run.config
         for epoch, loss in zip(epochs, losses, strict=True):
-            if not self.pruned and epoch not in self.losses:
-                self.losses[epoch] = loss
-                self.trial.report(loss, epoch)
-                is_last = epoch >= self.run.config.num_epochs
+            own_epoch = epoch - config.pretrain_epochs
+            if not self.pruned and own_epoch > 0 and own_epoch not in self.losses:
+                self.losses[own_epoch] = loss
+                self.trial.report(loss, own_epoch)
+                is_last = own_epoch >= config.num_epochs
                 self.pruned = not is_last and self.trial.should_prune()
         return self.pruned
 
@@ -19976,7 +20177,8 @@ class JobSize:
     """How much a run has to do; from the competition's tables and the config."""
 
     train_rows: int
-    added_rows: int  # that every fold trains on, too
+    added_rows: int  # that every fold trains on, too, without those of extra_train_dirs
+    related_rows: int  # of extra_train_dirs
     test_rows: int
     train_image_tokens: int  # of all different training images
     test_image_tokens: int  # of the test images that are not among them
@@ -19984,7 +20186,7 @@ class JobSize:
 
 
 def added_row_count(config: Config, competition: Competition) -> int:
-    """Rows that every fold trains on beside those of train.csv, at most."""
+    """Votes and test answers that every fold trains on beside train.csv's rows, at most."""
     count = 0
     if config.use_dev_votes:
         path = competition.data_dir / "dev.csv"
@@ -19992,6 +20194,12 @@ def added_row_count(config: Config, competition: Competition) -> int:
         count += len(dev)
     if config.pseudo_label_from:
         count += len(competition.test)
+    return count
+
+
+def related_row_count(config: Config, competition: Competition) -> int:
+    """Rows of extra_train_dirs that every fold trains on, at most."""
+    count = 0
     for folder in find_related_competitions(config, competition.data_dir).values():
         rows, _ = _read_competition_table(folder / "train.csv", config.columns, Counter())
         count += len(rows)
@@ -20014,6 +20222,7 @@ def job_size(
     return JobSize(
         train_rows=len(competition.train),
         added_rows=added_row_count(config, competition),
+        related_rows=related_row_count(config, competition),
         test_rows=len(competition.test),
         train_image_tokens=sum(tokens["train"].values()),
         test_image_tokens=sum(tokens["test"][digest] for digest in only_in_test),
@@ -20042,17 +20251,21 @@ def training_parts(
     Nothing is known of early stopping: all epochs count.
     """
     held_out = 0 if is_final else size.train_rows / config.n_folds
-    rows = size.train_rows - held_out + size.added_rows
-    epochs = config.num_epochs
+    own_rows = size.train_rows - held_out + size.added_rows
+    all_rows = own_rows + size.related_rows
+    shown = config.num_epochs * all_rows
+    if config.pretrain_epochs:
+        shown = config.pretrain_epochs * size.related_rows + config.num_epochs * own_rows
+    epochs = config.all_epochs
     kinds = 1 + config.use_ema + config.use_swa
-    training = epochs * rows * seconds.training
-    steps = epochs * rows / (config.batch_size * config.grad_accum_steps)
+    training = shown * seconds.training
+    steps = shown / (config.batch_size * config.grad_accum_steps)
     by_minutes = training / 60 / config.save_every_minutes
     by_steps = steps / config.save_every_steps
     checkpoints = epochs * config.save_every_epoch + int(max(by_minutes, by_steps))
     return {
         "adapter": seconds.adapter,
-        "prompts": (epochs + 1) * rows * seconds.prompt,  # once more for the memory plan
+        "prompts": (shown + all_rows) * seconds.prompt,  # once more for the memory plan
         "training": training,
         # Of the raw weights nothing is scored again: they are those of the best epoch.
         "validation": (epochs + kinds - 1) * held_out * seconds.validation,

@@ -62,7 +62,9 @@ def test_training_draws_images_and_wordings_and_everything_else_sees_the_origina
     assert image_paths(epochs[1]) == image_paths(trainer.epoch_prompts(1))
     prompts = [prompt for epoch in epochs for prompt in epoch]
     paths = image_paths(prompts)
-    assert {path.split("<variant>")[0] for path in paths} == set(trainer.train["image_path"])
+    assert {path.split("<variant>")[0] for path in paths} == set(
+        trainer.schedule.phase(0).rows["image_path"]
+    )
     changed = np.mean(["<variant>" in path for path in paths])
     assert 0.4 < changed < 0.9
     assert "<variant>" not in "".join(trainer.validation["image_path"])

@@ -145,7 +145,7 @@ def test_without_memory_the_micro_batch_is_halved_and_the_update_stays_the_same(
     def accumulate():
         """A trainer that has accumulated the gradients of eight questions, and these."""
         trainer = vqa.FoldTrainer(open_run_session(run), run, 0)
-        batch = plain_batch(trainer.session, trainer.train, range(8))
+        batch = plain_batch(trainer.session, trainer.schedule.phase(0).rows, range(8))
         trainer.accumulate_gradients(0, 0, [batch], n_rows=8)
         gradients = [value.grad.flatten() for value in trainer.parameters.values()]
         return trainer, torch.cat(gradients)

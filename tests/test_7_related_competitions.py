@@ -1,15 +1,20 @@
 """Part 7, Related competitions: rows of other folders train, and never validate or leak."""
 
 import shutil
+import signal
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+import transformers
 from competition_folder import Folder, picture
+from fault_run import FORK, Watch
 from PIL import Image
 from planted import one_hot, planted_run, rows_of_fold
-from running import train_until_step_2
+from running import adapter_file, run_all, train_until_step_2
 
 import vqa_helpers as vqa
 
@@ -97,7 +102,8 @@ def test_the_report_and_the_estimate_know_the_rows_and_they_are_no_oof_rows(
     assert f"`extra_1` is `{earlier_round.root}`. They validate nothing" in report
     assert "extra_1_copies_of_test_images_left_out" in report
     competition = vqa.load_competition(run.config.data_dir, max_fallback_share=0.5)
-    assert vqa.added_row_count(run.config, competition) == 4
+    assert vqa.related_row_count(run.config, competition) == 4
+    assert vqa.added_row_count(run.config, competition) == 0
 
 
 # --- Copies ---------------------------------------------------------------------------------------
@@ -231,3 +237,179 @@ def test_a_resumed_training_on_related_rows_ends_bitwise_like_an_uninterrupted_o
     assert vqa.train_fold(broken.config, 0).adapters == expected.adapters
     plain = mini_run(run_name="plain", cache_dir=str(tmp_path / "one"))
     assert vqa.train_fold(plain.config, 0).adapters != expected.adapters
+
+
+# --- Pretraining: other rounds' rows first, and then no more --------------------------------------
+
+PRETRAINING = {"pretrain_epochs": 2, "num_epochs": 2, "batch_size": 4, "grad_accum_steps": 1}
+
+
+@pytest.fixture
+def pretrained_run(mini_run, earlier_round):
+    """Make a run of fold 0 that pretrains on four rows: two epochs of a step, then of five."""
+
+    def make(**overrides):
+        folders = {"extra_train_dirs": (str(earlier_round.root),), "train_folds": (0,)}
+        return mini_run(**PRETRAINING | folders | overrides)
+
+    return make
+
+
+def test_each_phase_has_its_rows_its_steps_and_a_learning_rate_of_its_own():
+    sources = ["train"] * 5 + ["extra_1", "dev", "extra_2"]
+    frame = pd.DataFrame({"id": range(8), "source": sources})
+    variants = pd.concat([frame.assign(variant=number) for number in (0, 1)], ignore_index=True)
+    config = vqa.Config(extra_train_dirs=("one", "two"), **PRETRAINING)
+    first, second = vqa.plan_training(config, variants).phases
+    assert first.rows["id"].tolist() == [5, 7]
+    assert first.variants["id"].tolist() == [5, 7, 5, 7]
+    assert second.rows["id"].tolist() == [0, 1, 2, 3, 4, 6]
+    schedule = vqa.plan_training(config, variants)
+    assert [schedule.phase(epoch).steps for epoch in range(5)] == [1, 1, 2, 2, 2]
+    before = [schedule.phase(epoch).steps_before(epoch) for epoch in range(5)]
+    assert before == [0, 1, 2, 4, 6]
+    assert (schedule.all_steps, schedule.all_rows) == (6, 2 * 2 + 2 * 6)
+    joined = vqa.plan_training(vqa.Config(extra_train_dirs=("one", "two")), variants)
+    assert [len(phase.rows) for phase in joined.phases] == [8]
+
+
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.06, 0.5])
+def test_the_learning_rate_is_that_of_transformers_in_each_phase(warmup_ratio):
+    rows = pd.DataFrame({"source": ["train"] * 40 + ["extra_1"] * 16, "variant": 0})
+    config = vqa.Config(extra_train_dirs=("one",), **PRETRAINING)
+    schedule = vqa.plan_training(config, rows)
+    expected = []
+    for steps in (8, 20):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = transformers.get_cosine_schedule_with_warmup(
+            optimizer, round(steps * warmup_ratio), steps
+        )
+        for _ in range(steps):
+            expected.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+    factors = [schedule.learning_rate_factor(step, warmup_ratio) for step in range(28)]
+    assert factors == expected
+    assert schedule.learning_rate_factor(28, warmup_ratio) == 0
+
+
+def test_pretraining_trains_on_the_other_rows_first_and_then_no_more(pretrained_run, monkeypatch):
+    run = pretrained_run(
+        use_early_stopping=True, early_stopping_patience=1, learning_rate=1e-9, use_swa=True
+    )
+    shown = defaultdict(set)
+    updates = Counter()
+    prompts = vqa.training_prompts
+    update = vqa.WeightAverager.update
+
+    def noted(session, variants, n_rows, epoch):
+        shown[epoch] |= set(variants["source"])
+        return prompts(session, variants, n_rows, epoch)
+
+    def counted(averager):
+        updates[averager.kind] += 1
+        update(averager)
+
+    monkeypatch.setattr(vqa, "training_prompts", noted)
+    monkeypatch.setattr(vqa.WeightAverager, "update", counted)
+    result = vqa.train_fold(run.config, 0)
+    assert shown == {0: {"extra_1"}, 1: {"extra_1"}, 2: {"train"}, 3: {"train"}}
+    # Without any gain early stopping, of one epoch's patience, lets two own epochs pass.
+    assert result.history["rows"].tolist() == ["pretraining"] * 2 + ["own"] * 2
+    assert result.history["epoch"].tolist() == [1, 2, 3, 4]
+    assert result.history["nll"].notna().all()
+    assert result.best_epoch > 2
+    assert updates == {"ema": 10, "swa": 5}
+    steps = vqa.read_json_lines(run.fold_dir(0) / "metrics.jsonl")
+    assert [record["epoch"] for record in steps] == [0, 1] + [2] * 5 + [3] * 5
+    newest = vqa.CheckpointManager(run.fold_dir(0) / "checkpoints").latest_verified()
+    assert newest.name == "step_00000012"
+    axes = vqa.plot_learning_curves([result])
+    [border] = [line for line in axes[0].lines if line.get_label() == "_pretraining"]
+    assert list(border.get_xdata()) == [2.5, 2.5]
+
+
+@pytest.mark.slow
+def test_where_time_ends_in_pretraining_its_weights_are_kept(pretrained_run):
+    run = pretrained_run(time_budget_hours=1e-9)
+    vqa.atomic_write(run.directory / "session.json", '{"started": 0}')
+    result = vqa.train_fold(run.config, 0)
+    assert (result.best_epoch, list(result.kinds)) == (1, ["raw"])
+    assert adapter_file(run, 0, "raw").exists()
+
+
+def test_pretraining_needs_rows_to_pretrain_on(mini_run, mini_data, earlier_round):
+    with pytest.raises(ValueError, match="'pretrain_epochs' is 1; it needs extra_train_dirs, whos"):
+        vqa.Config(pretrain_epochs=1)
+    own = mini_data / "images" if (mini_data / "images").is_dir() else mini_data
+    for number in range(4):
+        image = earlier_round.root / "train" / f"{number}.png"
+        shutil.copy(own / "test" / "test_0001.jpg", image)
+    with pytest.raises(vqa.DataError, match="Fold 0 has no row to pretrain on: all rows of extra"):
+        mini_run(extra_train_dirs=(str(earlier_round.root),), pretrain_epochs=1)
+
+
+def test_the_report_says_which_rows_came_first(pretrained_run):
+    run = planted_run(pretrained_run())
+    vqa.atomic_write(run.directory / "selection.json", '{"weights": "raw"}')
+    report = vqa.write_report(run, vqa.evaluate_run(run)).read_text("utf-8")
+    assert "on rows of related competitions first, for 2 epochs, and then on its own rows" in report
+
+
+def test_context_of_another_folder_comes_with_its_rows(
+    mini_run, mini_data, earlier_round, tmp_path
+):
+    data = shutil.copytree(mini_data, tmp_path / "with_context")
+    for name in ("train.csv", "test.csv"):
+        table = pd.read_csv(data / name, dtype=str, keep_default_na=False)
+        table.assign(context="own").to_csv(data / name, index=False)
+    settings = {"data_dir": str(data), "extra_train_dirs": (str(earlier_round.root),)}
+    run = mini_run(**settings, context_tokens=8)
+    assert related_rows(run, 0)["context"].tolist() == [""] * 4
+    assert run.fallbacks["extra_1_rows_without_context"] == 4
+    rows = "id,text\ntrain_0001,a sign\n"
+    (earlier_round.root / "context.csv").write_text(rows, encoding="utf-8")
+    run = mini_run(**settings, context_tokens=8, run_name="file")
+    assert related_rows(run, 0)["context"].tolist() == ["", "a sign", "", ""]
+    assert "context" not in mini_run(**settings, run_name="none").extra_rows
+
+
+# --- Pretraining, killed and resumed --------------------------------------------------------------
+
+
+def train_until_killed(config, place, number):
+    """Train fold 0 until SIGKILL: after so many steps, or where so many epochs end."""
+    kind = {"epoch": "at the end of an epoch", "step": "after an optimizer step"}[place]
+    folder = Path(config.output_dir) / f"killed at {place} {number}"
+    folder.mkdir(parents=True)
+    torch.set_num_threads(1)
+    Watch(folder, kind, number).install()
+    vqa.train_fold(config, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [("step", 1), ("epoch", 2), ("step", 3)],
+    ids=["in pretraining", "at its end", "after the first step that follows"],
+)
+def test_pretraining_that_was_killed_ends_with_the_same_bytes(pretrained_run, place, number):
+    def start(name):
+        return pretrained_run(run_name=name, lora_dropout=0.1, save_every_steps=1)
+
+    expected = vqa.train_fold(start("whole").config, 0)
+    run = start("killed")
+    process = FORK.Process(target=train_until_killed, args=(run.config, place, number))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert vqa.train_fold(run.config, 0).adapters == expected.adapters
+
+
+@pytest.mark.slow
+def test_the_model_on_all_rows_pretrains_as_the_folds_did(pretrained_run):
+    run = run_all(pretrained_run(final_retrain=True, num_epochs=1))
+    vqa.select_weights(run)
+    assert vqa.final_epochs(run) == 3
+    result = vqa.train_fold(run.config, run.final_fold)
+    assert result.history["rows"].tolist() == ["pretraining"] * 2 + ["own"]

@@ -13,6 +13,7 @@ NOTHING = {item.name: 0.0 for item in dataclasses.fields(vqa.StepSeconds)}
 SIZE = vqa.JobSize(
     train_rows=120,
     added_rows=0,
+    related_rows=0,
     test_rows=50,
     train_image_tokens=1000,
     test_image_tokens=300,
@@ -268,3 +269,20 @@ def test_preflight_tells_the_time_on_one_device_here_and_by_part(mini_data, monk
     assert estimate.seconds.first_views != estimate.seconds.all_views  # timed on its own
     # Every step of a run has been timed, whatever the machine is doing beside.
     assert all(seconds > 0 for seconds in dataclasses.asdict(estimate.seconds).values())
+
+
+@pytest.mark.parametrize(
+    ("part", "step", "pretrain_epochs", "count"),
+    [
+        ("train: training", "training", 3, 3 * (3 * 30 + 2 * 80)),
+        ("train: training", "training", 0, 3 * 2 * (30 + 80)),
+        ("train: prompts", "prompt", 3, 3 * (3 * 30 + 2 * 80 + 30 + 80)),
+        ("train: validation", "validation", 3, 3 * 40 * (3 + 2 + 1)),
+        ("train: checkpoints", "checkpoint", 3, 3 * (3 + 2)),
+    ],
+)
+def test_rows_of_other_rounds_count_in_their_own_epochs(part, step, pretrain_epochs, count):
+    size = dataclasses.replace(SIZE, related_rows=30)
+    settings = {"num_epochs": 2, "extra_train_dirs": ("round1",)}
+    timed = estimate({step: 1.0}, size=size, pretrain_epochs=pretrain_epochs, **settings)
+    assert timed.parts()[part] == count

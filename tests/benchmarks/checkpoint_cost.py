@@ -38,7 +38,8 @@ def time_steps(trainer: vqa.FoldTrainer, count: int) -> float:
     """Median seconds of the last `count` optimizer steps of an epoch, the first one left out."""
     ends = []
     trainer.log_step = lambda *_: ends.append(time.perf_counter())
-    trainer.train_epoch(0, max(0, trainer.steps_per_epoch - count))
+    steps = trainer.schedule.phase(0).steps
+    trainer.train_epoch(0, max(0, steps - count))
     return float(np.median(np.diff(ends)))
 
 

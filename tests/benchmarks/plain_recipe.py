@@ -255,7 +255,7 @@ def our_speed(run: vqa.Run, fold: int) -> Speed:
         start = time.process_time()
         vqa.predict_logits(session, run.test, VIEWS)
         scoring_seconds = time.process_time() - start
-    questions = config.num_epochs * len(trainer.train)
+    questions = trainer.schedule.all_rows
     return Speed(
         fold_seconds=fold_seconds,
         trained=questions / trainer.seconds_in_steps,
