@@ -1,9 +1,11 @@
 """Part 7, Related competitions: rows of other folders train, and never validate or leak."""
 
+import math
 import shutil
 import signal
 from collections import Counter, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -349,6 +351,19 @@ def test_pretraining_needs_rows_to_pretrain_on(mini_run, mini_data, earlier_roun
         mini_run(extra_train_dirs=(str(earlier_round.root),), pretrain_epochs=1)
 
 
+def test_a_search_does_not_judge_by_epochs_of_pretraining(pretrained_run):
+    run = pretrained_run()
+    history = pd.DataFrame({"epoch": [1, 2, 3, 4], "nll": [9.0, 8.0, 0.9, 0.8]})
+    vqa.write_table(history, run.fold_dir(0) / "history.csv")
+    reported = []
+    trial = SimpleNamespace(
+        report=lambda loss, epoch: reported.append((epoch, loss)),
+        should_prune=lambda: reported[-1] == (2, 0.8),  # of the last epoch, where it is too late
+    )
+    assert not vqa.TrialWatch(trial, run, deadline=math.inf).is_pruned()
+    assert reported == [(1, 0.9), (2, 0.8)]
+
+
 def test_the_report_says_which_rows_came_first(pretrained_run):
     run = planted_run(pretrained_run())
     vqa.atomic_write(run.directory / "selection.json", '{"weights": "raw"}')
@@ -388,22 +403,21 @@ def train_until_killed(config, place, number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("place", "number"),
-    [("step", 1), ("epoch", 2), ("step", 3)],
-    ids=["in pretraining", "at its end", "after the first step that follows"],
-)
-def test_pretraining_that_was_killed_ends_with_the_same_bytes(pretrained_run, place, number):
+def test_pretraining_that_was_killed_ends_with_the_same_bytes(pretrained_run):
+    """Killed within pretraining, at its end, and after the first step that follows."""
+
     def start(name):
-        return pretrained_run(run_name=name, lora_dropout=0.1, save_every_steps=1)
+        settings = {"num_epochs": 1, "lora_dropout": 0.1, "save_every_steps": 1}
+        return pretrained_run(run_name=name, **settings)
 
     expected = vqa.train_fold(start("whole").config, 0)
-    run = start("killed")
-    process = FORK.Process(target=train_until_killed, args=(run.config, place, number))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert vqa.train_fold(run.config, 0).adapters == expected.adapters
+    for place, number in (("step", 1), ("epoch", 2), ("step", 3)):
+        run = start(f"{place} {number}")
+        process = FORK.Process(target=train_until_killed, args=(run.config, place, number))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert vqa.train_fold(run.config, 0).adapters == expected.adapters
 
 
 @pytest.mark.slow

@@ -1,16 +1,18 @@
-"""Train a part of the demo with and without the rows of a second round like it.
+"""Train a part of the demo without the rows of a second round like it, and with them in two ways.
 
     python tests/benchmarks/related_rounds.py               # 120 rows of the demo and 560 more
     python tests/benchmarks/related_rounds.py --rows 560    # all rows of the demo
 
 The second round is made by data/make_demo.py with another seed, brought into a folder by
-`write_competition`, and joins as `extra_train_dirs`. Prints what rows each model trained on, then
-a table on out-of-fold rows and one on the hidden answers, with 90 % intervals that respect images.
-Both runs have the same epochs, so that the one with more rows takes more steps. It runs on any
-machine; a run that is not there yet is trained.
+`write_competition`, and named in `extra_train_dirs`: its rows join the demo's, or train the adapter
+first and are then left (`pretrain_epochs`). More rows at equal epochs mean more steps, so that the
+demo's rows alone are trained twice: for as many epochs, and for as many steps. Prints what rows
+each model trained on, then the scores against either, out of fold and on the hidden answers, with
+90 % intervals that respect images. It runs on any machine; a run that is not there yet is trained.
 """
 
 import argparse
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ from soft_targets import print_tables
 
 import vqa_helpers as vqa
 
+FOLDS = 2
 SECOND_SEED = 3000  # make_demo.py draws with this one and the next two: none of the demo's
 
 
@@ -37,6 +40,20 @@ def second_round(folder: Path, rows: int) -> Path:
     return written
 
 
+def epochs_of_equal_steps(rows: int, related_rows: int, epochs: int) -> int:
+    """Epochs over a fold's own rows with as many steps as epochs over these and the others."""
+    config = vqa.Config.preset("demo")
+    step_size = config.batch_size * config.grad_accum_steps
+    own_rows = rows * (FOLDS - 1) // FOLDS
+    steps = epochs * math.ceil((own_rows + related_rows) / step_size)
+    return round(steps / math.ceil(own_rows / step_size))
+
+
+def optimizer_steps(run: vqa.Run) -> int:
+    """Those that fold 0 has taken."""
+    return len(vqa.read_json_lines(run.fold_dir(0) / "metrics.jsonl"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
@@ -48,16 +65,28 @@ def main() -> None:
         "output_dir": str(options.output_dir),
         "use_sample": True,
         "sample_size": options.rows,
-        "num_epochs": options.epochs,
-        "n_folds": 2,
+        "n_folds": FOLDS,
     }
+    epochs = options.epochs
     folder = second_round(options.output_dir.resolve(), options.related_rows)
+    related = {"extra_train_dirs": (str(folder),)}
+    longer = epochs_of_equal_steps(options.rows, options.related_rows, epochs)
     runs = {
-        "plain": finished_run(**settings),
-        "with the second round": finished_run(**settings, extra_train_dirs=(str(folder),)),
+        "plain": finished_run(**settings, num_epochs=epochs),
+        "plain, equal steps": finished_run(**settings, num_epochs=longer),
+        "second round joins": finished_run(**settings, num_epochs=epochs, **related),
+        "second round first": finished_run(
+            **settings, num_epochs=epochs, pretrain_epochs=epochs, **related
+        ),
     }
+    for name, run in runs.items():
+        print(f"{name}: {optimizer_steps(run)} optimizer steps of fold 0")
+    print("\nAgainst the demo's rows alone, for as many epochs:")
     print_tables(runs)
-    left_out = runs["with the second round"].fallbacks
+    print("\nAgainst the demo's rows alone, for as many steps (here called plain):")
+    with_related = {name: run for name, run in runs.items() if not name.startswith("plain")}
+    print_tables({"plain": runs["plain, equal steps"], **with_related})
+    left_out = runs["second round joins"].fallbacks
     print({name: count for name, count in left_out.items() if "copies" in name})
 
 
