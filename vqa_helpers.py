@@ -76,7 +76,7 @@ above it.
    Prediction                          scores of every row in every view
    Rows in doubt                       more views for the rows whose answer leads by little
    Early stopping and weight averages  for any training loop
-   Epochs                              which rows share a step, and how each is shown
+   Epochs                              the rows and steps of each, and how a row is shown
    Optimizer steps                     what a step needs, and going on when memory runs out
    Fold state                          a fold's rows, adapter and progress; what a checkpoint holds
    Fold training                       one fold from a fresh adapter to its result
@@ -17425,8 +17425,11 @@ def comparison_html(comparison: SubmissionComparison, cards: int = 6) -> str:
 
 
 # === Related competitions =========================================================================
-# Their training rows join every fold's training, and nothing else: they are no OOF rows, and a
-# row that shows a validation image of a fold is left out there (Soft targets, `_without_copies`).
+# Their training rows join every fold's training, or come before it (Epochs, `plan_training`).
+# They are no OOF rows, and a row that shows a validation image of a fold is left out there (Soft
+# targets, `_without_copies`).
+
+
 def find_related_competitions(config: Config, data_dir: Path) -> dict[str, Path]:
     """Source of rows (extra_1, ...) -> folder with their train.csv, as extra_train_dirs names it.
 
