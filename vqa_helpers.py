@@ -16,6 +16,7 @@ above it.
    Presets                             what "auto" picks, and how presets differ from the defaults
    Declarations                        what is declared of a setting: bounds, and what it changes
    Settings                            every setting, declared once, by group
+   Rules of settings                   what each needs, and which of them do not go together
    Config                              all settings of one run, checked, as tables and as text
    Logging                             the log, and records of one JSON object a line
    Files                               writing whole files or none, hashes, arrays
@@ -68,6 +69,7 @@ above it.
    Filling the vision cache            when it pays, and for which images
    Alignment                           how well statements fit an image, by SigLIP or CLIP
 4. Run
+   Members                             the models of a run: one for each fold and each seed
    Run directory                       the files of one run, and what is done in it
    Backup                              a copy on a slow, lasting disk
 5. Training and inference
@@ -128,7 +130,7 @@ above it.
 Where to change what:
 
    a setting                           Settings (`searched=False`: not for a search); rules
-                                       between settings: Config
+                                       between settings: Rules of settings
    a score                             Metrics `SCORES`, `score_row`; if a vote has none of it:
                                        Ladder `ladder_table`
    a family of models                  Families `FAMILIES`; other images: a class like those of
@@ -1560,6 +1562,9 @@ class RandomnessSettings:
     """Randomness"""
 
     seed: int = setting(42, "of every random draw", at_least=0, searched=False)
+    seeds: tuple[int, ...] = setting(
+        (), "train each fold once for each of them, `seed` is one; (): only `seed`", searched=False
+    )
     deterministic: bool = setting(True, "deterministic cuDNN")
     strict_determinism: bool = setting(
         False, "the same bits on a GPU too: deterministic attention and sums, slower"
@@ -1638,7 +1643,7 @@ class PlaceSettings:
     )
 
 
-# === Config =======================================================================================
+# === Rules of settings ============================================================================
 # Kinds by the first word of an annotation. A float may be written as a whole number.
 KINDS = {
     "int": int,
@@ -1745,6 +1750,22 @@ def _check_training(config: Config) -> None:
         _refuse(config, "swa_start_epoch", needs)
 
 
+def _check_seeds(config: Config) -> None:
+    """The rules for `seeds`: folds and the first models are made with `seed`."""
+    seeds = config.seeds
+    if not all(_is_of_kind(seed, "int") and seed >= 0 for seed in seeds):
+        _refuse(config, "seeds", "whole numbers of at least 0")
+    if len(set(seeds)) < len(seeds):
+        _refuse(config, "seeds", "each seed once: the same one twice trains the same model twice")
+    if seeds and config.seed not in seeds:
+        _refuse(
+            config, "seeds", f"seed, {config.seed}, among them: it makes folds and first models"
+        )
+    if len(seeds) > 1 and config.adaptive_tta is not None:
+        needs = "one seed, or no adaptive_tta: each seed's model would have other rows in doubt"
+        _refuse(config, "seeds", needs)
+
+
 def _check_inference(config: Config) -> None:
     """The rules for scoring that a single bound cannot say."""
     if config.score_precision == "16bit" and config.quantization == "none":
@@ -1774,6 +1795,7 @@ def _check_inference(config: Config) -> None:
         _refuse(config, "mix_weights", needs)
 
 
+# === Config =======================================================================================
 def _model_place(model_id: str) -> str:
     """A local folder as an absolute path (also relative to this file), else the hub id."""
     for folder in (Path(model_id), HERE / model_id):
@@ -1818,6 +1840,7 @@ class Config(
             object.__setattr__(self, name, _expand_home(getattr(self, name)))
         _check_values(self)  # first, so that the other rules may compare values
         _check_training(self)
+        _check_seeds(self)
         _check_inference(self)
 
     @classmethod
@@ -1855,6 +1878,9 @@ class Config(
                 relevant[name] = Path(relevant[name]).name
         # Of these, too: their rows are part of the run's fingerprint.
         relevant["extra_train_dirs"] = [Path(name).name for name in self.extra_train_dirs]
+        del relevant["seeds"]
+        if self.has_further_seeds:  # whatever their order
+            relevant["seeds"] = self.all_seeds
         text = json.dumps(relevant, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -1862,6 +1888,16 @@ class Config(
     def all_epochs(self) -> int:
         """Epochs of a fold: `pretrain_epochs`, then `num_epochs`; they are counted through."""
         return self.pretrain_epochs + self.num_epochs
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """`seed`, then the further ones of `seeds` from the smallest on."""
+        return (self.seed, *sorted({*self.seeds} - {self.seed}))
+
+    @property
+    def has_further_seeds(self) -> bool:
+        """Whether each fold is trained with other seeds than `seed`, too."""
+        return len(self.all_seeds) > 1
 
     @property
     def rows_to_use(self) -> int | None:
@@ -10629,15 +10665,83 @@ def kept_alignment_scores(rows: pd.DataFrame, config: Config) -> np.ndarray:
 
 # ======= 4. Run ===================================================================================
 
+# === Members ======================================================================================
+# A member is one model of a run: of a fold, or of all rows, and of a seed. The folds are the same
+# for all seeds. Members have numbers: those of the first seed are the numbers of their folds, and
+# the model on all rows comes behind the last fold. Each further seed counts on from there.
+
+
+def fold_of(config: Config, member: int) -> int:
+    """The fold whose rows the member does not train on; n_folds for a model on all rows.
+
+    >>> config = Config(n_folds=3, seeds=(42, 7))
+    >>> [fold_of(config, member) for member in (0, 1, 2, 3, 4)]
+    [0, 1, 2, 3, 0]
+    """
+    return member % (config.n_folds + 1)
+
+
+def seed_of(config: Config, member: int) -> int:
+    """The seed of the member's training.
+
+    >>> config = Config(n_folds=3, seeds=(42, 7))
+    >>> [seed_of(config, member) for member in (0, 2, 4, 6)]
+    [42, 42, 7, 7]
+    """
+    return config.all_seeds[member // (config.n_folds + 1)]
+
+
+def members_of(config: Config, folds: Sequence[int]) -> list[int]:
+    """The members of these folds, in the order of training: first all with the first seed.
+
+    >>> members_of(Config(n_folds=3, seeds=(42, 7)), [0, 2])
+    [0, 2, 4, 6]
+    """
+    count = len(config.all_seeds)
+    return [seed * (config.n_folds + 1) + fold for seed in range(count) for fold in folds]
+
+
+def member_name(config: Config, member: int) -> str:
+    """The member in words, behind "fold": its fold, and its seed where that is not the first.
+
+    >>> config = Config(n_folds=3, seeds=(42, 7))
+    >>> [member_name(config, member) for member in (1, 5)]
+    ['1', '1 seed 7']
+    """
+    fold = fold_of(config, member)
+    return str(fold) if member == fold else f"{fold} seed {seed_of(config, member)}"
+
+
+def members_in_words(config: Config) -> str:
+    """How many models the folds have, and why.
+
+    >>> members_in_words(Config(n_folds=3, seeds=(42, 7)))
+    '6 models: 3 folds x 2 seeds (42, 7)'
+    """
+    folds = len(config.folds_to_train)
+    seeds = len(config.all_seeds)
+    names = ", ".join(map(str, config.all_seeds))
+    return f"{folds * seeds} models: {folds} folds x {seeds} seeds ({names})"
+
+
 # === Run directory ================================================================================
 LOCK_SECONDS = 10  # how long a second process waits for the first one to end
 STAGE_FILES = {  # the file that a stage writes last: where it is, the stage is skipped
     "zeroshot": "zeroshot.npz",
-    "train": "fold_{fold}/result.json",
-    "predict": "fold_{fold}/test.npz",
-    "rescore": "fold_{fold}/test_16bit.npz",
+    "train": "{folder}/result.json",
+    "predict": "{folder}/test.npz",
+    "rescore": "{folder}/test_16bit.npz",
     "alignment": "alignment_test.npz",  # of all folds: it has no model of ours
 }
+
+
+def fold_folder(config: Config, member: int) -> str:
+    """The name of the folder of a member's files.
+
+    >>> fold_folder(Config(n_folds=3, seeds=(42, 7)), 4)
+    'fold_0_seed_7'
+    """
+    return f"fold_{member_name(config, member)}".replace(" ", "_")
 
 
 CONFIG_OBJECTS = ("config", "fallbacks", "libraries", "parts")  # of config.json
@@ -10659,8 +10763,10 @@ class Run:
 
     `start_run` makes it and `Run.open` reads it; a `Run` itself never changes. The
     final model, on all rows, has a folder like a fold, under the first number that is
-    no fold's. KIND is raw, ema or swa. What writes each file, `start_run` or a stage,
-    and what is in it:
+    no fold's. fold_N is of the first seed; further ones have folders like fold_N_seed_7,
+    and where a model is meant a `fold` is a member's number (see Members), which for the
+    first seed is the fold's. KIND is raw, ema or swa. What writes each file, `start_run`
+    or a stage, and what is in it:
 
     | file                           | written by    | content
     | ------------------------------ | ------------- | -----------------------------------------
@@ -10683,7 +10789,7 @@ class Run:
     | fold_N/adapter_KIND/           | train         | LoRA weights in PEFT's format
     | fold_N/validation_KIND.npz     | train         | scores of the held-out rows, one view
     | fold_N/result.json             | train         | best epoch, metrics, adapters' hashes
-    | selection.json                 | predict       | which kinds of weights score
+    | selection.json                 | predict       | which kinds of weights score, how many seeds
     | fold_N/oof.npz, test.npz       | predict       | scores of held-out and test rows, all views
     | fold_N/oof_16bit.npz           | rescore       | the same by the unquantised base model
     | fold_N/test_16bit.npz          | rescore       | the same by the unquantised base model
@@ -10714,9 +10820,9 @@ class Run:
     # record it, has made the run.
     notation: AnswerNotation | None = None
 
-    def fold_dir(self, fold: int) -> Path:
-        """The folder of a fold's files, whether it exists or not."""
-        return self.directory / f"fold_{fold}"
+    def fold_dir(self, member: int) -> Path:
+        """The folder of a member's files, whether it exists or not."""
+        return self.directory / fold_folder(self.config, member)
 
     @classmethod
     def open(cls, directory: str | Path) -> Run:
@@ -10760,17 +10866,25 @@ class Run:
             notation=notation,
         )
 
-    def is_done(self, stage: str, fold: int) -> bool:
+    def is_done(self, stage: str, member: int) -> bool:
         """Whether the file is there that the stage writes last."""
-        return (self.directory / STAGE_FILES[stage].format(fold=fold)).exists()
+        folder = fold_folder(self.config, member)
+        return (self.directory / STAGE_FILES[stage].format(folder=folder)).exists()
+
+    @property
+    def finished_members(self) -> list[int]:
+        """The trained models of folds, the first seed's first."""
+        members = members_of(self.config, self.config.folds_to_train)
+        return [member for member in members if self.is_done("train", member)]
 
     @property
     def finished_folds(self) -> list[int]:
         """The trained folds; fewer than the configured ones when the time was up."""
-        return [fold for fold in self.config.folds_to_train if self.is_done("train", fold)]
+        trained = {fold_of(self.config, member) for member in self.finished_members}
+        return [fold for fold in self.config.folds_to_train if fold in trained]
 
     def unfinished_folds(self, stage: str, folds: Sequence[int]) -> list[int]:
-        """Those of `folds` that wait for `stage`.
+        """Those members of `folds` that wait for `stage`.
 
         It is not done for them, and they are trained where the stage scores.
         """
@@ -10782,24 +10896,72 @@ class Run:
                 unfinished.append(fold)
         return unfinished
 
+    def _selection(self) -> dict:
+        """What `select_weights` has decided; empty before."""
+        path = self.directory / "selection.json"
+        if not path.exists():
+            return {}
+        content = read_json(path, ["weights"])
+        require_kind(path, content, str, ["weights"])
+        return content
+
     @property
     def selected_weights(self) -> list[str]:
         """The kinds of weights that score: raw, ema, swa; empty before they are selected."""
-        path = self.directory / "selection.json"
-        if not path.exists():
+        selection = self._selection()
+        if not selection:
             return []
-        content = read_json(path, ["weights"])
-        require_kind(path, content, str, ["weights"])
-        kinds = content["weights"].split("+")
+        kinds = selection["weights"].split("+")
         if not set(kinds) <= set(WEIGHTS):
-            raise DamagedFileError(path, f"{content['weights']!r} are no kinds of weights")
+            path = self.directory / "selection.json"
+            raise DamagedFileError(path, f"{selection['weights']!r} are no kinds of weights")
         return kinds
+
+    @property
+    def selected_seeds(self) -> int:
+        """How many seeds score, the first ones; all of them before that is decided."""
+        if not self.config.has_further_seeds:
+            return 1
+        count = self._selection().get("seeds", len(self.config.all_seeds))
+        if count not in range(1, len(self.config.all_seeds) + 1):
+            path = self.directory / "selection.json"
+            raise DamagedFileError(path, f"{count!r} is no number of seeds")
+        return count
+
+    def members_behind(self, fold: int, seeds: int | None = None) -> list[int]:
+        """The models that score for a fold, or for all rows where it is `final_fold`.
+
+        One for each seed that it is trained with, at most `seeds`; None: as many as are selected.
+        A model on all rows counts once it has scored as the folds have: in 16 bits if all did.
+        """
+        scoring = "train"
+        if fold == self.final_fold:
+            scored = []
+            for finished in self.finished_folds:
+                scored += self.members_behind(finished)
+            are_rescored = bool(scored) and all(self.is_done("rescore", one) for one in scored)
+            scoring = "rescore" if are_rescored else "predict"
+        members = members_of(self.config, [fold])
+        done = [member for member in members if self.is_done(scoring, member)]
+        return done[: self.selected_seeds if seeds is None else seeds]
+
+    @property
+    def members_per_fold(self) -> float:
+        """How many models score for a fold: the mean over the finished folds."""
+        counts = [len(self.members_behind(fold)) for fold in self.finished_folds]
+        return float(np.mean(counts))
+
+    @property
+    def submission_members(self) -> list[int]:
+        """All models behind the submission, of every fold and seed."""
+        models = self.submission_models
+        return [member for fold in models for member in self.members_behind(fold)]
 
     @property
     def is_rescored(self) -> bool:
         """Whether all models behind the submission have 16-bit scores, too."""
-        models = self.submission_models
-        return bool(models) and all(self.is_done("rescore", model) for model in models)
+        members = self.submission_members
+        return bool(members) and all(self.is_done("rescore", member) for member in members)
 
     @property
     def final_fold(self) -> int:
@@ -10814,15 +10976,18 @@ class Run:
         return [*self.config.folds_to_train]
 
     @property
-    def submission_models(self) -> list[int]:
-        """The models behind the submission: the finished folds, and the final one.
+    def members_to_train(self) -> list[int]:
+        """All models that the configuration asks for."""
+        return members_of(self.config, self.models_to_train)
 
-        It counts once it has scored as the folds have: in 16 bits if all of them did.
+    @property
+    def submission_models(self) -> list[int]:
+        """What the submission is the mean of: the finished folds, and the model on all rows.
+
+        Each is the mean over its seeds (`members_behind`).
         """
         folds = self.finished_folds
-        are_rescored = bool(folds) and all(self.is_done("rescore", fold) for fold in folds)
-        scoring = "rescore" if are_rescored else "predict"
-        if self.is_done(scoring, self.final_fold):
+        if self.members_behind(self.final_fold):
             return [*folds, self.final_fold]
         return folds
 
@@ -10834,7 +10999,7 @@ class Run:
         """
         versions = 1 + self.config.augment_images
         epochs = self.config.num_epochs // versions  # the others show a variant of it
-        return len(self.config.folds_to_train) * (epochs + 2)
+        return len(members_of(self.config, self.config.folds_to_train)) * (epochs + 2)
 
     def seconds_left(self) -> float:
         """Seconds of the time budget that remain; infinite without one.
@@ -10894,7 +11059,8 @@ class Run:
                     locks.enter_context(lock)
                 except filelock.Timeout as error:
                     raise CheckpointError(
-                        f"another process is working on fold {fold} of {self.directory}; "
+                        f"another process is working on fold {member_name(self.config, fold)} of "
+                        f"{self.directory}; "
                         "wait for it, stop it, or choose a new run_name"
                     ) from error
             yield
@@ -11521,8 +11687,9 @@ def inference_seconds(
     `seconds_per_question` is for a question with one view.
     """
     waiting = 0
+    trained = run.finished_members
     for fold in session.assigned_folds:
-        if fold in run.finished_folds and not run.is_done("predict", fold):
+        if fold in trained and not run.is_done("predict", fold):
             waiting += 1
     held_out = len(run.train) / run.config.n_folds
     views = all_views(run.config, session.processor)
@@ -12344,14 +12511,14 @@ def plan_training(config: Config, variants: pd.DataFrame) -> TrainingSchedule:
 
 
 def training_prompts(
-    session: Session, variants: pd.DataFrame, n_rows: int, epoch: int
+    session: Session, config: Config, variants: pd.DataFrame, n_rows: int, epoch: int
 ) -> list[Prompt]:
     """Every training row as the epoch shows it: image, wording and choice order.
 
-    `variants`: the `n_rows` training rows, once for each variant of their images: all rows of
-    the originals first, then all of the next variant.
+    `config`: the session's, with the seed to draw with. `variants`: the `n_rows` training rows,
+    once for each variant of their images: all rows of the originals first, then all of the next
+    variant.
     """
-    config = session.config
     ids = variants["id"].iloc[:n_rows]
     drawn = [training_variant(config, epoch, sample_id) for sample_id in ids]
     variant, wording = np.array(drawn).T
@@ -12442,8 +12609,10 @@ class FoldState:
     # Given to the constructor.
     session: Session  # base model, processor, letter tokens
     run: Run  # directory, tables, fingerprint
-    fold: int
-    config: Config  # the session's
+    member: int  # its number, see Members
+    fold: int  # the member's
+    name: str  # of the member in words
+    config: Config  # the session's, with the member's seed
 
     # Filled by `_choose_rows`.
     schedule: TrainingSchedule  # the rows and steps of every epoch
@@ -12480,11 +12649,14 @@ class FoldState:
     gradient_norm: float  # of the last step, before clipping; by `optimizer_step`
     last_save: float  # seconds on the monotonic clock; by `save`
 
-    def __init__(self, session: Session, run: Run, fold: int):
+    def __init__(self, session: Session, run: Run, member: int):
         self.session = session
         self.run = run
-        self.fold = fold
-        self.config = session.config
+        self.member = member
+        self.fold = fold_of(session.config, member)
+        self.name = member_name(session.config, member)
+        seed = seed_of(session.config, member)
+        self.config = dataclasses.replace(session.config, seed=seed)
         self._choose_rows()
         self._attach_adapter()
         self._prepare_steps()
@@ -12493,11 +12665,13 @@ class FoldState:
 
     def _choose_rows(self) -> None:
         config = self.config
-        variants = image_variants(all_rows(self.run), config.augment_images, config.seed)
+        # Changed images are the same for all seeds, which share their cached features.
+        seed = self.session.config.seed
+        variants = image_variants(all_rows(self.run), config.augment_images, seed)
         self.schedule = plan_training(config, training_rows(self.run, self.fold, variants))
         if config.pretrain_epochs:
-            text = "Decision: fold %d trains on the rows of extra_train_dirs first: %s"
-            LOGGER.info(text, self.fold, self.schedule)
+            text = "Decision: fold %s trains on the rows of extra_train_dirs first: %s"
+            LOGGER.info(text, self.name, self.schedule)
         is_held_out = self.run.train["fold"] == self.fold
         self.validation = self.run.train[is_held_out].reset_index(drop=True)
 
@@ -12533,7 +12707,7 @@ class FoldState:
         }
 
     def _open_files(self) -> None:
-        folder = self.run.fold_dir(self.fold)
+        folder = self.run.fold_dir(self.member)
         self.checkpoints = CheckpointManager(folder / "checkpoints")
         self.metrics = MetricLogger(folder / "metrics.jsonl")
 
@@ -12565,7 +12739,7 @@ class FoldState:
         }
         steps_done = self.schedule.phase(epoch).steps_before(epoch) + step
         self.checkpoints.save(steps_done, self.parameters, state, metadata)
-        back_up(self.run, self.fold)
+        back_up(self.run, self.member)
         self.last_save = time.monotonic()
 
     def resume(self) -> tuple[int, int]:
@@ -12593,7 +12767,7 @@ class FoldState:
         self.plan = MemoryPlan(**metadata["plan"])
         epoch = metadata["epoch"]
         step = metadata["step_in_epoch"]
-        LOGGER.info("Fold %d continues at epoch %d, step %d", self.fold, epoch + 1, step)
+        LOGGER.info("Fold %s continues at epoch %d, step %d", self.name, epoch + 1, step)
         return epoch, step
 
     def _resume_scaler(self, state: Mapping, before: str | None) -> None:
@@ -12614,7 +12788,7 @@ class FoldState:
             return
         scale = "with a fresh GradScaler" if self.scaler.is_enabled() else "without a GradScaler"
         self.session.add_note(
-            f"fold {self.fold}: this card computes in {now}, the one before in {before}: "
+            f"fold {self.name}: this card computes in {now}, the one before in {before}: "
             f"training continues in {now} {scale}, and its results are not bitwise those of one "
             "card; set precision to have the same on both"
         )
@@ -12644,14 +12818,15 @@ class FoldState:
         self.session.memory_plan = plan
         recompute_layers(self.session, plan.stored_layers)
         self.session.add_note(
-            f"fold {self.fold}: out of memory, {plan.micro_batch} questions per forward pass "
+            f"fold {self.name}: out of memory, {plan.micro_batch} questions per forward pass "
             f"from here on; an optimizer step still takes {n_rows}"
         )
 
     def epoch_prompts(self, epoch: int) -> list[Prompt]:
         """Every row of that epoch as it shows it, see `training_prompts`."""
         phase = self.schedule.phase(epoch)
-        return training_prompts(self.session, phase.variants, len(phase.rows), epoch)
+        n_rows = len(phase.rows)
+        return training_prompts(self.session, self.config, phase.variants, n_rows, epoch)
 
 
 # === Fold training ================================================================================
@@ -12664,29 +12839,38 @@ class FoldResult:
     history: pd.DataFrame  # one row per epoch
     kinds: dict[str, dict]  # "raw", "ema", "swa" -> validation accuracy and nll
     adapters: dict[str, str]  # "raw", "ema", "swa" -> SHA-256 of its weights
+    seed: int | None = None  # of the training; None: the run's first one
+
+    @property
+    def name(self) -> str:
+        """The fold, and the seed where it is a further one."""
+        return str(self.fold) if self.seed is None else f"{self.fold} seed {self.seed}"
 
 
-def read_fold_result(run: Run, fold: int) -> FoldResult:
-    """The result.json of a finished fold.
+def read_fold_result(run: Run, member: int) -> FoldResult:
+    """The result.json of a finished fold, or of one of its models with further seeds.
 
     Raises DamagedFileError where it is not as it was written, CheckpointError where it is
     another run's.
     """
-    path = run.fold_dir(fold) / "result.json"
-    names = [item.name for item in dataclasses.fields(FoldResult)]
+    path = run.fold_dir(member) / "result.json"
+    names = [item.name for item in dataclasses.fields(FoldResult) if item.name != "seed"]
     content = read_json(path, names)
     # Earlier versions of this module wrote none.
     require_same_run(path, content.get("fingerprint", run.fingerprint), run.fingerprint)
     require_kind(path, content, int, ["fold", "best_epoch"])
     require_kind(path, content, dict, ["kinds", "adapters"])
     require_kind(path, content, list, ["history"])
-    if fold != run.final_fold:  # of which no row is held out, and nothing measured
+    if (
+        fold_of(run.config, member) != run.final_fold
+    ):  # of which no row is held out, and nothing measured
         require_kind(path, content["kinds"], dict, [*content["kinds"]])
         losses = [scores.get("nll") for scores in content["kinds"].values()]
         if not losses or None in losses:
             raise DamagedFileError(path, "'kinds' is without an nll")
     content["history"] = pd.DataFrame(content["history"])
-    return FoldResult(**{name: content[name] for name in names})
+    results = {name: content[name] for name in names}
+    return FoldResult(**results, seed=content.get("seed"))
 
 
 _NO_TIME = "because the rest of the time budget is needed for inference"
@@ -12721,7 +12905,7 @@ class FoldTrainer(FoldState):
             if epoch < self.epochs and any_process(self.time_is_up(speed)):
                 if is_whole_epoch:
                     self.session.add_note(
-                        f"fold {self.fold}: training stopped after epoch {epoch}, {_NO_TIME}"
+                        f"fold {self.name}: training stopped after epoch {epoch}, {_NO_TIME}"
                     )
                 break
         return self.finish()
@@ -12776,7 +12960,7 @@ class FoldTrainer(FoldState):
             is_settled = bool(self.session.seconds_per_question or step - first_step >= 20)
             if any_process(is_settled and self.time_is_up(speed)):
                 self.session.add_note(
-                    f"fold {self.fold}: training stopped in epoch {epoch + 1} "
+                    f"fold {self.name}: training stopped in epoch {epoch + 1} "
                     f"after step {step + 1} of {len(steps)}, {_NO_TIME}"
                 )
                 break
@@ -12820,7 +13004,7 @@ class FoldTrainer(FoldState):
 
     def skip_step(self, problem: str) -> None:
         """Count and note a step without an update; FloatingPointError for one too many."""
-        self.session.add_note(f"fold {self.fold}: skipped a step: {problem}")
+        self.session.add_note(f"fold {self.name}: skipped a step: {problem}")
         self.skipped += 1
         if self.skipped > self.config.max_skipped_steps:
             raise FloatingPointError(
@@ -12885,14 +13069,14 @@ class FoldTrainer(FoldState):
         }
         in_full = {**details, "loss": loss}
         self.metrics.log(epoch=epoch, step=step, gradient_norm=self.gradient_norm, **in_full)
-        label = f"fold {self.fold} training"
+        label = f"fold {self.name} training"
         steps_done = self.schedule.phase(epoch).steps_before(epoch) + step + 1
         all_steps = self.schedule.all_steps
         self.session.progress(label, steps_done, all_steps, together=True, **details)
 
     def held_out_logits(self) -> np.ndarray:
         """Logits (n, 1, 4) of the held-out rows, through the inference path."""
-        label = f"fold {self.fold} validation"
+        label = f"fold {self.name} validation"
         views = [TTAView("rotation 0")]
         return predict_logits(self.session, self.validation, views, label)
 
@@ -12933,7 +13117,7 @@ class FoldTrainer(FoldState):
         scores = self.held_out_scores(logits)
         preference = self.preferred_letter(logits)
         if preference:  # later epochs may cure it: `save_weights` warns
-            LOGGER.info("Fold %d epoch %d: %s", self.fold, epoch + 1, preference)
+            LOGGER.info("Fold %s epoch %d: %s", self.name, epoch + 1, preference)
         # Without held-out rows there are no scores, and the last epoch is the best.
         score = [scores["accuracy"], -scores["nll"]] if scores else None
         if self.is_best(score):
@@ -12957,13 +13141,13 @@ class FoldTrainer(FoldState):
             record["rows"] = "pretraining" if phase.is_pretraining else "own"
         self.losses = []
         self.history.append(record)
-        path = self.run.fold_dir(self.fold) / "history.csv"
+        path = self.run.fold_dir(self.member) / "history.csv"
         write_table(pd.DataFrame(self.history), path)
         rounded = {
             name: round(value, 4) if isinstance(value, float) else value
             for name, value in record.items()
         }
-        LOGGER.info("Fold %d epoch %d: %s", self.fold, epoch + 1, rounded)
+        LOGGER.info("Fold %s epoch %d: %s", self.name, epoch + 1, rounded)
         if self.config.use_early_stopping and scores and not phase.is_pretraining:
             self.early_stopping(scores["accuracy"])
 
@@ -12980,7 +13164,7 @@ class FoldTrainer(FoldState):
             known_logits["raw"] = self.best["logits"].numpy()
         for kind, tensors in weights.items():
             kinds[kind], adapters[kind] = self.save_weights(kind, tensors, known_logits.get(kind))
-        folder = self.run.fold_dir(self.fold)
+        folder = self.run.fold_dir(self.member)
         best_epoch = self.best["epoch"] + 1
         result = {
             "fold": self.fold,
@@ -12990,9 +13174,11 @@ class FoldTrainer(FoldState):
             "adapters": adapters,
             "fingerprint": self.run.fingerprint,
         }
+        if self.member != self.fold:
+            result["seed"] = self.config.seed
         atomic_write(folder / "result.json", json.dumps(result))
-        LOGGER.info("Fold %d: best epoch %d, held-out %s", self.fold, best_epoch, kinds)
-        return read_fold_result(self.run, self.fold)
+        LOGGER.info("Fold %s: best epoch %d, held-out %s", self.name, best_epoch, kinds)
+        return read_fold_result(self.run, self.member)
 
     def save_weights(
         self,
@@ -13005,7 +13191,7 @@ class FoldTrainer(FoldState):
         These are computed where they are not known yet. Returns its scores on the held-out rows
         and the SHA-256 of its weights.
         """
-        folder = self.run.fold_dir(self.fold)
+        folder = self.run.fold_dir(self.member)
         adapter = folder / f"adapter_{kind}"
         if adapter.exists():  # a damaged one: PEFT would read its model card
             shutil.rmtree(adapter)
@@ -13016,7 +13202,7 @@ class FoldTrainer(FoldState):
                 logits = self.held_out_logits()
         preference = self.preferred_letter(logits)
         if preference:
-            self.session.add_note(f"fold {self.fold}, {kind} weights: {preference}")
+            self.session.add_note(f"fold {self.name}, {kind} weights: {preference}")
         path = folder / f"validation_{kind}.npz"
         write_logits(path, self.validation, logits, ["rotation 0"], self.run.fingerprint)
         sha256 = file_sha256(adapter / "adapter_model.safetensors")
@@ -13838,12 +14024,38 @@ def align_rows(ids: pd.Series, parts: Sequence[Mapping[str, np.ndarray]], name: 
     return values[pd.Index(known_ids).get_indexer(ids)]
 
 
-def read_scores(run: Run, fold: int, name: str) -> dict[str, np.ndarray]:
-    """What `write_logits` wrote as `name` (oof or test) for this fold.
+def mean_over_members(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What a fold's models have scored, with the mean of their log-probabilities as logits.
 
-    Views in 16 bits stand behind the others, where all folds have them.
+    `parts`: what `write_logits` wrote of the same rows. The scores of a single model stay as they
+    are.
+
+    >>> parts = [{"logits": np.log([[[0.8, 0.2]]])}, {"logits": np.log([[[0.2, 0.8]]])}]
+    >>> softmax(mean_over_members(parts)["logits"]).tolist()
+    [[[0.5, 0.5]]]
     """
-    folder = run.fold_dir(fold)
+    content = dict(parts[0])
+    if len(parts) > 1:
+        scores = [special.log_softmax(part["logits"], axis=-1) for part in parts]
+        content["logits"] = np.mean(scores, axis=0)
+    return content
+
+
+def read_scores(run: Run, fold: int, name: str) -> dict[str, np.ndarray]:
+    """The scores `name` (oof or test) of a fold or of the model on all rows: the mean over seeds.
+
+    The one place where the seeds of a run become one model.
+    """
+    parts = [_read_member_scores(run, member, name) for member in run.members_behind(fold)]
+    return mean_over_members(parts)
+
+
+def _read_member_scores(run: Run, member: int, name: str) -> dict[str, np.ndarray]:
+    """What `write_logits` wrote as `name` (oof or test) for this member.
+
+    Views in 16 bits stand behind the others, where all members have them.
+    """
+    folder = run.fold_dir(member)
     content = read_arrays(folder / f"{name}.npz", run.fingerprint, SCORE_ARRAYS)
     if run.is_rescored:
         rescored = read_arrays(folder / f"{name}_16bit.npz", run.fingerprint, SCORE_ARRAYS)
@@ -13856,8 +14068,9 @@ def read_scores(run: Run, fold: int, name: str) -> dict[str, np.ndarray]:
 
 def _require_scored_folds(run: Run) -> None:
     """Raise FileNotFoundError where no fold is trained, or a trained one is not scored."""
-    unscored = run.unfinished_folds("predict", run.finished_folds)
-    problems = [f"fold {fold} is trained, but not scored" for fold in unscored]
+    unscored = run.unfinished_folds("predict", run.finished_members)
+    names = [member_name(run.config, member) for member in unscored]
+    problems = [f"fold {name} is trained, but not scored" for name in names]
     if not run.finished_folds:
         problems = ["no fold is trained"]
     if problems:
@@ -14029,12 +14242,12 @@ def lack_of_skill(skill: Skill) -> str:
 
 # === Selected weights =============================================================================
 def fold_table(results: Sequence[FoldResult]) -> pd.DataFrame:
-    """Held-out accuracy and NLL of each fold and kind of weights.
+    """Held-out accuracy and NLL of each fold, seed and kind of weights.
 
-    The last two rows are the mean and the standard deviation of the folds.
+    The last two rows are the mean and the standard deviation of those above.
     """
     scores = pd.json_normalize([result.kinds for result in results], sep=" ")
-    scores.index = [str(result.fold) for result in results]
+    scores.index = [result.name for result in results]
     summary = scores.agg(["mean", "std"]).rename({"std": "sd"})
     table = pd.concat([scores, summary])
     best_epochs = [str(result.best_epoch) for result in results]
@@ -14042,15 +14255,29 @@ def fold_table(results: Sequence[FoldResult]) -> pd.DataFrame:
     return table.fillna("").rename_axis("fold")
 
 
-def validation_scores(run: Run, ids: pd.Series, kinds: Sequence[str]) -> np.ndarray:
+def _read_validation(run: Run, fold: int, kind: str, seeds: int | None) -> dict[str, np.ndarray]:
+    """A fold's held-out rows as its models scored them when training ended: the mean over seeds."""
+    parts = []
+    for member in run.members_behind(fold, seeds):
+        path = run.fold_dir(member) / f"validation_{kind}.npz"
+        parts.append(read_arrays(path, run.fingerprint))
+    return mean_over_members(parts)
+
+
+def validation_scores(
+    run: Run,
+    ids: pd.Series,
+    kinds: Sequence[str],
+    seeds: int | None = None,
+) -> np.ndarray:
     """(n, 4) mean over `kinds` of weights of what each scored held-out rows, in one view.
 
-    They were scored when training ended; the rows are those of `ids`, in that order.
+    They were scored when training ended; the rows are those of `ids`, in that order. `seeds`: how
+    many seeds of each fold count; None: those that are selected.
     """
     scores = []
     for kind in kinds:
-        paths = [run.fold_dir(fold) / f"validation_{kind}.npz" for fold in run.finished_folds]
-        parts = [read_arrays(path, run.fingerprint) for path in paths]
+        parts = [_read_validation(run, fold, kind, seeds) for fold in run.finished_folds]
         logits = align_rows(ids, parts, "logits")
         scores.append(logits[:, 0])
     return np.mean(scores, axis=0)
@@ -14059,7 +14286,7 @@ def validation_scores(run: Run, ids: pd.Series, kinds: Sequence[str]) -> np.ndar
 def is_mixing_better(run: Run, kinds: Sequence[str]) -> bool:
     """Whether the mean over all kinds of weights has a lower held-out NLL than each alone.
 
-    All are temperature-scaled, as is what is submitted.
+    All are temperature-scaled, as is what is submitted, and the mean over all seeds.
     """
     rows = run.train[run.train["fold"].isin(run.finished_folds)]
     labels = rows["label"].to_numpy()
@@ -14068,7 +14295,7 @@ def is_mixing_better(run: Run, kinds: Sequence[str]) -> bool:
     mixtures += [[kind] for kind in kinds]
     losses = {}
     for mixture in mixtures:
-        scores = validation_scores(run, rows["id"], mixture)
+        scores = validation_scores(run, rows["id"], mixture, len(run.config.all_seeds))
         calibration = calibrate(scores, labels, folds, run.config.use_temperature_scaling)
         loss = negative_log_likelihood(calibration.probabilities, labels)
         losses["+".join(mixture)] = loss
@@ -14078,11 +14305,11 @@ def is_mixing_better(run: Run, kinds: Sequence[str]) -> bool:
 
 
 def _pooled_losses(run: Run) -> dict[str, float]:
-    """Kind of weights -> NLL over the held-out rows of all finished folds.
+    """Kind of weights -> NLL over the held-out rows of all finished folds and seeds.
 
-    Only the kinds that each fold has.
+    Only the kinds that each of them has.
     """
-    results = [read_fold_result(run, fold) for fold in run.finished_folds]
+    results = [read_fold_result(run, member) for member in run.finished_members]
     rows = [(run.train["fold"] == result.fold).sum() for result in results]
     fold_losses = []
     for result in results:
@@ -14097,17 +14324,42 @@ def score_files(run: Run) -> list[Path]:
     Relative to the run directory.
     """
     paths = []
-    for fold in [*run.finished_folds, run.final_fold]:
+    final_members = members_of(run.config, [run.final_fold])
+    for member in [*run.finished_members, *final_members]:
         for name in ("oof", "test", "oof_16bit", "test_16bit"):
-            paths.append(Path(f"fold_{fold}") / f"{name}.npz")
+            paths.append(Path(fold_folder(run.config, member)) / f"{name}.npz")
     return paths
+
+
+def select_seeds(run: Run, kinds: Sequence[str]) -> int:
+    """How many seeds score: all, where their mean does not lose against the first one; else 1.
+
+    Compared as sets of views are, on the held-out rows in one view, with these kinds of weights.
+    """
+    count = len(run.config.all_seeds)
+    rows = run.train[run.train["fold"].isin(run.finished_folds)]
+    labels = rows["label"].to_numpy()
+    scores = []
+    for seeds in (1, count):
+        logits = validation_scores(run, rows["id"], kinds, seeds)
+        scaling = run.config.use_temperature_scaling
+        calibration = calibrate(logits, labels, rows["fold"].to_numpy(), scaling)
+        scores.append(row_scores(calibration.probabilities, labels))
+    changes = scores[1] - scores[0]
+    gain, loss = changes.mean(axis=0)
+    chosen = count if _does_not_lose(changes, image_groups(rows)) else 1
+    text = (
+        "Decision: %d of %d seeds score: the mean over all changes accuracy by %+.4f, NLL by %+.4f"
+    )
+    LOGGER.info(text, chosen, count, gain, loss)
+    return chosen
 
 
 @each_warning_once()
 def select_weights(run: Run) -> str:
-    """Raw, EMA or SWA weights, or a mix such as "raw+ema": one decision for all folds.
+    """Raw, EMA or SWA weights, or a mix such as "raw+ema": one decision for all folds and seeds.
 
-    Decided by pooled held-out NLL and kept in selection.json.
+    Decided by pooled held-out NLL and kept in selection.json, with how many seeds score.
     """
     pooled = _pooled_losses(run)
     chosen = min(pooled, key=pooled.get)
@@ -14118,8 +14370,10 @@ def select_weights(run: Run) -> str:
     earlier = "+".join(run.selected_weights)
     if earlier and earlier != chosen:  # a fold came later
         delete_outputs(run, score_files(run))
-    content = json.dumps({"weights": chosen, "nll": pooled})
-    atomic_write(run.directory / "selection.json", content)
+    content = {"weights": chosen, "nll": pooled}
+    if run.config.has_further_seeds:
+        content["seeds"] = select_seeds(run, chosen.split("+"))
+    atomic_write(run.directory / "selection.json", json.dumps(content))
     return chosen
 
 
@@ -14250,6 +14504,7 @@ def adaptive_curve(run: Run) -> pd.DataFrame:
 # === Ladder =======================================================================================
 STEP_ZERO_SHOT = "zero-shot"
 STEP_ONE_VIEW = "fine-tuned, one view"
+STEP_ONE_SEED = "fine-tuned, one seed"
 STEP_TEMPERATURE = "temperature"
 STEP_AUTOMATIC = "automatic choice"
 STEP_FINAL_MODEL = "and a model on all rows, which no OOF row can judge"
@@ -14283,6 +14538,7 @@ class LadderStep:
     used: bool = False  # whether the submission is made of it
     fitted_parameters: float = 0.0  # numbers fitted to the labels, as in `bootstrap_interval`
     weight_kinds: int | None = None  # kinds of weights that score for it; None: the selected
+    models: float | None = None  # of a fold that score for it; None: of the selected seeds
 
 
 def _step_intervals(
@@ -14372,10 +14628,10 @@ def set_choice_interval(
 
 
 def _validated_kinds(run: Run) -> list[str]:
-    """The kinds of weights (ema, raw, swa) that scored held-out rows in every finished fold."""
+    """The kinds of weights (ema, raw, swa) with which every trained model scored held-out rows."""
     kinds_by_fold = []
-    for fold in run.finished_folds:
-        paths = run.fold_dir(fold).glob("validation_*.npz")
+    for member in run.finished_members:
+        paths = run.fold_dir(member).glob("validation_*.npz")
         kinds_by_fold.append({path.stem.removeprefix("validation_") for path in paths})
     return sorted(set.intersection(*kinds_by_fold))
 
@@ -14405,23 +14661,41 @@ def weight_ladder_steps(run: Run, oof: OofLogits) -> dict[str, LadderStep]:
     return steps
 
 
+def seed_ladder_step(run: Run, oof: OofLogits) -> dict[str, LadderStep]:
+    """The step of what is not selected, the first seed alone or the mean over all, in one view.
+
+    Against what is selected; none where no fold is trained with several seeds.
+    """
+    count = len(run.config.all_seeds)
+    is_alone = run.selected_seeds > 1
+    seeds = 1 if is_alone else count
+    members = [run.members_behind(fold, count) for fold in run.finished_folds]
+    models = float(np.mean([len(each[:seeds]) for each in members]))
+    if len(run.finished_members) == len(members):
+        return {}
+    scores = validation_scores(run, oof.frame["id"], run.selected_weights, seeds)
+    step = LadderStep(probabilities=softmax(scores), against=STEP_ONE_VIEW, models=models)
+    return {STEP_ONE_SEED if is_alone else f"mean of {count} seeds": step}
+
+
 def _step_costs(run: Run, oof: OofLogits, steps: Iterable[LadderStep]) -> list[float]:
     """Cost of scoring a row for each step.
 
-    The unit is a question with one view and one kind of weights.
+    The unit is a question with one view, one kind of weights and one seed.
     """
     n_selected = max(1, len(run.selected_weights))
     costs = []
     for step in steps:
         weight_kinds = n_selected if step.weight_kinds is None else step.weight_kinds
-        costs.append(oof.cost(step.views) * weight_kinds)
+        models = run.members_per_fold if step.models is None else step.models
+        costs.append(oof.cost(step.views) * weight_kinds * models)
     return costs
 
 
 def build_ladder(run: Run, oof: OofLogits, steps: Mapping[str, LadderStep]) -> pd.DataFrame:
     """What each step is worth on OOF rows against the step named in `against`.
 
-    `cost`: of scoring a row, in questions with one view and one kind of weights;
+    `cost`: of scoring a row, in questions with one view, one kind of weights and one seed;
     `seconds`: of a device with the test rows and all models, at the speed of the last
     scoring.
     """
@@ -14429,8 +14703,9 @@ def build_ladder(run: Run, oof: OofLogits, steps: Mapping[str, LadderStep]) -> p
     base_probabilities = pd.DataFrame(softmax(base["logits"][:, 0]), index=base["ids"])
     aligned = base_probabilities.reindex(oof.frame["id"])  # NaN where it scored no row
     ordered_steps = {
-        STEP_ZERO_SHOT: LadderStep(aligned.to_numpy(), weight_kinds=1),
+        STEP_ZERO_SHOT: LadderStep(aligned.to_numpy(), weight_kinds=1, models=1),
         STEP_ONE_VIEW: steps[STEP_ONE_VIEW],
+        **seed_ladder_step(run, oof),
         **weight_ladder_steps(run, oof),
         **steps,
     }
@@ -15398,9 +15673,11 @@ def points_with_interval(change: float, low: float, high: float) -> str:
 def unplanned_events(run: Run) -> list[dict]:
     """The records of events.jsonl, but for what a later session has made up for."""
     made_up_for = []
-    for stage, fold in itertools.product(("train", "rescore"), run.submission_models):
-        if run.is_done(stage, fold):
-            made_up_for.append(f"{stage} fold {fold} was left out")
+    members = {*run.finished_members, *run.submission_members}
+    for stage, member in itertools.product(("train", "rescore"), members):
+        if run.is_done(stage, member):
+            name = member_name(run.config, member)
+            made_up_for.append(f"{stage} fold {name} was left out")
     if run.is_rescored:
         made_up_for.append("scoring in 16 bits was left out")
     records = read_json_lines(run.directory / "events.jsonl", EVENT_RECORD)
@@ -15472,21 +15749,23 @@ def _prediction_alarms(run: Run, evaluation: Evaluation) -> list[str]:
     return alarms
 
 
-def _missing_folds(run: Run) -> list[int]:
-    """The folds that the configuration asks for and that are not trained."""
-    return sorted(set(run.config.folds_to_train) - set(run.finished_folds))
+def _missing_folds(run: Run) -> list[str]:
+    """The folds that the configuration asks for and that are not trained; and so of seeds."""
+    asked_for = set(members_of(run.config, run.config.folds_to_train))
+    missing = sorted(asked_for - set(run.finished_members))
+    return [member_name(run.config, member) for member in missing]
 
 
 def _is_of_other_weights(run: Run, event: str) -> bool:
     """Whether this is `FoldTrainer.save_weights`' note on weights that are not in use."""
-    kind = re.match(r"fold \d+, (\w+) weights: ", event)
+    kind = re.match(r"fold \d+(?: seed \d+)?, (\w+) weights: ", event)
     return bool(kind and run.selected_weights and kind[1] not in run.selected_weights)
 
 
 def _run_alarms(run: Run) -> list[str]:
     """Sentences about what the run has lost or taken a fallback for."""
     alarms = []
-    missing = ", ".join(map(str, _missing_folds(run)))
+    missing = ", ".join(_missing_folds(run))
     if missing:
         alarms.append(
             f"Missing: fold {missing} of {run.config.n_folds}, "
@@ -15513,18 +15792,19 @@ def _stage_seconds(run: Run) -> tuple[float, float]:
 def _next_step(run: Run, verdict: Verdict, results: Sequence[FoldResult], share_cut: float) -> str:
     """The one thing to try next, with the figure that speaks for it: the first rule that holds."""
     config = run.config
-    asked_for = len(config.folds_to_train)
+    asked_for = len(members_of(config, config.folds_to_train))
+    what = "models" if config.has_further_seeds else "folds"
     cut_short = sum(len(result.history) < config.all_epochs for result in results)
     best_is_last = sum(result.best_epoch == config.all_epochs for result in results)
     if _missing_folds(run):
         return (
-            f"Run all again, which adds what is missing: {len(run.finished_folds)} "
-            f"of {asked_for} folds are trained."
+            f"Run all again, which adds what is missing: {len(run.finished_members)} "
+            f"of {asked_for} {what} are trained."
         )
     if cut_short and not config.use_early_stopping:
         return (
             f"Start a new run with fewer num_epochs or more time: {cut_short} of {asked_for} "
-            f"folds ended before epoch {config.all_epochs}."
+            f"{what} ended before epoch {config.all_epochs}."
         )
     if verdict.accuracy - verdict.guessing >= GAIN_TO_SHOW and not verdict.has_skill:
         return (
@@ -15542,17 +15822,17 @@ def _next_step(run: Run, verdict: Verdict, results: Sequence[FoldResult], share_
     if 2 * best_is_last > asked_for:
         return (
             f"Train longer, for example num_epochs={2 * config.num_epochs}: the best epoch was "
-            f"the last one in {best_is_last} of {asked_for} folds."
+            f"the last one in {best_is_last} of {asked_for} {what}."
         )
     if verdict.gain <= 0:
         return (
             f"Lower the learning rate, now {config.learning_rate:g}: training has changed the "
             f"accuracy by {100 * verdict.gain:+.1f} points."
         )
-    if asked_for < config.n_folds:
+    if len(config.folds_to_train) < config.n_folds:
         return (
             "Train all folds (use_kfold=True, train_folds=None) and mix them: "
-            f"this run has {asked_for} of {config.n_folds}."
+            f"this run has {len(config.folds_to_train)} of {config.n_folds}."
         )
     return (
         "Train a second model family in a run of its own and mix both with ensemble_runs: "
@@ -15590,7 +15870,7 @@ def make_verdict(
         gain_low=float(tuned["gain_low"]),
         gain_high=float(tuned["gain_high"]),
         test_rows=len(run.test),
-        models=len(run.submission_models),
+        models=len(run.submission_members),
         alarms=(),
         wall_seconds=wall_seconds,
         worker_seconds=worker_seconds,
@@ -15860,7 +16140,7 @@ def plot_token_counts(tokens: Mapping[str, Sequence[int]], limit: int, ax=None):
 def _plot_fold(ax, result: FoldResult, column: str, colour: str):
     """One fold's learning curve with a ring around the epoch that was kept; returns the line."""
     curve = result.history.set_index("epoch")[column]
-    (line,) = ax.plot(curve, marker=".", color=colour, label=f"fold {result.fold}")
+    (line,) = ax.plot(curve, marker=".", color=colour, label=f"fold {result.name}")
     if "rows" in result.history:
         pretraining = (result.history["rows"] == "pretraining").sum()
         ax.axvline(pretraining + 0.5, linestyle=":", color=GREY, label="_pretraining")
@@ -15870,7 +16150,7 @@ def _plot_fold(ax, result: FoldResult, column: str, colour: str):
 
 
 def plot_learning_curves(results: Sequence[FoldResult], axes=None):
-    """Training loss and held-out accuracy by epoch, one line per fold.
+    """Training loss and held-out accuracy by epoch, one line per fold and seed.
 
     A ring marks the epoch that was kept, the dashed line is guessing. Epochs left of the dotted
     line, if there is one, were trained on rows of extra_train_dirs.
@@ -16328,6 +16608,25 @@ def _report_context(run: Run) -> list[str]:
     ]
 
 
+def _report_seeds(run: Run) -> list[str]:
+    """A paragraph on the models of further seeds; none where there are none."""
+    config = run.config
+    if not config.has_further_seeds:
+        return []
+    counts = []
+    for fold in run.finished_folds:
+        members = run.members_behind(fold, len(config.all_seeds))
+        counts.append(f"fold {fold} has {len(members)}")
+    if run.selected_seeds > 1:
+        use = "A fold's scores are the mean over those that it has"
+    else:
+        use = "Only the first seed scores, because their mean loses on held-out rows"
+    return [
+        f"The folds are trained with the seeds {', '.join(map(str, config.all_seeds))}, and of "
+        f"{len(config.all_seeds)} models {', '.join(counts)}. {use}."
+    ]
+
+
 def _report_introduction(run: Run, evaluation: Evaluation) -> list[str]:
     """The paragraphs that say what the run is and how to read its figures."""
     config = run.config
@@ -16335,6 +16634,7 @@ def _report_introduction(run: Run, evaluation: Evaluation) -> list[str]:
     paragraphs = [
         f"Model `{config.model_id}`, {len(run.train)} training rows, {len(run.test)} test rows, "
         f"folds {run.finished_folds} of {config.n_folds}, {weights} weights.",
+        *_report_seeds(run),
         "Temperature, weights and stacking are scored on rows they were not fitted on. "
         "The gain of averaging folds cannot be seen on OOF rows, because each row has one model "
         "that did not train on it.",
@@ -17829,8 +18129,9 @@ def _scores_problem(run: Run, path: Path, ids: Sequence[str], some: bool = False
     return _problem_of(_require_whole_scores, run, path, ids, some)
 
 
-def _held_out_ids(run: Run, fold: int) -> list[str]:
-    """The ids of the rows that a fold holds out; none for the final model."""
+def _held_out_ids(run: Run, member: int) -> list[str]:
+    """The ids of the rows that a member's fold holds out; none for the final model."""
+    fold = fold_of(run.config, member)
     return run.train.loc[run.train["fold"] == fold, "id"].tolist()
 
 
@@ -17907,11 +18208,11 @@ def _selection_damages(run: Run) -> Iterator[_Damage]:
 
     Where all finished folds are scored, the decision was about them, and it will be the same.
     """
-    problem = _problem_of(lambda: run.selected_weights)
+    problem = _problem_of(lambda: (run.selected_weights, run.selected_seeds))
     if not problem:
         return
     files = [Path("selection.json")]
-    if run.unfinished_folds("predict", run.finished_folds):
+    if run.unfinished_folds("predict", run.finished_members):
         files += score_files(run)
     yield _Damage(problem, tuple(files))
 
@@ -17956,9 +18257,9 @@ def delete_damaged_files(run: Run) -> int:
     problem = _scores_problem(run, run.directory / "zeroshot.npz", ids, some=True)
     if problem:
         damages.append(_Damage(problem, (Path("zeroshot.npz"),)))
-    for fold in run.models_to_train:
-        damages += _training_damages(run, fold)
-        damages += _score_damages(run, fold)
+    for member in run.members_to_train:
+        damages += _training_damages(run, member)
+        damages += _score_damages(run, member)
     damages += _selection_damages(run)
     damages += _alignment_damages(run)
     for damage in damages:
@@ -17966,9 +18267,9 @@ def delete_damaged_files(run: Run) -> int:
         event = f"made anew: {damage.problem}"
         MetricLogger(run.directory / "events.jsonl").log(event=event)
         delete_outputs(run, damage.files)
-    for fold in run.models_to_train:
-        if run.is_done("train", fold):
-            _restore_history(run, fold)
+    for member in run.members_to_train:
+        if run.is_done("train", member):
+            _restore_history(run, member)
     return len(damages)
 
 
@@ -18197,15 +18498,15 @@ def _check_same_run(
 
 # === Final model ==================================================================================
 def final_epochs(run: Run) -> int:
-    """How many epochs the model on all rows is trained: the median over the folds.
+    """How many epochs the model on all rows is trained: the median over the folds and seeds.
 
-    A fold counts with its best epoch where raw weights are used, and with all the epochs that
+    Each counts with its best epoch where raw weights are used, and with all the epochs that
     it was trained where averaged ones are.
     """
     kind = select_weights(run)
     epochs = []
-    for fold in run.finished_folds:
-        result = read_fold_result(run, fold)
+    for member in run.finished_members:
+        result = read_fold_result(run, member)
         epochs.append(result.best_epoch if kind == "raw" else len(result.history))
     return int(np.median(epochs))
 
@@ -18216,8 +18517,8 @@ class FinalTrainer(FoldTrainer):
     Nothing is held out, so that nothing about it is measured or chosen.
     """
 
-    def __init__(self, session: Session, run: Run):
-        super().__init__(session, run, run.final_fold)
+    def __init__(self, session: Session, run: Run, member: int):
+        super().__init__(session, run, member)
         self.epochs = final_epochs(run)  # of the folds' schedule: no more than they had
 
     def train_epoch(self, epoch: int, first_step: int) -> float:
@@ -18255,7 +18556,7 @@ def train_fold(config: Config, fold: int, session: Session | None = None) -> Fol
     """Train one fold of the run at `config.run_dir`, or its final model; continue where it stopped.
 
     Folds share `session` at most; without one the model is loaded. A fold that is trained
-    already is only read.
+    already is only read. With further seeds `fold` is the number of a member.
     """
     run = Run.open(config.run_dir)
     if run.is_done("train", fold):
@@ -18264,8 +18565,8 @@ def train_fold(config: Config, fold: int, session: Session | None = None) -> Fol
         session = open_session(run.config, run.train.iloc[0])
     for frame in training_images(run):
         fill_vision_cache(session, frame, uses=run.uses_per_image, passes=3)
-    if fold == run.final_fold:
-        trainer = FinalTrainer(session, run)
+    if fold_of(run.config, fold) == run.final_fold:
+        trainer = FinalTrainer(session, run, fold)
     else:
         trainer = FoldTrainer(session, run, fold)
     try:
@@ -18318,7 +18619,7 @@ def score_rows(
     `name` is of the scores' file (oof, test), `kind` of the weights (raw, ema, swa).
     """
     directory = run.fold_dir(fold)
-    label = f"fold {fold} {name}"
+    label = f"fold {member_name(run.config, fold)} {name}"
     path = directory / f"{name}.{kind}.partial.npz"
     checkpoint = open_inference_checkpoint(session, run, path)
     if name == "test" and run.config.adaptive_tta is not None:
@@ -18355,7 +18656,8 @@ class ScoringTask:
 
 def scoring_tasks(run: Run, fold: int, ending: str) -> list[ScoringTask]:
     """The fold's held-out rows and all test rows."""
-    held_out = run.train[run.train["fold"] == fold].reset_index(drop=True)
+    is_held_out = run.train["fold"] == fold_of(run.config, fold)
+    held_out = run.train[is_held_out].reset_index(drop=True)
     oof_name = f"oof{ending}"
     return [
         ScoringTask(oof_name, held_out, run.train, has_tokens=oof_name == "oof"),
@@ -18381,7 +18683,7 @@ def stage_predict(session: Session, run: Run, fold: int, ending: str = "") -> No
         use_fast_layers(session, adapted, sum(len(task.frame) for task in tasks))
         try:
             for task in tasks:
-                uses = len(run.config.folds_to_train)
+                uses = len(members_of(run.config, run.config.folds_to_train))
                 fill_vision_cache(session, task.images, uses=uses, passes=1)
                 kind_scores = score_rows(session, run, fold, task.name, task.frame, views, kind)
                 scores[task.name].append(kind_scores)
@@ -18426,7 +18728,8 @@ def stage_rescore(session: Session, run: Run, fold: int) -> None:
     stage_predict(session, run, fold, ending="_16bit")
 
 
-STAGES = {  # what does a stage for one fold; STAGE_FILES has the file that it writes last
+# What does a stage for one fold, or for its model of a further seed: each takes a member's number.
+STAGES = {  # STAGE_FILES has the file that it writes last
     "zeroshot": stage_zeroshot,
     "train": stage_train,
     "predict": stage_predict,
@@ -18516,7 +18819,7 @@ def open_stage_session(run: Run, stage: str, folds: Sequence[int], progress: Cal
     if process_count() > 1:
         # Processes that share a fold come last: they leave time for what the single devices
         # have still to score.
-        session.assigned_folds = run.config.folds_to_train
+        session.assigned_folds = members_of(run.config, run.config.folds_to_train)
     session.seconds_per_question = run.seconds_per_question()
     return session
 
@@ -18538,7 +18841,7 @@ def seconds_needed(
     if stage != "train" or not run.finished_folds:
         return -math.inf
     more_rows = 1.0  # the final model is trained on the rows that a fold holds out, too
-    if fold == run.final_fold:
+    if fold_of(run.config, fold) == run.final_fold:
         more_rows = run.config.n_folds / (run.config.n_folds - 1)
     scoring = inference_seconds(run, session.seconds_per_question, session, training=1)
     return scoring + longest["train"] * more_rows
@@ -18586,7 +18889,9 @@ def run_stage(
     longest: defaultdict[str, float],
 ) -> None:
     """Do a stage for one fold and log its time and memory; left out, with a note, without time."""
-    label = stage if stage == "zeroshot" else f"{stage} fold {fold}"
+    label = f"{stage} fold {member_name(run.config, fold)}"
+    if stage == "zeroshot":
+        label = stage
     try:
         needed = seconds_needed(run, session, stage, fold, longest)
         if any_process(run.seconds_left() < needed):
@@ -18628,7 +18933,7 @@ def align_rows_of(run: Run, progress: Callable) -> None:
 
 
 def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: Callable) -> None:
-    """Do what is missing of `stages` for `folds`.
+    """Do what is missing of `stages` for `folds`, which are numbers of members.
 
     The model is loaded at most once, and for the stage "rescore" once more.
     """
@@ -18662,7 +18967,7 @@ SMALL_WORKER_GIB = 2  # memory of such a worker, with its libraries; the demo's 
 
 
 class WorkerJob(NamedTuple):
-    """Folds that one device takes, or that several devices share."""
+    """Folds, or members, that one device takes, or that several devices share."""
 
     # GPU numbers such as "0" or, for one model over several, "0,1"; the name of a part of a GPU,
     # MIG-...; CPU_CORE; or None, for all CPU cores.
@@ -18762,7 +19067,7 @@ def planned_launches(config: Config, devices: Sequence[str | None]) -> list[Laun
     [(0, 2), (1,)] ['train']
     [(0, 2), (1,)] ['predict']
     """
-    rounds = schedule_folds(config.folds_to_train, devices)
+    rounds = schedule_folds(members_of(config, config.folds_to_train), devices)
     scoring = ["predict"]
     if config.score_precision == "16bit":
         scoring.append("rescore")  # last, for all folds: a submission can do without it
@@ -18775,7 +19080,7 @@ def planned_launches(config: Config, devices: Sequence[str | None]) -> list[Laun
         for stage in ["train", *scoring]:
             launches += [Launch(jobs, [stage]) for jobs in rounds]
     if config.final_retrain:
-        for jobs in schedule_folds([config.n_folds], devices):
+        for jobs in schedule_folds(members_of(config, [config.n_folds]), devices):
             launches.append(Launch(jobs, ["train", *scoring]))
     return launches
 
@@ -19075,7 +19380,8 @@ def note_start(run: Run) -> None:
 def run_folds(config: Config) -> list[FoldResult]:
     """Train and predict all folds of the run at `config.run_dir`, as `schedule_folds` says.
 
-    What is done already is skipped, and what was interrupted is continued.
+    Each of them once for each seed, those of the first seed first. What is done already is
+    skipped, and what was interrupted is continued.
     """
     run = Run.open(config.run_dir)
     delete_damaged_files(run)
@@ -19087,7 +19393,7 @@ def run_folds(config: Config) -> list[FoldResult]:
         folds = list(itertools.chain.from_iterable(job.folds for job in jobs))
         if any(run.unfinished_folds(stage, folds) for stage in stages):
             launch_workers(run, jobs, stages)
-    return [read_fold_result(run, fold) for fold in run.finished_folds]
+    return [read_fold_result(run, member) for member in run.finished_members]
 
 
 # === Processes beside a run =======================================================================
@@ -19522,6 +19828,7 @@ def run_trial(
             **trial.params,
             **place,
             train_folds=(0,),
+            seeds=(),
             backup_dir=None,
         )
     except ValueError as error:  # each value is legal, these together are not
@@ -20313,7 +20620,7 @@ class TimeEstimate:
 
     def fold_parts(self, stage: str, fold: int) -> dict[str, float]:
         """Seconds of a stage of one fold, by part."""
-        is_final = fold == self.config.n_folds
+        is_final = fold_of(self.config, fold) == self.config.n_folds
         if stage == "train":
             return training_parts(self.config, self.seconds, self.size, is_final)
         if stage == "rescore" and not self.size.is_rescored:
@@ -20715,7 +21022,7 @@ def try_model(session: Session, trial: TrialRows, start_seconds: float) -> Trial
     config = session.config
     sample = trial.sample
     plain = [TTAView("rotation 0")]
-    uses = len(config.folds_to_train) * (config.num_epochs + 2)
+    uses = len(members_of(config, config.folds_to_train)) * (config.num_epochs + 2)
     image_token = measure_features(session, sample, uses)
     if image_token:
         cache_longest_rows(session, trial)
@@ -20857,10 +21164,22 @@ def time_facts(estimate: TimeEstimate) -> dict:
     one_device = dataclasses.replace(estimate, devices=estimate.devices[:1])
     parts = one_device.parts()
     return {
+        **seed_facts(one_device),
         "estimated minutes on one device": round(sum(parts.values()) / 60, 1),
         "estimated minutes here": round(estimate.wall_seconds() / 60, 1),
         "estimated seconds by part": parts_as_text(parts),
     }
+
+
+def seed_facts(one_device: TimeEstimate) -> dict:
+    """What further seeds add; nothing where there are none."""
+    config = one_device.config
+    if not config.has_further_seeds:
+        return {}
+    without = dataclasses.replace(one_device, config=dataclasses.replace(config, seeds=()))
+    minutes = (sum(one_device.parts().values()) - sum(without.parts().values())) / 60
+    text = f"{members_in_words(config)}; without further seeds {minutes:.1f} minutes less"
+    return {"seeds": f"{text} on one device"}
 
 
 def letters_as_text(session: Session) -> str:
@@ -20935,8 +21254,13 @@ def leave_out_what_is_not_needed(config: Config) -> None:
 
 
 def _copy_for_fold(directory: Path, place: Path, folds: Sequence[int]) -> Path:
-    """A copy of the run directory in `place`; of other folds than `folds` only their results."""
-    wanted = {f"fold_{fold}" for fold in folds}
+    """A copy of the run directory in `place`; of other folds than `folds` only their results.
+
+    These are what all weights and seeds are selected by.
+    """
+    content = read_json(directory / "config.json", CONFIG_KEYS)
+    config = Config(**content["config"])
+    wanted = {fold_folder(config, fold) for fold in folds}
 
     def ignored(folder: str, names: Sequence[str]) -> list[str]:
         folder_name = Path(folder).name
@@ -20944,13 +21268,13 @@ def _copy_for_fold(directory: Path, place: Path, folds: Sequence[int]) -> Path:
         left_out = []
         for name in names:
             is_temporary = name.endswith((".lock", ".tmp"))
-            if is_temporary or (is_other_fold and name != "result.json"):
+            is_result = name == "result.json" or name.startswith("validation_")
+            if is_temporary or (is_other_fold and not is_result):
                 left_out.append(name)
         return left_out
 
     copy = place / directory.name
     shutil.copytree(directory, copy, ignore=ignored)
-    content = read_json(copy / "config.json", CONFIG_KEYS)
     content["config"]["output_dir"] = str(place)
     atomic_write(copy / "config.json", json.dumps(content))
     return copy
@@ -21002,7 +21326,11 @@ def command_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     worker = commands.add_parser("worker", help="run stages of a prepared run directory")
     worker.add_argument("--run", required=True, help="run directory")
-    worker.add_argument("--folds", required=True, help="comma-separated fold numbers")
+    worker.add_argument(
+        "--folds",
+        required=True,
+        help="comma-separated fold numbers; with seeds: numbers of members, see there",
+    )
     worker.add_argument(
         "--stages",
         default="train,predict",
