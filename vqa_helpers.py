@@ -1758,9 +1758,8 @@ def _check_seeds(config: Config) -> None:
     if len(set(seeds)) < len(seeds):
         _refuse(config, "seeds", "each seed once: the same one twice trains the same model twice")
     if seeds and config.seed not in seeds:
-        _refuse(
-            config, "seeds", f"seed, {config.seed}, among them: it makes folds and first models"
-        )
+        needs = f"seed, {config.seed}, among them: it makes the folds and the first models"
+        _refuse(config, "seeds", needs)
     if len(seeds) > 1 and config.adaptive_tta is not None:
         needs = "one seed, or no adaptive_tta: each seed's model would have other rows in doubt"
         _refuse(config, "seeds", needs)
@@ -10712,6 +10711,15 @@ def member_name(config: Config, member: int) -> str:
     return str(fold) if member == fold else f"{fold} seed {seed_of(config, member)}"
 
 
+def fold_folder(config: Config, member: int) -> str:
+    """The name of the folder of a member's files.
+
+    >>> fold_folder(Config(n_folds=3, seeds=(42, 7)), 4)
+    'fold_0_seed_7'
+    """
+    return f"fold_{member_name(config, member)}".replace(" ", "_")
+
+
 def members_in_words(config: Config) -> str:
     """How many models the folds have, and why.
 
@@ -10733,15 +10741,6 @@ STAGE_FILES = {  # the file that a stage writes last: where it is, the stage is 
     "rescore": "{folder}/test_16bit.npz",
     "alignment": "alignment_test.npz",  # of all folds: it has no model of ours
 }
-
-
-def fold_folder(config: Config, member: int) -> str:
-    """The name of the folder of a member's files.
-
-    >>> fold_folder(Config(n_folds=3, seeds=(42, 7)), 4)
-    'fold_0_seed_7'
-    """
-    return f"fold_{member_name(config, member)}".replace(" ", "_")
 
 
 CONFIG_OBJECTS = ("config", "fallbacks", "libraries", "parts")  # of config.json
@@ -10923,7 +10922,8 @@ class Run:
         if not self.config.has_further_seeds:
             return 1
         count = self._selection().get("seeds", len(self.config.all_seeds))
-        if count not in range(1, len(self.config.all_seeds) + 1):
+        is_count = isinstance(count, int) and 0 < count <= len(self.config.all_seeds)
+        if not is_count:
             path = self.directory / "selection.json"
             raise DamagedFileError(path, f"{count!r} is no number of seeds")
         return count
@@ -10945,10 +10945,9 @@ class Run:
         done = [member for member in members if self.is_done(scoring, member)]
         return done[: self.selected_seeds if seeds is None else seeds]
 
-    @property
-    def members_per_fold(self) -> float:
-        """How many models score for a fold: the mean over the finished folds."""
-        counts = [len(self.members_behind(fold)) for fold in self.finished_folds]
+    def members_per_fold(self, seeds: int | None = None) -> float:
+        """How many models score for a fold, the mean over the finished ones; `seeds`: as above."""
+        counts = [len(self.members_behind(fold, seeds)) for fold in self.finished_folds]
         return float(np.mean(counts))
 
     @property
@@ -12861,9 +12860,8 @@ def read_fold_result(run: Run, member: int) -> FoldResult:
     require_kind(path, content, int, ["fold", "best_epoch"])
     require_kind(path, content, dict, ["kinds", "adapters"])
     require_kind(path, content, list, ["history"])
-    if (
-        fold_of(run.config, member) != run.final_fold
-    ):  # of which no row is held out, and nothing measured
+    is_final = fold_of(run.config, member) == run.final_fold
+    if not is_final:  # of which no row is held out, and nothing measured
         require_kind(path, content["kinds"], dict, [*content["kinds"]])
         losses = [scores.get("nll") for scores in content["kinds"].values()]
         if not losses or None in losses:
@@ -14348,9 +14346,7 @@ def select_seeds(run: Run, kinds: Sequence[str]) -> int:
     changes = scores[1] - scores[0]
     gain, loss = changes.mean(axis=0)
     chosen = count if _does_not_lose(changes, image_groups(rows)) else 1
-    text = (
-        "Decision: %d of %d seeds score: the mean over all changes accuracy by %+.4f, NLL by %+.4f"
-    )
+    text = "Decision: %d of %d seeds score: their mean changes accuracy by %+.4f, NLL by %+.4f"
     LOGGER.info(text, chosen, count, gain, loss)
     return chosen
 
@@ -14666,16 +14662,20 @@ def seed_ladder_step(run: Run, oof: OofLogits) -> dict[str, LadderStep]:
 
     Against what is selected; none where no fold is trained with several seeds.
     """
-    count = len(run.config.all_seeds)
-    is_alone = run.selected_seeds > 1
-    seeds = 1 if is_alone else count
-    members = [run.members_behind(fold, count) for fold in run.finished_folds]
-    models = float(np.mean([len(each[:seeds]) for each in members]))
-    if len(run.finished_members) == len(members):
+    if len(run.finished_members) == len(run.finished_folds):
         return {}
+    name = STEP_ONE_SEED
+    seeds = 1
+    if run.selected_seeds == 1:
+        seeds = len(run.config.all_seeds)
+        name = f"mean of {seeds} seeds"
     scores = validation_scores(run, oof.frame["id"], run.selected_weights, seeds)
-    step = LadderStep(probabilities=softmax(scores), against=STEP_ONE_VIEW, models=models)
-    return {STEP_ONE_SEED if is_alone else f"mean of {count} seeds": step}
+    step = LadderStep(
+        probabilities=softmax(scores),
+        against=STEP_ONE_VIEW,
+        models=run.members_per_fold(seeds),
+    )
+    return {name: step}
 
 
 def _step_costs(run: Run, oof: OofLogits, steps: Iterable[LadderStep]) -> list[float]:
@@ -14687,7 +14687,7 @@ def _step_costs(run: Run, oof: OofLogits, steps: Iterable[LadderStep]) -> list[f
     costs = []
     for step in steps:
         weight_kinds = n_selected if step.weight_kinds is None else step.weight_kinds
-        models = run.members_per_fold if step.models is None else step.models
+        models = run.members_per_fold() if step.models is None else step.models
         costs.append(oof.cost(step.views) * weight_kinds * models)
     return costs
 
@@ -18728,8 +18728,8 @@ def stage_rescore(session: Session, run: Run, fold: int) -> None:
     stage_predict(session, run, fold, ending="_16bit")
 
 
-# What does a stage for one fold, or for its model of a further seed: each takes a member's number.
-STAGES = {  # STAGE_FILES has the file that it writes last
+# What does a stage for a member; STAGE_FILES has the file that it writes last.
+STAGES = {
     "zeroshot": stage_zeroshot,
     "train": stage_train,
     "predict": stage_predict,

@@ -40,6 +40,7 @@ def seconds_of(part, step, **settings):
         ("train: training", "training", {"num_epochs": 2, "train_folds": (1,)}, 80 * 2),
         ("train: training", "training", {"num_epochs": 2, "use_kfold": False}, 80 * 2),
         ("train: training", "training", {"num_epochs": 2, "final_retrain": True}, 3 * 160 + 240),
+        ("train: training", "training", {"num_epochs": 2, "seeds": (42, 7)}, 2 * 3 * 80 * 2),
         ("train: prompts", "prompt", {"num_epochs": 2}, 3 * 80 * 3),
         # Epochs, and each kind of weights once.
         ("train: validation", "validation", {"num_epochs": 2, "use_ema": False}, 3 * 40 * 2),
@@ -69,6 +70,12 @@ def seconds_of(part, step, **settings):
         ("predict: test rows", "all_views", {}, 3 * 50),
         ("predict: test rows", "all_views", {"mix_weights": True}, 2 * 3 * 50),
         ("predict: test rows", "all_views", {"final_retrain": True}, 4 * 50),
+        (
+            "predict: test rows",
+            "all_views",
+            {"final_retrain": True, "seeds": (42, 7)},
+            2 * 4 * 50,
+        ),
         (
             "predict: test rows",
             "all_views",
@@ -286,3 +293,13 @@ def test_rows_of_other_rounds_count_in_their_own_epochs(part, step, pretrain_epo
     settings = {"num_epochs": 2, "extra_train_dirs": ("round1",)}
     timed = estimate({step: 1.0}, size=size, pretrain_epochs=pretrain_epochs, **settings)
     assert timed.parts()[part] == count
+
+
+def test_preflight_says_what_further_seeds_cost():
+    facts = vqa.time_facts(estimate({"training": 1.5}, num_epochs=2, seeds=(42, 7, 8)))
+    assert facts["seeds"] == (
+        "9 models: 3 folds x 3 seeds (42, 7, 8); without further seeds 24.0 minutes less on one "
+        "device"
+    )
+    assert facts["estimated minutes on one device"] == 36.0
+    assert "seeds" not in vqa.time_facts(estimate({"training": 1.5}))
