@@ -50,10 +50,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=[7], help="beside the demo's own")
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--rotations", type=int, default=4)
     parser.add_argument("--output-dir", default="outputs")
     options = parser.parse_args()
     seeds = (vqa.Config.seed, *options.seeds)
-    run = finished_run(output_dir=options.output_dir, num_epochs=options.epochs, seeds=seeds)
+    run = finished_run(
+        output_dir=options.output_dir,
+        num_epochs=options.epochs,
+        tta_rotations=options.rotations,
+        seeds=seeds,
+    )
     chosen = run.selected_seeds
     rows = {f"{count} seeds": row(run, count) for count in range(1, len(seeds) + 1)}
     let_seeds_score(run, chosen)
