@@ -8050,18 +8050,12 @@ def _read_model_config(config: Config):
     return model_config
 
 
-def _loading_options(config: Config, runtime: Runtime, model_config) -> dict:
-    """Options of from_pretrained: number format, attention and devices."""
-    number_format = getattr(torch, DTYPES[runtime.precision])
-    device_map = {"": 0} if runtime.gpus else None
-    if config.spread_model:
-        with torch.device("meta"):
-            shapes = transformers.AutoModelForImageTextToText.from_config(model_config)
-        device_map = spread_over_gpus(shapes, config, number_format.itemsize, runtime.gpus)
+def _loading_options(config: Config, runtime: Runtime) -> dict:
+    """Options of from_pretrained: number format, attention, and one GPU, if there is any."""
     return {
-        "dtype": number_format,
+        "dtype": getattr(torch, DTYPES[runtime.precision]),
         "attn_implementation": runtime.attention,
-        "device_map": device_map,
+        "device_map": {"": 0} if runtime.gpus else None,
         "trust_remote_code": config.trust_remote_code,
         "use_safetensors": True,  # never a pickle
     }
@@ -8110,7 +8104,12 @@ def _check_weight_names(config: Config, report: Mapping) -> None:
 def _load_model_once(config: Config, runtime: Runtime):
     """The model, loaded and checked; one attempt."""
     model_config = _read_model_config(config)
-    options = _loading_options(config, runtime, model_config)
+    options = _loading_options(config, runtime)
+    if config.spread_model:
+        with torch.device("meta"):
+            shapes = transformers.AutoModelForImageTextToText.from_config(model_config)
+        number_bytes = options["dtype"].itemsize
+        options["device_map"] = spread_over_gpus(shapes, config, number_bytes, runtime.gpus)
     options.update(_quantization_options(config, model_config, runtime.precision))
     is_stored_in_4_bit = is_stored_in_nf4(stored_quantization(model_config))
     experts = FAMILIES[model_config.model_type].experts
