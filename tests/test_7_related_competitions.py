@@ -304,9 +304,9 @@ def test_pretraining_trains_on_the_other_rows_first_and_then_no_more(pretrained_
     prompts = vqa.training_prompts
     update = vqa.WeightAverager.update
 
-    def noted(session, variants, n_rows, epoch):
+    def noted(session, config, variants, n_rows, epoch):
         shown[epoch] |= set(variants["source"])
-        return prompts(session, variants, n_rows, epoch)
+        return prompts(session, config, variants, n_rows, epoch)
 
     def counted(averager):
         updates[averager.kind] += 1
