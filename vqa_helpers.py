@@ -15,7 +15,8 @@ above it.
    Runtime                             platform, GPUs, number format, attention, seeds
    Presets                             what "auto" picks, and how presets differ from the defaults
    Declarations                        what is declared of a setting: bounds, and what it changes
-   Settings                            every setting, declared once, by group
+   Settings                            every setting, declared once, by group: data to training
+   Settings of scoring and places      the other groups
    Rules of settings                   what each needs, and which of them do not go together
    Config                              all settings of one run, checked, as tables and as text
    Logging                             the log, and records of one JSON object a line
@@ -1508,6 +1509,7 @@ class AverageSettings:
     )
 
 
+# === Settings of scoring and places ===============================================================
 @dataclass(frozen=True)
 class InferenceSettings:
     """Inference"""
