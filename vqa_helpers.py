@@ -15751,7 +15751,7 @@ def _prediction_alarms(run: Run, evaluation: Evaluation) -> list[str]:
 
 
 def _missing_folds(run: Run) -> list[str]:
-    """The folds that the configuration asks for and that are not trained; and so of seeds."""
+    """The folds, and further seeds of folds, that are asked for and not trained; in words."""
     asked_for = set(members_of(run.config, run.config.folds_to_train))
     missing = sorted(asked_for - set(run.finished_members))
     return [member_name(run.config, member) for member in missing]
@@ -16621,7 +16621,7 @@ def _report_seeds(run: Run) -> list[str]:
     if run.selected_seeds > 1:
         use = "A fold's scores are the mean over those that it has"
     else:
-        use = "Only the first seed scores, because their mean loses on held-out rows"
+        use = "Only the first seed scores, because the mean over all loses on held-out rows"
     return [
         f"The folds are trained with the seeds {', '.join(map(str, config.all_seeds))}, and of "
         f"{len(config.all_seeds)} models {', '.join(counts)}. {use}."
@@ -21330,7 +21330,7 @@ def command_parser() -> argparse.ArgumentParser:
     worker.add_argument(
         "--folds",
         required=True,
-        help="comma-separated fold numbers; with seeds: numbers of members, see there",
+        help="comma-separated fold numbers; with seeds: of members, as section Members says",
     )
     worker.add_argument(
         "--stages",

@@ -169,7 +169,7 @@ def test_seeds_that_lose_are_shown_and_not_used(mini_run):
     assert ladder.loc["mean of 2 seeds", "gain"] < 0
     assert not ladder.loc["mean of 2 seeds", "used"]
     report = vqa.write_report(run, evaluation).read_text(encoding="utf-8")
-    assert "Only the first seed scores, because their mean loses on held-out rows" in report
+    assert "Only the first seed scores, because the mean over all loses on held-out rows" in report
 
 
 @pytest.mark.slow
