@@ -75,9 +75,10 @@ above it.
    Backup                              a copy on a slow, lasting disk
 5. Training and inference
    Metrics                             accuracy, NLL, calibration error, collapse
-   Views                               choice orders and image scales, and what they cost
+   Choice orders                       the four rotations, and balanced sets of more orders
+   Views                               orders, image scales and models, and what they cost
    Prediction                          scores of every row in every view
-   Rows in doubt                       more views for the rows whose answer leads by little
+   Rows in doubt                       more views, step by step, where an answer leads by little
    Early stopping and weight averages  for any training loop
    Epochs                              the rows and steps of each, and how a row is shown
    Optimizer steps                     what a step needs, and going on when memory runs out
@@ -91,7 +92,7 @@ above it.
    Out-of-fold rows                    their scores and costs, and the sets of views that they admit
    Skill                               whether a model knows more than a guess
    Selected weights                    raw, EMA or SWA: one decision for all folds
-   Out-of-fold rows in doubt           adaptive views, as the test rows get them
+   Curve of doubt                      what more views for the rows in doubt buy, by cost
    Ladder                              what each step from zero-shot to submission is worth
    Alignment as a member               its scores added, with a weight, where OOF prefers it
    Evaluation                          every decision that is taken on out-of-fold rows
@@ -137,8 +138,8 @@ Where to change what:
    a family of models                  Families `FAMILIES`; other images: a class like those of
                                        Patch grids and Tiles; other layers: Recurrent layers,
                                        Memory by computation; its twin: tests/twins.py
-   a kind of view                      Settings; Views; Prediction `group_views_by_prompt`;
-                                       Out-of-fold rows `cost`
+   a kind of view                      Settings; Views (also `DOUBT_STEPS`); Prediction
+                                       `group_views_by_prompt`; Out-of-fold rows `cost`
    an item of a checkpoint             Fold state
    a prompt                            Prompt; number of wordings: Settings; a chat template's
                                        switch for not thinking: `_RENDERINGS`
@@ -1522,12 +1523,15 @@ class InferenceSettings:
     )
     tta_rotations: int = setting(4, "choice orders", one_of=(1, 2, 4), searched=False)
     tta_scales: tuple[float, ...] = setting((1.0,), "factors on the pixel budget", searched=False)
-    adaptive_tta: float | None = setting(
-        None,
-        "share of the last step of views' cost, spent on rows in doubt; None: all rows",
-        above=0,
-        below=1,
+    doubt_steps: tuple[tuple[str, float], ...] = setting(
+        (),
+        "more views where the answer is in doubt: pairs of a step (rotations, orders, pixels, "
+        "base) and the time that it may take, 1.0 being that of all rows in one view; "
+        "(): all rows in all views",
         searched=False,
+    )
+    doubt_orders: int = setting(
+        24, "choice orders that the step 'orders' fills up to", one_of=(8, 12, 24), searched=False
     )
     use_batch_inference: bool = setting(True, "False: one question at a time", searched=False)
     infer_batch_size: int = setting(
@@ -1780,23 +1784,73 @@ def _check_inference(config: Config) -> None:
     if 1.0 not in scales or not all(0.25 <= scale <= 4 for scale in scales):
         _refuse(config, "tta_scales", "factors in [0.25, 4] with 1.0")
 
-    if config.adaptive_tta is not None:
-        has_more_scales = len(set(scales)) > 1 or config.infer_max_pixels
-        has_more_views = config.tta_rotations > 1 or has_more_scales
-        if not (config.use_tta and has_more_views):
-            needs = "use_tta with rotations or scales to save on"
-            _refuse(config, "adaptive_tta", needs)
-        if config.score_precision == "16bit" or config.final_retrain:
-            needs = "score_precision 'trained' and no final_retrain"
-            _refuse(config, "adaptive_tta", f"{needs}: it reads OOF rows in every view")
-
     has_averages = config.use_ema or config.use_swa
-    if config.mix_weights and (not has_averages or config.adaptive_tta is not None):
-        needs = "use_ema or use_swa, to mix with, and no adaptive_tta"
+    if config.mix_weights and (not has_averages or config.doubt_steps):
+        needs = "use_ema or use_swa, to mix with, and no doubt_steps"
         _refuse(config, "mix_weights", needs)
 
 
+DOUBT_STEPS = ("rotations", "orders", "pixels", "base")  # in the order in which they are taken
+
+
+def _check_list_of_steps(config: Config) -> None:
+    """Whether `doubt_steps` is a list of pairs of a known step and a time, in their order."""
+    example = '(("rotations", 0.5), ("orders", 0.2))'
+    names = []
+    for step in config.doubt_steps:
+        is_pair = isinstance(step, tuple) and len(step) == 2 and step[0] in DOUBT_STEPS
+        has_time = is_pair and _is_of_kind(step[1], "float") and 0 < step[1] < math.inf
+        if not has_time:
+            needs = f"pairs of a step ({', '.join(DOUBT_STEPS)}) and a time above 0: {example}"
+            _refuse(config, "doubt_steps", needs)
+        names.append(step[0])
+    if names != [name for name in DOUBT_STEPS if name in names]:
+        _refuse(config, "doubt_steps", f"each step once, in this order: {', '.join(DOUBT_STEPS)}")
+
+
+def _check_doubt_steps(config: Config) -> None:
+    """The rules between `doubt_steps` and other settings."""
+    _check_list_of_steps(config)
+    if not config.doubt_steps:
+        return
+    steps = dict(config.doubt_steps)
+    rules = {
+        "use_tta": config.use_tta,
+        "tta_rotations 2 or 4 for the step 'rotations'": (
+            "rotations" not in steps or config.tta_rotations > 1
+        ),
+        "tta_rotations 4 for the step 'orders', which goes on from them": (
+            "orders" not in steps or config.tta_rotations == 4
+        ),
+        "both infer_max_pixels and the step 'pixels', or neither": (
+            ("pixels" in steps) == bool(config.infer_max_pixels)
+        ),
+        "tta_scales (1.0,): larger images are the step 'pixels'": set(config.tta_scales) == {1.0},
+        "score_precision 'trained': only one model's answers can be in doubt": (
+            config.score_precision == "trained"
+        ),
+        "no final_retrain: no held-out row shows which letters that model prefers": (
+            not config.final_retrain
+        ),
+        "another ensemble_method than 'weighted': not every row has every view": (
+            config.ensemble_method != "weighted"
+        ),
+    }
+    for needs, is_kept in rules.items():
+        if not is_kept:
+            _refuse(config, "doubt_steps", needs)
+
+
 # === Config =======================================================================================
+# What to write in place of settings of earlier versions.
+REPLACED_FIELDS = {
+    "adaptive_tta": (
+        "doubt_steps: a list of steps, each with the time that it may take, such as "
+        'doubt_steps=(("rotations", 0.5),) for half the time of all rows in one view'
+    ),
+}
+
+
 def _model_place(model_id: str) -> str:
     """A local folder as an absolute path (also relative to this file), else the hub id."""
     for folder in (Path(model_id), HERE / model_id):
@@ -1837,12 +1891,16 @@ class Config(
             value = getattr(self, item.name)
             if item.type.startswith("tuple") and isinstance(value, list):  # JSON has no tuples
                 object.__setattr__(self, item.name, tuple(value))
+        if isinstance(self.doubt_steps, tuple):
+            steps = [tuple(step) if isinstance(step, list) else step for step in self.doubt_steps]
+            object.__setattr__(self, "doubt_steps", tuple(steps))
         for name in PATH_FIELDS:
             object.__setattr__(self, name, _expand_home(getattr(self, name)))
         _check_values(self)  # first, so that the other rules may compare values
         _check_training(self)
         _check_seeds(self)
         _check_inference(self)
+        _check_doubt_steps(self)
 
     @classmethod
     def preset(cls, name: str, **overrides) -> Config:
@@ -1861,6 +1919,8 @@ class Config(
         _require_known("preset", name, [*PRESETS, "auto"])
         known = [item.name for item in dataclasses.fields(cls)]
         for override in overrides:
+            if override in REPLACED_FIELDS:
+                raise ValueError(f"{override} is now {REPLACED_FIELDS[override]}")
             _require_known("config field", override, known)
         fields.update(PRESETS[name])
         fields.update(overrides)
@@ -11526,6 +11586,44 @@ def describe_preference(diversity: Mapping) -> str:
     )
 
 
+# === Choice orders ================================================================================
+# Each stands for four orders: itself, and all choices one, two and three further in a, b, c, d.
+# The first four orders are the rotations. Sets of 8 and of 12 take the squares for which choices
+# have met each other as neighbours most evenly.
+_LATIN_SQUARES = (
+    (0, 1, 2, 3),
+    (0, 2, 1, 3),
+    (0, 3, 2, 1),
+    (0, 1, 3, 2),
+    (0, 2, 3, 1),
+    (0, 3, 1, 2),
+)
+
+
+def balanced_orders(count: int) -> list[tuple[int, ...]]:
+    """`count` (4, 8, 12 or 24) choice orders in which each choice meets each letter equally often.
+
+    order[position] = original choice. They are Latin squares of four orders; each set begins with
+    the smaller ones, the rotations first. How often one choice stands right before another
+    differs least that it can for so many orders that hold the rotations: by at most 2 in 8 and
+    in 12 orders, not at all in 24. Raises ValueError for another count.
+
+    >>> balanced_orders(4)
+    [(0, 1, 2, 3), (1, 2, 3, 0), (2, 3, 0, 1), (3, 0, 1, 2)]
+    >>> len(set(balanced_orders(24)))
+    24
+    """
+    if count not in (4, 8, 12, 24):
+        raise ValueError(
+            f"no balanced set of {count} choice orders; there are those of 4, 8, 12, 24"
+        )
+    orders = []
+    for square in _LATIN_SQUARES[: count // 4]:
+        for shift in range(4):
+            orders.append(tuple((choice + shift) % 4 for choice in square))
+    return orders
+
+
 # === Views ========================================================================================
 # End of the name of a view, or of a set of views, that an unquantised base model scored.
 SUFFIX_16_BIT = " in 16 bits"
@@ -11533,11 +11631,13 @@ SUFFIX_16_BIT = " in 16 bits"
 
 @dataclass(frozen=True)
 class TTAView:
-    """One way to show a question: an order of its choices and a size of its image."""
+    """One way to show a question: an order of its choices, a size of its image, and to whom."""
 
     name: str
     rotation: int = 0  # places, 0 to 3, by which the choices are turned
     scale: float = 1.0  # factor on the pixel budget
+    other_order: tuple[int, ...] | None = None  # where it is no rotation; as `order`
+    by_base_model: bool = False  # scored without the adapter
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -11545,12 +11645,18 @@ class TTAView:
 
         >>> TTAView("rotation 1", rotation=1).order
         (1, 2, 3, 0)
+        >>> TTAView("order acbd", other_order=(0, 2, 1, 3)).order
+        (0, 2, 1, 3)
         """
+        if self.other_order is not None:
+            return self.other_order
         return tuple((position + self.rotation) % 4 for position in range(4))
 
 
 def view_kind(name: str) -> str:
-    """What a view changes, by the first word of its name: "rotation" or "scale".
+    """What a view changes, by the first word of its name.
+
+    That is rotation or order (of the choices), scale or pixels (of the image), or base (model).
 
     >>> view_kind("rotation 0"), view_kind("scale 0.9 in 16 bits")
     ('rotation', 'scale')
@@ -11558,22 +11664,81 @@ def view_kind(name: str) -> str:
     return name.split()[0]
 
 
+ORDER_KINDS = ("rotation", "order")  # of views that differ in the order of the choices
+
+
+def pixel_factor(name: str) -> float:
+    """How many times as many pixels a view of the step "pixels" has; 1 for every other view.
+
+    >>> pixel_factor("pixels 1.28 rotation 0"), pixel_factor("rotation 2")
+    (1.28, 1.0)
+    """
+    return float(name.split()[1]) if view_kind(name) == "pixels" else 1.0
+
+
+STEP_KINDS = {"rotations": "rotation", "orders": "order", "pixels": "pixels", "base": "base"}
+
+
+def step_views(view_names: Sequence[str], step: str) -> list[int]:
+    """Positions of the views that a step of `doubt_steps` adds; never the first view.
+
+    >>> step_views(["rotation 0", "rotation 2", "base rotation 0"], "rotations")
+    [1]
+    """
+    positions = []
+    for position, name in enumerate(view_names):
+        if position > 0 and view_kind(name) == STEP_KINDS[step]:
+            positions.append(position)
+    return positions
+
+
+def first_views(view_names: Sequence[str], steps: Iterable[str]) -> list[int]:
+    """Positions of the views that every row is scored in, before any of the `steps`.
+
+    >>> first_views(["rotation 0", "rotation 2", "base rotation 0"], ["base"])
+    [0, 1]
+    """
+    later = set()
+    for step in steps:
+        later.update(step_views(view_names, step))
+    return [position for position in range(len(view_names)) if position not in later]
+
+
+def rotated_views(config: Config) -> list[TTAView]:
+    """The rotations that the configuration asks for, the plain order first."""
+    turns = range(0, 4, 4 // config.tta_rotations)
+    return [TTAView(f"rotation {turn}", turn) for turn in turns]
+
+
 def all_views(config: Config, processor) -> list[TTAView]:
     """Every view the configuration asks for, the plain one first.
 
-    `infer_max_pixels` adds one more scale.
+    `infer_max_pixels` adds one more scale. `doubt_steps` adds more orders, and rotations at that
+    scale and of the base model.
     """
     if not config.use_tta:
         return [TTAView("rotation 0")]
     scales = {1.0, *config.tta_scales}
+    steps = dict(config.doubt_steps)
     if config.infer_max_pixels:
         _, max_pixels = pixel_budget(config, processor)
-        scales.add(round(config.infer_max_pixels / max_pixels, 3))
-    views = []
-    for rotation in range(0, 4, 4 // config.tta_rotations):
-        views.append(TTAView(f"rotation {rotation}", rotation))
+        larger = round(config.infer_max_pixels / max_pixels, 3)
+        if "pixels" not in steps:
+            scales.add(larger)
+    rotations = rotated_views(config)
+    views = list(rotations)
     for scale in sorted(scales - {1.0}):
         views.append(TTAView(f"scale {scale:g}", 0, scale))
+    if "orders" in steps:
+        for order in balanced_orders(config.doubt_orders)[4:]:
+            letters = "".join(CHOICES[choice] for choice in order)
+            views.append(TTAView(f"order {letters}", other_order=order))
+    if "pixels" in steps:
+        for view in rotations:
+            views.append(TTAView(f"pixels {larger:g} {view.name}", view.rotation, larger))
+    if "base" in steps:
+        for view in rotations:
+            views.append(TTAView(f"base {view.name}", view.rotation, by_base_model=True))
     return views
 
 
@@ -11590,41 +11755,46 @@ def tta_views(row: Mapping, views: Sequence[TTAView]) -> list[TTAView]:
     return [view for view in views if not (reads_text and view.scale < 1)]
 
 
+# Sets of views by name, and the kind of view that each adds to the set before it.
+ADDED_KINDS = {
+    "rotations": "rotation",
+    "rotations and scales": "scale",
+    "more orders": "order",
+    "more pixels": "pixels",
+    "base model": "base",
+}
+
+
 def view_sets(view_names: Sequence[str]) -> dict[str, list[int]]:
     """The candidate sets of views by name, as positions in `view_names`.
 
-    Each is wider than the one before: one view, all rotations, and scales; then the same in
-    16 bits. A set that is empty, or equal to an earlier one, is left out.
+    Each is wider than the one before: one view, all rotations, scales, and what `doubt_steps`
+    adds; then the same in 16 bits. A set that is empty, or equal to an earlier one, is left out.
 
     >>> view_sets(["rotation 0", "rotation 2", "scale 1.5"])
     {'single view': [0], 'rotations': [0, 1], 'rotations and scales': [0, 1, 2]}
     """
     sets: dict[str, list[int]] = {}
     for ending in ("", SUFFIX_16_BIT):
-        every_view = []
-        rotations = []
+        positions = []
         for position, name in enumerate(view_names):
-            if name.endswith(SUFFIX_16_BIT) != bool(ending):
-                continue
-            every_view.append(position)
-            if view_kind(name) == "rotation":
-                rotations.append(position)
-        candidates = {
-            "single view": every_view[:1],
-            "rotations": rotations,
-            "rotations and scales": every_view,
-        }
-        for name, positions in candidates.items():
-            if positions and positions not in sets.values():
-                sets[name + ending] = positions
+            if name.endswith(SUFFIX_16_BIT) == bool(ending):
+                positions.append(position)
+        candidates = {"single view": positions[:1]}
+        kinds = set()
+        for set_name, kind in ADDED_KINDS.items():
+            kinds.add(kind)
+            candidates[set_name] = [
+                position for position in positions if view_kind(view_names[position]) in kinds
+            ]
+        for set_name, candidate in candidates.items():
+            if candidate and candidate not in sets.values():
+                sets[set_name + ending] = candidate
     return sets
 
 
-# The last step of `view_sets` changes few answers. With `adaptive_tta` only the test rows
-# whose answer is in doubt are scored in its views, in a second pass, whose prompts repeat the
-# prefix: the costs below count that.
 def split_views(view_names: Sequence[str]) -> tuple[list[int], list[int]]:
-    """(views that every row is scored in, views that the last step of `view_sets` adds).
+    """(the views before the last step of `view_sets`, the views that this step adds).
 
     Both are positions in `view_names`; the second list is empty where there is one step only.
 
@@ -11635,6 +11805,34 @@ def split_views(view_names: Sequence[str]) -> tuple[list[int], list[int]]:
     first = narrower[-1] if narrower else widest
     added = [view for view in widest if view not in first]
     return first, added
+
+
+def combine_steps(logits: np.ndarray, view_names: Sequence[str]) -> np.ndarray:
+    """(n, 4) scores of rows over the views that each has, from (n, views, 4).
+
+    `combine_views` over orders and scales; half and half with that over larger images, where a
+    row has any; and all this half and half with the base model's. So a step weighs the same
+    behind 4 orders and behind 24. All means are of log-probabilities: as over rotations, what a
+    model adds for a letter cancels, and one view's certainty outweighs another's doubt.
+
+    >>> names = ["rotation 0", "rotation 2", "base rotation 0"]
+    >>> scores = combine_steps(np.log([[[0.8, 0.2], [0.8, 0.2], [0.2, 0.8]]]), names)
+    >>> softmax(scores).round(2).tolist()
+    [[0.5, 0.5]]
+    """
+    larger = [view for view, name in enumerate(view_names) if view_kind(name) == "pixels"]
+    base = [view for view, name in enumerate(view_names) if view_kind(name) == "base"]
+    if not larger and not base:
+        return combine_views(logits)
+    plain = [view for view in range(len(view_names)) if view not in {*larger, *base}]
+    scores = combine_views(logits[:, plain])
+    for added in (larger, base):
+        has_added = ~np.isnan(logits[:, added]).all(axis=(1, 2))
+        if has_added.any():
+            of_added = combine_views(logits[has_added][:, added])
+            both = np.stack([scores[has_added], of_added], axis=1)
+            scores[has_added] = combine_views(both)
+    return scores
 
 
 def scoring_cost(prompts: int, answers: int) -> float:
@@ -11657,24 +11855,41 @@ def views_cost(session: Session, views: Sequence[TTAView]) -> float:
     kinds = 1
     if config.mix_weights:  # at most: OOF may prefer a single one
         kinds = 1 + config.use_ema + config.use_swa
-    # Orders of one scale share a prompt, where they can share a prefix. A new field of TTAView
-    # would belong beside the scale.
-    prompts = {view.scale if session.shares_prefixes else view for view in views}
+    # Orders of one scale and model share a prompt, where they can share a prefix.
+    prompts = set()
+    for view in views:
+        prompts.add((view.scale, view.by_base_model) if session.shares_prefixes else view)
     return kinds * scoring_cost(len(prompts), len(views))
 
 
-def adaptive_cost(session: Session, views: Sequence[TTAView]) -> float:
-    """As views_cost, for a test row.
+PILOT_ROWS = 64  # held-out rows of a fold that are scored in every choice order
 
-    `adaptive_tta` spends a part of what the last step of views would cost.
+
+def pilot_cost(config: Config, held_out: float) -> float:
+    """Time to score a fold's pilot rows in further orders, in questions with one view.
+
+    0 where no step of `doubt_steps` adds orders.
     """
-    all_cost = views_cost(session, views)
-    share = session.config.adaptive_tta
-    if share is None:
-        return all_cost
-    first, _ = split_views([view.name for view in views])
-    first_cost = views_cost(session, [views[number] for number in first])
-    return first_cost + share * (all_cost - first_cost)
+    steps = dict(config.doubt_steps)
+    orders = 0
+    if "rotations" in steps:
+        orders += config.tta_rotations - 1
+    if "orders" in steps:
+        orders += config.doubt_orders - 4
+    rows = min(PILOT_ROWS, held_out)
+    return rows * scoring_cost(1, orders) if orders else 0.0
+
+
+def cost_in_steps(session: Session, views: Sequence[TTAView]) -> float:
+    """As views_cost, but each step of `doubt_steps` costs at most what it may take."""
+    names = [view.name for view in views]
+    steps = session.config.doubt_steps
+    first = first_views(names, dict(steps))
+    cost = views_cost(session, [views[number] for number in first])
+    for step, share in steps:
+        added = [views[number] for number in step_views(names, step)]
+        cost += min(share, views_cost(session, added))
+    return cost
 
 
 def inference_seconds(
@@ -11693,9 +11908,9 @@ def inference_seconds(
             waiting += 1
     held_out = len(run.train) / run.config.n_folds
     views = all_views(run.config, session.processor)
-    oof_questions = held_out * views_cost(session, views)
-    test_questions = len(run.test) * adaptive_cost(session, views)
-    scored = oof_questions + test_questions  # for a fold
+    rows = held_out + len(run.test)
+    # For a fold.
+    scored = rows * cost_in_steps(session, views) + pilot_cost(run.config, held_out)
     validated = 3 * training * held_out
     questions = (waiting + training) * scored + validated
     world_size = process_count()
@@ -11802,13 +12017,17 @@ def group_views_by_prompt(
 ) -> list[list[TTAView]]:
     """The distinct views of a question, in one list those that one prompt shows."""
     groups = defaultdict(dict)
+    grids = {}
     for view in tta_views(row, views):
-        budget = pixel_budget(session.config, session.processor, view.scale)
-        grid = image_grid(row["width"], row["height"], session.processor, budget)
+        if view.scale not in grids:
+            budget = pixel_budget(session.config, session.processor, view.scale)
+            grid = image_grid(row["width"], row["height"], session.processor, budget)
+            grids[view.scale] = grid
         # Orders of one grid share a prompt, where they can share a prefix. A new field of
         # TTAView would belong into this key, or into the one below.
-        prompt_key = (grid, None if session.shares_prefixes else view.order)
-        # Of views with the same grid and order the first stands for all.
+        order = None if session.shares_prefixes else view.order
+        prompt_key = (grids[view.scale], view.by_base_model, order)
+        # Of views with the same grid, model and order the first stands for all.
         groups[prompt_key].setdefault(view.order, view)
     return [list(group.values()) for group in groups.values()]
 
@@ -12062,8 +12281,8 @@ def letter_preference(first_scores: np.ndarray, all_scores: np.ndarray) -> np.nd
 def answer_margins(scores: np.ndarray, preference: np.ndarray) -> np.ndarray:
     """(n,) lead of each row's answer over its best rival, less the letters' preference.
 
-    `scores`: (n, 4); `preference`: (4,), see `letter_preference`. A margin below zero says that
-    the rival would lead without that preference.
+    `scores`: (n, 4); `preference`: (4,) or (n, 4), see `letter_preference`. A margin below zero
+    says that the rival would lead without that preference.
 
     >>> scores = np.array([[2.0, 1.0, 0.0, 0.0]])
     >>> answer_margins(scores, np.zeros(4)).tolist()
@@ -12095,83 +12314,253 @@ def rows_in_doubt(margins: np.ndarray, costs: np.ndarray, budget: float) -> np.n
     return np.sort(order[fits])
 
 
-def pass_costs(
+def step_costs(
     session: Session,
     frame: pd.DataFrame,
     views: Sequence[TTAView],
-    first: Sequence[TTAView],
+    added: Sequence[TTAView],
 ) -> np.ndarray:
-    """(n, 3) time of each row, in prompts with one answer.
+    """(n,) time of each row in the `added` views, which are among `views`.
 
-    The columns: in the `first` views; in its others, in a second pass; and in all views in one
-    pass.
+    The unit is a prompt with one answer; an image that is so many times as large counts so many
+    times. 0 where a row has no such view: the prefix of a row that has one is read again.
     """
-    costs = np.zeros((len(frame), 3))
+    costs = np.zeros(len(frame))
     for row, (_, record) in enumerate(frame.iterrows()):
         for group in group_views_by_prompt(session, record, views):
-            in_first = sum(view in first for view in group)
-            answers_of_passes = (in_first, len(group) - in_first, len(group))
-            for column, answers in enumerate(answers_of_passes):
-                prompts = 1 if answers else 0
-                costs[row, column] += scoring_cost(prompts, answers)
+            answers = sum(view in added for view in group)
+            if answers:
+                costs[row] += max(1.0, group[0].scale) * scoring_cost(1, answers)
     return costs
 
 
-def _checkpoint_of_rows(checkpoint: InferenceCheckpoint, rows: np.ndarray) -> InferenceCheckpoint:
-    """A file of its own beside `checkpoint`, which is good for these very rows only."""
-    name = checkpoint.path.name.replace(".partial", ".doubt.partial")
+@dataclass(frozen=True)
+class Pilot:
+    """Held-out rows that are scored in every choice order, whether they are in doubt or not.
+
+    They show which letters the model prefers in fewer orders.
+    """
+
+    rows: np.ndarray  # (pilot rows,) their numbers among the fold's held-out rows
+    logits: np.ndarray  # (pilot rows, views, 4), NaN in what is no choice order
+
+
+PREFERENCE_PARTS = 5  # of a fold's pilot; the letters' preference is measured on the other parts
+
+
+def letter_preferences(
+    pilot: Pilot,
+    logits: np.ndarray,
+    view_names: Sequence[str],
+    is_held_out: bool,
+) -> np.ndarray:
+    """(n, 4) how much more than all choice orders those that each row has like each choice.
+
+    `logits`: (n, views, 4) of the rows so far; with `is_held_out` they are those that the pilot's
+    are among, and the preference for a row of the pilot is measured on other rows.
+    """
+    orders = [number for number, name in enumerate(view_names) if view_kind(name) in ORDER_KINDS]
+    larger = step_views(view_names, "pixels")
+    has_order = ~np.isnan(logits[:, orders]).all(axis=2)
+    pilot_scores = combine_views(pilot.logits[:, orders])
+    part = np.arange(len(pilot.rows)) % PREFERENCE_PARTS
+    preferences = np.zeros((len(logits), 4))
+    for pattern in np.unique(has_order, axis=0):
+        seen = [order for order, has_it in zip(orders, pattern, strict=True) if has_it]
+        seen_scores = combine_views(pilot.logits[:, seen])
+        alike = (has_order == pattern).all(axis=1)
+        preferences[alike] = letter_preference(seen_scores, pilot_scores)
+        if not is_held_out:
+            continue
+        for number in range(PREFERENCE_PARTS):
+            inside = part == number
+            preference = letter_preference(seen_scores[~inside], pilot_scores[~inside])
+            rows = pilot.rows[inside]
+            preferences[rows[alike[rows]]] = preference
+    # Larger images are half of the score, in rotations, which cancel what a letter is given.
+    has_larger = ~np.isnan(logits[:, larger]).all(axis=(1, 2))
+    preferences[has_larger] /= 2
+    return preferences
+
+
+def step_margins(
+    pilot: Pilot,
+    logits: np.ndarray,
+    view_names: Sequence[str],
+    is_held_out: bool,
+) -> np.ndarray:
+    """(n,) `answer_margins` of the rows by the views that they have so far.
+
+    The arguments are those of `letter_preferences`.
+    """
+    preferences = letter_preferences(pilot, logits, view_names, is_held_out)
+    return answer_margins(combine_steps(logits, view_names), preferences)
+
+
+def may_take_step(logits: np.ndarray, view_names: Sequence[str], step: str) -> np.ndarray:
+    """(n,) whether each row may take a step: more orders only go on from all rotations."""
+    if step != "orders":
+        return np.ones(len(logits), dtype=bool)
+    rotations = step_views(view_names, "rotations")
+    return ~np.isnan(logits[:, rotations]).any(axis=(1, 2))
+
+
+@dataclass(frozen=True)
+class ScoresInDoubt:
+    """What the steps of `doubt_steps` gave to some rows."""
+
+    logits: np.ndarray  # (n, views, 4), NaN in the views that a row was not given
+    margins: np.ndarray  # (n, steps) by which the rows of each step were chosen
+    pilot: Pilot
+
+    def row_arrays(self) -> dict[str, np.ndarray]:
+        """What is stored beside the logits."""
+        return {
+            "margins": self.margins.astype(np.float32),
+            "pilot_rows": self.pilot.rows,
+            "pilot_logits": self.pilot.logits,
+        }
+
+
+def score_in_steps(
+    steps: Sequence[tuple[str, float]],
+    view_names: Sequence[str],
+    logits: np.ndarray,
+    costs: Mapping[str, np.ndarray],
+    pilot: Pilot,
+    is_held_out: bool,
+    score_step: Callable[[str, np.ndarray], np.ndarray],
+) -> ScoresInDoubt:
+    """Take the `steps`, each for the rows that are in doubt after those before it.
+
+    `logits`: (n, views, 4) in the first views; `costs`: step -> (n,) time of each row in it, in
+    rows with one view, the unit of the steps' times; `score_step(step, rows)`: (rows, views, 4) of
+    the rows of these numbers, NaN but in the step's views. No label is looked at.
+    """
+    logits = logits.copy()
+    margins = np.zeros((len(logits), len(steps)))
+    for number, (step, share) in enumerate(steps):
+        margins[:, number] = step_margins(pilot, logits, view_names, is_held_out)
+        is_allowed = may_take_step(logits, view_names, step)
+        step_cost = np.where(is_allowed, costs[step], 0.0)
+        rows = rows_in_doubt(margins[:, number], step_cost, share * len(logits))
+        if len(rows):
+            added = score_step(step, rows)
+            logits[rows] = np.where(np.isnan(added), logits[rows], added)
+    return ScoresInDoubt(logits, margins, pilot)
+
+
+@contextlib.contextmanager
+def adapter_switched_off(model) -> Iterator[None]:
+    """Let the block compute with the base model alone, while an adapter is in it.
+
+    The adapter's B, of which its update is a product, is zero meanwhile: that is exact, in
+    PEFT's layers and in fast and compiled ones, which are not compiled again.
+    """
+    outputs = {}
+    for name, weight in model.named_parameters():
+        if ".lora_B." in name:
+            outputs[name] = weight
+    zeros = {name: torch.zeros_like(weight) for name, weight in outputs.items()}
+    with swapped_weights(outputs, zeros):
+        yield
+
+
+@dataclass(frozen=True)
+class StepScorer:
+    """Scores rows of one table in the views of a step, each kept in a file of its own."""
+
+    session: Session
+    frame: pd.DataFrame
+    views: Sequence[TTAView]
+    label: str  # of the progress
+    checkpoint: InferenceCheckpoint | None
+
+    def score(self, step: str, rows: np.ndarray) -> np.ndarray:
+        """(rows, views, 4) of the rows of these numbers in a step's views, NaN in the others."""
+        text = "%s: %d of %d rows are in doubt and get the step %r"
+        LOGGER.info(text, self.label, len(rows), len(self.frame), step)
+        added = step_views([view.name for view in self.views], step)
+        return self.score_views(step, rows, added)
+
+    def score_views(self, name: str, rows: np.ndarray, added: Sequence[int]) -> np.ndarray:
+        """As `score`, in the views of these numbers."""
+        others = [view for number, view in enumerate(self.views) if number not in added]
+        doubtful = self.frame.iloc[rows].reset_index(drop=True)
+        checkpoint = self.checkpoint and _checkpoint_of_rows(self.checkpoint, name, rows)
+        model_in_use = contextlib.nullcontext()
+        if name == "base":
+            model_in_use = adapter_switched_off(self.session.model)
+        with model_in_use:
+            return predict_logits(
+                self.session,
+                doubtful,
+                self.views,
+                f"{self.label}, {name}",
+                checkpoint,
+                scored_views=others,
+            )
+
+
+def _checkpoint_of_rows(
+    checkpoint: InferenceCheckpoint, name: str, rows: np.ndarray
+) -> InferenceCheckpoint:
+    """A file of its own beside `checkpoint`, which is good for a step of these very rows only."""
+    file = checkpoint.path.name.replace(".partial", f".{name}.partial")
     digest = hashlib.sha256(rows.tobytes()).hexdigest()
     return dataclasses.replace(
         checkpoint,
-        path=checkpoint.path.with_name(name),
-        fingerprint=f"{checkpoint.fingerprint} {digest}",
+        path=checkpoint.path.with_name(file),
+        fingerprint=f"{checkpoint.fingerprint} {name} {digest}",
     )
 
 
-def predict_in_doubt(
+def score_pilot(scorer: StepScorer, first_logits: np.ndarray, steps: Iterable[str]) -> Pilot:
+    """The pilot among the scorer's rows, the held-out ones of a fold, in every choice order.
+
+    `first_logits`: (n, views, 4) in the first views.
+    """
+    names = [view.name for view in scorer.views]
+    count = min(PILOT_ROWS, len(first_logits))
+    rows = np.linspace(0, len(first_logits) - 1, count).astype(np.int64)
+    logits = first_logits[rows]
+    added = []
+    for step in steps:
+        if step in ("rotations", "orders"):
+            added += step_views(names, step)
+    if added:
+        further = scorer.score_views("pilot", rows, added)
+        logits = np.where(np.isnan(further), logits, further)
+    return Pilot(rows, logits)
+
+
+def predict_in_steps(
     session: Session,
     frame: pd.DataFrame,
     views: Sequence[TTAView],
-    oof_logits: np.ndarray,
     label: str,
     checkpoint: InferenceCheckpoint | None,
-) -> np.ndarray:
-    """As predict_logits, but with the last step of views for the rows in doubt only.
+    pilot: Pilot | None = None,
+) -> ScoresInDoubt:
+    """As predict_logits, but with the views of `doubt_steps` for the rows in doubt only.
 
-    The other rows have NaN there. As many rows are in doubt as `adaptive_tta` pays for.
-    `oof_logits`: (held-out rows, views, 4), which show the letters' preference.
+    Without a `pilot` the rows are a fold's held-out ones, among which it is chosen and scored; they
+    then take the very steps that test rows take, and no row is chosen by its own pilot scores.
     """
-    first, _ = split_views([view.name for view in views])
-    first_views = [views[number] for number in first]
-    result = np.full((len(frame), len(views), 4), np.nan, dtype=np.float32)
-    result[:, first] = predict_logits(session, frame, first_views, label, checkpoint)
-    first_oof = combine_views(oof_logits[:, first])
-    preference = letter_preference(first_oof, combine_views(oof_logits))
-    margins = answer_margins(combine_views(result[:, first]), preference)
-    first_pass, second_pass, one_pass = pass_costs(session, frame, views, first_views).T
-    budget = session.config.adaptive_tta * (one_pass - first_pass).sum()
-    rows = rows_in_doubt(margins, second_pass, budget)
-    LOGGER.info(
-        "%s: %d of %d rows are in doubt and get more views",
-        label,
-        len(rows),
-        len(frame),
-    )
-    if not len(rows):
-        return result
-    doubtful = frame.iloc[rows].reset_index(drop=True)
-    if checkpoint:
-        checkpoint = _checkpoint_of_rows(checkpoint, rows)
-    added = predict_logits(
-        session,
-        doubtful,
-        views,
-        f"{label}, in doubt",
-        checkpoint,
-        scored_views=first_views,
-    )
-    result[rows] = np.where(np.isnan(added), result[rows], added)
-    return result
+    steps = session.config.doubt_steps
+    names = [view.name for view in views]
+    first = [views[number] for number in first_views(names, dict(steps))]
+    later = [view for view in views if view not in first]
+    scorer = StepScorer(session, frame, views, label, checkpoint)
+    logits = predict_logits(session, frame, views, label, checkpoint, scored_views=later)
+    is_held_out = pilot is None
+    if is_held_out:
+        pilot = score_pilot(scorer, logits, dict(steps))
+    costs = {}
+    for step, _ in steps:
+        added = [views[number] for number in step_views(names, step)]
+        costs[step] = step_costs(session, frame, views, added)
+    return score_in_steps(steps, names, logits, costs, pilot, is_held_out, scorer.score)
 
 
 # === Early stopping and weight averages ===========================================================
@@ -13980,8 +14369,9 @@ class OofLogits:
     folds: np.ndarray  # (n,) the fold that held the row out
     view_names: tuple[str, ...]
     tokens: np.ndarray | None = None  # (n,) of the prompts; None where an earlier version scored
-    # Views that were scored in a pass of their own, and only where the answer was in doubt.
-    doubt_only_views: tuple[int, ...] = ()
+    # Steps whose views were scored in a pass of their own, and only where an answer was in doubt.
+    steps: tuple[str, ...] = ()
+    margins: np.ndarray | None = None  # (n, steps) by which the rows of each step were chosen
 
     @property
     def groups(self) -> np.ndarray:
@@ -13994,21 +14384,28 @@ class OofLogits:
         The unit is a question with one view.
         """
         exists = ~np.isnan(self.logits).all(axis=2)  # (n, views)
-        first_pass = [view for view in views if view not in self.doubt_only_views]
-        second_pass = [view for view in views if view in self.doubt_only_views]
-        answers = 0.0
-        prompts = 0.0
-        for scored_together in (first_pass, second_pass):
-            rotations = [view for view in scored_together if self._is_rotation(view)]
-            # Every other view has a prompt of its own.
-            others = [view for view in scored_together if not self._is_rotation(view)]
-            rows_with_rotations = exists[:, rotations].any(axis=1)  # they share a row's prefix
-            prompts += rows_with_rotations.mean() + exists[:, others].sum(axis=1).mean()
-            answers += exists[:, scored_together].sum(axis=1).mean()
-        return float(scoring_cost(prompts, answers))
+        groups = defaultdict(list)  # of views that share a prompt in a pass
+        for view in views:
+            groups[self._prompt_of_view(view)].append(view)
+        total = 0.0
+        for group in groups.values():
+            prompts = exists[:, group].any(axis=1).mean()
+            answers = exists[:, group].sum(axis=1).mean()
+            name = self.view_names[group[0]]
+            total += pixel_factor(name) * scoring_cost(prompts, answers)
+        return float(total)
 
-    def _is_rotation(self, view: int) -> bool:
-        return view_kind(self.view_names[view]) == "rotation"
+    def _prompt_of_view(self, view: int) -> str:
+        """What the views that share a prompt with this one have in common."""
+        for step in self.steps:
+            if view in step_views(self.view_names, step):
+                return step
+        name = self.view_names[view]
+        return name if view_kind(name) == "scale" else "rotations of all rows"
+
+    def scores(self, views: Sequence[int]) -> np.ndarray:
+        """(n, 4) scores over those of the views that a row has, see `combine_steps`."""
+        return combine_steps(self.logits[:, views], [self.view_names[view] for view in views])
 
 
 def align_rows(ids: pd.Series, parts: Sequence[Mapping[str, np.ndarray]], name: str) -> np.ndarray:
@@ -14091,6 +14488,9 @@ def read_oof(run: Run) -> OofLogits:
     tokens = None
     if all("tokens" in part for part in parts):
         tokens = align_rows(frame["id"], parts, "tokens")
+    margins = None
+    if run.config.doubt_steps:
+        margins = align_rows(frame["id"], parts, "margins")
     return OofLogits(
         frame=frame,
         logits=align_rows(frame["id"], parts, "logits"),
@@ -14098,6 +14498,8 @@ def read_oof(run: Run) -> OofLogits:
         folds=frame["fold"].to_numpy(),
         view_names=tuple(parts[0]["view_names"].tolist()),
         tokens=tokens,
+        steps=tuple(dict(run.config.doubt_steps)),
+        margins=margins,
     )
 
 
@@ -14113,6 +14515,30 @@ def views_by_set(oof: OofLogits) -> dict[str, list[int]]:
     for name, places in sets.items():
         scored_sets[name] = [scored_views[place] for place in places]
     return scored_sets
+
+
+def views_to_try(oof: OofLogits, decided: Mapping[str, bool]) -> dict[str, list[int]]:
+    """`views_by_set`, without the views of the steps of `doubt_steps` that lost.
+
+    `decided`: set -> whether it was admitted, for the sets before. More orders are tried with all
+    rotations.
+    """
+    lost = []
+    for set_name, is_admitted in decided.items():
+        if not is_admitted:
+            lost.append(ADDED_KINDS.get(set_name, ""))
+    sets = {}
+    for set_name, views in views_by_set(oof).items():
+        kind = ADDED_KINDS.get(set_name, "")
+        kept = []
+        for view in views:
+            view_of_kind = view_kind(oof.view_names[view])
+            is_needed = view == 0 or view_of_kind == kind or kind not in STEP_KINDS.values()
+            goes_on = kind == "order" and view_of_kind == "rotation"
+            if is_needed or goes_on or view_of_kind not in lost:
+                kept.append(view)
+        sets[set_name] = kept
+    return sets
 
 
 def _does_not_lose(changes: np.ndarray, groups: np.ndarray) -> bool:
@@ -14138,11 +14564,13 @@ def admit_views(
     admitted_views = []
     admitted_scores = None
     rows = {}
-    for name, views in views_by_set(oof).items():
+    decided = {}
+    for name in views_by_set(oof):
+        views = views_to_try(oof, decided)[name]
         # Averaging views also softens probabilities, which is not a gain: hence the comparison
         # after temperature scaling.
         probabilities = calibrate(
-            combine_views(oof.logits[:, views]),
+            oof.scores(views),
             oof.labels,
             oof.folds,
             use_temperature_scaling,
@@ -14150,6 +14578,7 @@ def admit_views(
         scores = row_scores(probabilities, oof.labels)
         is_first = admitted_scores is None
         is_admitted = is_first or _does_not_lose(scores - admitted_scores, oof.groups)
+        decided[name] = is_admitted
         rows[name] = {
             "cost": oof.cost(views),
             **score_row(probabilities, oof.labels),
@@ -14205,7 +14634,7 @@ def measure_skill(oof: OofLogits, train_answers: pd.Series) -> Skill:
     `train_answers`; the better one counts. The model has to be better by more than the lower
     half of the 90 % interval of its accuracy, which respects images (`accuracy_interval`).
     """
-    is_right = combine_views(oof.logits).argmax(axis=1) == oof.labels
+    is_right = oof.scores(range(len(oof.view_names))).argmax(axis=1) == oof.labels
     low, _ = accuracy_interval(is_right, oof.groups)
     letter = train_answers.mode()[0]
     accuracies = {
@@ -14374,10 +14803,7 @@ def select_weights(run: Run) -> str:
     return chosen
 
 
-# === Out-of-fold rows in doubt ====================================================================
-PREFERENCE_PARTS = 5  # of a fold's rows; the letters' preference is measured on the other parts
-
-
+# === Curve of doubt ===============================================================================
 def _share_with_any_view(logits: np.ndarray) -> float:
     """Share of the rows that have any of the views in (n, views, 4)."""
     has_view = ~np.isnan(logits).all(axis=(1, 2))
@@ -14399,17 +14825,17 @@ def _cross_fitted_margins(first_scores: np.ndarray, all_scores: np.ndarray) -> n
     return margins
 
 
-def simulate_views_in_doubt(oof: OofLogits, shares: Mapping[int, float]) -> OofLogits:
-    """The OOF rows with the views that they would have as test rows.
+def simulate_last_step(oof: OofLogits, share: float) -> OofLogits:
+    """Rows that have all views, as if only that share of each fold's got the last step's.
 
-    `shares`: fold -> share of its rows that is in doubt. Nothing is fitted to labels,
-    and the letters' preference is measured on other rows than it is used for.
+    The step is that of `split_views`. Nothing is fitted to labels, and the letters' preference
+    is measured on other rows than it is used for.
     """
     first, later = split_views(oof.view_names)
     first_scores = combine_views(oof.logits[:, first])
     all_scores = combine_views(oof.logits)
     logits = oof.logits.copy()
-    for fold, share in shares.items():
+    for fold in np.unique(oof.folds).tolist():
         inside = np.flatnonzero(oof.folds == fold)
         margins = _cross_fitted_margins(first_scores[inside], all_scores[inside])
         has_later_views = ~np.isnan(logits[np.ix_(inside, later)]).all(axis=(1, 2))
@@ -14417,22 +14843,7 @@ def simulate_views_in_doubt(oof: OofLogits, shares: Mapping[int, float]) -> OofL
         in_doubt = rows_in_doubt(margins, costs, share * len(inside))
         not_in_doubt = np.delete(inside, in_doubt)
         logits[np.ix_(not_in_doubt, later)] = np.nan
-    return dataclasses.replace(oof, logits=logits, doubt_only_views=tuple(later))
-
-
-def with_test_time_views(run: Run, oof: OofLogits) -> OofLogits:
-    """The OOF rows as `adaptive_tta` treats test rows, for all that is fitted on them.
-
-    Without that setting they are unchanged.
-    """
-    if run.config.adaptive_tta is None:
-        return oof
-    _, later = split_views(oof.view_names)
-    shares = {}
-    for fold in run.finished_folds:
-        logits = read_arrays(run.fold_dir(fold) / "test.npz", run.fingerprint)["logits"]
-        shares[fold] = _share_with_any_view(logits[:, later])
-    return simulate_views_in_doubt(oof, shares)
+    return dataclasses.replace(oof, logits=logits, steps=("rotations",))
 
 
 def _without_16_bit_views(oof: OofLogits) -> OofLogits:
@@ -14442,58 +14853,89 @@ def _without_16_bit_views(oof: OofLogits) -> OofLogits:
     return dataclasses.replace(oof, logits=logits, view_names=tuple(names))
 
 
-def _simulate_budgets(oof: OofLogits) -> dict[str, OofLogits]:
-    """`adaptive_tta`, from 0.0 to 1.0 -> the rows with the views that this budget pays for.
+@dataclass(frozen=True)
+class CurvePoint:
+    """Rows with the views that they have at a point of the curve."""
 
-    Empty where a second pass costs nothing, because there are no further views.
+    oof: OofLogits
+    added: Sequence[int]  # the views of the step on the way to it
+
+
+def _simulated_points(oof: OofLogits) -> dict[str, CurvePoint]:
+    """Points for rows that have all views: their last step, for more and more of the rows.
+
+    Only "all rows" where a second pass costs nothing, because there are no further views.
     """
     first, later = split_views(oof.view_names)
-    all_views_of_row = [*first, *later]
-    in_two_passes = dataclasses.replace(oof, doubt_only_views=tuple(later))
+    *_, set_name = view_sets(oof.view_names)
+    views = [*first, *later]
+    in_two_passes = dataclasses.replace(oof, steps=("rotations",))
     first_cost = in_two_passes.cost(first)
-    both_passes_cost = in_two_passes.cost(all_views_of_row)
-    if both_passes_cost <= first_cost:
-        return {}
-    one_pass_cost = oof.cost(all_views_of_row)
-    share_with_later_views = _share_with_any_view(oof.logits[:, later])
-    folds = np.unique(oof.folds).tolist()
-    simulated = {}
-    for budget in np.arange(11) / 10:
-        paid_cost = budget * (one_pass_cost - first_cost)
-        paid_share = paid_cost / (both_passes_cost - first_cost) * share_with_later_views
-        shares = dict.fromkeys(folds, paid_share)
-        simulated[f"{budget:.1f}"] = simulate_views_in_doubt(oof, shares)
-    return simulated
+    both_passes_cost = in_two_passes.cost(views)
+    one_pass_cost = oof.cost(views)
+    points = {}
+    for tenths in range(11):
+        if both_passes_cost <= first_cost:
+            break
+        paid_cost = tenths / 10 * (one_pass_cost - first_cost)
+        paid_share = paid_cost / (both_passes_cost - first_cost)
+        share = paid_share * _share_with_any_view(oof.logits[:, later])
+        points[f"{set_name}, {tenths / 10:.0%}"] = CurvePoint(simulate_last_step(oof, share), later)
+    points["all rows"] = CurvePoint(oof, later)
+    return points
+
+
+def _points_of_steps(oof: OofLogits) -> dict[str, CurvePoint]:
+    """Points for rows that took the steps of `doubt_steps`: each for more and more of its rows."""
+    names = oof.view_names
+    first = first_views(names, oof.steps)
+    logits = np.full_like(oof.logits, np.nan)
+    logits[:, first] = oof.logits[:, first]
+    before = dataclasses.replace(oof, logits=logits)
+    points = {"first views": CurvePoint(before, first)}
+    for number, step in enumerate(oof.steps):
+        added = step_views(names, step)
+        has_step = ~np.isnan(oof.logits[:, added]).all(axis=(1, 2))
+        given = np.flatnonzero(has_step)
+        order = given[np.argsort(oof.margins[given, number], kind="stable")]
+        for quarters in range(1, 5):
+            rows = order[: math.ceil(len(order) * quarters / 4)]
+            logits = before.logits.copy()
+            logits[np.ix_(rows, added)] = oof.logits[np.ix_(rows, added)]
+            point = dataclasses.replace(oof, logits=logits)
+            points[f"{step}, {quarters / 4:.0%}"] = CurvePoint(point, added)
+        before = point
+    return points
 
 
 @each_warning_once()
-def adaptive_curve(run: Run) -> pd.DataFrame:
-    """Accuracy and NLL on OOF rows by `adaptive_tta`.
+def doubt_curve(run: Run) -> pd.DataFrame:
+    """Accuracy and NLL on OOF rows by the time that is spent on rows in doubt.
 
-    That is the share of the last step's cost that the rows in doubt get. `rows`: share
-    of the rows that it pays for; `cost`: as in the ladder; `seconds`: of a device. The
-    last line is all rows, in one pass. Temperatures are cross-fitted at each point, but for a
-    model without skill.
+    With `doubt_steps`: a line after each step, and after a quarter, half and three quarters of its
+    rows, the most doubtful first. Without, where all rows have all views: what their last step
+    would buy for a part of its cost, most doubtful rows first, and for all rows in one pass.
+    `rows`: share of the rows that have that step; `cost`: as in the ladder; `seconds`: of a
+    device. Temperatures are cross-fitted at each point, but for a model without skill.
     """
     oof = _without_16_bit_views(read_oof(run))
     has_skill = measure_skill(oof, run.train["answer"]).has_skill
-    first, later = split_views(oof.view_names)
-    points = _simulate_budgets(oof)
-    points["all rows"] = oof
+    views = list(range(len(oof.view_names)))
+    points = _points_of_steps(oof) if oof.steps else _simulated_points(oof)
     rows = {}
     for name, point in points.items():
         calibration = calibrate(
-            combine_views(point.logits),
-            point.labels,
-            point.folds,
+            point.oof.scores(views),
+            oof.labels,
+            oof.folds,
             run.config.use_temperature_scaling and has_skill,
         )
         rows[name] = {
-            "rows": _share_with_any_view(point.logits[:, later]),
-            "cost": point.cost([*first, *later]),
-            **score_row(calibration.probabilities, point.labels),
+            "rows": _share_with_any_view(point.oof.logits[:, point.added]),
+            "cost": point.oof.cost(views),
+            **score_row(calibration.probabilities, oof.labels),
         }
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("adaptive_tta")
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("step, and how much of it")
     table.insert(2, "seconds", table["cost"].map(run.scoring_seconds))
     return table
 
@@ -14733,10 +15175,11 @@ def _view_members(logits: np.ndarray, views: Sequence[int]) -> np.ndarray:
 
 def _view_step_name(oof: OofLogits, set_name: str, views: Sequence[int]) -> str:
     """What the ladder calls the mean over a set of views."""
+    is_step = len(views) > len(first_views(oof.view_names, oof.steps))
     if len(views) == 1:
         name = "one view"
-    elif set(views) & set(oof.doubt_only_views):  # some rows have fewer
-        name = f"mean of up to {len(views)} views"
+    elif is_step:
+        return f"{set_name}, for rows in doubt"
     else:
         name = f"mean of {len(views)} views"
     return name + SUFFIX_16_BIT if set_name.endswith(SUFFIX_16_BIT) else name
@@ -14755,11 +15198,11 @@ def view_ladder_steps(
     """
     steps = {}
     against = STEP_ZERO_SHOT
-    for set_name, views in views_by_set(oof).items():
+    for set_name, views in views_to_try(oof, admitted).items():
         step = _view_step_name(oof, set_name, views) if steps else STEP_ONE_VIEW
         in_submission = admitted[set_name] and set(views) <= set(admitted_views)
         steps[step] = LadderStep(
-            probabilities=softmax(combine_views(oof.logits[:, views])),
+            probabilities=softmax(oof.scores(views)),
             against=against,
             views=views,
             used=bool(in_submission and (averaged or len(views) == 1)),
@@ -15030,9 +15473,12 @@ def _view_candidates(
     views: Sequence[int],
     calibration: Calibration,
 ) -> dict[str, Candidate]:
-    """The ways to combine the views: their calibrated mean, then the blends of several."""
+    """The ways to combine the views: their calibrated mean, then the blends of several.
+
+    The mean alone where rows in doubt have more views than others.
+    """
     candidates = {"mean": Candidate(calibration.probabilities)}
-    if len(views) > 1:
+    if len(views) > 1 and not oof.steps:
         blends = cross_fitted_blends(
             _view_members(oof.logits, views),
             oof.labels,
@@ -15071,7 +15517,7 @@ def _choose_method(
 
 def _unfitted_views(oof: OofLogits, views: list[int]) -> ViewDecisions:
     """The plain mean over the views, with every temperature at 1: nothing is fitted to labels."""
-    scores = combine_views(oof.logits[:, views])
+    scores = oof.scores(views)
     plain = calibrate(scores, oof.labels, oof.folds, enabled=False)
     return ViewDecisions(
         views=views,
@@ -15085,7 +15531,7 @@ def _unfitted_views(oof: OofLogits, views: list[int]) -> ViewDecisions:
 
 def decide_views(run: Run, oof: OofLogits, views: list[int]) -> ViewDecisions:
     """With the admitted views, decide on the temperature and on the way to combine them."""
-    scores = combine_views(oof.logits[:, views])
+    scores = oof.scores(views)
     scaled = calibrate(scores, oof.labels, oof.folds, run.config.use_temperature_scaling)
     calibration = _choose_calibration(scaled, scores, oof)
     candidates = _view_candidates(run, oof, views, calibration)
@@ -15197,7 +15643,7 @@ def evaluate_run(run: Run) -> Evaluation:
     are used, and how views are combined. Without skill there are no temperatures, and views
     are combined by their mean.
     """
-    oof = with_test_time_views(run, read_oof(run))
+    oof = read_oof(run)
     skill = measure_skill(oof, run.train["answer"])
     views, view_table = admit_views(oof, run.config.use_temperature_scaling and skill.has_skill)
     if skill.has_skill:
@@ -15216,7 +15662,7 @@ def evaluate_run(run: Run) -> Evaluation:
         eligible = _without_vote(decisions.candidates)
         set_choice_interval(ladder, eligible, oof.labels, oof.groups)
     _mark_used_steps(ladder, skill)
-    scores = combine_views(oof.logits[:, views])
+    scores = oof.scores(views)
     temperatures = decisions.calibration.temperatures
     bound_reasons = reasons_at_bounds(oof, scores) if skill.has_skill else {}
     return Evaluation(
@@ -15246,7 +15692,8 @@ def _predict_fold(run: Run, evaluation: Evaluation, fold: int) -> np.ndarray:
             _view_members(logits, evaluation.views),
             run.config.use_temperature_scaling,
         )
-    scores = combine_views(logits[:, evaluation.views])
+    names = [evaluation.oof.view_names[view] for view in evaluation.views]
+    scores = combine_steps(logits[:, evaluation.views], names)
     return softmax(scores / evaluation.calibration.temperatures[fold])
 
 
@@ -16218,19 +16665,21 @@ def plot_ladder(ladder: pd.DataFrame, ax=None):
     return ax
 
 
-def plot_adaptive_curve(curve: pd.DataFrame, axes=None):
-    """Accuracy and NLL of `adaptive_curve` by cost.
+def plot_doubt_curve(curve: pd.DataFrame, axes=None):
+    """Accuracy and NLL of `doubt_curve` by cost; with the end of each step named.
 
     Rows drawn at random, and all of them, are scored in one pass.
     """
     axes = _two_axes(axes)
-    ends = curve.iloc[[0, -1]]
-    in_doubt = curve.iloc[:-1]
-    all_rows = curve.iloc[-1:]
+    in_doubt = curve.drop(index="all rows", errors="ignore")
+    all_rows = curve.loc[curve.index == "all rows"]
+    ends_of_steps = in_doubt[in_doubt.index.str.endswith("100%")]
     titles = {"accuracy": "OOF accuracy", "nll": "OOF NLL (lower is better)"}
     for ax, (column, title) in zip(axes, titles.items(), strict=True):
         _axes(ax, title, "cost, in questions with one view", "")
-        ax.plot(ends["cost"], ends[column], "--", color=GREY, label="rows drawn at random")
+        if len(all_rows):
+            ends = curve.iloc[[0, -1]]
+            ax.plot(ends["cost"], ends[column], "--", color=GREY, label="rows drawn at random")
         ax.plot(
             in_doubt["cost"],
             in_doubt[column],
@@ -16238,7 +16687,11 @@ def plot_adaptive_curve(curve: pd.DataFrame, axes=None):
             color=BLUE,
             label="rows in doubt first",
         )
-        ax.plot(all_rows["cost"], all_rows[column], "s", color=ORANGE, label="all rows")
+        if len(all_rows):
+            ax.plot(all_rows["cost"], all_rows[column], "s", color=ORANGE, label="all rows")
+        for name, cost, value in ends_of_steps[["cost", column]].itertuples():
+            text = name.removesuffix(", 100%")
+            ax.annotate(text, (cost, value), (0, 6), textcoords="offset points", ha="center")
         _show_at_least(ax, 0.2)
     ax.legend(frameon=False)
     return axes
@@ -16689,18 +17142,18 @@ def final_pick_table(run: Run) -> pd.DataFrame:
 def _report_tables(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFrame]:
     """The tables of the report by title; those of ladder, folds and views are written as CSV."""
     oof = evaluation.oof
-    curve = adaptive_curve(run)
+    curve = doubt_curve(run)
     save_table(evaluation.ladder, run, "ladder")
     save_table(evaluation.fold_table, run, "folds")
     save_table(evaluation.view_table, run, "views")
-    save_table(curve, run, "adaptive_curve")
+    save_table(curve, run, "doubt_curve")
     by_type = reliability_by_type(oof.frame["type"], evaluation.probabilities, oof.labels)
     fallbacks = pd.DataFrame({"rows": run.fallbacks}).rename_axis("fallback")
     tables = {
         "Steps on out-of-fold rows": evaluation.ladder,
         "Folds": evaluation.fold_table,
         "Views": evaluation.view_table,
-        "Views for rows in doubt only, by their share of the last step's cost": curve,
+        "Views for rows in doubt only: what each step buys, by its cost": curve,
         "Question types": by_type,
         "Rows trained on, by fold and file": source_table(run),
         "Fallbacks taken while reading the data": fallbacks,
@@ -18606,6 +19059,13 @@ def open_inference_checkpoint(session: Session, run: Run, path: Path) -> Inferen
     return InferenceCheckpoint(path, fingerprint, run.config)
 
 
+def read_pilot(run: Run, fold: int) -> Pilot:
+    """The fold's pilot, which was scored with its held-out rows."""
+    path = run.fold_dir(fold) / "oof.npz"
+    content = read_arrays(path, run.fingerprint, ["pilot_rows", "pilot_logits"])
+    return Pilot(content["pilot_rows"], content["pilot_logits"])
+
+
 def score_rows(
     session: Session,
     run: Run,
@@ -18614,19 +19074,21 @@ def score_rows(
     frame: pd.DataFrame,
     views: Sequence[TTAView],
     kind: str,
-) -> np.ndarray:
-    """Scores (n, views, 4) with the adapter that is loaded, from where an earlier process stopped.
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(scores (n, views, 4) with the adapter that is loaded, arrays to store beside them).
 
-    `name` is of the scores' file (oof, test), `kind` of the weights (raw, ema, swa).
+    From where an earlier process stopped. `name` is of the scores' file (oof, test), `kind` of
+    the weights (raw, ema, swa).
     """
     directory = run.fold_dir(fold)
     label = f"fold {member_name(run.config, fold)} {name}"
     path = directory / f"{name}.{kind}.partial.npz"
     checkpoint = open_inference_checkpoint(session, run, path)
-    if name == "test" and run.config.adaptive_tta is not None:
-        oof = read_arrays(directory / "oof.npz", run.fingerprint)["logits"]
-        return predict_in_doubt(session, frame, views, oof, label, checkpoint)
-    return predict_logits(session, frame, views, label, checkpoint)
+    if not run.config.doubt_steps:
+        return predict_logits(session, frame, views, label, checkpoint), {}
+    pilot = read_pilot(run, fold) if name == "test" else None
+    found = predict_in_steps(session, frame, views, label, checkpoint, pilot)
+    return found.logits, found.row_arrays() if name == "oof" else {}
 
 
 def ensure_adapter(session: Session, run: Run, fold: int, kind: str, retrain: bool) -> None:
@@ -18686,11 +19148,13 @@ def stage_predict(session: Session, run: Run, fold: int, ending: str = "") -> No
             for task in tasks:
                 uses = len(members_of(run.config, run.config.folds_to_train))
                 fill_vision_cache(session, task.images, uses=uses, passes=1)
-                kind_scores = score_rows(session, run, fold, task.name, task.frame, views, kind)
+                kind_scores, facts = score_rows(
+                    session, run, fold, task.name, task.frame, views, kind
+                )
                 scores[task.name].append(kind_scores)
                 if kind == kinds[-1]:
                     mean = np.mean(scores[task.name], axis=0)
-                    write_task_scores(session, run, fold, task, mean, views)
+                    write_task_scores(session, run, fold, task, mean, views, facts)
         finally:
             adapted.unload()
     # Not before all is done: a process that starts again begins with the first of them.
@@ -18706,13 +19170,14 @@ def write_task_scores(
     task: ScoringTask,
     logits: np.ndarray,
     views: Sequence[TTAView],
+    facts: Mapping[str, np.ndarray],
 ) -> None:
-    """Write the logits (n, views, 4) of a task as <name>.npz into the fold's folder."""
+    """Write a task's logits (n, views, 4) and `facts` as <name>.npz into the fold's folder."""
     is_16_bit = task.name.endswith("_16bit")
     view_names = []
     for view in views:
         view_names.append(view.name + SUFFIX_16_BIT if is_16_bit else view.name)
-    row_facts = {}
+    row_facts = dict(facts)
     if task.has_tokens:
         row_facts["tokens"] = prompt_tokens(session, task.frame)
     path = run.fold_dir(fold) / f"{task.name}.npz"
@@ -20346,7 +20811,7 @@ def prompt_lengths(config: Config, processor, competition: Competition) -> pd.Da
     largest scale of all views), scored (as longest, in all choice orders behind one prefix).
     """
     views = all_views(config, processor)
-    orders = sum(view.scale == 1 for view in views)
+    orders = sum(view.scale == 1 and not view.by_base_model for view in views)
     scale = max(view.scale for view in views)
     templates = prompt_templates(config)
     parts = []
@@ -20478,8 +20943,7 @@ class StepSeconds:
     zeroshot: float  # to score a question in one view, without an adapter
     training: float  # a question, with its share of the optimizer's step
     validation: float  # to score a question in one view, with an adapter
-    first_views: float  # ... in the views that every row is scored in
-    all_views: float  # ... in all views
+    all_views: float  # ... in all views; with doubt_steps in those that it has on average
     checkpoint: float  # to save one
 
 
@@ -20598,14 +21062,11 @@ def scoring_parts(
     kinds = 1
     if config.mix_weights:  # at most: OOF may prefer a single one
         kinds = 1 + config.use_ema + config.use_swa
-    test_row = seconds.all_views
-    if config.adaptive_tta is not None:
-        last_step = seconds.all_views - seconds.first_views
-        test_row = seconds.first_views + config.adaptive_tta * last_step
+    pilot = pilot_cost(config, held_out) * seconds.validation
     return {
         "adapter": kinds * seconds.adapter,
-        "held-out rows": kinds * held_out * seconds.all_views,
-        "test rows": kinds * size.test_rows * test_row,
+        "held-out rows": kinds * held_out * seconds.all_views + pilot,
+        "test rows": kinds * size.test_rows * seconds.all_views,
         "prompt lengths": held_out * seconds.prompt,  # for the error analysis
     }
 
@@ -20996,23 +21457,23 @@ def plan_trial(session: Session, trial: TrialRows, parameters: Mapping) -> Memor
 
 
 def measure_views(session: Session, trial: TrialRows) -> dict[str, float]:
-    """Seconds to score a row with the adapter: validation, first_views and all_views."""
+    """Seconds to score a row with the adapter: validation and all_views.
+
+    The steps of `doubt_steps` are not timed: they may take so many times one view of all rows.
+    """
     config = session.config
     views = all_views(config, session.processor)
+    names = [view.name for view in views]
+    steps = dict(config.doubt_steps)
+    first = [views[number] for number in first_views(names, steps)]
     of_train = trial.cost_of_split("train", "tokens", config)
     of_test = trial.cost_of_split("test", "scored", config)
-    validation = of_train * measure_scoring(session, trial.sample, views[:1])
-    all_seconds = of_test * measure_scoring(session, trial.sample, views)
-    first_seconds = all_seconds
-    if config.adaptive_tta is not None:
-        first, _ = split_views([view.name for view in views])
-        first_views = [views[number] for number in first]
-        first_seconds = of_test * measure_scoring(session, trial.sample, first_views)
-    return {
-        "validation": validation,
-        "first_views": first_seconds,
-        "all_views": all_seconds,
-    }
+    if steps:
+        of_test = trial.cost_of_split("test", "tokens", config)
+    one_view = measure_scoring(session, trial.sample, views[:1])
+    further = sum(steps.values()) * one_view
+    all_seconds = measure_scoring(session, trial.sample, first) + further
+    return {"validation": of_train * one_view, "all_views": of_test * all_seconds}
 
 
 def try_model(session: Session, trial: TrialRows, start_seconds: float) -> TrialResult:

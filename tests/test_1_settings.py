@@ -1,6 +1,8 @@
 """Part 1, Presets and Settings: every preset is possible, the impossible is refused by name."""
 
 import dataclasses
+import json
+import math
 
 import pytest
 
@@ -67,7 +69,7 @@ def test_competition_files_without_a_gpu_stop_the_run():
             "'mix_weights' is True; it needs use_ema or use_swa",
         ),
         (
-            {"adaptive_tta": 0.5, "mix_weights": True},
+            {"doubt_steps": (("base", 0.5),), "mix_weights": True},
             "'mix_weights' is True; it needs use_ema or use_swa",
         ),
         (
@@ -86,27 +88,59 @@ def test_impossible_settings_are_refused_by_name(fields, message):
     assert message in str(error.value)
 
 
-def test_a_budget_needs_views_to_save_on():
-    wrong = (
-        {"use_tta": False},
-        {"tta_rotations": 1},
-        {"adaptive_tta": 1.0},
-        {"adaptive_tta": 0.0},
-        {"score_precision": "16bit"},
-    )
-    for fields in wrong:
-        with pytest.raises(ValueError, match="'adaptive_tta'"):
-            vqa.Config(**{"adaptive_tta": 0.5} | fields)
-    two_scales = vqa.Config(adaptive_tta=0.5, tta_rotations=1, tta_scales=(0.9, 1.0))
-    assert two_scales.adaptive_tta == 0.5
+ALL_STEPS = (("rotations", 0.5), ("orders", 0.2), ("pixels", 0.2), ("base", 1))
 
 
-def test_views_in_doubt_need_held_out_rows_in_every_view():
-    with pytest.raises(
-        ValueError,
-        match="'adaptive_tta' is 0.5; it needs score_precision 'trained' and no final_retr",
-    ):
-        vqa.Config(adaptive_tta=0.5, final_retrain=True)
+@pytest.mark.parametrize(
+    ("steps", "others", "message"),
+    [
+        (("rotations",), {}, "pairs of a step (rotations, orders, pixels, base) and a time"),
+        ((("turns", 0.5),), {}, "pairs of a step"),
+        ((("rotations", 0),), {}, "pairs of a step (rotations, orders, pixels, base) and a time"),
+        (
+            (("rotations", True),),
+            {},
+            "pairs of a step (rotations, orders, pixels, base) and a time",
+        ),
+        (
+            (("rotations", math.inf),),
+            {},
+            "pairs of a step (rotations, orders, pixels, base) and a time",
+        ),
+        (0.5, {}, "tuple[tuple[str, float], ...]"),
+        ((("base", 0.2), ("rotations", 0.2)), {}, "each step once, in this order: rotations, "),
+        ((("base", 0.2), ("base", 0.2)), {}, "each step once, in this order: rotations, "),
+        ((("base", 0.2),), {"use_tta": False}, "use_tta"),
+        ((("rotations", 0.2),), {"tta_rotations": 1}, "tta_rotations 2 or 4 for the step 'rot"),
+        ((("orders", 0.2),), {"tta_rotations": 2}, "tta_rotations 4 for the step 'orders'"),
+        ((("pixels", 0.2),), {}, "both infer_max_pixels and the step 'pixels', or neither"),
+        ((("base", 0.2),), {"infer_max_pixels": 9000}, "both infer_max_pixels and the step"),
+        ((("base", 0.2),), {"tta_scales": (0.9, 1.0)}, "tta_scales (1.0,): larger images are"),
+        (
+            (("base", 0.2),),
+            {"score_precision": "16bit", "quantization": "4bit"},
+            "score_precision 'trained'",
+        ),
+        ((("base", 0.2),), {"final_retrain": True}, "no final_retrain: no held-out row shows"),
+        ((("base", 0.2),), {"ensemble_method": "weighted"}, "another ensemble_method than 'wei"),
+    ],
+)
+def test_steps_for_rows_in_doubt_are_refused_with_what_they_need(steps, others, message):
+    with pytest.raises(ValueError) as error:
+        vqa.Config(doubt_steps=steps, **others)
+    assert f"'doubt_steps' is {steps!r}; it needs {message}" in str(error.value)
+
+
+def test_steps_for_rows_in_doubt_are_the_same_out_of_json():
+    config = vqa.Config(doubt_steps=ALL_STEPS, infer_max_pixels=9000)
+    again = vqa.Config(**json.loads(json.dumps(dataclasses.asdict(config))))
+    assert again == config
+    assert again.doubt_steps == ALL_STEPS
+
+
+def test_a_setting_of_an_earlier_version_is_told_its_successor():
+    with pytest.raises(ValueError, match="adaptive_tta is now doubt_steps: a list of steps"):
+        vqa.Config.preset("demo", adaptive_tta=0.5)
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_a_blend_that_was_asked_for_is_not_fitted_without_skill(mini_run, replac
 
 
 def test_the_curve_of_rows_in_doubt_fits_no_temperature_without_skill(at_chance, caplog):
-    curve = vqa.adaptive_curve(at_chance)
+    curve = vqa.doubt_curve(at_chance)
     oof = vqa.read_oof(at_chance)
     plain = vqa.score_row(vqa.softmax(vqa.combine_views(oof.logits)), oof.labels)
     assert curve.loc["all rows", "nll"] == pytest.approx(plain["nll"])

@@ -70,23 +70,19 @@ def seconds_of(part, step, **settings):
         ("predict: test rows", "all_views", {}, 3 * 50),
         ("predict: test rows", "all_views", {"mix_weights": True}, 2 * 3 * 50),
         ("predict: test rows", "all_views", {"final_retrain": True}, 4 * 50),
+        ("predict: test rows", "all_views", {"doubt_steps": (("base", 0.2),)}, 3 * 50),
+        # The pilot: all 40 held-out rows of each fold in three further orders.
+        (
+            "predict: held-out rows",
+            "validation",
+            {"doubt_steps": (("rotations", 0.2),)},
+            3 * 40 * (1 + 2 / 7),
+        ),
         (
             "predict: test rows",
             "all_views",
             {"final_retrain": True, "seeds": (42, 7)},
             2 * 4 * 50,
-        ),
-        (
-            "predict: test rows",
-            "all_views",
-            {"adaptive_tta": 0.2, "tta_scales": (1.0, 1.5)},
-            3 * 50 * 0.2,
-        ),
-        (
-            "predict: test rows",
-            "first_views",
-            {"adaptive_tta": 0.2, "tta_scales": (1.0, 1.5)},
-            3 * 50 * 0.8,
         ),
         ("predict: adapter", "adapter", {"mix_weights": True}, 6),
         # Zero-shot, and one worker for all folds.
@@ -260,7 +256,7 @@ def test_preflight_tells_the_time_on_one_device_here_and_by_part(mini_data, monk
 
     monkeypatch.setattr(vqa, "time_facts", keep)
     monkeypatch.setattr(vqa, "worker_devices", lambda config: [vqa.CPU_CORE] * 3)
-    settings = {"data_dir": str(mini_data), "tta_scales": (1.0, 2.0), "adaptive_tta": 0.5}
+    settings = {"data_dir": str(mini_data), "doubt_steps": (("rotations", 0.5),)}
     config = vqa.Config.preset("demo", **settings)
     facts = vqa.preflight(config, rows=12)
     parts = {}
@@ -273,7 +269,8 @@ def test_preflight_tells_the_time_on_one_device_here_and_by_part(mini_data, monk
     (estimate,) = estimates
     assert estimate.devices == [vqa.CPU_CORE] * 3
     assert facts["estimated minutes here"] == round(estimate.wall_seconds() / 60, 1)
-    assert estimate.seconds.first_views != estimate.seconds.all_views  # timed on its own
+    seconds = estimate.seconds
+    assert seconds.all_views > 1.2 * seconds.validation  # a view, and half of its time
     # Every step of a run has been timed, whatever the machine is doing beside.
     assert all(seconds > 0 for seconds in dataclasses.asdict(estimate.seconds).values())
 

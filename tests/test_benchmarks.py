@@ -10,7 +10,7 @@ import pytest
 # Options, and what is printed at the end.
 SCRIPTS = {
     "bench_gpu.py": (
-        ["--tiny", "--parts", "plain,ours"],
+        ["--tiny", "--parts", "plain,ours,orders"],
         "ratio: train: ours / train: plain recipe, batch 1",
     ),
     "rehearsal.py": (

@@ -51,7 +51,7 @@ TRL_SETTINGS = {
     "8b": [(16, True), (32, True)],
     "3b": [(4, False), (16, True), (8, False)],
 }
-ORDERS = [vqa.TTAView("", turn).order for turn in range(4)]
+ORDERS = vqa.balanced_orders(24)  # the four rotations first
 
 
 # === Models of real size ==========================================================================
@@ -336,8 +336,8 @@ def score_ours(session: vqa.Session, prompts: Sequence[vqa.Prompt], batch: int) 
     """Questions per second by predict_logits; every prompt's orders count as one question."""
     session.config = dataclasses.replace(session.config, infer_batch_size=batch)
     frame = make_run(session, len(prompts)).train
-    views = [vqa.TTAView("", turn) for turn in range(4)]
-    view_numbers = list(range(len(prompts[0].orders)))
+    views = [vqa.TTAView("", other_order=order) for order in prompts[0].orders]
+    view_numbers = list(range(len(views)))
     planned = [vqa.PlannedPrompt(prompt, view_numbers) for prompt in prompts]
     plan_prompts = vqa.plan_prompts
     try:
@@ -677,6 +677,34 @@ def measure_ours(bench: Bench, images_per_second: float) -> None:
     vqa.clear_memory()
 
 
+def measure_orders(bench: Bench) -> None:
+    """Scoring in 1, 4, 8, 12 and 24 orders behind one prefix, with an adapter, under the cap.
+
+    Layers are as `compile_layers` "off" leaves them, which spares a minute. A pass has about as
+    many tokens each time.
+    """
+    session = bench.session
+    config = session.config
+    cap_memory(bench.cap_gib)
+    session.config = dataclasses.replace(config, compile_layers="off")
+    adapted = vqa.attach_lora(session.model, session.config, 0)
+    vqa.use_fast_layers(session, adapted, bench.rows)
+    adapted.eval()
+    speeds = {}
+    for orders in (1, 24) if bench.tiny else (1, 4, 8, 12, 24):
+        prompts = make_prompts(session, bench.rows, bench.pixels, orders)
+        batch = 4 if bench.tiny else max(1, 20_000 // len(prompts[0].input_ids))
+        name = f"score: {orders} orders behind one prefix, batch {batch}"
+        speeds[orders] = bench.table.measure(name, score_ours, session, prompts, batch)
+    for orders, speed in speeds.items():
+        if speed and speeds[1]:
+            times = speeds[1] / speed
+            sys.stdout.write(f"{orders} orders take {times:.2f} times as long as one\n")
+    adapted.unload()
+    vqa.clear_memory()
+    session.config = config
+
+
 def measure_uncapped(bench: Bench) -> None:
     """The same with all of the GPU's memory, beside the GPU's peak rate."""
     session = bench.session
@@ -760,6 +788,8 @@ def run_bench(size: Size, folder: str, options: argparse.Namespace) -> None:
         measure_trl(bench, options.trl)
     if "ours" in parts:
         measure_ours(bench, images_per_second)
+    if "orders" in parts:
+        measure_orders(bench)
     if "uncapped" in parts and not bench.tiny:
         measure_uncapped(bench)
     for name in ("eager", "peft"):
@@ -791,7 +821,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--parts",
         default="plain,trl,ours,uncapped,eager,turing",
-        help="what to measure; there is also peft",
+        help="what to measure; there are also peft, and orders: 1 to 24 choice orders",
     )
     parser.add_argument("--rows", type=int, default=288, help="questions in a timed epoch")
     parser.add_argument(
