@@ -1766,8 +1766,8 @@ def _check_seeds(config: Config) -> None:
     if seeds and config.seed not in seeds:
         needs = f"seed, {config.seed}, among them: it makes the folds and the first models"
         _refuse(config, "seeds", needs)
-    if len(seeds) > 1 and config.adaptive_tta is not None:
-        needs = "one seed, or no adaptive_tta: each seed's model would have other rows in doubt"
+    if len(seeds) > 1 and config.doubt_steps:
+        needs = "one seed, or no doubt_steps: each seed's model would have other rows in doubt"
         _refuse(config, "seeds", needs)
 
 
@@ -10850,7 +10850,8 @@ class Run:
     | fold_N/validation_KIND.npz     | train         | scores of the held-out rows, one view
     | fold_N/result.json             | train         | best epoch, metrics, adapters' hashes
     | selection.json                 | predict       | which kinds of weights score, how many seeds
-    | fold_N/oof.npz, test.npz       | predict       | scores of held-out and test rows, all views
+    | fold_N/oof.npz, test.npz       | predict       | scores of held-out and test rows, all views;
+    |                                |               | with doubt_steps margins and pilot, too
     | fold_N/oof_16bit.npz           | rescore       | the same by the unquantised base model
     | fold_N/test_16bit.npz          | rescore       | the same by the unquantised base model
     | tables/, figures/, report.md   | notebook      | the evaluation
@@ -11714,7 +11715,7 @@ def all_views(config: Config, processor) -> list[TTAView]:
     """Every view the configuration asks for, the plain one first.
 
     `infer_max_pixels` adds one more scale. `doubt_steps` adds more orders, and rotations at that
-    scale and of the base model.
+    scale and of the base model. Raises ValueError where it asks for more pixels that are not more.
     """
     if not config.use_tta:
         return [TTAView("rotation 0")]
@@ -11725,6 +11726,11 @@ def all_views(config: Config, processor) -> list[TTAView]:
         larger = round(config.infer_max_pixels / max_pixels, 3)
         if "pixels" not in steps:
             scales.add(larger)
+        elif larger <= 1:
+            raise ValueError(
+                f"infer_max_pixels is {config.infer_max_pixels}; the step 'pixels' of doubt_steps "
+                f"needs more than max_pixels, {max_pixels}"
+            )
     rotations = rotated_views(config)
     views = list(rotations)
     for scale in sorted(scales - {1.0}):

@@ -102,15 +102,13 @@ def test_a_step_is_charged_for_the_prefix_that_it_repeats(session, demo_rows, re
 def test_a_size_without_a_grid_of_its_own_and_smaller_text_are_not_paid_for(
     session, demo_rows, replace
 ):
-    settings = SETTINGS | {"infer_max_pixels": 2 * 32 * 32}
-    session.config = replace(session.config, **settings)
-    views = vqa.all_views(session.config, session.processor)
-    larger = [view for view in views if view.name.startswith("pixels")]
-    types = {"ocr": 0, "color": 1}
-    rows = [demo_rows.test[demo_rows.test["type"] == name].head(1) for name in types]
-    costs = vqa.step_costs(session, pd.concat(rows), views, larger)
+    session.config = replace(session.config, **SETTINGS)
+    smaller = [replace(view, name=f"pixels 0.5 {view.name}", scale=0.5) for view in ROTATIONS]
+    views = [*ROTATIONS, *smaller]
+    rows = [demo_rows.test[demo_rows.test["type"] == name].head(1) for name in ("ocr", "color")]
+    costs = vqa.step_costs(session, pd.concat(rows), views, smaller)
     assert costs == pytest.approx([0, 1 + 3 / 7])
-    same_grid = [replace(view, scale=1.0) for view in larger]
+    same_grid = [replace(view, scale=1.0) for view in smaller]
     costs = vqa.step_costs(session, rows[1], [*ROTATIONS, *same_grid], same_grid)
     assert costs.tolist() == [0]
 
@@ -240,6 +238,20 @@ def test_after_a_step_doubt_is_measured_by_the_views_that_a_row_has_now():
     assert preferences[has_rotations] == pytest.approx(0)
     lead = preferences[~has_rotations] - preferences[~has_rotations][:, 1:].mean()
     assert lead == pytest.approx(np.tile([2.5, 0, 0, 0], (300, 1)), abs=0.15)
+
+
+def test_larger_images_halve_the_preference_of_the_orders_before_them():
+    _, logits = scores_with_bias(2.5)
+    names = [*NAMES[:4], "pixels 2 rotation 0"]
+    with_larger = np.concatenate([logits, logits.mean(axis=1, keepdims=True)], axis=1)
+    pilot_logits = with_larger.copy()
+    pilot_logits[:, 4] = np.nan
+    pilot = vqa.Pilot(np.arange(400), pilot_logits)
+    with_larger[:, 1:4] = np.nan
+    with_larger[200:, 4] = np.nan
+    preferences = vqa.letter_preferences(pilot, with_larger, names, is_held_out=False)
+    assert preferences[0] == pytest.approx(preferences[200] / 2)
+    assert preferences[200, 0] > 1
 
 
 # --- Out-of-fold rows -----------------------------------------------------------------------------

@@ -112,6 +112,14 @@ def test_views_of_the_steps_for_rows_in_doubt(demo_config, replace):
     }
 
 
+def test_more_pixels_that_are_not_more_are_refused(demo_config, replace):
+    config = replace(
+        demo_config, doubt_steps=(("pixels", 0.5),), max_pixels=9000, infer_max_pixels=9000
+    )
+    with pytest.raises(ValueError, match="infer_max_pixels is 9000; the step 'pixels' of doubt_st"):
+        vqa.all_views(config, vqa.load_processor(config))
+
+
 def test_each_step_weighs_the_same_behind_few_and_many_orders():
     names = ["rotation 0", "rotation 1", "order acbd", "pixels 2 rotation 0", "base rotation 0"]
     right = [0.7, 0.1, 0.1, 0.1]
