@@ -32,7 +32,10 @@ ONE_VIEW = ["rotation 0"]
         ({"seeds": (42, True)}, "'seeds' is (42, True); it needs whole numbers of at least 0"),
         ({"seeds": (42, -1)}, "'seeds' is (42, -1); it needs whole numbers of at least 0"),
         ({"seeds": (42, "7")}, "'seeds' is (42, '7'); it needs whole numbers of at least 0"),
-        ({"seeds": TWO_SEEDS, "doubt_steps": (("base", 0.3),)}, "needs one seed, or no doubt_steps"),
+        (
+            {"seeds": TWO_SEEDS, "doubt_steps": (("base", 0.3),)},
+            "needs one seed, or no doubt_steps",
+        ),
     ],
 )
 def test_seeds_that_make_no_sense_are_refused(settings, message):
