@@ -61,7 +61,7 @@ def main() -> None:
         seeds=seeds,
     )
     chosen = run.selected_seeds
-    rows = {f"{count} seeds": row(run, count) for count in range(1, len(seeds) + 1)}
+    rows = {f"of seeds: {count}": row(run, count) for count in range(1, len(seeds) + 1)}
     let_seeds_score(run, chosen)
     print(vqa.markdown_table(vqa.evaluate_run(run).ladder[COLUMNS].round(4)), end="\n\n")
     print(vqa.markdown_table(pd.DataFrame(rows).T.round(4)), end="\n\n")
