@@ -79,7 +79,9 @@ def ocr_round(folder: Path, rows: int) -> Path:
     return folder
 
 
-def hidden_ocr_accuracy(kind: str, options: argparse.Namespace, folder: Path) -> tuple:
+def hidden_ocr_accuracy(
+    kind: str, options: argparse.Namespace, folder: Path
+) -> tuple[float, float]:
     """(in one view, in four rotations) of fold 0, trained and scored with that kind of context."""
     data = copy_demo(folder / "demo")
     add_contexts(data, kind)
@@ -107,7 +109,8 @@ def hidden_ocr_accuracy(kind: str, options: argparse.Namespace, folder: Path) ->
     rows = run.test[is_ocr].reset_index(drop=True)
     logits = vqa.predict_logits(session, rows, VIEWS)
     labels = hidden_labels(run)[is_ocr]
-    return vqa.accuracy(logits[:, 0], labels), vqa.accuracy(logits.mean(axis=1), labels)
+    scored = (logits[:, 0], logits.mean(axis=1))
+    return tuple(vqa.accuracy(vqa.softmax(scores), labels) for scores in scored)
 
 
 def main() -> None:
