@@ -12844,30 +12844,6 @@ class TrainingSchedule:
         """Questions of the whole training, each as often as it comes."""
         return sum(phase.epochs * len(phase.rows) for phase in self.phases)
 
-    def learning_rate_factor(self, step: int, warmup_ratio: float) -> float:
-        """Share of the peak learning rate after `step` steps: each phase warms up anew."""
-        *earlier, last = self.phases
-        for phase in earlier:
-            if step < phase.first_step + phase.all_steps:
-                return warmup_then_cosine(step - phase.first_step, phase.all_steps, warmup_ratio)
-        return warmup_then_cosine(step - last.first_step, last.all_steps, warmup_ratio)
-
-
-def warmup_then_cosine(step: int, all_steps: int, warmup_ratio: float) -> float:
-    """Share of the peak learning rate after `step` of `all_steps` steps.
-
-    A linear warm-up over that share of the steps, then half a cosine to zero: the figures of
-    transformers' get_cosine_schedule_with_warmup.
-
-    >>> [round(warmup_then_cosine(step, 10, 0.2), 2) for step in (0, 1, 2, 6, 10)]
-    [0.0, 0.5, 1.0, 0.5, 0.0]
-    """
-    warmup_steps = round(all_steps * warmup_ratio)
-    if step < warmup_steps:
-        return step / warmup_steps
-    progress = (step - warmup_steps) / max(1, all_steps - warmup_steps)
-    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
-
 
 def plan_training(config: Config, variants: pd.DataFrame) -> TrainingSchedule:
     """What each epoch of a fold trains on.
@@ -13021,7 +12997,7 @@ class FoldState:
     step_size: int  # rows of an optimizer step, over all processes
     epochs: int  # to be trained at most, those of pretraining among them
     optimizer: object
-    scheduler: object  # of the learning rate: warm-up, then cosine, in each phase
+    scheduler: object  # of the learning rate: warm-up, then cosine, through all phases
     scaler: object  # of the loss, against underflow in fp16; disabled in other precisions
     averagers: dict[str, WeightAverager]  # "ema", "swa" -> average of `parameters`
     early_stopping: EarlyStopping  # on the validation accuracy
@@ -13081,10 +13057,13 @@ class FoldState:
         self.step_size = config.batch_size * config.grad_accum_steps
         self.epochs = config.all_epochs
         self.optimizer = make_optimizer(self.session, self.parameters)
-        factor = functools.partial(
-            self.schedule.learning_rate_factor, warmup_ratio=config.warmup_ratio
+        # One for all phases. On the demo a warm-up anew for the fold's own rows, which are few,
+        # forgets more than it learns.
+        all_steps = self.schedule.all_steps
+        warmup_steps = round(all_steps * config.warmup_ratio)
+        self.scheduler = transformers.get_cosine_schedule_with_warmup(
+            self.optimizer, warmup_steps, all_steps
         )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         is_fp16 = self.session.runtime.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.session.device.type, enabled=is_fp16)
         self.averagers = make_averagers(config, self.parameters)
