@@ -94,6 +94,7 @@ above it.
    Selected weights                    raw, EMA or SWA: one decision for all folds
    Curve of doubt                      what more views for the rows in doubt buy, by cost
    Ladder                              what each step from zero-shot to submission is worth
+   Base member                         the untouched base model, mixed in where OOF prefers it
    Alignment as a member               its scores added, with a weight, where OOF prefers it
    Evaluation                          every decision that is taken on out-of-fold rows
    Test answers                        the models' probabilities, and the ensemble's answers
@@ -114,7 +115,8 @@ above it.
    Starting a run                      a new run directory, or the one to continue
 8. Running
    Final model                         one more model, on all rows; `train_fold`, for any fold or it
-   Stages                              zero-shot, training, prediction, scoring in 16 bits
+   Stages                              zero-shot, prediction, scoring by the base model
+   Running stages                      what is missing of folds, in the time that is left
    Devices and jobs                    which device takes which folds, round by round
    Workers                             processes on devices; `run_zeroshot` and `run_folds`
    Processes beside a run              one that works on a prepared folder, and how it ends
@@ -1546,6 +1548,13 @@ class InferenceSettings:
         at_least=0,
         searched=False,
     )
+    use_base_member: str = setting(
+        "auto",
+        "score OOF and test rows by the untouched base model, too; used only where OOF prefers "
+        "it; auto: where it is not far worse, and time is left",
+        one_of=("auto", "on", "off"),
+        searched=False,
+    )
     use_temperature_scaling: bool = setting(
         True, "fit a temperature for each fold's probabilities", searched=False
     )
@@ -1835,6 +1844,9 @@ def _check_doubt_steps(config: Config) -> None:
         "another ensemble_method than 'weighted': not every row has every view": (
             config.ensemble_method != "weighted"
         ),
+        "use_base_member 'auto' or 'off' beside the step 'base', which asks the same model": (
+            "base" not in steps or config.use_base_member != "on"
+        ),
     }
     for needs, is_kept in rules.items():
         if not is_kept:
@@ -1928,7 +1940,7 @@ class Config(
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of every field that can change a result, in hexadecimal."""
+        """SHA-256 of every field that can change a score of the run's models, in hexadecimal."""
         relevant = dataclasses.asdict(self)
         for name in BOOKKEEPING_FIELDS:
             del relevant[name]
@@ -1942,6 +1954,8 @@ class Config(
         del relevant["seeds"]
         if self.has_further_seeds:  # whatever their order
             relevant["seeds"] = self.all_seeds
+        # It adds a stage to a run, also to a finished one, and changes no other score.
+        del relevant["use_base_member"]
         text = json.dumps(relevant, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -10799,6 +10813,7 @@ STAGE_FILES = {  # the file that a stage writes last: where it is, the stage is 
     "zeroshot": "zeroshot.npz",
     "train": "{folder}/result.json",
     "predict": "{folder}/test.npz",
+    "base": "{folder}/base_test.npz",
     "rescore": "{folder}/test_16bit.npz",
     "alignment": "alignment_test.npz",  # of all folds: it has no model of ours
 }
@@ -10852,6 +10867,8 @@ class Run:
     | selection.json                 | predict       | which kinds of weights score, how many seeds
     | fold_N/oof.npz, test.npz       | predict       | scores of held-out and test rows, all views;
     |                                |               | with doubt_steps margins and pilot, too
+    | fold_N/base_oof.npz            | base          | held-out rows by the untouched base model
+    | fold_N/base_test.npz           | base          | the fold's share of test rows by it
     | fold_N/oof_16bit.npz           | rescore       | the same by the unquantised base model
     | fold_N/test_16bit.npz          | rescore       | the same by the unquantised base model
     | tables/, figures/, report.md   | notebook      | the evaluation
@@ -11023,6 +11040,21 @@ class Run:
         """Whether all models behind the submission have 16-bit scores, too."""
         members = self.submission_members
         return bool(members) and all(self.is_done("rescore", member) for member in members)
+
+    def base_test_rows(self, fold: int) -> pd.DataFrame:
+        """The test rows that the stage "base" scores for this fold.
+
+        The base model is the same for all folds: they share the test rows.
+        """
+        folds = self.config.folds_to_train
+        return self.test.iloc[folds.index(fold) :: len(folds)].reset_index(drop=True)
+
+    @property
+    def is_base_scored(self) -> bool:
+        """Whether the base model has scored all rows and may be a member."""
+        folds = self.config.folds_to_train
+        is_asked_for = self.config.use_base_member != "off"
+        return is_asked_for and all(self.is_done("base", fold) for fold in folds)
 
     @property
     def final_fold(self) -> int:
@@ -11748,6 +11780,13 @@ def all_views(config: Config, processor) -> list[TTAView]:
     return views
 
 
+def views_of_all_rows(config: Config, processor) -> list[TTAView]:
+    """Those of `all_views` in which every row is scored; `doubt_steps` has the others."""
+    views = all_views(config, processor)
+    first = first_views([view.name for view in views], dict(config.doubt_steps))
+    return [views[position] for position in first]
+
+
 def tta_views(row: Mapping, views: Sequence[TTAView]) -> list[TTAView]:
     """The views that make sense for one question: no scale below 1 where text is read.
 
@@ -11898,6 +11937,17 @@ def cost_in_steps(session: Session, views: Sequence[TTAView]) -> float:
     return cost
 
 
+def base_questions(run: Run, session: Session) -> float:
+    """What the stage "base" scores for a fold, in questions with one view.
+
+    The fold's held-out rows and its share of the test rows.
+    """
+    held_out = len(run.train) / run.config.n_folds
+    test_rows = len(run.test) / len(run.config.folds_to_train)
+    views = views_of_all_rows(run.config, session.processor)
+    return (held_out + test_rows) * views_cost(session, views)
+
+
 def inference_seconds(
     run: Run, seconds_per_question: float, session: Session, training: int
 ) -> float:
@@ -11917,6 +11967,8 @@ def inference_seconds(
     rows = held_out + len(run.test)
     # For a fold.
     scored = rows * cost_in_steps(session, views) + pilot_cost(run.config, held_out)
+    if run.config.use_base_member == "on":  # "auto" takes only what time is left
+        scored += base_questions(run, session)
     validated = 3 * training * held_out
     questions = (waiting + training) * scored + validated
     world_size = process_count()
@@ -13867,6 +13919,18 @@ def compare_paired(correct_a, correct_b) -> dict:
     }
 
 
+def points_with_interval(change: float, low: float, high: float) -> str:
+    """A change of a share in points, with the ends of its interval.
+
+    >>> points_with_interval(0.254, 0.201, 0.305)
+    '+25.4 (20.1 to 30.5)'
+    >>> points_with_interval(-0.0001, -0.012, 0.011)
+    '+0.0 (-1.2 to 1.1)'
+    """
+    points = [round(100 * value, 1) + 0.0 for value in (change, low, high)]  # no "-0.0"
+    return "{:+.1f} ({:.1f} to {:.1f})".format(*points)
+
+
 # === Ensembles ====================================================================================
 # Judge what is fitted here by cross_fit: on its own 200 rows a stack of ten models looks good,
 # elsewhere it loses. In our simulation a stack that is fitted on 4/5 of the rows looks 0.35
@@ -14963,6 +15027,7 @@ class LadderStep:
     fitted_parameters: float = 0.0  # numbers fitted to the labels, as in `bootstrap_interval`
     weight_kinds: int | None = None  # kinds of weights that score for it; None: the selected
     models: float | None = None  # of a fold that score for it; None: of the selected seeds
+    extra_cost: float = 0.0  # of a row for each model, in the unit of `OofLogits.cost`
 
 
 def _step_intervals(
@@ -15042,13 +15107,14 @@ def set_choice_interval(
     candidates: Mapping[str, Candidate],
     labels,
     groups,
+    step: str = STEP_AUTOMATIC,
 ) -> None:
     """Put the interval that knows of the choosing into the ladder.
 
-    That is into its row of the automatic choice.
+    That is into its row of the automatic choice, `step`.
     """
     ends = choice_interval(candidates, labels, groups)
-    table.loc[STEP_AUTOMATIC, INTERVAL_COLUMNS] = ends.T.ravel()
+    table.loc[step, INTERVAL_COLUMNS] = ends.T.ravel()
 
 
 def _validated_kinds(run: Run) -> list[str]:
@@ -15116,7 +15182,7 @@ def _step_costs(run: Run, oof: OofLogits, steps: Iterable[LadderStep]) -> list[f
     for step in steps:
         weight_kinds = n_selected if step.weight_kinds is None else step.weight_kinds
         models = run.members_per_fold() if step.models is None else step.models
-        costs.append(oof.cost(step.views) * weight_kinds * models)
+        costs.append(oof.cost(step.views) * weight_kinds * models + step.extra_cost)
     return costs
 
 
@@ -15195,6 +15261,327 @@ def view_ladder_steps(
         if admitted[set_name]:
             against = step
     return steps
+
+
+# === Base member ==================================================================================
+# The untouched base model errs on other rows than the models that are trained from it, and it is
+# loaded anyway. Its scores lie in base_oof.npz and base_test.npz.
+DOUBT_SHARE = 0.25  # of the rows: those whose fine-tuned answer leads by least
+DOUBT_ROWS_AT_LEAST = 2 * CROSS_FIT_PARTS  # with fewer in doubt, a part may leave none to fit on
+# How many times as many errors as the fine-tuned models the base model may make in one view for
+# "auto". At a third more nothing is left to gain, at accuracies of 0.7, 0.85 and 0.95 alike
+# (tests/benchmarks/base_member.py); the rest is for the noise of a few hundred zero-shot rows.
+BASE_ERRORS_AT_MOST = 1.5
+# Rows out of fold that "auto" asks for: with fewer, a gain of a point is within its standard error.
+BASE_MEMBER_ROWS = 400
+# Zero-shot accuracy from which preflight expects that "auto" decides for it: of more errors
+# training usually leaves less than two thirds.
+LIKELY_BASE_ACCURACY = 0.75
+WITHOUT_BASE = "without"
+
+
+def _rows_out_of_fold(run: Run) -> int:
+    return int(run.train["fold"].isin(run.config.folds_to_train).sum())
+
+
+def _validated_accuracy(run: Run) -> float:
+    """Accuracy of the selected weights on held-out rows, in one view; NaN where it is not known."""
+    accuracies = []
+    rows = []
+    for fold in run.finished_folds:
+        kinds = read_fold_result(run, fold).kinds
+        of_kinds = [kinds[kind].get("accuracy", math.nan) for kind in run.selected_weights or kinds]
+        accuracies.append(np.mean(of_kinds))
+        rows.append((run.train["fold"] == fold).sum())
+    return float(np.average(accuracies, weights=rows))
+
+
+def _zeroshot_accuracy(run: Run) -> float:
+    content = read_arrays(run.directory / "zeroshot.npz", run.fingerprint, SCORE_ARRAYS)
+    return accuracy(softmax(content["logits"][:, 0]), content["labels"])
+
+
+def is_base_near(base_accuracy: float, tuned_accuracy: float) -> tuple[bool, str]:
+    """Whether the base model makes few enough errors to be a member, and the figures in words.
+
+    >>> is_base_near(0.86, 0.9)
+    (True, 'in one view it has 0.860 right, the fine-tuned models 0.900: 1.4 times their errors')
+    """
+    ratio = (1 - base_accuracy) / max(1 - tuned_accuracy, 1e-9)
+    figures = (
+        f"in one view it has {base_accuracy:.3f} right, the fine-tuned models "
+        f"{tuned_accuracy:.3f}: {ratio:.1f} times their errors"
+    )
+    return ratio <= BASE_ERRORS_AT_MOST, figures
+
+
+def wants_base_member(run: Run) -> tuple[bool, str]:
+    """Whether the base model is to score the run's rows, and why.
+
+    By the setting `use_base_member`. "auto" compares zero-shot accuracy with that of the trained
+    folds; what any process of the run knows of them is enough. A worker then asks for the time.
+    """
+    setting_name = f"use_base_member is {run.config.use_base_member}"
+    if run.config.use_base_member == "off":
+        return False, setting_name
+    if "base" in dict(run.config.doubt_steps):
+        return False, "the step 'base' of doubt_steps asks it already"
+    missing = sorted(set(run.config.folds_to_train) - set(run.finished_folds))
+    if missing:
+        return False, f"the folds share its test rows, and {missing} are not trained"
+    if run.config.use_base_member == "on":
+        return True, setting_name
+    rows = _rows_out_of_fold(run)
+    if rows < BASE_MEMBER_ROWS:
+        return False, f"{rows} rows out of fold are too few to judge it, {BASE_MEMBER_ROWS} are not"
+    if not run.is_done("zeroshot", 0):
+        return False, "its zero-shot accuracy is not known"
+    is_near, figures = is_base_near(_zeroshot_accuracy(run), _validated_accuracy(run))
+    limit = "at most" if is_near else "more than"
+    return is_near, f"{figures}, {limit} {BASE_ERRORS_AT_MOST}"
+
+
+def may_score_base(config: Config, rows: int, zeroshot_accuracy: float) -> bool:
+    """Whether to expect the stage "base" in a run of so many rows, before any fold is trained.
+
+    >>> may_score_base(Config(use_base_member="auto"), rows=4000, zeroshot_accuracy=0.9)
+    True
+    >>> may_score_base(Config(use_base_member="auto"), rows=4000, zeroshot_accuracy=0.5)
+    False
+    """
+    if config.use_base_member != "auto":
+        return config.use_base_member == "on"
+    return rows >= BASE_MEMBER_ROWS and zeroshot_accuracy >= LIKELY_BASE_ACCURACY
+
+
+@dataclass(frozen=True)
+class BaseMixture:
+    """A way to mix the base model's probabilities with the fine-tuned ones."""
+
+    step: str  # its name in the ladder
+    blend: str  # a key of BLENDS
+    in_doubt_only: bool  # whether the other rows keep the fine-tuned answer
+
+
+# Half and half is of log-probabilities: as accurate in the simulation as the mean of
+# probabilities, at a lower NLL.
+BASE_MIXTURES = {
+    "half": BaseMixture("half base model", "geometric mean", in_doubt_only=False),
+    "weighted": BaseMixture("weighted base model", "weighted", in_doubt_only=False),
+    "half in doubt": BaseMixture(
+        "half base model, rows in doubt", "geometric mean", in_doubt_only=True
+    ),
+    "weighted in doubt": BaseMixture(
+        "weighted base model, rows in doubt", "weighted", in_doubt_only=True
+    ),
+}
+STEP_BASE_CHOICE = "automatic choice with base model"
+
+
+def answer_leads(probabilities: np.ndarray) -> np.ndarray:
+    """(n,) lead of the most probable choice over the next one, from (n, 4) probabilities.
+
+    >>> answer_leads(np.array([[0.5, 0.25, 0.25, 0.0]])).tolist()
+    [0.25]
+    """
+    return answer_margins(probabilities, np.zeros(probabilities.shape[1]))
+
+
+@dataclass(frozen=True)
+class BaseMember:
+    """The base model beside the fine-tuned models on OOF rows: what mixtures are fitted on."""
+
+    members: np.ndarray  # (2, n, 4) cross-fitted probabilities: fine-tuned, then base
+    labels: np.ndarray  # (n,)
+    scaling: bool  # whether temperatures are fitted
+    method: str = WITHOUT_BASE  # what the submission is made of: a key of BASE_MIXTURES, or this
+    temperature: float = 1.0  # of the base model's scores, for test rows
+    cost: float = 0.0  # of a row for each model, in questions with one view
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the submission has it."""
+        return self.method != WITHOUT_BASE
+
+    @property
+    def doubt_lead(self) -> float:
+        """The lead of the fine-tuned answer up to which a row is in doubt; no label is asked."""
+        return float(np.quantile(answer_leads(self.members[0]), DOUBT_SHARE))
+
+    def mix(self, name: str, fit_members, fit_labels, members) -> np.ndarray:
+        """(n, 4) of (2, n, 4) `members` by a mixture that is fitted on others and their labels."""
+        mixture = BASE_MIXTURES[name]
+        if not mixture.in_doubt_only:
+            return fit_and_blend(mixture.blend, fit_members, fit_labels, members, self.scaling)
+        fit_doubt = answer_leads(fit_members[0]) <= self.doubt_lead
+        in_doubt = answer_leads(members[0]) <= self.doubt_lead
+        mixed = members[0].copy()
+        mixed[in_doubt] = fit_and_blend(
+            mixture.blend,
+            fit_members[:, fit_doubt],
+            fit_labels[fit_doubt],
+            members[:, in_doubt],
+            self.scaling,
+        )
+        return mixed
+
+    def apply(self, fine_tuned: np.ndarray, base: np.ndarray) -> np.ndarray:
+        """(n, 4) for other rows by `method`, from both models' (n, 4) probabilities."""
+        members = np.stack([fine_tuned, base])
+        return self.mix(self.method, self.members, self.labels, members)
+
+    def candidates(self, groups: np.ndarray) -> dict[str, Candidate]:
+        """The fine-tuned answers first, then each mixture, cross-fitted.
+
+        Those for rows in doubt are left out where too few are. `groups`: (n,) of images.
+        """
+        found = {WITHOUT_BASE: Candidate(self.members[0])}
+        part = groups % CROSS_FIT_PARTS
+        in_doubt = answer_leads(self.members[0]) <= self.doubt_lead
+        for name, mixture in BASE_MIXTURES.items():
+            rows = in_doubt if mixture.in_doubt_only else np.full(len(self.labels), True)
+            if mixture.in_doubt_only and rows.sum() < DOUBT_ROWS_AT_LEAST:
+                continue
+            fitted_parameters = count_fitted_parameters(
+                mixture.blend, self.members[:, rows], self.labels[rows]
+            )
+            mix = functools.partial(self.mix, name)
+            found[name] = Candidate(
+                probabilities=cross_fit(mix, self.members, self.labels, part),
+                fitted_parameters=fitted_parameters,
+            )
+        return found
+
+
+def _base_scores(run: Run, name: str, ids: pd.Series) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(n, views, 4) logits of the rows with these ids, and the views' names.
+
+    `name`: base_oof or base_test, of which every fold has a part.
+    """
+    parts = []
+    for fold in run.config.folds_to_train:
+        path = run.fold_dir(fold) / f"{name}.npz"
+        parts.append(read_arrays(path, run.fingerprint, SCORE_ARRAYS))
+    return align_rows(ids, parts, "logits"), tuple(parts[0]["view_names"].tolist())
+
+
+def _same_views(oof: OofLogits, views: Sequence[int], base_names: Sequence[str]) -> list[int]:
+    """Positions in `base_names` of the fine-tuned models' views, scored in 16 bits or not.
+
+    Without views of `doubt_steps`, which the base model has not scored.
+    """
+    names = [oof.view_names[view].removesuffix(SUFFIX_16_BIT) for view in views]
+    return [base_names.index(name) for name in dict.fromkeys(names) if name in base_names]
+
+
+@dataclass(frozen=True)
+class BaseChoice:
+    """What was decided about the base model, and the evidence."""
+
+    member: BaseMember
+    candidates: dict[str, Candidate]  # without it first, then each mixture
+    probabilities: np.ndarray  # (n, 4) each row by the choice that is made without it
+
+
+def choose_base_mixture(
+    run: Run,
+    oof: OofLogits,
+    views: Sequence[int],
+    fine_tuned: np.ndarray,
+) -> BaseChoice:
+    """Choose a way to mix in the base model, or none, by the rule of the automatic choice.
+
+    In the admitted views; `fine_tuned` (n, 4): the probabilities of what the submission would be
+    without it. The base model has one temperature, because it is one model for all folds.
+    """
+    logits, names = _base_scores(run, "base_oof", oof.frame["id"])
+    base_views = _same_views(oof, views, names)
+    base_oof = dataclasses.replace(oof, logits=logits, view_names=names, steps=(), margins=None)
+    one_fold = np.zeros(len(oof.labels), dtype=int)
+    calibration = calibrate(
+        combine_views(logits[:, base_views]),
+        oof.labels,
+        one_fold,
+        run.config.use_temperature_scaling,
+    )
+    member = BaseMember(
+        members=np.stack([fine_tuned, calibration.probabilities]),
+        labels=oof.labels,
+        scaling=run.config.use_temperature_scaling,
+        temperature=calibration.temperatures[0],
+        cost=base_oof.cost(base_views) / len(run.submission_models),
+    )
+    candidates = member.candidates(oof.groups)
+    method = choose_blend(candidates, oof.labels, oof.groups)
+    way = BASE_MIXTURES[method].step if method in BASE_MIXTURES else "it stays out"
+    LOGGER.info("Decision: base model as a member, by out-of-fold rows: %s", way)
+    return BaseChoice(
+        member=dataclasses.replace(member, method=method),
+        candidates=candidates,
+        probabilities=choose_cross_fitted(candidates, oof.labels, oof.groups),
+    )
+
+
+def with_base_steps(steps: Mapping[str, LadderStep], choice: BaseChoice) -> dict[str, LadderStep]:
+    """The ladder's steps with those of the base model: each mixture, and the choice among them.
+
+    They are compared with the last step that is used; the final model's stays the last.
+    """
+    ordered = {name: step for name, step in steps.items() if name != STEP_FINAL_MODEL}
+    against = [name for name, step in ordered.items() if step.used][-1]
+    views = steps[against].views
+    cost = choice.member.cost
+    for name, mixture in BASE_MIXTURES.items():
+        if name in choice.candidates:
+            candidate = choice.candidates[name]
+            ordered[mixture.step] = LadderStep(
+                probabilities=candidate.probabilities,
+                against=against,
+                views=views,
+                used=name == choice.member.method,
+                fitted_parameters=candidate.fitted_parameters,
+                extra_cost=cost,
+            )
+    ordered[STEP_BASE_CHOICE] = LadderStep(
+        choice.probabilities, against=against, views=views, used=True, extra_cost=cost
+    )
+    if STEP_FINAL_MODEL in steps:
+        ordered[STEP_FINAL_MODEL] = steps[STEP_FINAL_MODEL]
+    return ordered
+
+
+def predict_base_test(
+    run: Run, oof: OofLogits, views: Sequence[int], member: BaseMember
+) -> np.ndarray:
+    """(n, 4) probabilities of the test rows by the base model, in the admitted `views` of `oof`."""
+    logits, names = _base_scores(run, "base_test", run.test["id"])
+    scores = combine_views(logits[:, _same_views(oof, views, names)])
+    return softmax(scores / member.temperature)
+
+
+def _why_base_is_missing(run: Run) -> str:
+    """Why the base model has not scored all rows, in words."""
+    try:
+        is_wanted, reason = wants_base_member(run)
+    except (CheckpointError, FileNotFoundError) as error:  # no reason to go without a report
+        return error_in_words(error)
+    return "it has not scored all rows" if is_wanted else reason
+
+
+def describe_base_member(run: Run, evaluation: Evaluation) -> str:
+    """A sentence on whether the base model is a member, and what it gave or why it is none."""
+    none = "The base model is no member of the submission"
+    if not run.is_base_scored:
+        return f"{none}: {_why_base_is_missing(run)}."
+    if evaluation.base is None:
+        return f"{none}: nothing is fitted to models without skill."
+    step = evaluation.ladder.loc[STEP_BASE_CHOICE]
+    gain = points_with_interval(step["gain"], step["gain_low"], step["gain_high"])
+    expected = f"the choice itself is expected to change the accuracy by {gain} points"
+    if not evaluation.base.is_used:
+        return f"{none}: no mixture with it is better by more than a standard error; {expected}."
+    way = BASE_MIXTURES[evaluation.base.method].step
+    return f"The base model is a member of the submission ({way}): {expected}."
 
 
 # === Alignment as a member ========================================================================
@@ -15392,6 +15779,7 @@ class Evaluation:
     fold_table: pd.DataFrame  # of `temperature_table`
     bound_reasons: Mapping[int, str]  # of `reasons_at_bounds`; a model without skill is not asked
     alignment: AlignmentWeights | None = None  # of the submission; None: it has no such scores
+    base: BaseMember | None = None  # None where the base model has scored no rows, or without skill
 
 
 @dataclass(frozen=True)
@@ -15638,6 +16026,11 @@ def evaluate_run(run: Run) -> Evaluation:
         decisions = _unfitted_views(oof, views)
     steps = decision_ladder_steps(run, oof, view_table, decisions)
     probabilities = decisions.probabilities
+    base_choice = None
+    if skill.has_skill and run.is_base_scored:
+        base_choice = choose_base_mixture(run, oof, views, probabilities)
+        steps = with_base_steps(steps, base_choice)
+        probabilities = base_choice.probabilities
     alignment = judge_alignment(run, oof, probabilities) if skill.has_skill else None
     if alignment is not None:
         add_alignment_step(steps, alignment, decisions.views)
@@ -15646,6 +16039,9 @@ def evaluate_run(run: Run) -> Evaluation:
     if STEP_AUTOMATIC in steps:
         eligible = _without_vote(decisions.candidates)
         set_choice_interval(ladder, eligible, oof.labels, oof.groups)
+    if base_choice:
+        candidates = base_choice.candidates
+        set_choice_interval(ladder, candidates, oof.labels, oof.groups, STEP_BASE_CHOICE)
     _mark_used_steps(ladder, skill)
     scores = oof.scores(views)
     temperatures = decisions.calibration.temperatures
@@ -15661,6 +16057,7 @@ def evaluate_run(run: Run) -> Evaluation:
         ladder=ladder,
         fold_table=temperature_table(oof, scores, temperatures, bound_reasons),
         bound_reasons=bound_reasons,
+        base=base_choice.member if base_choice else None,
         alignment=alignment.weights if alignment is not None and alignment.used else None,
     )
 
@@ -15685,11 +16082,17 @@ def _predict_fold(run: Run, evaluation: Evaluation, fold: int) -> np.ndarray:
 def predict_test(run: Run, evaluation: Evaluation) -> dict[int, np.ndarray]:
     """Model -> (n, 4) test probabilities with the admitted views and the fold's temperature.
 
-    The final model, if there is one, gets the pooled temperature.
+    The final model, if there is one, gets the pooled temperature. Where OOF prefers it, the base
+    model is mixed into each, by the rule for OOF rows.
     """
+    base = evaluation.base
+    if base is not None and base.is_used:
+        base_probabilities = predict_base_test(run, evaluation.oof, evaluation.views, base)
     probabilities = {}
     for fold in run.submission_models:
         probabilities[fold] = _predict_fold(run, evaluation, fold)
+        if base is not None and base.is_used:
+            probabilities[fold] = base.apply(probabilities[fold], base_probabilities)
     if evaluation.alignment is None:
         return probabilities
     scores = read_alignment(run, "test").loc[run.test["id"]].to_numpy()
@@ -16037,6 +16440,7 @@ class Verdict:
     wall_seconds: float  # on the clock, while any worker was at work
     worker_seconds: float  # of all workers together
     next_step: str  # the one thing to try, a sentence
+    base_member: str = ""  # what the base model as a member gave, a sentence; "": it scored nothing
 
 
 def widen_for_leaderboard(
@@ -16091,23 +16495,11 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def points_with_interval(change: float, low: float, high: float) -> str:
-    """A change of a share in points, with the ends of its interval.
-
-    >>> points_with_interval(0.254, 0.201, 0.305)
-    '+25.4 (20.1 to 30.5)'
-    >>> points_with_interval(-0.0001, -0.012, 0.011)
-    '+0.0 (-1.2 to 1.1)'
-    """
-    points = [round(100 * value, 1) + 0.0 for value in (change, low, high)]  # no "-0.0"
-    return "{:+.1f} ({:.1f} to {:.1f})".format(*points)
-
-
 def unplanned_events(run: Run) -> list[dict]:
     """The records of events.jsonl, but for what a later session has made up for."""
     made_up_for = []
     members = {*run.finished_members, *run.submission_members}
-    for stage, member in itertools.product(("train", "rescore"), members):
+    for stage, member in itertools.product(("train", "base", "rescore"), members):
         if run.is_done(stage, member):
             name = member_name(run.config, member)
             made_up_for.append(f"{stage} fold {name} was left out")
@@ -16308,6 +16700,7 @@ def make_verdict(
         wall_seconds=wall_seconds,
         worker_seconds=worker_seconds,
         next_step="",
+        base_member=describe_base_member(run, evaluation) if evaluation.base else "",
     )
     learning = learning_alarm(evaluation)
     alarms = [learning] if learning else []
@@ -16360,6 +16753,8 @@ def verdict_html(verdict: Verdict) -> str:
         ("Time · 걸린 시간", html.escape(_time_sentence(verdict))),
         ("Try next · 다음에 할 일", f"<b>{html.escape(verdict.next_step)}</b>"),
     ]
+    if verdict.base_member:
+        rows.insert(1, ("Base model · 기반 모델", html.escape(verdict.base_member)))
     lines = [
         f'<div style="border-left:10px solid {colour}; padding:8px 24px; max-width:860px; '
         'font-size:17px; line-height:1.5">',
@@ -16390,6 +16785,7 @@ def verdict_markdown(verdict: Verdict) -> str:
         f"({verdict.low:.3f} to {verdict.high:.3f}). {_interval_sentence(verdict)}",
         "",
         f"- Did training help? {_training_sentence(verdict)}",
+        *([f"- {verdict.base_member}"] if verdict.base_member else []),
         *(f"- Alarm: {alarm}" for alarm in alarms),
         f"- Time: {_time_sentence(verdict)}",
         f"- Try next: {verdict.next_step}",
@@ -17087,6 +17483,8 @@ def _report_introduction(run: Run, evaluation: Evaluation) -> list[str]:
             "pooled temperature. No row is out of fold for it: whether it helps cannot be seen "
             "here."
         )
+    if config.use_base_member != "off":
+        paragraphs.append(describe_base_member(run, evaluation))
     paragraphs += _report_notation(run)
     known = known_answers(run.train, run.test)
     in_use = config.use_known_answers
@@ -17618,6 +18016,8 @@ class RunPredictions:
     test: pd.DataFrame  # (n, 4) probabilities of the test rows, in the first run's order, by id
     seconds: float  # time of its workers in all stages
     has_skill: bool  # whether it is above guessing, as in `Skill`
+    base_oof: pd.DataFrame | None  # as `oof`, by its base model; None where that scored no rows
+    base_test: pd.DataFrame | None  # as `test`
 
 
 def _require_same_rows(first: Run, other: Run) -> None:
@@ -17676,12 +18076,61 @@ def _predict_run(run: Run, test_ids: pd.Series) -> RunPredictions:
     oof_ids = evaluation.oof.frame["id"]
     test = np.mean(list(predict_test(run, evaluation).values()), axis=0)
     stages = read_json_lines(run.directory / "stages.jsonl", STAGE_RECORD)
+    base = evaluation.base
+    base_oof = None
+    base_test = None
+    if base is not None:
+        base_oof = pd.DataFrame(base.members[1], index=oof_ids)
+        predicted = predict_base_test(run, evaluation.oof, evaluation.views, base)
+        base_test = pd.DataFrame(predicted, index=run.test["id"]).loc[test_ids]
     return RunPredictions(
         oof=pd.DataFrame(evaluation.probabilities, index=oof_ids),
         test=pd.DataFrame(test, index=run.test["id"]).loc[test_ids],
         seconds=sum(record["seconds"] for record in stages),
         has_skill=evaluation.skill.has_skill,
+        base_oof=base_oof,
+        base_test=base_test,
     )
+
+
+WITH_BASE_MODELS = " with base models"  # end of the name of a blend that has them as members
+BLENDS_WITH_BASE = ("mean", "geometric mean", "weighted")
+
+
+@dataclass(frozen=True)
+class _Members:
+    """Members of an ensemble of runs."""
+
+    oof: np.ndarray  # (members, n, 4) probabilities of the shared rows
+    test: np.ndarray  # (members, test rows, 4)
+
+    def add_base_models(
+        self, predictions: Mapping[str, RunPredictions], ids: pd.Series
+    ) -> _Members | None:
+        """The members with the runs' base models; None where no run has scored by it."""
+        scored = [item for item in predictions.values() if item.base_oof is not None]
+        if not scored:
+            return None
+        LOGGER.info("Base models are members, too: %d of %d runs", len(scored), len(predictions))
+        base_oof = [item.base_oof.loc[ids] for item in scored]
+        base_test = [item.base_test for item in scored]
+        return _Members(
+            oof=np.concatenate([self.oof, np.stack(base_oof)]),
+            test=np.concatenate([self.test, np.stack(base_test)]),
+        )
+
+
+def _blends_of_runs(
+    members: _Members, with_base: _Members | None, labels, groups, has_skill: bool
+) -> dict[str, Candidate]:
+    """Every blend of the runs, the mean first; then some that have base models as members."""
+    names = BLENDS if has_skill else ["mean"]  # else nothing is fitted to the labels
+    blends = cross_fitted_blends(members.oof, labels, groups, names, scaling=has_skill)
+    if with_base is not None:
+        added = cross_fitted_blends(with_base.oof, labels, groups, BLENDS_WITH_BASE)
+        for name, candidate in added.items():
+            blends[name + WITH_BASE_MODELS] = candidate
+    return blends
 
 
 def _shared_rows(train: pd.DataFrame, predictions: Mapping[str, RunPredictions]) -> pd.DataFrame:
@@ -17744,7 +18193,8 @@ def ensemble_runs(
     submission.csv and ladder.csv into `folder` and returns the table and the answers.
     `seconds` is the workers' time of the runs behind a row. "automatic choice" is what
     to expect: each twentieth of the images is answered by what would be chosen without
-    it. Runs of which none has skill are compared with their plain mean only.
+    it. Runs of which none has skill are compared with their plain mean only. Where a run has
+    scored its rows by the base model, too, blends with that as a further member are compared.
 
     Raises ValueError for runs on other rows or with other notations, for one run named twice,
     for one that learned from another, and for runs that share no row.
@@ -17772,14 +18222,13 @@ def ensemble_runs(
         oof_of_runs.append(prediction.oof.loc[rows["id"]])
         test_of_runs.append(prediction.test)
         seconds[name] = prediction.seconds
-    oof_members = np.stack(oof_of_runs)  # (runs, n, 4)
-    test_members = np.stack(test_of_runs)
+    members = _Members(oof=np.stack(oof_of_runs), test=np.stack(test_of_runs))
+    with_base = members.add_base_models(predictions, rows["id"])
 
     has_skill = any(prediction.has_skill for prediction in predictions.values())
-    names = BLENDS if has_skill else ["mean"]  # else nothing is fitted to the labels
-    blends = cross_fitted_blends(oof_members, labels, groups, names, scaling=has_skill)
+    blends = _blends_of_runs(members, with_base, labels, groups, has_skill)
     single_runs = {}
-    for name, probabilities in zip(predictions, oof_members, strict=True):
+    for name, probabilities in zip(predictions, members.oof, strict=True):
         single_runs[name] = Candidate(probabilities)
     table, chosen = _run_ladder(single_runs, blends, labels, groups)
     all_seconds = sum(seconds.values())
@@ -17788,7 +18237,10 @@ def ensemble_runs(
     if chosen in predictions:
         probabilities = predictions[chosen].test.to_numpy()
     else:
-        probabilities = fit_and_blend(chosen, oof_members, labels, test_members, has_skill)
+        if chosen.endswith(WITH_BASE_MODELS):
+            members = with_base
+        blend = chosen.removesuffix(WITH_BASE_MODELS)
+        probabilities = fit_and_blend(blend, members.oof, labels, members.test, has_skill)
     path = Path(folder) / "submission.csv"
     answers = _write_answers(probabilities.argmax(axis=1), first, path)
     write_table(table.reset_index(), path.with_name("ladder.csv"))
@@ -18602,13 +19054,19 @@ class _Damage:
 def _score_damages(run: Run, fold: int) -> Iterator[_Damage]:
     """Damaged files of the stages that score: both files are made anew, the last one decides."""
     folder = run.fold_dir(fold)
-    for ending in ("", "_16bit"):
-        last = folder / f"test{ending}.npz"
-        rows = {
-            folder / f"oof{ending}.npz": _held_out_ids(run, fold),
-            last: run.test["id"].tolist(),
-        }
-        for path, ids in rows.items():
+    held_out = _held_out_ids(run, fold)
+    test = run.test["id"].tolist()
+    rows_by_stage = [
+        {"oof.npz": held_out, "test.npz": test},
+        {"oof_16bit.npz": held_out, "test_16bit.npz": test},
+    ]
+    if fold != run.final_fold:
+        share = run.base_test_rows(fold)["id"].tolist()
+        rows_by_stage.append({"base_oof.npz": held_out, "base_test.npz": share})
+    for rows in rows_by_stage:
+        last = folder / list(rows)[-1]
+        for name, ids in rows.items():
+            path = folder / name
             problem = _scores_problem(run, path, ids)
             if not path.exists() and last.exists():
                 problem = f"{path} is gone"
@@ -19169,6 +19627,32 @@ def write_task_scores(
     write_logits(path, task.frame, logits, view_names, run.fingerprint, **row_facts)
 
 
+def stage_base(session: Session, run: Run, fold: int) -> None:
+    """Score the fold's held-out rows and its share of the test rows by the untouched base model.
+
+    In every view that all rows have: which of them are admitted is not known to a process that
+    has only this fold's scores.
+    """
+    views = views_of_all_rows(run.config, session.processor)
+    held_out = run.train[run.train["fold"] == fold].reset_index(drop=True)
+    test_rows = run.base_test_rows(fold)
+    tasks = [
+        ScoringTask("base_oof", held_out, held_out, has_tokens=False),
+        ScoringTask("base_test", test_rows, test_rows, has_tokens=False),
+    ]
+    use_fast_layers(session, session.model, sum(len(task.frame) for task in tasks))
+    for task in tasks:
+        fill_vision_cache(session, task.images, uses=1, passes=1)
+        path = run.fold_dir(fold) / f"{task.name}.base.partial.npz"
+        checkpoint = open_inference_checkpoint(session, run, path)
+        label = f"fold {fold} {task.name}"
+        logits = predict_logits(session, task.frame, views, label, checkpoint)
+        write_task_scores(session, run, fold, task, logits, views, {})
+    for task in tasks:
+        (run.fold_dir(fold) / f"{task.name}.base.partial.npz").unlink(missing_ok=True)
+
+
+# === Running stages ===============================================================================
 def stage_train(session: Session, run: Run, fold: int) -> None:
     """Train the fold, or the final model."""
     train_fold(run.config, fold, session)
@@ -19184,6 +19668,7 @@ STAGES = {
     "zeroshot": stage_zeroshot,
     "train": stage_train,
     "predict": stage_predict,
+    "base": stage_base,
     "rescore": stage_rescore,
 }
 # Beside the weights: the activations of a question in all choice orders, and the adapter.
@@ -19289,6 +19774,9 @@ def seconds_needed(
     """
     if stage == "rescore":
         return 1.25 * longest["predict"]
+    if stage == "base":
+        questions = base_questions(run, session) / process_count()
+        return 1.25 * session.seconds_per_question * questions
     if stage != "train" or not run.finished_folds:
         return -math.inf
     more_rows = 1.0  # the final model is trained on the rows that a fold holds out, too
@@ -19383,6 +19871,20 @@ def align_rows_of(run: Run, progress: Callable) -> None:
     back_up(run)
 
 
+def waiting_folds(run: Run, stage: str, folds: Sequence[int]) -> list[int]:
+    """Those of `folds` that wait for `stage`; none for "base" where it is decided against."""
+    unfinished = run.unfinished_folds(stage, folds)
+    if stage != "base":
+        return unfinished
+    # The base model is the same for all seeds, and no model on all rows has rows of its own.
+    unfinished = [fold for fold in unfinished if fold in run.config.folds_to_train]
+    if not unfinished:
+        return []
+    is_wanted, reason = wants_base_member(run)
+    LOGGER.info("Decision: base model as a member: %s, %s", "yes" if is_wanted else "no", reason)
+    return unfinished if is_wanted else []
+
+
 def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: Callable) -> None:
     """Do what is missing of `stages` for `folds`, which are numbers of members.
 
@@ -19396,7 +19898,7 @@ def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: 
             continue
         if stage == "predict":
             select_weights(run)
-        waiting = run.unfinished_folds(stage, folds)
+        waiting = waiting_folds(run, stage, folds)
         if not waiting:
             continue
         if stage == "rescore":
@@ -19517,11 +20019,15 @@ def planned_launches(config: Config, devices: Sequence[str | None]) -> list[Laun
     ...     print([job.folds for job in jobs], stages)
     [(0, 2), (1,)] ['train']
     [(0, 2), (1,)] ['predict']
+    [(0, 2), (1,)] ['base']
     """
     rounds = schedule_folds(members_of(config, config.folds_to_train), devices)
     scoring = ["predict"]
+    # Last, for all folds, come what a submission can do without.
+    if config.use_base_member != "off":
+        scoring.append("base")  # while its model is still loaded; may be decided against
     if config.score_precision == "16bit":
-        scoring.append("rescore")  # last, for all folds: a submission can do without it
+        scoring.append("rescore")
     launches = []
     if len(rounds) == 1 and len(rounds[0]) == 1:
         launches.append(Launch(rounds[0], ["train", *scoring]))
@@ -19532,7 +20038,8 @@ def planned_launches(config: Config, devices: Sequence[str | None]) -> list[Laun
             launches += [Launch(jobs, [stage]) for jobs in rounds]
     if config.final_retrain:
         for jobs in schedule_folds(members_of(config, [config.n_folds]), devices):
-            launches.append(Launch(jobs, ["train", *scoring]))
+            stages = [stage for stage in ["train", *scoring] if stage != "base"]
+            launches.append(Launch(jobs, stages))
     return launches
 
 
@@ -19842,7 +20349,7 @@ def run_folds(config: Config) -> list[FoldResult]:
         launch_workers(run, [WorkerJob((device,), (0,))], ["alignment"])
     for jobs, stages in planned_launches(config, worker_devices(config)):
         folds = list(itertools.chain.from_iterable(job.folds for job in jobs))
-        if any(run.unfinished_folds(stage, folds) for stage in stages):
+        if any(waiting_folds(run, stage, folds) for stage in stages):
             launch_workers(run, jobs, stages)
     return [read_fold_result(run, member) for member in run.finished_members]
 
@@ -20943,6 +21450,7 @@ class JobSize:
     train_image_tokens: int  # of all different training images
     test_image_tokens: int  # of the test images that are not among them
     is_rescored: bool  # scored in 16 bits, too
+    scores_base: bool = False  # whether the base model may score all rows, too
 
 
 def added_row_count(config: Config, competition: Competition) -> int:
@@ -20971,6 +21479,7 @@ def job_size(
     competition: Competition,
     lengths: pd.DataFrame,
     is_rescored: bool,
+    scores_base: bool,
 ) -> JobSize:
     """The size of the config's run; `lengths` are the competition's `prompt_lengths`."""
     tokens = {}
@@ -20987,6 +21496,7 @@ def job_size(
         train_image_tokens=sum(tokens["train"].values()),
         test_image_tokens=sum(tokens["test"][digest] for digest in only_in_test),
         is_rescored=is_rescored,
+        scores_base=scores_base,
     )
 
 
@@ -21056,6 +21566,14 @@ def scoring_parts(
     }
 
 
+def base_parts(config: Config, seconds: StepSeconds, size: JobSize) -> dict[str, float]:
+    """Seconds of the stage "base" of a fold, by part: in all views, the test rows shared out."""
+    return {
+        "held-out rows": size.train_rows / config.n_folds * seconds.all_views,
+        "test rows": size.test_rows / len(config.folds_to_train) * seconds.all_views,
+    }
+
+
 @dataclass(frozen=True)
 class TimeEstimate:
     """What a run takes, from the seconds of its steps and from its size."""
@@ -21072,6 +21590,8 @@ class TimeEstimate:
             return training_parts(self.config, self.seconds, self.size, is_final)
         if stage == "rescore" and not self.size.is_rescored:
             return {}
+        if stage == "base":
+            return base_parts(self.config, self.seconds, self.size)
         return scoring_parts(self.config, self.seconds, self.size, is_final)
 
     def features_once(self) -> dict[str, float]:
@@ -21094,7 +21614,10 @@ class TimeEstimate:
 
     def launches(self) -> list[Launch]:
         """Those of `run_folds`, in their order."""
-        return planned_launches(self.config, self.devices)
+        config = self.config
+        if not self.size.scores_base:
+            config = dataclasses.replace(config, use_base_member="off")
+        return planned_launches(config, self.devices)
 
     def parts(self) -> dict[str, float]:
         """Seconds of the whole run by "stage: part", all folds and processes added up."""
@@ -21541,10 +22064,12 @@ def preflight(
     session.progress = progress
     progress("features", 0, 1)
     result = try_model(session, trial, time.time() - started - looking_seconds)
+    zeroshot = accuracy(softmax(result.scores), trial.sample["label"].to_numpy())
+    scores_base = may_score_base(config, len(trial.competition.train), zeroshot)
     estimate = TimeEstimate(
         config=config,
         seconds=result.seconds,
-        size=job_size(config, trial.competition, trial.lengths, memory.is_rescored),
+        size=job_size(config, trial.competition, trial.lengths, memory.is_rescored, scores_base),
         devices=worker_devices(config),
     )
     return {
@@ -21601,7 +22126,7 @@ def image_tokens_by_split(lengths: pd.DataFrame) -> dict[str, list[int]]:
 
 def feature_tokens(config: Config, trial: TrialRows) -> int:
     """Image tokens of all features that a run keeps: of each image and training variant once."""
-    size = job_size(config, trial.competition, trial.lengths, is_rescored=False)
+    size = job_size(config, trial.competition, trial.lengths, is_rescored=False, scores_base=False)
     train_versions = 1 + config.augment_images
     return train_versions * size.train_image_tokens + size.test_image_tokens
 

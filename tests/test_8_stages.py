@@ -6,8 +6,17 @@ import weakref
 
 import numpy as np
 import pytest
-from planted import rows_of_fold
-from running import ROTATIONS, adapter_file, events, quiet, read_logits, run_all, selected_weights
+from planted import planted_run, rows_of_fold
+from running import (
+    ROTATIONS,
+    adapter_file,
+    events,
+    open_run_session,
+    quiet,
+    read_logits,
+    run_all,
+    selected_weights,
+)
 
 import vqa_helpers as vqa
 
@@ -250,3 +259,75 @@ def test_scoring_in_16_bits_is_left_out_where_the_time_budget_ends(four_bit_run,
     vqa.run_stages(run, [0, 1], ["rescore"], quiet)
     assert not run.is_rescored
     assert any(event.startswith("rescore fold 1 was left out") for event in events(run))
+
+
+# --- The base model's scores ----------------------------------------------------------------------
+
+BASE_STAGES = ("train", "predict", "base")
+
+
+def base_files(run):
+    """The bytes of all base_oof.npz and base_test.npz, by name."""
+    paths = sorted(run.directory.glob("fold_*/base_*.npz"))
+    return {str(path.relative_to(run.directory)): path.read_bytes() for path in paths}
+
+
+def base_logits(run, name, ids):
+    """The logits in all folds' files of that name, in the order of `ids`."""
+    parts = []
+    for fold in run.config.folds_to_train:
+        path = run.fold_dir(fold) / f"{name}.npz"
+        parts.append(vqa.read_arrays(path, run.fingerprint, vqa.SCORE_ARRAYS))
+    found = np.concatenate([part["ids"] for part in parts])
+    assert sorted(found) == sorted(ids)  # each row once
+    return vqa.align_rows(ids, parts, "logits")
+
+
+@pytest.mark.slow
+def test_the_base_model_scores_as_if_no_adapter_had_ever_been_loaded(mini_run):
+    run = mini_run(use_base_member="on", use_kfold=False, tta_rotations=2)
+    vqa.run_stages(run, [0], BASE_STAGES, quiet)  # with one model
+    assert run.is_base_scored
+    session = open_run_session(run)
+    frames = {"base_oof": rows_of_fold(run, 0).reset_index(drop=True), "base_test": run.test}
+    for name, frame in frames.items():
+        expected = vqa.predict_logits(session, frame, [ROTATIONS[0], ROTATIONS[2]])
+        np.testing.assert_array_equal(base_logits(run, name, frame["id"]), expected)
+    assert not [*run.directory.rglob("*partial*")]
+    assert vqa.stage_seconds(run)["base"] > 0
+
+
+@pytest.mark.slow
+def test_the_base_model_s_scores_resume_to_the_same_bytes(mini_run, tmp_path):
+    settings = {"use_base_member": "on", "infer_batch_size": 4, "tta_rotations": 2}
+    plain = planted_run(mini_run(output_dir=str(tmp_path / "plain"), **settings))
+    vqa.run_stages(plain, [0, 1], ["base"], quiet)
+    base_logits(plain, "base_oof", plain.train["id"])
+    base_logits(plain, "base_test", plain.test["id"])  # shared by the folds
+
+    def stop(stage, done, total, **_):
+        if (stage, done) == ("fold 1 base_oof", 2):
+            raise vqa.Interrupted
+
+    stopped = planted_run(mini_run(output_dir=str(tmp_path / "stopped"), **settings))
+    with pytest.raises(vqa.Interrupted):
+        vqa.run_stages(stopped, [0, 1], ["base"], stop)
+    assert (stopped.fold_dir(1) / "base_oof.base.partial.npz").exists()
+    assert not stopped.is_base_scored  # it does not count until all folds have it
+    vqa.run_stages(stopped, [0, 1], ["base"], quiet)
+    assert base_files(stopped) == base_files(plain)
+    assert len(base_files(plain)) == 4
+
+
+@pytest.mark.slow
+def test_the_base_model_is_left_out_where_the_time_budget_ends(mini_run, monkeypatch):
+    run = planted_run(mini_run(use_base_member="on"))
+    vqa.MetricLogger(run.directory / "stages.jsonl").log(
+        label="predict fold 0", seconds=1, seconds_per_question=0.5
+    )
+    monkeypatch.setattr(vqa.Run, "seconds_left", lambda self: 1.0)
+    vqa.run_stages(run, [0, 1], ["base"], quiet)
+    assert not run.is_base_scored
+    assert any(event.startswith("base fold 0 was left out") for event in events(run))
+    sentence = vqa.describe_base_member(run, vqa.evaluate_run(run))
+    assert sentence == "The base model is no member of the submission: it has not scored all rows."
