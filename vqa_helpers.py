@@ -21479,7 +21479,7 @@ def job_size(
     competition: Competition,
     lengths: pd.DataFrame,
     is_rescored: bool,
-    scores_base: bool,
+    scores_base: bool = False,
 ) -> JobSize:
     """The size of the config's run; `lengths` are the competition's `prompt_lengths`."""
     tokens = {}
@@ -22126,7 +22126,7 @@ def image_tokens_by_split(lengths: pd.DataFrame) -> dict[str, list[int]]:
 
 def feature_tokens(config: Config, trial: TrialRows) -> int:
     """Image tokens of all features that a run keeps: of each image and training variant once."""
-    size = job_size(config, trial.competition, trial.lengths, is_rescored=False, scores_base=False)
+    size = job_size(config, trial.competition, trial.lengths, is_rescored=False)
     train_versions = 1 + config.augment_images
     return train_versions * size.train_image_tokens + size.test_image_tokens
 

@@ -24,7 +24,7 @@ import random
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -228,6 +228,27 @@ def demo_domain(split: str, new_words: dict[str, float] | None = None) -> Domain
         digit_rows=digit_split()[split],
         font_digits=0.0,
         quality=(75, 92),
+    )
+
+
+def weaker_shift(domain: Domain, shift: float) -> Domain:
+    """A distribution between pretraining (shift 0) and `domain` (1), for another competition.
+
+    Its questions have the wordings of both.
+    """
+    wordings = {}
+    hues = {}
+    for kind, texts in domain.wordings.items():
+        wordings[kind] = [*PRETRAIN.wordings[kind], *texts]
+    for color, hue in domain.hues.items():
+        turn = (hue - PRETRAIN.hues[color] + 180) % 360 - 180
+        hues[color] = (PRETRAIN.hues[color] + shift * turn) % 360
+    return replace(
+        domain,
+        wordings=wordings,
+        new_words={kind: shift * share for kind, share in domain.new_words.items()},
+        hues=hues,
+        font_digits=(1 - shift) * PRETRAIN.font_digits,
     )
 
 
@@ -672,14 +693,20 @@ def make_row(rng: random.Random, task: Task, letter: str, question: str | None =
 
 # === The competition's files ======================================================================
 def draw_split(
-    split: str, count: int, seed: int, new_words: dict[str, float] | None = None
+    split: str,
+    count: int,
+    seed: int,
+    new_words: dict[str, float] | None = None,
+    shift: float = 1.0,
 ) -> list[dict]:
     """Rows of one split with their task and JPEG bytes.
 
-    Types and answers are balanced; their order is random.
+    Types and answers are balanced; their order is random. `shift`: see `weaker_shift`.
     """
     rng = random.Random(seed)
     domain = demo_domain(split, new_words)
+    if shift < 1:
+        domain = weaker_shift(domain, shift)
     plan = []
     for number in range(count):
         kind = TYPES[number % len(TYPES)]
@@ -774,9 +801,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=2040)
     parser.add_argument("--out", type=Path, default=DATA, help="folder to write into")
+    parser.add_argument(
+        "--shift", type=float, default=1.0, help="how far from pretraining, 0 to 1 (the demo)"
+    )
     arguments = parser.parse_args()
-    train = draw_split("train", TRAIN_ROWS, arguments.seed)
-    test = draw_split("test", TEST_ROWS, arguments.seed + 1)
+    shift = arguments.shift
+    train = draw_split("train", TRAIN_ROWS, arguments.seed, shift=shift)
+    test = draw_split("test", TEST_ROWS, arguments.seed + 1, shift=shift)
     plant_copies(train, test, arguments.seed + 2)
     check(train, test)
     write_competition(arguments.out, train, test)

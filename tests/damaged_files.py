@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fault_run import FORK, results, start_run, write_output_to_log
+from fault_run import FORK, STAGES, results, start_run, write_output_to_log
 from running import quiet
 
 import vqa_helpers as vqa
@@ -114,7 +114,7 @@ def run_notebook(data: Path, place: Path) -> None:
     run = start_run(data, place, {})
     with run.lock_folds([0, 1]):
         vqa.run_stages(run, [0], ["zeroshot"], quiet)
-        vqa.run_stages(run, [0, 1], ["train", "predict"], quiet)
+        vqa.run_stages(run, [0, 1], STAGES, quiet)
     run.seconds_left()
     vqa.note_start(run)
     evaluation = vqa.evaluate_run(run)

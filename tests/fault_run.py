@@ -27,7 +27,9 @@ SETTINGS = {
     "infer_batch_size": 4,
     "save_every_steps": 1,
     "max_fallback_share": 0.5,
+    "use_base_member": "on",
 }
+STAGES = ["train", "predict", "base"]  # after zero-shot
 # The children share the parent's imports: nothing is computed before.
 FORK = multiprocessing.get_context("fork")
 
@@ -53,7 +55,7 @@ def run_all(data: Path, place: Path, overrides: dict) -> None:
     run = start_run(data, place, overrides)
     with run.lock_folds([0, 1]):
         vqa.run_stages(run, [0], ["zeroshot"], quiet)
-        vqa.run_stages(run, [0, 1], ["train", "predict"], quiet)
+        vqa.run_stages(run, [0, 1], STAGES, quiet)
     vqa.write_submissions(run, vqa.evaluate_run(run))
 
 
@@ -73,6 +75,7 @@ def results(place: Path) -> dict[str, bytes]:
         "fold_*/adapter_*/adapter_model.safetensors",
         "fold_*/oof.npz",
         "fold_*/test.npz",
+        "fold_*/base_*.npz",
         "submission_*.csv",
     )
     contents = {}
@@ -156,6 +159,24 @@ class Watch:
 
         vqa.FoldTrainer.update_schedule_and_averages = counted
 
+    def watch_inference(self) -> None:
+        """Patch scoring so that any batch may be the last; the base model's have their own kind."""
+        score_batch = vqa.score_batch
+        stage_base = vqa.stage_base
+        kinds = ["during inference"]
+
+        def watched_stage(*arguments) -> None:
+            kinds.append("during the base model's inference")
+            stage_base(*arguments)
+            kinds.pop()
+
+        def watched_batch(*arguments):
+            self.die_at(kinds[-1])
+            return score_batch(*arguments)
+
+        vqa.STAGES["base"] = watched_stage
+        vqa.score_batch = watched_batch
+
     def install(self) -> None:
         if (self.place / "keep one").exists():
             vqa.CheckpointManager.__init__.__defaults__ = (1,)
@@ -170,7 +191,7 @@ class Watch:
         self.watch(vqa.FoldTrainer, "finish", "after the last epoch")
         self.watch(vqa, "attach_lora", "between folds")
         self.watch(vqa.VisionCache, "compute_features", "during caching")
-        self.watch(vqa, "score_batch", "during inference")
+        self.watch_inference()
         self.watch(vqa, "select_weights", "before the weights are selected")
 
 

@@ -39,6 +39,7 @@ def with_base(mini_run, replace):
 STEPS = [mixture.step for mixture in vqa.BASE_MIXTURES.values()]
 
 
+@pytest.mark.slow
 def test_a_base_model_that_errs_elsewhere_is_mixed_in_as_the_ladder_says(with_base):
     run = with_base(2.0)
     evaluation = vqa.evaluate_run(run)
@@ -106,6 +107,7 @@ def test_only_rows_in_doubt_are_changed_by_the_mixtures_for_them():
     assert list(few.candidates(np.arange(100))) == ["without", "half", "weighted"]
 
 
+@pytest.mark.slow
 def test_a_base_model_that_knows_nothing_stays_out(with_base, replace):
     run = with_base(0.0)
     evaluation = vqa.evaluate_run(run)
@@ -117,6 +119,7 @@ def test_a_base_model_that_knows_nothing_stays_out(with_base, replace):
     assert sentence.startswith("The base model is no member of the submission: no mixture with it")
 
 
+@pytest.mark.slow
 def test_scores_that_are_there_are_not_used_where_it_is_switched_off(with_base):
     run = with_base(2.0, use_base_member="off")
     evaluation = vqa.evaluate_run(run)
