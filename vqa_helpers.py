@@ -72,6 +72,7 @@ above it.
 4. Run
    Members                             the models of a run: one for each fold and each seed
    Run directory                       the files of one run, and what is done in it
+   Rows of a run                       what a fold trains on, by file
    Backup                              a copy on a slow, lasting disk
 5. Training and inference
    Metrics                             accuracy, NLL, calibration error, collapse
@@ -11178,6 +11179,7 @@ def _differing_ids(rows: pd.DataFrame, others: pd.DataFrame) -> list[str]:
 RELATED_SOURCE = "extra_"  # with the folder's number in extra_train_dirs, from 1 on
 
 
+# === Rows of a run ================================================================================
 def all_rows(run: Run) -> pd.DataFrame:
     """The rows that any fold trains on: the run's training rows, then its extra rows.
 
@@ -19060,7 +19062,7 @@ def _score_damages(run: Run, fold: int) -> Iterator[_Damage]:
         {"oof.npz": held_out, "test.npz": test},
         {"oof_16bit.npz": held_out, "test_16bit.npz": test},
     ]
-    if fold != run.final_fold:
+    if fold in run.config.folds_to_train:  # and the first seed's
         share = run.base_test_rows(fold)["id"].tolist()
         rows_by_stage.append({"base_oof.npz": held_out, "base_test.npz": share})
     for rows in rows_by_stage:

@@ -237,7 +237,7 @@ def test_base_models_are_members_of_an_ensemble_of_runs(mini_run, replace, tmp_p
 def test_preflight_counts_it_where_it_may_be_scored(replace):
     nothing = dict.fromkeys(vqa.StepSeconds.__dataclass_fields__, 0.0)
     seconds = vqa.StepSeconds(**{**nothing, "all_views": 1.0})
-    size = vqa.JobSize(120, 0, 50, 1000, 300, is_rescored=False, scores_base=True)
+    size = vqa.JobSize(120, 0, 0, 50, 1000, 300, is_rescored=False, scores_base=True)
     config = vqa.Config.preset("demo", n_folds=3, final_retrain=True)
     estimate = vqa.TimeEstimate(config, seconds, size, devices=("cpu core",))
     parts = estimate.parts()
