@@ -1283,8 +1283,8 @@ class ModelSettings:
     alignment_model: str | None = setting(
         None,
         "hub id or local folder of a SigLIP or CLIP model, such as "
-        "google/siglip2-so400m-patch14-384: how well each choice fits the image by it; used only "
-        "where OOF gains; None: no such model",
+        "google/siglip2-so400m-patch14-384; it scores how well each choice fits the image, which "
+        "is used only where OOF gains; None: no such model",
         searched=False,
     )
     precision: str = setting(
@@ -1373,7 +1373,10 @@ class DataSettings:
         searched=False,
     )
     pretrain_epochs: int = setting(
-        0, "passes over extra_train_dirs' rows alone, before num_epochs without them", at_least=0
+        0,
+        "first train so many epochs on the rows of extra_train_dirs alone, then num_epochs on all "
+        "others; 0: they join the others",
+        at_least=0,
     )
     use_sample: bool = setting(False, "train on a random subset of the rows", searched=False)
     sample_size: int = setting(200, "rows of that subset", at_least=2, searched=False)
@@ -1551,8 +1554,9 @@ class InferenceSettings:
     )
     use_base_member: str = setting(
         "auto",
-        "score OOF and test rows by the untouched base model, too; used only where OOF prefers "
-        "it; auto: where it is not far worse, and time is left",
+        "also score OOF and test rows by the untouched base model, and mix it in only where OOF "
+        "prefers that; auto: score where it is not far worse than the trained ones, and time is "
+        "left",
         one_of=("auto", "on", "off"),
         searched=False,
     )
@@ -1579,7 +1583,10 @@ class RandomnessSettings:
 
     seed: int = setting(42, "of every random draw", at_least=0, searched=False)
     seeds: tuple[int, ...] = setting(
-        (), "train each fold once for each of them, `seed` is one; (): only `seed`", searched=False
+        (),
+        "train each fold once with each of these, `seed` among them; a fold's scores are the mean "
+        "over its models, where OOF does not lose by it; (): only `seed`",
+        searched=False,
     )
     deterministic: bool = setting(True, "deterministic cuDNN")
     strict_determinism: bool = setting(
@@ -10647,7 +10654,9 @@ def _align_batch(aligner: AlignmentModel, rows: pd.DataFrame) -> list[list]:
     is_wrong = is_present & ~np.isfinite(scores)
     if is_wrong.any():
         row = rows["id"].iloc[is_wrong.any(axis=1).argmax()]
-        raise FloatingPointError(f"Non-finite alignment scores for row {row}")
+        raise FloatingPointError(
+            f"The alignment scores of row {row} are not finite; precision='fp32' may help"
+        )
     return [[None if np.isnan(score) else score for score in row] for row in scores.tolist()]
 
 
@@ -10714,7 +10723,7 @@ def prepare_alignment(rows: pd.DataFrame, config: Config) -> bool:
     keyed = usable.assign(key=[_alignment_key(row) for row in usable.to_dict("records")])
     keyed = keyed.drop_duplicates("key")[[*ALIGNMENT_COLUMNS]]
     missing = set(keyed["key"]) - set(_kept_alignment(folder).read())
-    LOGGER.info("%d of %d rows are still to be aligned", len(missing), len(keyed))
+    LOGGER.info("Alignment: %d of %d rows are still to be scored", len(missing), len(keyed))
     if missing:
         write_table(keyed, folder / "rows.csv")
         settings = json.dumps(dataclasses.asdict(_alignment_config(config)))
@@ -12873,11 +12882,11 @@ class TrainingSchedule:
     phases: tuple[TrainingPhase, ...]
 
     def __str__(self) -> str:
-        """In words, such as "9 rows for 1 epochs (3 steps), then ..."."""
+        """In words, such as "9 rows (epochs: 1, steps: 3), then ..."."""
         parts = []
         for phase in self.phases:
-            size = f"{len(phase.rows)} rows for {phase.epochs} epochs"
-            parts.append(f"{size} ({phase.all_steps} steps)")
+            length = f"epochs: {phase.epochs}, steps: {phase.all_steps}"
+            parts.append(f"{len(phase.rows)} rows ({length})")
         return ", then ".join(parts)
 
     def phase(self, epoch: int) -> TrainingPhase:
@@ -14827,7 +14836,7 @@ def select_seeds(run: Run, kinds: Sequence[str]) -> int:
     changes = scores[1] - scores[0]
     gain, loss = changes.mean(axis=0)
     chosen = count if _does_not_lose(changes, image_groups(rows)) else 1
-    text = "Decision: %d of %d seeds score: their mean changes accuracy by %+.4f, NLL by %+.4f"
+    text = "Decision: %d of %d seeds score: the mean over all adds %+.4f accuracy, %+.4f NLL"
     LOGGER.info(text, chosen, count, gain, loss)
     return chosen
 
@@ -15330,12 +15339,12 @@ def wants_base_member(run: Run) -> tuple[bool, str]:
         return False, "the step 'base' of doubt_steps asks it already"
     missing = sorted(set(run.config.folds_to_train) - set(run.finished_folds))
     if missing:
-        return False, f"the folds share its test rows, and {missing} are not trained"
+        return False, f"the folds share its test rows, and of these folds {missing} are not trained"
     if run.config.use_base_member == "on":
         return True, setting_name
     rows = _rows_out_of_fold(run)
     if rows < BASE_MEMBER_ROWS:
-        return False, f"{rows} rows out of fold are too few to judge it, {BASE_MEMBER_ROWS} are not"
+        return False, f"{rows} rows out of fold are too few to judge it; {BASE_MEMBER_ROWS} will do"
     if not run.is_done("zeroshot", 0):
         return False, "its zero-shot accuracy is not known"
     is_near, figures = is_base_near(_zeroshot_accuracy(run), _validated_accuracy(run))
@@ -15579,11 +15588,11 @@ def describe_base_member(run: Run, evaluation: Evaluation) -> str:
         return f"{none}: nothing is fitted to models without skill."
     step = evaluation.ladder.loc[STEP_BASE_CHOICE]
     gain = points_with_interval(step["gain"], step["gain_low"], step["gain_high"])
-    expected = f"the choice itself is expected to change the accuracy by {gain} points"
+    worth = f"On rows that did not decide it, this choice changes the accuracy by {gain} points."
     if not evaluation.base.is_used:
-        return f"{none}: no mixture with it is better by more than a standard error; {expected}."
+        return f"{none}: no mixture with it is better by more than a standard error. {worth}"
     way = BASE_MIXTURES[evaluation.base.method].step
-    return f"The base model is a member of the submission ({way}): {expected}."
+    return f"The base model is a member of the submission ({way}). {worth}"
 
 
 # === Alignment as a member ========================================================================
@@ -17459,7 +17468,7 @@ def _report_seeds(run: Run) -> list[str]:
     else:
         use = "Only the first seed scores, because the mean over all loses on held-out rows"
     return [
-        f"The folds are trained with the seeds {', '.join(map(str, config.all_seeds))}, and of "
+        f"Each fold is trained with the seeds {', '.join(map(str, config.all_seeds))}. Of these "
         f"{len(config.all_seeds)} models {', '.join(counts)}. {use}."
     ]
 
@@ -17473,8 +17482,8 @@ def _report_introduction(run: Run, evaluation: Evaluation) -> list[str]:
         f"folds {run.finished_folds} of {config.n_folds}, {weights} weights.",
         *_report_seeds(run),
         "Temperature, weights and stacking are scored on rows they were not fitted on. "
-        "The gain of averaging folds cannot be seen on OOF rows, because each row has one model "
-        "that did not train on it.",
+        "The gain of averaging folds cannot be seen on OOF rows, because each row is scored by "
+        "its own fold only, which did not train on it.",
         f"Views are combined by: {evaluation.method}. `used` marks the steps behind the "
         "submission, and what loses is left out. `_low` and `_high` are the ends of 90 % "
         "intervals of the change against the step in `against`.",
@@ -17499,8 +17508,8 @@ def _report_introduction(run: Run, evaluation: Evaluation) -> list[str]:
         use = "Rows of related competitions were trained on, too"
         if config.pretrain_epochs:
             use = (
-                "Each model was trained on rows of related competitions first, for "
-                f"{config.pretrain_epochs} epochs, and then on its own rows alone"
+                "Each model was trained on rows of related competitions first "
+                f"(epochs: {config.pretrain_epochs}), and then on its own rows alone"
             )
         paragraphs.append(
             f"{use}: {folders}. They validate nothing, "
@@ -22152,7 +22161,7 @@ def seed_facts(one_device: TimeEstimate) -> dict:
         return {}
     without = dataclasses.replace(one_device, config=dataclasses.replace(config, seeds=()))
     minutes = (sum(one_device.parts().values()) - sum(without.parts().values())) / 60
-    text = f"{members_in_words(config)}; without further seeds {minutes:.1f} minutes less"
+    text = f"{members_in_words(config)}; all but the first seed add {minutes:.1f} minutes"
     return {"seeds": f"{text} on one device"}
 
 
@@ -22303,7 +22312,7 @@ def command_parser() -> argparse.ArgumentParser:
     worker.add_argument(
         "--folds",
         required=True,
-        help="comma-separated fold numbers; with seeds: of members, as section Members says",
+        help="comma-separated fold numbers; fold N of the second of `seeds` is N + n_folds + 1",
     )
     worker.add_argument(
         "--stages",

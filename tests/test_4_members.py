@@ -142,7 +142,7 @@ def test_a_run_of_two_seeds_has_one_ladder_and_one_report(two_seeds):
     assert alone["gain_low"] <= alone["gain"] <= alone["gain_high"]
     assert not alone["used"]
     report = vqa.write_report(run, evaluation).read_text(encoding="utf-8")
-    assert "seeds 42, 7, and of 2 models fold 0 has 2, fold 1 has 2. A fold's scores are" in report
+    assert "with the seeds 42, 7. Of these 2 models fold 0 has 2, fold 1 has 2. A fold" in report
     results = [vqa.read_fold_result(run, member) for member in run.finished_members]
     assert vqa.fold_table(results).index[:4].tolist() == ["0", "1", "0 seed 7", "1 seed 7"]
 

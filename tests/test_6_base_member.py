@@ -56,7 +56,7 @@ def test_a_base_model_that_errs_elsewhere_is_mixed_in_as_the_ladder_says(with_ba
     assert ladder.loc[vqa.STEP_BASE_CHOICE, "accuracy"] == right.mean()
 
     sentence = vqa.describe_base_member(run, evaluation)
-    assert sentence.startswith(f"The base model is a member of the submission ({chosen}): ")
+    assert sentence.startswith(f"The base model is a member of the submission ({chosen}). ")
     verdict = vqa.make_verdict(run, evaluation)
     assert verdict.base_member == sentence
     assert f"- {sentence}" in vqa.verdict_markdown(verdict)
@@ -155,7 +155,7 @@ FAR = "in one view it has 0.600 right, the fine-tuned models 0.900: 4.0 times th
         ("auto", 20, 0.9, 0.6, False, f"{FAR}, more than 1.5"),
         ("on", 1, 0.9, 0.6, True, "use_base_member is on"),
         ("off", 20, 0.9, 0.86, False, "use_base_member is off"),
-        ("auto", 1, 0.9, 0.86, False, "36 rows out of fold are too few to judge it, 400 are not"),
+        ("auto", 1, 0.9, 0.86, False, "36 rows out of fold are too few to judge it; 400 will do"),
     ],
 )
 def test_auto_asks_whether_it_errs_far_more_than_the_trained_models(
@@ -169,7 +169,7 @@ def test_auto_asks_whether_it_errs_far_more_than_the_trained_models(
 
 def test_it_waits_for_all_folds_which_share_its_test_rows(mini_run):
     run = known_run(mini_run(use_base_member="on"), 0.9, 0.86, fold_count=1)
-    reason = "the folds share its test rows, and [1] are not trained"
+    reason = "the folds share its test rows, and of these folds [1] are not trained"
     assert vqa.wants_base_member(run) == (False, reason)
 
 

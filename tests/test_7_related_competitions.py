@@ -349,7 +349,7 @@ def test_the_report_says_which_rows_came_first(pretrained_run):
     run = planted_run(pretrained_run())
     vqa.atomic_write(run.directory / "selection.json", '{"weights": "raw"}')
     report = vqa.write_report(run, vqa.evaluate_run(run)).read_text("utf-8")
-    assert "on rows of related competitions first, for 2 epochs, and then on its own rows" in report
+    assert "on rows of related competitions first (epochs: 2), and then on its own rows" in report
 
 
 def test_context_of_another_folder_comes_with_its_rows(

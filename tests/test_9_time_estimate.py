@@ -295,7 +295,7 @@ def test_rows_of_other_rounds_count_in_their_own_epochs(part, step, pretrain_epo
 def test_preflight_says_what_further_seeds_cost():
     facts = vqa.time_facts(estimate({"training": 1.5}, num_epochs=2, seeds=(42, 7, 8)))
     assert facts["seeds"] == (
-        "9 models: 3 folds x 3 seeds (42, 7, 8); without further seeds 24.0 minutes less on one "
+        "9 models: 3 folds x 3 seeds (42, 7, 8); all but the first seed add 24.0 minutes on one "
         "device"
     )
     assert facts["estimated minutes on one device"] == 36.0
