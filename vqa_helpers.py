@@ -11648,9 +11648,9 @@ def balanced_orders(count: int) -> list[tuple[int, ...]]:
     """`count` (4, 8, 12 or 24) choice orders in which each choice meets each letter equally often.
 
     order[position] = original choice. They are Latin squares of four orders; each set begins with
-    the smaller ones, the rotations first. How often one choice stands right before another
-    differs least that it can for so many orders that hold the rotations: by at most 2 in 8 and
-    in 12 orders, not at all in 24. Raises ValueError for another count.
+    the smaller ones, the rotations first. In 24 orders each choice also stands right before each
+    other one equally often. In 8 and in 12 these counts differ by at most 2, the least that is
+    possible beside the rotations. Raises ValueError for another count.
 
     >>> balanced_orders(4)
     [(0, 1, 2, 3), (1, 2, 3, 0), (2, 3, 0, 1), (3, 0, 1, 2)]
@@ -11675,7 +11675,7 @@ SUFFIX_16_BIT = " in 16 bits"
 
 @dataclass(frozen=True)
 class TTAView:
-    """One way to show a question: an order of its choices, a size of its image, and to whom."""
+    """One way to score a question: an order of its choices, a size of its image, and a model."""
 
     name: str
     rotation: int = 0  # places, 0 to 3, by which the choices are turned
@@ -11758,7 +11758,7 @@ def all_views(config: Config, processor) -> list[TTAView]:
     """Every view the configuration asks for, the plain one first.
 
     `infer_max_pixels` adds one more scale. `doubt_steps` adds more orders, and rotations at that
-    scale and of the base model. Raises ValueError where it asks for more pixels that are not more.
+    scale and of the base model. Raises ValueError where its step 'pixels' would enlarge no image.
     """
     if not config.use_tta:
         return [TTAView("rotation 0")]
@@ -12392,7 +12392,7 @@ def step_costs(
     """(n,) time of each row in the `added` views, which are among `views`.
 
     The unit is a prompt with one answer; an image that is so many times as large counts so many
-    times. 0 where a row has no such view: the prefix of a row that has one is read again.
+    times. A row that has such views pays for its prefix again; one that has none costs 0.
     """
     costs = np.zeros(len(frame))
     for row, (_, record) in enumerate(frame.iterrows()):
@@ -12423,10 +12423,10 @@ def letter_preferences(
     view_names: Sequence[str],
     is_held_out: bool,
 ) -> np.ndarray:
-    """(n, 4) how much more than all choice orders those that each row has like each choice.
+    """(n, 4) by how much the orders that a row has favour each choice, against all orders.
 
-    `logits`: (n, views, 4) of the rows so far; with `is_held_out` they are those that the pilot's
-    are among, and the preference for a row of the pilot is measured on other rows.
+    `logits`: (n, views, 4) of the rows so far. With `is_held_out` the pilot's rows are among them;
+    the preference for a row of the pilot is then measured on other rows.
     """
     orders = [number for number, name in enumerate(view_names) if view_kind(name) in ORDER_KINDS]
     larger = step_views(view_names, "pixels")
@@ -14975,8 +14975,9 @@ def doubt_curve(run: Run) -> pd.DataFrame:
     With `doubt_steps`: a line after each step, and after a quarter, half and three quarters of its
     rows, the most doubtful first. Without, where all rows have all views: what their last step
     would buy for a part of its cost, most doubtful rows first, and for all rows in one pass.
-    `rows`: share of the rows that have that step; `cost`: as in the ladder; `seconds`: of a
-    device. Temperatures are cross-fitted at each point, but for a model without skill.
+    `rows`: share of the rows that have that step; `cost`: as in the ladder; `seconds`: what
+    scoring the test rows so takes on one device. Temperatures are cross-fitted at each point; a
+    model without skill gets none.
     """
     oof = _without_16_bit_views(read_oof(run))
     has_skill = measure_skill(oof, run.train["answer"]).has_skill
@@ -15122,7 +15123,7 @@ def set_choice_interval(
 ) -> None:
     """Put the interval that knows of the choosing into the ladder.
 
-    That is into its row of the automatic choice, `step`.
+    It goes into the row of the automatic choice, `step`.
     """
     ends = choice_interval(candidates, labels, groups)
     table.loc[step, INTERVAL_COLUMNS] = ends.T.ravel()
@@ -15420,7 +15421,7 @@ class BaseMember:
         return float(np.quantile(answer_leads(self.members[0]), DOUBT_SHARE))
 
     def mix(self, name: str, fit_members, fit_labels, members) -> np.ndarray:
-        """(n, 4) of (2, n, 4) `members` by a mixture that is fitted on others and their labels."""
+        """(n, 4) of `members` (2, n, 4), by a mixture fitted on `fit_members` and `fit_labels`."""
         mixture = BASE_MIXTURES[name]
         if not mixture.in_doubt_only:
             return fit_and_blend(mixture.blend, fit_members, fit_labels, members, self.scaling)
@@ -15444,7 +15445,7 @@ class BaseMember:
     def candidates(self, groups: np.ndarray) -> dict[str, Candidate]:
         """The fine-tuned answers first, then each mixture, cross-fitted.
 
-        Those for rows in doubt are left out where too few are. `groups`: (n,) of images.
+        Mixtures for rows in doubt are left out where too few rows are. `groups`: (n,) of images.
         """
         found = {WITHOUT_BASE: Candidate(self.members[0])}
         part = groups % CROSS_FIT_PARTS
@@ -20595,14 +20596,14 @@ def alignment_scores(
     config: Config,
     model_id: str = ALIGNMENT_MODEL,
 ) -> np.ndarray:
-    """(n, 4) how well each choice, put into the question's place, fits the row's image.
+    """(n, 4) how well each choice, as a statement with its question, fits the row's image.
 
     Logits of a SigLIP or CLIP model; -inf for a blank choice, and 0 throughout where the image
-    cannot be used. `rows`: of a competition or a run, or any table with their columns. They are
-    kept below the config's output_dir: what was scored once by this model is not scored again,
-    and after an interruption only what is left. A process of its own scores, so that this one
-    never touches the GPU. Raises RuntimeError with the end of its log where it fails, as for a
-    model without a tower for texts, and Interrupted where it was asked to stop.
+    cannot be used. `rows`: of a competition or a run, or any table with their columns. Scores are
+    kept below the config's output_dir: what this model has scored is not scored again, and after
+    an interruption only what is left. A process of its own scores, so that this one never touches
+    the GPU. Raises RuntimeError with the end of its log where it fails, as for a model without a
+    tower for texts, and Interrupted where it was asked to stop.
     """
     require_machine(config)
     settings = dataclasses.replace(config, alignment_model=model_id)
