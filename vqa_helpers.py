@@ -17082,9 +17082,11 @@ def plot_doubt_curve(curve: pd.DataFrame, axes=None):
         )
         if len(all_rows):
             ax.plot(all_rows["cost"], all_rows[column], "s", color=ORANGE, label="all rows")
+        # Beside the line: above one that rises, below one that falls and has nothing there.
+        height = -14 if column == "nll" and all_rows.empty else 6
         for name, cost, value in ends_of_steps[["cost", column]].itertuples():
             text = name.removesuffix(", 100%")
-            ax.annotate(text, (cost, value), (0, 6), textcoords="offset points", ha="center")
+            ax.annotate(text, (cost, value), (0, height), textcoords="offset points", ha="center")
         _show_at_least(ax, 0.2)
     ax.legend(frameon=False)
     return axes
