@@ -1688,6 +1688,31 @@ def _is_of_kind(value, annotation: str) -> bool:
     return isinstance(value, KINDS[first_word])
 
 
+# Annotations of fields in words, without "| None".
+ANNOTATIONS_IN_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "True or False",
+    "str": "a text",
+    "tuple[int, ...]": "a list of whole numbers",
+    "tuple[float, ...]": "a list of numbers",
+    "tuple[str, ...]": "a list of texts",
+    "tuple[tuple[str, float], ...]": "a list of pairs of a text and a number",
+    "Mapping[str, str]": "names with a text each, in braces",
+}
+
+
+def _annotation_in_words(annotation: str) -> str:
+    """What a field's annotation asks for.
+
+    >>> _annotation_in_words("tuple[int, ...] | None")
+    'a list of whole numbers, or None'
+    """
+    kind = annotation.removesuffix(" | None")
+    words = ANNOTATIONS_IN_WORDS[kind]
+    return words if kind == annotation else f"{words}, or None"
+
+
 # Fields that may name a folder below the home folder, as "~/vqa".
 PATH_FIELDS = (
     "model_id",
@@ -1727,7 +1752,8 @@ def _check_values(config: Config) -> None:
         value = getattr(config, item.name)
         declaration = item.metadata["declaration"]
         if not _is_of_kind(value, item.type):
-            needs = declaration.needs if declaration.one_of else item.type
+            kind = _annotation_in_words(item.type)
+            needs = declaration.needs if declaration.one_of else kind
             _refuse(config, item.name, needs)
         if value is not None and not declaration.allows(value):
             _refuse(config, item.name, declaration.needs)
@@ -1781,7 +1807,7 @@ def _check_seeds(config: Config) -> None:
     if len(set(seeds)) < len(seeds):
         _refuse(config, "seeds", "each seed once: the same one twice trains the same model twice")
     if seeds and config.seed not in seeds:
-        needs = f"seed, {config.seed}, among them: it makes the folds and the first models"
+        needs = f"{config.seed} among them, which is `seed`: that makes the folds and first models"
         _refuse(config, "seeds", needs)
     if len(seeds) > 1 and config.doubt_steps:
         needs = "one seed, or no doubt_steps: each seed's model would have other rows in doubt"

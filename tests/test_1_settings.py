@@ -44,8 +44,8 @@ def test_competition_files_without_a_gpu_stop_the_run():
             "Unknown config field 'learning_rat'; did you mean 'learning_rate'?",
         ),
         ({"n_folds": 1}, "'n_folds' is 1; it needs at least 2"),
-        ({"n_folds": "3"}, "'n_folds' is '3'; it needs int"),
-        ({"use_tta": 1}, "'use_tta' is 1; it needs bool"),
+        ({"n_folds": "3"}, "'n_folds' is '3'; it needs a whole number"),
+        ({"use_tta": 1}, "'use_tta' is 1; it needs True or False"),
         ({"lora_dropout": 1.0}, "'lora_dropout' is 1.0; it needs 0 <= value < 1"),
         ({"learning_rate": 0.0}, "'learning_rate' is 0.0; it needs a positive number"),
         ({"quantization": "4-bit"}, "'quantization' is '4-bit'; it needs one of 4bit, 8bit, none"),
@@ -107,7 +107,7 @@ ALL_STEPS = (("rotations", 0.5), ("orders", 0.2), ("pixels", 0.2), ("base", 1))
             {},
             "pairs of a step (rotations, orders, pixels, base) and a time",
         ),
-        (0.5, {}, "tuple[tuple[str, float], ...]"),
+        (0.5, {}, "a list of pairs of a text and a number"),
         ((("base", 0.2), ("rotations", 0.2)), {}, "each step once, in this order: rotations, "),
         ((("base", 0.2), ("base", 0.2)), {}, "each step once, in this order: rotations, "),
         ((("base", 0.2),), {"use_tta": False}, "use_tta"),
@@ -213,3 +213,11 @@ def test_a_model_for_scoring_needs_something_that_is_scored_with_it(tmp_path, mo
     assert config.model_files == "config.json 2"
     assert config.fingerprint != vqa.Config(score_precision="16bit").fingerprint
     assert config.rescoring.model_path == str(folder.resolve())
+
+
+@pytest.mark.parametrize("name", [item.name for item in dataclasses.fields(vqa.Config)])
+def test_a_value_of_another_kind_is_refused_in_words_not_annotations(name):
+    with pytest.raises(ValueError, match=f"'{name}' is 1j; it needs ") as error:
+        vqa.Config(**{name: 1j})
+    assert "[" not in str(error.value)
+    assert "|" not in str(error.value)

@@ -27,7 +27,7 @@ ONE_VIEW = ["rotation 0"]
     ("settings", "message"),
     [
         ({"seeds": (42, 42)}, "'seeds' is (42, 42); it needs each seed once"),
-        ({"seeds": (7, 8)}, "'seeds' is (7, 8); it needs seed, 42, among them"),
+        ({"seeds": (7, 8)}, "'seeds' is (7, 8); it needs 42 among them, which is `seed`"),
         ({"seeds": (42, 7.0)}, "'seeds' is (42, 7.0); it needs whole numbers of at least 0"),
         ({"seeds": (42, True)}, "'seeds' is (42, True); it needs whole numbers of at least 0"),
         ({"seeds": (42, -1)}, "'seeds' is (42, -1); it needs whole numbers of at least 0"),
