@@ -17523,7 +17523,7 @@ def _report_introduction(run: Run, evaluation: Evaluation) -> list[str]:
             "pooled temperature. No row is out of fold for it: whether it helps cannot be seen "
             "here."
         )
-    if config.use_base_member != "off":
+    if config.use_base_member != "off" and evaluation.base is None:  # else the verdict says it
         paragraphs.append(describe_base_member(run, evaluation))
     paragraphs += _report_notation(run)
     known = known_answers(run.train, run.test)
