@@ -15343,12 +15343,12 @@ def is_base_near(base_accuracy: float, tuned_accuracy: float) -> tuple[bool, str
     """Whether the base model makes few enough errors to be a member, and the figures in words.
 
     >>> is_base_near(0.86, 0.9)
-    (True, 'in one view it has 0.860 right, the fine-tuned models 0.900: 1.4 times their errors')
+    (True, 'in one view it has 0.860 right, trained models 0.900: 1.4 times the errors')
     """
     ratio = (1 - base_accuracy) / max(1 - tuned_accuracy, 1e-9)
     figures = (
-        f"in one view it has {base_accuracy:.3f} right, the fine-tuned models "
-        f"{tuned_accuracy:.3f}: {ratio:.1f} times their errors"
+        f"in one view it has {base_accuracy:.3f} right, trained models {tuned_accuracy:.3f}: "
+        f"{ratio:.1f} times the errors"
     )
     return ratio <= BASE_ERRORS_AT_MOST, figures
 
@@ -15375,7 +15375,7 @@ def wants_base_member(run: Run) -> tuple[bool, str]:
     if not run.is_done("zeroshot", 0):
         return False, "its zero-shot accuracy is not known"
     is_near, figures = is_base_near(_zeroshot_accuracy(run), _validated_accuracy(run))
-    limit = "at most" if is_near else "more than"
+    limit = "at most" if is_near else "over"
     return is_near, f"{figures}, {limit} {BASE_ERRORS_AT_MOST}"
 
 

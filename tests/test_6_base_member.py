@@ -144,15 +144,15 @@ def known_run(run, tuned, base, fold_count=2):
     return run
 
 
-NEAR = "in one view it has 0.860 right, the fine-tuned models 0.900: 1.4 times their errors"
-FAR = "in one view it has 0.600 right, the fine-tuned models 0.900: 4.0 times their errors"
+NEAR = "in one view it has 0.860 right, trained models 0.900: 1.4 times the errors"
+FAR = "in one view it has 0.600 right, trained models 0.900: 4.0 times the errors"
 
 
 @pytest.mark.parametrize(
     ("setting", "times", "tuned", "base", "wanted", "reason"),
     [
         ("auto", 20, 0.9, 0.86, True, f"{NEAR}, at most 1.5"),
-        ("auto", 20, 0.9, 0.6, False, f"{FAR}, more than 1.5"),
+        ("auto", 20, 0.9, 0.6, False, f"{FAR}, over 1.5"),
         ("on", 1, 0.9, 0.6, True, "use_base_member is on"),
         ("off", 20, 0.9, 0.86, False, "use_base_member is off"),
         ("auto", 1, 0.9, 0.86, False, "36 rows out of fold are too few to judge it; 400 will do"),
