@@ -20051,6 +20051,21 @@ class Launch(NamedTuple):
     stages: list[str]
 
 
+def jobs_of_first_seed(config: Config, jobs: Sequence[WorkerJob]) -> list[WorkerJob]:
+    """The jobs without members of further seeds: for the base model, which all seeds share.
+
+    >>> config = Config(n_folds=2, seeds=(42, 7))
+    >>> jobs_of_first_seed(config, [WorkerJob(("0",), (0, 3)), WorkerJob(("1",), (4,))])
+    [WorkerJob(devices=('0',), folds=(0,))]
+    """
+    kept = []
+    for job in jobs:
+        folds = tuple(fold for fold in job.folds if fold in config.folds_to_train)
+        if folds:
+            kept.append(WorkerJob(job.devices, folds))
+    return kept
+
+
 def planned_launches(config: Config, devices: Sequence[str | None]) -> list[Launch]:
     """What `run_folds` starts, one launch after the other.
 
@@ -20075,7 +20090,10 @@ def planned_launches(config: Config, devices: Sequence[str | None]) -> list[Laun
         # Weights are selected on all folds together, so that scoring starts new workers. A
         # single job, above, has all folds: its workers go on with the model that they have loaded.
         for stage in ["train", *scoring]:
-            launches += [Launch(jobs, [stage]) for jobs in rounds]
+            for jobs in rounds:
+                waiting = jobs_of_first_seed(config, jobs) if stage == "base" else jobs
+                if waiting:
+                    launches.append(Launch(waiting, [stage]))
     if config.final_retrain:
         for jobs in schedule_folds(members_of(config, [config.n_folds]), devices):
             stages = [stage for stage in ["train", *scoring] if stage != "base"]
@@ -21476,6 +21494,7 @@ class StepSeconds:
     training: float  # a question, with its share of the optimizer's step
     validation: float  # to score a question in one view, with an adapter
     all_views: float  # ... in all views; with doubt_steps in those that it has on average
+    first_views: float  # ... in the views that all rows have
     checkpoint: float  # to save one
 
 
@@ -21607,10 +21626,10 @@ def scoring_parts(
 
 
 def base_parts(config: Config, seconds: StepSeconds, size: JobSize) -> dict[str, float]:
-    """Seconds of the stage "base" of a fold, by part: in all views, the test rows shared out."""
+    """Seconds of the stage "base" of a fold, by part: the folds share the test rows."""
     return {
-        "held-out rows": size.train_rows / config.n_folds * seconds.all_views,
-        "test rows": size.test_rows / len(config.folds_to_train) * seconds.all_views,
+        "held-out rows": size.train_rows / config.n_folds * seconds.first_views,
+        "test rows": size.test_rows / len(config.folds_to_train) * seconds.first_views,
     }
 
 
@@ -21631,7 +21650,8 @@ class TimeEstimate:
         if stage == "rescore" and not self.size.is_rescored:
             return {}
         if stage == "base":
-            return base_parts(self.config, self.seconds, self.size)
+            is_of_first_seed = fold in self.config.folds_to_train
+            return base_parts(self.config, self.seconds, self.size) if is_of_first_seed else {}
         return scoring_parts(self.config, self.seconds, self.size, is_final)
 
     def features_once(self) -> dict[str, float]:
@@ -22005,7 +22025,7 @@ def plan_trial(session: Session, trial: TrialRows, parameters: Mapping) -> Memor
 
 
 def measure_views(session: Session, trial: TrialRows) -> dict[str, float]:
-    """Seconds to score a row with the adapter: validation and all_views.
+    """Seconds to score a row with the adapter: validation, first_views and all_views.
 
     The steps of `doubt_steps` are not timed: they may take so many times one view of all rows.
     """
@@ -22020,8 +22040,12 @@ def measure_views(session: Session, trial: TrialRows) -> dict[str, float]:
         of_test = trial.cost_of_split("test", "tokens", config)
     one_view = measure_scoring(session, trial.sample, views[:1])
     further = sum(steps.values()) * one_view
-    all_seconds = measure_scoring(session, trial.sample, first) + further
-    return {"validation": of_train * one_view, "all_views": of_test * all_seconds}
+    first_seconds = measure_scoring(session, trial.sample, first)
+    return {
+        "validation": of_train * one_view,
+        "first_views": of_test * first_seconds,
+        "all_views": of_test * (first_seconds + further),
+    }
 
 
 def try_model(session: Session, trial: TrialRows, start_seconds: float) -> TrialResult:

@@ -236,7 +236,7 @@ def test_base_models_are_members_of_an_ensemble_of_runs(mini_run, replace, tmp_p
 
 def test_preflight_counts_it_where_it_may_be_scored(replace):
     nothing = dict.fromkeys(vqa.StepSeconds.__dataclass_fields__, 0.0)
-    seconds = vqa.StepSeconds(**{**nothing, "all_views": 1.0})
+    seconds = vqa.StepSeconds(**{**nothing, "first_views": 1.0})
     size = vqa.JobSize(120, 0, 0, 50, 1000, 300, is_rescored=False, scores_base=True)
     config = vqa.Config.preset("demo", n_folds=3, final_retrain=True)
     estimate = vqa.TimeEstimate(config, seconds, size, devices=("cpu core",))
@@ -247,6 +247,23 @@ def test_preflight_counts_it_where_it_may_be_scored(replace):
     assert "base: test rows" not in without.parts()
     difference = estimate.wall_seconds() - without.wall_seconds()
     assert difference == pytest.approx(170)
+
+
+@pytest.mark.parametrize("devices", [("0",), ("0", "1")])
+def test_preflight_counts_it_once_for_all_seeds_and_in_the_views_of_all_rows(devices):
+    nothing = dict.fromkeys(vqa.StepSeconds.__dataclass_fields__, 0.0)
+    size = vqa.JobSize(120, 0, 0, 50, 1000, 300, is_rescored=False, scores_base=True)
+
+    def parts(step, **settings):
+        config = vqa.Config.preset("demo", n_folds=3, use_base_member="on", **settings)
+        seconds = vqa.StepSeconds(**{**nothing, step: 1.0})
+        return vqa.TimeEstimate(config, seconds, size, devices).parts()
+
+    of_seeds = parts("first_views", seeds=(42, 7))
+    assert of_seeds["base: held-out rows"] == pytest.approx(120)
+    assert of_seeds["base: test rows"] == pytest.approx(50)
+    in_doubt = parts("all_views", doubt_steps=(("rotations", 0.5),))
+    assert in_doubt["base: test rows"] == 0  # it takes no step
 
 
 @pytest.mark.parametrize(
