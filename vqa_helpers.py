@@ -11985,6 +11985,16 @@ def base_questions(run: Run, session: Session) -> float:
     return (held_out + test_rows) * views_cost(session, views)
 
 
+def folds_for_base(run: Run, session: Session, training: int) -> int:
+    """For how many of this worker's folds the stage "base" is to come, once for all seeds.
+
+    They are trained already, or among the `training` that are being trained.
+    """
+    of_first_seed = [fold for fold in session.assigned_folds if fold in run.config.folds_to_train]
+    untrained = [fold for fold in of_first_seed if not run.is_done("train", fold)]
+    return len(run.unfinished_folds("base", of_first_seed)) + min(training, len(untrained))
+
+
 def inference_seconds(
     run: Run, seconds_per_question: float, session: Session, training: int
 ) -> float:
@@ -12004,10 +12014,10 @@ def inference_seconds(
     rows = held_out + len(run.test)
     # For a fold.
     scored = rows * cost_in_steps(session, views) + pilot_cost(run.config, held_out)
-    if run.config.use_base_member == "on":  # "auto" takes only what time is left
-        scored += base_questions(run, session)
     validated = 3 * training * held_out
     questions = (waiting + training) * scored + validated
+    if run.config.use_base_member == "on":  # "auto" takes only what time is left
+        questions += folds_for_base(run, session, training) * base_questions(run, session)
     world_size = process_count()
     return 1.25 * seconds_per_question * questions / world_size
 

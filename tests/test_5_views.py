@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -204,3 +205,16 @@ def test_steps_cost_no_more_than_they_may_take(mini_run, session, replace):
     pilot = 18 * 9 / 7
     saved = rows * (four_orders - (1 + 0.3 + four_orders)) - pilot
     assert seconds_for_all_views - seconds == pytest.approx(1.25 * saved)
+
+
+def test_time_is_kept_for_the_base_model_once_for_all_seeds(mini_run):
+    run = mini_run(seeds=(42, 7), use_base_member="on", tta_rotations=1)
+    session = SimpleNamespace(
+        config=run.config, processor=None, shares_prefixes=True, assigned_folds=(0, 1, 3, 4)
+    )
+    for member in (0, 1, 3):  # the other seed's model of fold 1 is being trained
+        vqa.atomic_write(run.fold_dir(member) / "result.json", "{}")
+    scored = 4 * (18 + 12)
+    by_base = 2 * (18 + 6)  # two folds, which share the test rows
+    needed = vqa.inference_seconds(run, 1.0, session, training=1)
+    assert needed == pytest.approx(1.25 * (scored + 3 * 18 + by_base))
