@@ -15336,11 +15336,11 @@ def _validated_accuracy(run: Run) -> float:
     """Accuracy of the selected weights on held-out rows, in one view; NaN where it is not known."""
     accuracies = []
     rows = []
-    for fold in run.finished_folds:
-        kinds = read_fold_result(run, fold).kinds
+    for member in run.finished_members:  # a fold may have another seed's model only
+        kinds = read_fold_result(run, member).kinds
         of_kinds = [kinds[kind].get("accuracy", math.nan) for kind in run.selected_weights or kinds]
         accuracies.append(np.mean(of_kinds))
-        rows.append((run.train["fold"] == fold).sum())
+        rows.append((run.train["fold"] == fold_of(run.config, member)).sum())
     return float(np.average(accuracies, weights=rows))
 
 
@@ -19923,11 +19923,11 @@ def align_rows_of(run: Run, progress: Callable) -> None:
 
 def waiting_folds(run: Run, stage: str, folds: Sequence[int]) -> list[int]:
     """Those of `folds` that wait for `stage`; none for "base" where it is decided against."""
-    unfinished = run.unfinished_folds(stage, folds)
     if stage != "base":
-        return unfinished
+        return run.unfinished_folds(stage, folds)
     # The base model is the same for all seeds, and no model on all rows has rows of its own.
-    unfinished = [fold for fold in unfinished if fold in run.config.folds_to_train]
+    of_first_seed = [fold for fold in folds if fold in run.finished_folds]
+    unfinished = [fold for fold in of_first_seed if not run.is_done("base", fold)]
     if not unfinished:
         return []
     is_wanted, reason = wants_base_member(run)

@@ -173,6 +173,15 @@ def test_it_waits_for_all_folds_which_share_its_test_rows(mini_run):
     assert vqa.wants_base_member(run) == (False, reason)
 
 
+def test_it_scores_a_fold_that_only_a_further_seed_has_trained(mini_run, replace):
+    run = longer(mini_run(use_base_member="auto", seeds=(42, 7)), replace, 20)
+    run = known_run(run, 0.9, 0.86, fold_count=1)
+    write_kinds(run, 4, {"raw": {"accuracy": 0.9, "nll": 0.5}})  # of fold 1, seed 7
+    assert run.finished_members == [0, 4]
+    assert vqa.wants_base_member(run) == (True, f"{NEAR}, at most 1.5")
+    assert vqa.waiting_folds(run, "base", [0, 1, 3, 4]) == [0, 1]
+
+
 def test_a_worker_is_started_for_it_only_where_it_is_wanted(mini_run, replace, monkeypatch):
     launched = []
     monkeypatch.setattr(vqa, "worker_devices", lambda config: ["0", "1"])
