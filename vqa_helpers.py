@@ -15786,13 +15786,14 @@ def add_alignment_step(
 ) -> None:
     """Put the mixture behind the steps of the submission, against the last of them."""
     final_model = steps.pop(STEP_FINAL_MODEL, None)
-    used = [name for name, step in steps.items() if step.used]
+    against = [name for name, step in steps.items() if step.used][-1]
     steps[STEP_ALIGNMENT] = LadderStep(
         probabilities=member.step.probabilities,
-        against=used[-1],
+        against=against,
         views=views,
         used=member.used,
         fitted_parameters=member.step.fitted_parameters,
+        extra_cost=steps[against].extra_cost,  # of the base model
     )
     if final_model is not None:
         steps[STEP_FINAL_MODEL] = final_model

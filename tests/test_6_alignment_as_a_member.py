@@ -92,3 +92,17 @@ def test_the_active_list_has_the_letter_that_fits_the_image_best(aligned_run):
     table = vqa.with_aligned_letters(run, table)
     assert table.columns.tolist() == ["rows", "id", "other", "aligned", "question"]
     assert table["aligned"].tolist() == [letters[rows[1]]]
+
+
+def test_its_step_costs_what_the_base_model_before_it_costs():
+    chosen = vqa.LadderStep(np.full((8, 4), 0.25), used=True, extra_cost=0.7)
+    steps = {vqa.STEP_BASE_CHOICE: chosen}
+    member = vqa.AlignmentMember(
+        weights=vqa.AlignmentWeights(power=1.0, weight=0.0),
+        step=vqa.Candidate(chosen.probabilities),
+        used=False,
+        probabilities=chosen.probabilities,
+    )
+    vqa.add_alignment_step(steps, member, views=[0])
+    assert steps[vqa.STEP_ALIGNMENT].extra_cost == 0.7
+    assert steps[vqa.STEP_ALIGNMENT].against == vqa.STEP_BASE_CHOICE
