@@ -14623,6 +14623,7 @@ def views_to_try(oof: OofLogits, decided: Mapping[str, bool]) -> dict[str, list[
     for set_name, is_admitted in decided.items():
         if not is_admitted:
             lost.append(ADDED_KINDS.get(set_name, ""))
+    has_orders = decided.get("more orders", False)
     sets = {}
     for set_name, views in views_by_set(oof).items():
         kind = ADDED_KINDS.get(set_name, "")
@@ -14630,7 +14631,7 @@ def views_to_try(oof: OofLogits, decided: Mapping[str, bool]) -> dict[str, list[
         for view in views:
             view_of_kind = view_kind(oof.view_names[view])
             is_needed = view == 0 or view_of_kind == kind or kind not in STEP_KINDS.values()
-            goes_on = kind == "order" and view_of_kind == "rotation"
+            goes_on = view_of_kind == "rotation" and (kind == "order" or has_orders)
             if is_needed or goes_on or view_of_kind not in lost:
                 kept.append(view)
         sets[set_name] = kept

@@ -315,6 +315,8 @@ def test_more_orders_are_tried_with_the_rotations_even_where_these_lost():
     assert sets["more orders"] == [0, 1, 2]
     sets = vqa.views_to_try(oof, {"rotations": False, "more orders": False})
     assert sets["more pixels"] == [0, 3]
+    sets = vqa.views_to_try(oof, {"rotations": False, "more orders": True})
+    assert sets["more pixels"] == [0, 1, 2, 3]  # which were admitted together
 
 
 def test_the_curve_has_a_point_for_each_quarter_of_a_step():
