@@ -16555,6 +16555,8 @@ def unplanned_events(run: Run) -> list[dict]:
             made_up_for.append(f"{stage} fold {name} was left out")
     if run.is_rescored:
         made_up_for.append("scoring in 16 bits was left out")
+    if run.is_done("alignment", 0):
+        made_up_for.append("alignment was left out")
     records = read_json_lines(run.directory / "events.jsonl", EVENT_RECORD)
     return [record for record in records if not record["event"].startswith(tuple(made_up_for))]
 
@@ -20405,6 +20407,29 @@ def note_start(run: Run) -> None:
         LOGGER.info("Time budget: %s left", duration_in_words(left))
 
 
+def launch_alignment(run: Run) -> None:
+    """Do the stage "alignment" in a worker; left out, with a note, where the time ends before it.
+
+    It comes last, as what a submission can do without. Where all rows were aligned before, their
+    scores are only copied, for which there is always time.
+    """
+    is_work_left = prepare_alignment(pd.concat([run.train, run.test]), run.config)
+
+    def is_time_up() -> bool:
+        return is_work_left and run.seconds_left() <= 0
+
+    try:
+        if not is_time_up():
+            job = WorkerJob((worker_devices(run.config)[0],), (0,))
+            launch_workers(run, [job], ["alignment"], is_time_up)
+            return
+    except Interrupted:
+        if not is_time_up():
+            raise  # somebody else has stopped it
+    event = "alignment was left out: the time budget ended before all rows had their scores"
+    MetricLogger(run.directory / "events.jsonl").log(event=event)
+
+
 def run_folds(config: Config) -> list[FoldResult]:
     """Train and predict all folds of the run at `config.run_dir`, as `schedule_folds` says.
 
@@ -20414,13 +20439,12 @@ def run_folds(config: Config) -> list[FoldResult]:
     run = Run.open(config.run_dir)
     delete_damaged_files(run)
     note_start(run)
-    if run.config.alignment_model and not run.is_done("alignment", 0):
-        device = worker_devices(run.config)[0]
-        launch_workers(run, [WorkerJob((device,), (0,))], ["alignment"])
     for jobs, stages in planned_launches(config, worker_devices(config)):
         folds = list(itertools.chain.from_iterable(job.folds for job in jobs))
         if any(waiting_folds(run, stage, folds) for stage in stages):
             launch_workers(run, jobs, stages)
+    if run.config.alignment_model and not run.is_done("alignment", 0):
+        launch_alignment(run)
     return [read_fold_result(run, member) for member in run.finished_members]
 
 

@@ -130,22 +130,54 @@ def test_a_finished_run_gets_scores_and_those_of_another_model(mini_run, fake_sc
     assert not other.is_done("alignment", 0)
 
 
-@pytest.mark.slow
-def test_alignment_comes_before_the_folds_and_once(mini_run, monkeypatch, fake_scores):
-    run = mini_run(alignment_model=MODEL)
-    launched = []
+@pytest.fixture
+def launched(monkeypatch):
+    """The stages of the workers that would be started; none is."""
+    stages_of_launches = []
 
-    def launch(run, jobs, stages):
-        launched.append(([job.folds for job in jobs], stages))
+    def launch(run, jobs, stages, stop=lambda: False):
+        stages_of_launches.append(stages)
+        if stop():
+            raise vqa.Interrupted
 
     monkeypatch.setattr(vqa, "launch_workers", launch)
+    return stages_of_launches
+
+
+@pytest.mark.slow
+def test_alignment_comes_behind_the_folds_and_once(mini_run, launched, fake_scores):
+    run = mini_run(alignment_model=MODEL)
     vqa.run_folds(run.config)
-    assert launched[0] == ([(0,)], ["alignment"])
-    assert launched[1][1] == ["train"]
+    assert [launched[0], launched[-1]] == [["train"], ["alignment"]]
     vqa.run_stages(run, [0], ["alignment"], quiet)
     launched.clear()
     vqa.run_folds(run.config)
-    assert [stages for _, stages in launched][0] == ["train"]
+    assert ["alignment"] not in launched
+
+
+@pytest.mark.parametrize("seconds", [[-1.0], [60.0, -1.0]])
+def test_alignment_is_left_out_where_the_time_ends(mini_run, monkeypatch, launched, seconds):
+    """Before it begins, and while its worker is at work."""
+    run = mini_run(alignment_model=MODEL)
+    left = iter([*seconds, -1.0, -1.0])
+    monkeypatch.setattr(vqa.Run, "seconds_left", lambda run: next(left))
+    vqa.launch_alignment(run)
+    assert launched == [["alignment"]] * (len(seconds) - 1)
+    (record,) = vqa.unplanned_events(run)
+    assert record["event"] == (
+        "alignment was left out: the time budget ended before all rows had their scores"
+    )
+    for name in vqa.ALIGNMENT_FILES.values():  # a later session has made them
+        (run.directory / name).touch()
+    assert vqa.unplanned_events(run) == []
+
+
+def test_known_alignment_scores_are_copied_also_without_time(mini_run, monkeypatch, launched):
+    run = mini_run(alignment_model=MODEL)
+    monkeypatch.setattr(vqa, "prepare_alignment", lambda rows, config: False)
+    monkeypatch.setattr(vqa.Run, "seconds_left", lambda run: -1.0)
+    vqa.launch_alignment(run)
+    assert launched == [["alignment"]]
 
 
 def test_the_rows_that_fit_worst_are_shown_with_their_images(rows):
