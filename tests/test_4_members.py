@@ -160,6 +160,17 @@ def test_all_seeds_score_only_where_their_mean_does_not_lose(mini_run, strength,
     assert run.members_behind(0) == [0, 3][:selected]
 
 
+def test_a_lost_selection_of_a_run_that_is_scored_is_decided_again(mini_run, monkeypatch):
+    """Else all seeds would score, although one was selected."""
+    run = planted_seeds(mini_run(seeds=TWO_SEEDS, use_base_member="off"), {0: 1.0, 3: -3.0})
+    monkeypatch.setattr(vqa, "launch_workers", lambda *_: None)
+    monkeypatch.setattr(vqa, "delete_damaged_files", lambda run: 0)
+    before = vqa.select_weights(run), run.selected_seeds
+    (run.directory / "selection.json").unlink()
+    vqa.run_folds(run.config)
+    assert ("+".join(run.selected_weights), run.selected_seeds) == before == ("raw", 1)
+
+
 @pytest.mark.slow
 def test_seeds_that_lose_are_shown_and_not_used(mini_run):
     run = mini_run(seeds=TWO_SEEDS)
