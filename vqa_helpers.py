@@ -21549,6 +21549,14 @@ class JobSize:
     is_rescored: bool  # scored in 16 bits, too
     scores_base: bool = False  # whether the base model may score all rows, too
 
+    @property
+    def related_image_tokens(self) -> int:
+        """Of the images of extra_train_dirs, if a row has as many as one of train.csv has.
+
+        These images are not read before the run starts.
+        """
+        return round(self.related_rows * self.train_image_tokens / self.train_rows)
+
 
 def added_row_count(config: Config, competition: Competition) -> int:
     """Votes and test answers that every fold trains on beside train.csv's rows, at most."""
@@ -21694,9 +21702,10 @@ class TimeEstimate:
 
     def features_once(self) -> dict[str, float]:
         """Stage -> seconds of the features that its first worker computes for all others."""
-        variants = self.config.augment_images * self.size.train_image_tokens
+        related = self.size.related_image_tokens
+        variants = self.config.augment_images * (self.size.train_image_tokens + related)
         return {
-            "train": variants * self.seconds.image_token,
+            "train": (related + variants) * self.seconds.image_token,
             "predict": self.size.test_image_tokens * self.seconds.image_token,
         }
 
@@ -22230,7 +22239,8 @@ def feature_tokens(config: Config, trial: TrialRows) -> int:
     """Image tokens of all features that a run keeps: of each image and training variant once."""
     size = job_size(config, trial.competition, trial.lengths, is_rescored=False)
     train_versions = 1 + config.augment_images
-    return train_versions * size.train_image_tokens + size.test_image_tokens
+    train_tokens = size.train_image_tokens + size.related_image_tokens
+    return train_versions * train_tokens + size.test_image_tokens
 
 
 def time_facts(estimate: TimeEstimate) -> dict:
@@ -22239,10 +22249,19 @@ def time_facts(estimate: TimeEstimate) -> dict:
     parts = one_device.parts()
     return {
         **seed_facts(one_device),
+        **alignment_facts(estimate.config),
         "estimated minutes on one device": round(sum(parts.values()) / 60, 1),
         "estimated minutes here": round(estimate.wall_seconds() / 60, 1),
         "estimated seconds by part": parts_as_text(parts),
     }
+
+
+def alignment_facts(config: Config) -> dict:
+    """That the stage "alignment" is not timed; nothing where there is none."""
+    if not config.alignment_model:
+        return {}
+    text = f"not in the estimate: {config.alignment_model} scores last, in the time that is left"
+    return {"alignment": text}
 
 
 def seed_facts(one_device: TimeEstimate) -> dict:

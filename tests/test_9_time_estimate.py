@@ -300,3 +300,19 @@ def test_preflight_says_what_further_seeds_cost():
     )
     assert facts["estimated minutes on one device"] == 36.0
     assert "seeds" not in vqa.time_facts(estimate({"training": 1.5}))
+
+
+@pytest.mark.parametrize(("variants", "tokens"), [(0, 250), (2, 2 * 1000 + 3 * 250)])
+def test_features_of_other_rounds_count_as_those_of_as_many_training_rows(variants, tokens):
+    size = dataclasses.replace(SIZE, related_rows=30)  # a quarter of train.csv's
+    settings = {"augment_images": variants, "extra_train_dirs": ("round1",)}
+    timed = estimate({"image_token": 1.0}, size=size, **settings)
+    assert timed.parts()["train: features"] == tokens
+
+
+def test_preflight_says_that_alignment_is_not_in_its_estimate():
+    facts = vqa.time_facts(estimate({"training": 1.5}, alignment_model="google/siglip"))
+    assert facts["alignment"] == (
+        "not in the estimate: google/siglip scores last, in the time that is left"
+    )
+    assert "alignment" not in vqa.time_facts(estimate({"training": 1.5}))
