@@ -15800,6 +15800,23 @@ def add_alignment_step(
         steps[STEP_FINAL_MODEL] = final_model
 
 
+def describe_alignment(run: Run, evaluation: Evaluation) -> str:
+    """A sentence on whether alignment scores are part of the submission, and what they gave."""
+    scores = f"Alignment scores of `{run.config.alignment_model}`"
+    none = f"{scores} are no part of the submission"
+    if not run.is_done("alignment", 0):
+        return f"{none}: not all rows have them yet; run all again to add them."
+    if STEP_ALIGNMENT not in evaluation.ladder.index:
+        return f"{none}: nothing is fitted to models without skill."
+    step = evaluation.ladder.loc[STEP_ALIGNMENT]
+    gain = points_with_interval(step["gain"], step["gain_low"], step["gain_high"])
+    change = f"on out-of-fold rows they change the accuracy by {gain} points"
+    if evaluation.alignment is None:
+        return f"{none}: they are not better by more than a standard error; {change}."
+    weight = evaluation.alignment.weight
+    return f"{scores} are part of the submission, with weight {weight:.3f}: {change}."
+
+
 def aligned_letters(run: Run) -> dict[tuple[str, str], str]:
     """(train or test, id) -> the letter whose choice fits the image best; {} without scores."""
     letters = {}
@@ -17539,6 +17556,8 @@ def _report_introduction(run: Run, evaluation: Evaluation) -> list[str]:
         )
     if config.use_base_member != "off" and evaluation.base is None:  # else the verdict says it
         paragraphs.append(describe_base_member(run, evaluation))
+    if config.alignment_model:
+        paragraphs.append(describe_alignment(run, evaluation))
     paragraphs += _report_notation(run)
     known = known_answers(run.train, run.test)
     in_use = config.use_known_answers

@@ -61,6 +61,9 @@ def test_scores_that_know_the_answers_are_used_in_oof_and_test_rows(aligned_run)
     for fold, probabilities in mixed.items():
         expected = evaluation.alignment.mix(without[fold], scores)
         assert np.array_equal(probabilities, expected)
+    weight = f"{evaluation.alignment.weight:.3f}"
+    sentence = vqa.describe_alignment(run, evaluation)
+    assert f"`{MODEL}` are part of the submission, with weight {weight}: on out" in sentence
     answers = np.mean(list(mixed.values()), axis=0).argmax(1)
     before = np.mean(list(without.values()), axis=0).argmax(1)
     truth = hidden_labels(run.test["id"])
@@ -73,6 +76,16 @@ def test_scores_that_know_nothing_change_no_answer(aligned_run):
     evaluation = vqa.evaluate_run(run)
     assert not evaluation.ladder.loc[vqa.STEP_ALIGNMENT, "used"]
     assert evaluation.alignment is None
+    sentence = vqa.describe_alignment(run, evaluation)
+    assert "are no part of the submission: they are not better by more than" in sentence
+    assert sentence in vqa.write_report(run, evaluation).read_text(encoding="utf-8")
+    (run.directory / vqa.ALIGNMENT_FILES["test"]).rename(run.directory / "kept")
+    sentence = vqa.describe_alignment(run, evaluation)
+    assert sentence.endswith("not all rows have them yet; run all again to add them.")
+    (run.directory / "kept").rename(run.directory / vqa.ALIGNMENT_FILES["test"])
+    ladder = evaluation.ladder.drop(vqa.STEP_ALIGNMENT)
+    unskilled = vqa.dataclasses.replace(evaluation, ladder=ladder)
+    assert "models without skill" in vqa.describe_alignment(run, unskilled)
     plain = dict(run.__dict__, config=vqa.dataclasses.replace(run.config, alignment_model=None))
     without = vqa.evaluate_run(vqa.Run(**plain))
     assert vqa.STEP_ALIGNMENT not in without.ladder.index
