@@ -15020,6 +15020,7 @@ def doubt_curve(run: Run) -> pd.DataFrame:
     has_skill = measure_skill(oof, run.train["answer"]).has_skill
     views = list(range(len(oof.view_names)))
     points = _points_of_steps(oof) if oof.steps else _simulated_points(oof)
+    scorings = max(1, len(run.selected_weights)) * run.members_per_fold()
     rows = {}
     for name, point in points.items():
         calibration = calibrate(
@@ -15030,7 +15031,7 @@ def doubt_curve(run: Run) -> pd.DataFrame:
         )
         rows[name] = {
             "rows": _share_with_any_view(point.oof.logits[:, point.added]),
-            "cost": point.oof.cost(views),
+            "cost": point.oof.cost(views) * scorings,
             **score_row(calibration.probabilities, oof.labels),
         }
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("step, and how much of it")

@@ -142,6 +142,7 @@ def test_a_run_of_two_seeds_has_one_ladder_and_one_report(two_seeds):
     assert alone["against"] == vqa.STEP_ONE_VIEW
     assert alone["gain_low"] <= alone["gain"] <= alone["gain_high"]
     assert not alone["used"]
+    assert vqa.doubt_curve(run).loc["all rows", "cost"] == 2
     report = vqa.write_report(run, evaluation).read_text(encoding="utf-8")
     assert "with the seeds 42, 7. Of these 2 models fold 0 has 2, fold 1 has 2. A fold" in report
     results = [vqa.read_fold_result(run, member) for member in run.finished_members]
