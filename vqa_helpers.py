@@ -16660,10 +16660,10 @@ def _is_of_other_weights(run: Run, event: str) -> bool:
 def _run_alarms(run: Run) -> list[str]:
     """Sentences about what the run has lost or taken a fallback for."""
     alarms = []
-    missing = ", ".join(_missing_folds(run))
+    missing = ", ".join(f"fold {name}" for name in _missing_folds(run))
     if missing:
         alarms.append(
-            f"Missing: fold {missing} of {run.config.n_folds}, "
+            f"Missing: {missing} of {run.config.n_folds}, "
             "because the time ended before the training did."
         )
     taken = [f"{name.replace('_', ' ')}: {count}" for name, count in run.fallbacks.items() if count]

@@ -161,6 +161,12 @@ def test_all_seeds_score_only_where_their_mean_does_not_lose(mini_run, strength,
     assert run.members_behind(0) == [0, 3][:selected]
 
 
+def test_each_missing_model_is_named_with_its_fold(mini_run):
+    run = planted_seeds(mini_run(seeds=TWO_SEEDS), {0: 1.0})
+    (alarm,) = vqa._run_alarms(run)
+    assert alarm.startswith("Missing: fold 1, fold 0 seed 7, fold 1 seed 7 of 2, because")
+
+
 def test_a_lost_selection_of_a_run_that_is_scored_is_decided_again(mini_run, monkeypatch):
     """Else all seeds would score, although one was selected."""
     run = planted_seeds(mini_run(seeds=TWO_SEEDS, use_base_member="off"), {0: 1.0, 3: -3.0})
