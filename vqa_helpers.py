@@ -19908,8 +19908,10 @@ def run_stage(
     try:
         needed = seconds_needed(run, session, stage, fold, longest)
         if any_process(run.seconds_left() < needed):
-            minutes = f"{needed / 60:.0f} minutes"
-            session.add_note(f"{label} was left out: the time budget has no {minutes} left for it")
+            time_needed = duration_in_words(max(1, needed))
+            session.add_note(
+                f"{label} was left out: the time budget has no {time_needed} left for it"
+            )
             return
         with track_peak_memory(label) as report:
             STAGES[stage](session, run, fold)
