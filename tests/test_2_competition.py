@@ -7,6 +7,7 @@ import csv
 import io
 import re
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import pandas as pd
@@ -245,7 +246,8 @@ def assert_label_is_the_written_answer(row, written):
     text = row[row["answer"]].strip()
     assert text
     assert row["answer"] == "abcd"[row["label"]]
-    letter_or_position = written.lower().strip("().")
+    visible = "".join(sign for sign in written if unicodedata.category(sign) != "Cf")
+    letter_or_position = visible.lower().strip(" ().")
     assert letter_or_position in (row["answer"], str(row["label"] + 1)) or written == text
 
 
