@@ -15399,6 +15399,8 @@ def may_score_base(config: Config, rows: int, zeroshot_accuracy: float) -> bool:
     >>> may_score_base(Config(use_base_member="auto"), rows=4000, zeroshot_accuracy=0.5)
     False
     """
+    if "base" in dict(config.doubt_steps):  # which asks it for rows in doubt
+        return False
     if config.use_base_member != "auto":
         return config.use_base_member == "on"
     return rows >= BASE_MEMBER_ROWS and zeroshot_accuracy >= LIKELY_BASE_ACCURACY

@@ -273,6 +273,8 @@ def test_preflight_counts_it_once_for_all_seeds_and_in_the_views_of_all_rows(dev
     assert of_seeds["base: test rows"] == pytest.approx(50)
     in_doubt = parts("all_views", doubt_steps=(("rotations", 0.5),))
     assert in_doubt["base: test rows"] == 0  # it takes no step
+    asked_already = vqa.Config(doubt_steps=(("base", 0.5),))
+    assert not vqa.may_score_base(asked_already, rows=4000, zeroshot_accuracy=0.9)
 
 
 @pytest.mark.parametrize(
