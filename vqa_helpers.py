@@ -11970,7 +11970,9 @@ def cost_in_steps(session: Session, views: Sequence[TTAView]) -> float:
     cost = views_cost(session, [views[number] for number in first])
     for step, share in steps:
         added = [views[number] for number in step_views(names, step)]
-        cost += min(share, views_cost(session, added))
+        # As in `step_costs`: a larger image takes so many times as long.
+        larger = max(1.0, *(view.scale for view in added))
+        cost += min(share, larger * views_cost(session, added))
     return cost
 
 

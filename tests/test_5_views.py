@@ -218,3 +218,12 @@ def test_time_is_kept_for_the_base_model_once_for_all_seeds(mini_run):
     by_base = 2 * (18 + 6)  # two folds, which share the test rows
     needed = vqa.inference_seconds(run, 1.0, session, training=1)
     assert needed == pytest.approx(1.25 * (scored + 3 * 18 + by_base))
+
+
+def test_larger_images_take_as_many_times_the_time_as_they_have_pixels():
+    steps = (("rotations", 0.1), ("pixels", 3.0))
+    config = vqa.Config.preset("demo", doubt_steps=steps, infer_max_pixels=4)
+    session = SimpleNamespace(config=config, shares_prefixes=True)
+    larger = [vqa.TTAView(f"pixels 2 rotation {turn}", turn, 2.0) for turn in range(4)]
+    views = [*vqa.rotated_views(config), *larger]
+    assert vqa.cost_in_steps(session, views) == pytest.approx(1 + 0.1 + 2 * 10 / 7)
