@@ -15496,13 +15496,14 @@ class BaseMember:
             rows = in_doubt if mixture.in_doubt_only else np.full(len(self.labels), True)
             if mixture.in_doubt_only and rows.sum() < DOUBT_ROWS_AT_LEAST:
                 continue
-            fitted_parameters = count_fitted_parameters(
+            weights = count_fitted_parameters(
                 mixture.blend, self.members[:, rows], self.labels[rows]
             )
             mix = functools.partial(self.mix, name)
             found[name] = Candidate(
                 probabilities=cross_fit(mix, self.members, self.labels, part),
-                fitted_parameters=fitted_parameters,
+                # A temperature, too, behind that of the answers it is compared with.
+                fitted_parameters=weights + self.scaling,
             )
         return found
 
