@@ -89,3 +89,16 @@ def selected_weights(run):
 def adapter_file(run, fold, kind):
     """The weights of a fold's adapter: `raw`, `ema` or `swa`."""
     return run.fold_dir(fold) / f"adapter_{kind}" / "adapter_model.safetensors"
+
+
+def work_in_this_process(monkeypatch, command, work):
+    """Let `work(folder, progress)` stand for the process `command`; a list of the folders begun."""
+    begun = []
+
+    def run(name, doing, config, folder, device):
+        assert name == command
+        begun.append(folder)
+        work(folder, quiet)
+
+    monkeypatch.setattr(vqa, "run_side_process", run)
+    return begun

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from alignment_twins import store_twin
-from running import quiet
+from running import quiet, work_in_this_process
 
 import vqa_helpers as vqa
 
@@ -31,15 +31,7 @@ def rows(mini_data):
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Score without a process of its own; a list of how many times that was begun."""
-    begun = []
-
-    def run(command, doing, config, folder, device):
-        assert command == "align"
-        begun.append(folder)
-        vqa.fill_alignment(folder, quiet)
-
-    monkeypatch.setattr(vqa, "run_side_process", run)
-    return begun
+    return work_in_this_process(monkeypatch, "align", vqa.fill_alignment)
 
 
 @pytest.fixture

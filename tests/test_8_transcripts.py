@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from running import quiet, raising
+from running import quiet, raising, work_in_this_process
 
 import vqa_helpers as vqa
 
@@ -25,15 +25,7 @@ def config(mini_data, tmp_path):
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Read images without a worker; a list of how many times that was begun."""
-    begun = []
-
-    def run(command, doing, config, folder, device):
-        assert command == "transcribe"
-        begun.append(folder)
-        vqa.fill_transcripts(folder, quiet)
-
-    monkeypatch.setattr(vqa, "run_side_process", run)
-    return begun
+    return work_in_this_process(monkeypatch, "transcribe", vqa.fill_transcripts)
 
 
 @pytest.fixture
