@@ -274,6 +274,7 @@ def test_each_phase_has_its_rows_and_its_steps():
     assert [len(phase.rows) for phase in joined.phases] == [8]
 
 
+@pytest.mark.slow
 def test_pretraining_trains_on_the_other_rows_first_and_then_no_more(pretrained_run, monkeypatch):
     stopping = {"use_early_stopping": True, "early_stopping_patience": 1, "learning_rate": 1e-9}
     run = pretrained_run(pretrain_epochs=1, use_swa=True, **stopping)

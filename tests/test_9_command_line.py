@@ -74,10 +74,8 @@ def test_only_a_local_model_switches_the_hub_off(monkeypatch, model, offline):
     assert os.environ.get("HF_HUB_OFFLINE") == offline
 
 
-@pytest.mark.parametrize(
-    ("quantization", "loaded"),
-    [("none", "False"), pytest.param("4bit", "True", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("quantization", "loaded"), [("none", "False"), ("4bit", "True")])
 def test_bitsandbytes_is_imported_only_where_something_is_quantised(quantization, loaded):
     script = f"""
 import sys
