@@ -15601,7 +15601,8 @@ def with_base_steps(steps: Mapping[str, LadderStep], choice: BaseChoice) -> dict
         choice.probabilities, against=against, views=views, used=True, extra_cost=cost
     )
     if STEP_FINAL_MODEL in steps:
-        ordered[STEP_FINAL_MODEL] = steps[STEP_FINAL_MODEL]
+        final_step = steps[STEP_FINAL_MODEL]
+        ordered[STEP_FINAL_MODEL] = dataclasses.replace(final_step, extra_cost=cost)
     return ordered
 
 

@@ -240,6 +240,20 @@ def test_base_models_are_members_of_an_ensemble_of_runs(mini_run, replace, tmp_p
     assert not set(added) & set(without.index)
 
 
+def test_the_model_on_all_rows_comes_last_and_costs_the_base_model_too():
+    probabilities = np.full((8, 4), 0.25)
+    member = vqa.BaseMember(
+        np.stack([probabilities, probabilities]), np.zeros(8, int), scaling=False, cost=0.7
+    )
+    steps = {
+        vqa.STEP_ONE_VIEW: vqa.LadderStep(probabilities, used=True),
+        vqa.STEP_FINAL_MODEL: vqa.LadderStep(np.full((8, 4), np.nan), used=True),
+    }
+    found = vqa.with_base_steps(steps, vqa.BaseChoice(member, {}, probabilities))
+    assert list(found) == [vqa.STEP_ONE_VIEW, vqa.STEP_BASE_CHOICE, vqa.STEP_FINAL_MODEL]
+    assert [step.extra_cost for step in found.values()] == [0.0, 0.7, 0.7]
+
+
 # --- Time and damage ------------------------------------------------------------------------------
 
 
