@@ -89,7 +89,8 @@ def test_a_score_that_is_not_finite_is_refused(demo_rows):
     with torch.no_grad():
         model.logit_bias.fill_(torch.nan)
     rows = demo_rows.train.head(2)
-    with pytest.raises(FloatingPointError, match=f"alignment scores for row {rows['id'].iloc[0]}"):
+    named = f"alignment scores of row {rows['id'].iloc[0]} are not finite"
+    with pytest.raises(FloatingPointError, match=named):
         vqa.align_rows_with_images(broken, rows)
 
 
