@@ -34,6 +34,7 @@ def test_with_everything_there_nothing_is_installed_and_no_socket_opened(machine
     assert "installed: nothing, all there" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_or_old_is_installed(machine, capsys):
     machine.versions["bitsandbytes"] = None
     machine.versions["transformers"] = "5.0.0"
@@ -211,6 +212,7 @@ def said_by_section_1(little_environment):
     return finished.stdout
 
 
+@pytest.mark.slow
 def test_a_loaded_dependency_that_pip_replaced_is_named_with_the_cure(said_by_section_1):
     (warning,) = re.findall("^WARNING Replaced.*", said_by_section_1, re.M)
     assert warning.startswith(

@@ -306,6 +306,7 @@ QUIET = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=80, derandomize=True, **QUIET)
 @given(st.data())
 def test_a_damaged_competition_loads_truthfully_or_is_refused(data):

@@ -21,6 +21,7 @@ def test_choice_score_is_the_log_sum_exp_of_the_letters_variants():
     assert torch.allclose(scores[:, 3].exp(), logits[:, 4:7].exp().sum(1))
 
 
+@pytest.mark.slow
 def test_best_letter_is_the_first_token_of_generate_restricted_to_letters(session, demo_rows):
     frame = demo_rows.test.head(120)
     # One variant a letter, so that the best token and the best log-sum-exp are the same letter.

@@ -108,6 +108,7 @@ def test_a_finished_fold_is_read_not_trained_again(mini_run, monkeypatch):
     assert vqa.train_fold(run.config, 0).kinds == first.kinds
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_a_fold(mini_run):
     run = mini_run(
         num_epochs=6,
@@ -184,6 +185,7 @@ def test_kept_weights_that_prefer_a_letter_are_noted_for_the_report(mini_run, mo
     assert len(session.notes) == 1
 
 
+@pytest.mark.slow
 def test_the_best_epochs_scores_are_those_of_the_raw_weights_and_computed_once(
     mini_run, monkeypatch
 ):

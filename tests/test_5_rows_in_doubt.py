@@ -37,6 +37,7 @@ def with_random_adapter(session):
     return adapted
 
 
+@pytest.mark.slow
 def test_rows_in_doubt_are_scored_as_if_all_views_had_been_asked_for(session, demo_rows, replace):
     """And no others, within each step's budget; the last step by the base model."""
     session.config = replace(session.config, **SETTINGS)

@@ -26,6 +26,7 @@ def two_runs(mini_run, replace):
     return poor, good
 
 
+@pytest.mark.slow
 def test_runs_are_compared_side_by_side_and_the_better_answers_are_submitted(
     two_runs, tmp_path, monkeypatch
 ):
@@ -57,6 +58,7 @@ def test_runs_are_compared_side_by_side_and_the_better_answers_are_submitted(
     assert table.loc["weighted", "nll_high"] < 1
 
 
+@pytest.mark.slow
 def test_rows_are_matched_by_id_although_the_runs_have_other_folds(two_runs, tmp_path):
     """A run's row of the table is its own score, in whatever order its folds were scored."""
     poor, good = two_runs
@@ -100,6 +102,7 @@ def test_on_kaggle_the_combined_answers_are_offered_for_submission(two_runs, tmp
     assert (tmp_path / "submission.csv").read_bytes() == combined
 
 
+@pytest.mark.slow
 def test_a_run_in_a_folder_called_vote_keeps_its_scores(two_runs, tmp_path, monkeypatch):
     poor, _ = two_runs
     monkeypatch.chdir(poor.directory.parent)

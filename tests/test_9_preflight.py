@@ -28,6 +28,7 @@ def preflight_config(mini_data, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_preflight_shows_computed_beside_measured_memory_and_goes_on_where_it_would_not_fit(
     preflight_config, monkeypatch
 ):
