@@ -65,7 +65,10 @@ above it.
    Session                             what a worker loads once
    Batches                             tokenised questions, padded together
    Scores and loss                     a batch's scores of the four letters, and the loss on them
-   Fast layers                         LoRA without fp32 copies, compiled decoder layers
+   LoRA layers                         LoRA without fp32 copies
+   Remade activations                  what a decoder layer keeps, and what it makes again
+   Frugal layers                       their pass in three steps, for autograd
+   Fast layers                         compiled decoder layers
    Memory plan                         how a training step is spread over passes
    Filling the vision cache            when it pays, and for which images
    Alignment                           how well statements fit an image, by SigLIP or CLIP
@@ -187,6 +190,7 @@ import sys
 import tarfile
 import tempfile
 import textwrap
+import threading
 import time
 import unicodedata
 import warnings
@@ -7369,7 +7373,8 @@ class Family:
 # - a class like PatchGrids or Tiles where its images come in neither way, named in `images`;
 # - its names in LORA_TARGETS and `Session.decoder_layers` where the language model has others;
 # - a twin in tests/twins.py, for which all of tests/test_3_families.py then runs;
-# - `memory_costs` and `activation_bytes`, once its layers are measured.
+# - `memory_costs` and `activation_bytes`, once its layers are measured;
+# - its decoder layer in FRUGAL_LAYERS, where that computes what `frugal_forward` does.
 FAMILIES = {
     "qwen2_5_vl": Family(),
     "qwen3_vl": Family(),
@@ -9937,7 +9942,7 @@ def in_halves(work: Callable, rows: pd.DataFrame) -> list:
     return in_halves(work, rows[:half]) + in_halves(work, rows[half:])
 
 
-# === Fast layers ==================================================================================
+# === LoRA layers ==================================================================================
 # Bytes that the scales of all 4-bit blocks may take on a GPU in fp32. Those of a 3B
 # take 0.16 GiB: its products are so short that the GPU would wait for the launches that
 # unpack the scales every time. An 8B has other use for 0.4 GiB.
@@ -9999,7 +10004,8 @@ def lora_linear(
         rows, dequantize_weight(weight, scales, shape, x.dtype), bias
     )
     result.addmm_(inner, lora_b.to(x.dtype).T, alpha=scaling)
-    return result.view(*x.shape[:-1], -1), inner
+    # No view, which would remember what it views: torch.compile would compile once more for it.
+    return torch.ops.aten._unsafe_view(result, [*x.shape[:-1], result.shape[-1]]), inner
 
 
 def lora_backward(
@@ -10116,14 +10122,9 @@ def register_lora_operators() -> None:
     backward.register_fake(_empty_lora_gradients)
 
 
-def lora_forward(layer, x):
-    """W x + bias + scaling * B A dropout(x), (..., out), of a PEFT layer and x (..., in).
-
-    As PEFT's own layer (Hu et al. 2021, LoRA), but without its fp32 copies of x.
-    """
+def lora_operands(layer) -> tuple:
+    """What `lora_linear` takes behind its inputs, of a PEFT layer that `use_fast_lora` changed."""
     base = layer.base_layer
-    dropout = layer.lora_dropout["default"]
-    drops = layer.training and isinstance(dropout, torch.nn.Dropout)
     if layer.packed_shape:
         weight = layer.packed
         scales = [getattr(layer, name) for name in layer.scale_names]
@@ -10132,9 +10133,7 @@ def lora_forward(layer, x):
         weight = base.weight
         scales = []
         shape = [*weight.shape]
-    result, _ = torch.ops.vqa.lora_linear(
-        x,
-        dropout(x) if drops else None,
+    return (
         layer.lora_A["default"].weight,
         layer.lora_B["default"].weight,
         layer.scaling["default"],
@@ -10143,6 +10142,22 @@ def lora_forward(layer, x):
         scales,
         shape,
     )
+
+
+def dropout_rate(layer) -> float:
+    """The share that a PEFT layer drops of its input now: 0 in scoring."""
+    dropout = layer.lora_dropout["default"]
+    drops = layer.training and isinstance(dropout, torch.nn.Dropout)
+    return dropout.p if drops else 0.0
+
+
+def lora_forward(layer, x):
+    """W x + bias + scaling * B A dropout(x), (..., out), of a PEFT layer and x (..., in).
+
+    As PEFT's own layer (Hu et al. 2021, LoRA), but without its fp32 copies of x.
+    """
+    dropped = layer.lora_dropout["default"](x) if dropout_rate(layer) else None
+    result, _ = torch.ops.vqa.lora_linear(x, dropped, *lora_operands(layer))
     return result
 
 
@@ -10213,9 +10228,530 @@ def use_fast_lora(adapted) -> None:
         LOGGER.info("Decision: %d %s layers of PEFT stay as they are", count, name)
 
 
-def forward_with_checkpointing(layer, compute: Callable, hidden_states, **options):
-    """The pass of a decoder layer by `compute`, its own forward or a compiled one.
+# === Remade activations ===========================================================================
+# A decoder layer's backward pass needs many tensors that norms, rotary positions, activation
+# functions and dropout make of a few others in next to no time. Here it keeps those few: the
+# layer's input, q, k, v, what attention returns, the input of the second norm, gate and up. All
+# others are made again when they are needed. Autograd sees three steps: before attention,
+# attention, after attention. The first and the last have a backward pass of their own, that adds
+# gradients up in autograd's order: then they are those of the plain layer to the last bit.
+def _generator(device):
+    """The generator of random numbers that dropout uses on a device."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index]
+    return torch.default_generator
 
+
+def dropped_lora_linear(x, dropout, lora_a, lora_b, scaling, weight, bias, scales, shape) -> tuple:
+    """What `lora_linear` returns, and from which state of the generator x was dropped, (bytes,).
+
+    `dropout` is the share that is dropped. For 0 the state is empty.
+    """
+    dropped = None
+    state = torch.empty(0, dtype=torch.uint8)
+    if dropout:
+        state = _generator(x.device).get_state()
+        dropped, _ = torch.native_dropout(x, dropout, True)
+    return *lora_linear(x, dropped, lora_a, lora_b, scaling, weight, bias, scales, shape), state
+
+
+def dropped_lora_backward(
+    gradient,  # of the output, (..., out)
+    x,  # (..., in)
+    dropout,  # the share that was dropped
+    state,  # of the generator, before it dropped them
+    inner,
+    lora_a,
+    lora_b,
+    scaling,
+    weight,
+    scales,
+    shape,
+) -> tuple:
+    """As `lora_backward`, with x dropped again, and the second gradient that of x, too."""
+    used = x
+    if dropout:
+        generator = _generator(x.device)
+        now = generator.get_state()
+        generator.set_state(state)
+        used, mask = torch.native_dropout(x, dropout, True)
+        generator.set_state(now)
+    to_x, to_dropped, to_a, to_b = lora_backward(
+        gradient, used, inner, lora_a, lora_b, scaling, weight, scales, shape, dropout > 0
+    )
+    if dropout:
+        scale = 1 / (1 - dropout)
+        to_dropped = torch.ops.aten.native_dropout_backward(to_dropped, mask, scale)
+    return to_x, to_dropped, to_a, to_b
+
+
+DROPPED_LORA_SCHEMA = (
+    "(Tensor x, float dropout, Tensor lora_a, Tensor lora_b, float scaling, Tensor weight, "
+    "Tensor? bias, Tensor[] scales, int[] shape) -> (Tensor, Tensor, Tensor)"
+)
+DROPPED_LORA_BACKWARD_SCHEMA = (
+    "(Tensor gradient, Tensor x, float dropout, Tensor state, Tensor inner, Tensor lora_a, "
+    "Tensor lora_b, float scaling, Tensor weight, Tensor[] scales, int[] shape) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _empty_dropped_lora_outputs(x, dropout, lora_a, lora_b, scaling, weight, bias, scales, shape):
+    """Outputs of `dropped_lora_linear` by shape only, for torch.compile to plan with."""
+    outputs = _empty_lora_outputs(x, None, lora_a, lora_b, scaling, weight, bias, scales, shape)
+    size = _generator(x.device).get_state().numel() if dropout else 0
+    return *outputs, torch.empty(size, dtype=torch.uint8, device="cpu")
+
+
+def _empty_dropped_lora_gradients(
+    gradient, x, dropout, state, inner, lora_a, lora_b, scaling, weight, scales, shape
+):
+    """Outputs of `dropped_lora_backward` by shape only, for torch.compile to plan with."""
+    to_dropped = torch.empty_like(x) if dropout else x.new_empty(0)
+    return torch.empty_like(x), to_dropped, torch.empty_like(lora_a), torch.empty_like(lora_b)
+
+
+@functools.cache
+def register_dropped_lora_operators() -> None:
+    """Make the two functions above operators of torch, for use without autograd."""
+    forward = torch.library.custom_op(
+        "vqa::dropped_lora_linear",
+        dropped_lora_linear,
+        mutates_args=(),
+        schema=DROPPED_LORA_SCHEMA,
+    )
+    forward.register_fake(_empty_dropped_lora_outputs)
+    backward = torch.library.custom_op(
+        "vqa::dropped_lora_backward",
+        dropped_lora_backward,
+        mutates_args=(),
+        schema=DROPPED_LORA_BACKWARD_SCHEMA,
+    )
+    backward.register_fake(_empty_dropped_lora_gradients)
+
+
+class LoraTrace(NamedTuple):
+    """What a LoRA layer's backward pass needs beside its input and its weights."""
+
+    inner: object  # A times the dropped input, (rows, rank)
+    state: object  # as `dropped_lora_linear` returns it
+
+
+def _lora_outputs(linears: Sequence, x) -> tuple[list, list[LoraTrace]]:
+    """Output and trace of each of the LoRA layers, which `use_fast_lora` has changed."""
+    outputs = []
+    traces = []
+    for linear in linears:
+        output, inner, state = torch.ops.vqa.dropped_lora_linear(
+            x, dropout_rate(linear), *lora_operands(linear)
+        )
+        outputs.append(output)
+        traces.append(LoraTrace(inner, state))
+    return outputs, traces
+
+
+def _lora_gradients(linears: Sequence, gradients: Sequence, x, traces: Sequence) -> tuple:
+    """Gradient of the input x that the LoRA layers share, and a list of those of A, B, A, B, ...
+
+    `gradients` of their outputs, in the layers' order.
+    """
+    to_x = None
+    to_parameters = []
+    # From the last layer to the first, as autograd goes.
+    for number in reversed(range(len(linears))):
+        linear = linears[number]
+        trace = traces[number]
+        lora_a, lora_b, scaling, weight, _, scales, shape = lora_operands(linear)
+        rate = dropout_rate(linear)
+        to_input, to_dropped, to_a, to_b = torch.ops.vqa.dropped_lora_backward(
+            gradients[number],
+            x,
+            rate,
+            trace.state,
+            trace.inner,
+            lora_a,
+            lora_b,
+            scaling,
+            weight,
+            scales,
+            shape,
+        )
+        to_x = to_input if to_x is None else to_x + to_input
+        if rate:
+            to_x = to_x + to_dropped
+        to_parameters = [to_a, to_b, *to_parameters]
+    return to_x, to_parameters
+
+
+def rms_norm_backward(norm, gradient, x, residual_gradient=None):
+    """Gradient of x through `norm`, a Qwen model's RMSNorm, plus what x has from elsewhere."""
+    wide = x.float()
+    root = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    to_normed = (gradient * norm.weight).float()
+    to_root = (to_normed * wide).sum(-1, keepdim=True)
+    to_mean = -0.5 * to_root * root.pow(3) / x.shape[-1]
+    as_factor = to_normed * root
+    through_root = to_mean * (2 * wide)
+    if residual_gradient is None:
+        return (as_factor + through_root).to(x.dtype)
+    if x.dtype == torch.float32:  # no copy in fp32: autograd adds all three to the same sum
+        return residual_gradient + as_factor + through_root
+    return residual_gradient + (as_factor + through_root).to(x.dtype)
+
+
+def _split_heads(attention, projected):
+    """(batch, length, heads * size) as (batch, length, heads, size)."""
+    return projected.view(*projected.shape[:-1], -1, attention.head_dim)
+
+
+def rotated_heads(attention, norm, projected, cos, sin):
+    """Queries or keys as attention takes them, (batch, heads, length, size).
+
+    `projected` (batch, length, heads * size), normed by `norm` if there is one; `cos` and `sin`
+    (batch, length, size) of rotary positions (Su et al. 2021, RoFormer).
+    """
+    heads = _split_heads(attention, projected)
+    if norm is not None:
+        heads = norm(heads)
+    heads = heads.transpose(1, 2)
+    first, second = heads.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return heads * cos[:, None] + turned * sin[:, None]
+
+
+def rotated_heads_backward(attention, norm, gradient, projected, cos, sin):
+    """Gradient of `projected` in `rotated_heads`."""
+    first, second = (gradient * sin[:, None]).chunk(2, dim=-1)
+    to_heads = gradient * cos[:, None] + torch.cat([second, -first], dim=-1)
+    to_heads = to_heads.transpose(1, 2)
+    if norm is not None:
+        to_heads = rms_norm_backward(norm, to_heads, _split_heads(attention, projected))
+    return to_heads.flatten(2)
+
+
+def rotate(attention, projected_q, projected_k, cos, sin) -> tuple:
+    """Queries and keys as attention takes them; see `rotated_heads`."""
+    q = rotated_heads(attention, getattr(attention, "q_norm", None), projected_q, cos, sin)
+    k = rotated_heads(attention, getattr(attention, "k_norm", None), projected_k, cos, sin)
+    return q, k
+
+
+def _inputs_of_attention(layer) -> list:
+    """Its LoRA layers before attention: q, k and v."""
+    attention = layer.self_attn
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+def before_attention(layer, x, cos, sin) -> tuple:
+    """From the layer's input: q and k as attention takes them; q, k and v as projected; traces."""
+    normed = layer.input_layernorm(x)
+    projected, traces = _lora_outputs(_inputs_of_attention(layer), normed)
+    q, k = rotate(layer.self_attn, *projected[:2], cos, sin)
+    return q, k, projected, traces
+
+
+def before_attention_backward(
+    layer,
+    to_residual,  # gradient that the layer's input has from behind attention
+    to_q,  # of q, k and v as attention takes them
+    to_k,
+    to_v,
+    x,  # the layer's input
+    projected_q,
+    projected_k,
+    cos,
+    sin,
+    traces,
+) -> tuple:
+    """Gradient of the layer's input x, and a list of those of A and B of q, k and v."""
+    attention = layer.self_attn
+    q_norm = getattr(attention, "q_norm", None)
+    k_norm = getattr(attention, "k_norm", None)
+    gradients = [
+        rotated_heads_backward(attention, q_norm, to_q, projected_q, cos, sin),
+        rotated_heads_backward(attention, k_norm, to_k, projected_k, cos, sin),
+        to_v.transpose(1, 2).flatten(2),
+    ]
+    norm = layer.input_layernorm
+    linears = _inputs_of_attention(layer)
+    to_normed, to_parameters = _lora_gradients(linears, gradients, norm(x), traces)
+    return rms_norm_backward(norm, to_normed, x, to_residual), to_parameters
+
+
+def is_mixture(layer) -> bool:
+    """Whether the layer's MLP is a mixture of experts, which is left to autograd."""
+    return not hasattr(layer.mlp, "gate_proj")
+
+
+def _linears_behind_attention(layer) -> list:
+    """Its LoRA layers behind attention, but for those of a mixture of experts."""
+    o_proj = layer.self_attn.o_proj
+    if is_mixture(layer):
+        return [o_proj]
+    return [o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
+
+
+def after_attention(layer, residual, attended) -> tuple:
+    """The layer's output; the input of its second norm, gate and up; traces of o, gate, up, down.
+
+    Of a mixture of experts: the input of the second norm, three times None, and o's trace.
+    """
+    (o,), of_o = _lora_outputs([layer.self_attn.o_proj], attended)
+    middle = residual + o
+    if is_mixture(layer):
+        return middle, None, None, None, of_o
+    mlp = layer.mlp
+    normed = layer.post_attention_layernorm(middle)
+    (gate, up), of_inputs = _lora_outputs([mlp.gate_proj, mlp.up_proj], normed)
+    (down,), of_down = _lora_outputs([mlp.down_proj], mlp.act_fn(gate) * up)
+    return middle + down, middle, gate, up, [*of_o, *of_inputs, *of_down]
+
+
+def mlp_backward(layer, gradient, middle, gate, up, traces) -> tuple:
+    """Gradient of `middle` in `after_attention`, and a list of those of the MLP's A and B."""
+    mlp = layer.mlp
+    active = mlp.act_fn(gate)
+    to_product, of_down = _lora_gradients([mlp.down_proj], [gradient], active * up, traces[2:])
+    to_gate = torch.ops.aten.silu_backward(to_product * up, gate)
+    to_up = to_product * active
+    norm = layer.post_attention_layernorm
+    linears = [mlp.gate_proj, mlp.up_proj]
+    to_normed, of_inputs = _lora_gradients(linears, [to_gate, to_up], norm(middle), traces[:2])
+    return rms_norm_backward(norm, to_normed, middle, gradient), [*of_inputs, *of_down]
+
+
+def after_attention_backward(layer, gradient, attended, middle, gate, up, traces) -> tuple:
+    """Gradients of `residual` and `attended`, and a list of those of A and B, in order."""
+    of_mlp = []
+    if not is_mixture(layer):
+        gradient, of_mlp = mlp_backward(layer, gradient, middle, gate, up, traces[1:])
+    o_proj = layer.self_attn.o_proj
+    to_attended, of_o = _lora_gradients([o_proj], [gradient], attended, traces[:1])
+    return gradient, to_attended, [*of_o, *of_mlp]
+
+
+# === Frugal layers ================================================================================
+# The decoder layers whose passes these are. What others compute is not looked into.
+FRUGAL_LAYERS = (
+    "Qwen2_5_VLDecoderLayer",
+    "Qwen3VLTextDecoderLayer",
+    "Qwen3VLMoeTextDecoderLayer",
+    "Qwen2DecoderLayer",
+    "Qwen3DecoderLayer",
+)
+
+
+@dataclass(frozen=True)
+class LayerSteps:
+    """The functions above that a layer calls, as they are or compiled."""
+
+    before: Callable
+    before_backward: Callable
+    after: Callable
+    after_backward: Callable
+    rotate: Callable
+
+    @classmethod
+    def prepared(cls, prepare: Callable) -> LayerSteps:
+        """Each step as `prepare` returns it, which may compile it."""
+        return cls(
+            before=prepare(before_attention),
+            before_backward=prepare(before_attention_backward),
+            after=prepare(after_attention),
+            after_backward=prepare(after_attention_backward),
+            rotate=prepare(rotate),
+        )
+
+
+def _save(ctx, tensors: Sequence, traces: Sequence) -> None:
+    """Keep a step's tensors and the traces of its LoRA layers."""
+    ctx.tensors = len(tensors)
+    ctx.save_for_backward(*tensors, *itertools.chain(*traces))
+
+
+def _saved(ctx) -> list:
+    """What `_save` has kept: each tensor, then the list of traces."""
+    saved = ctx.saved_tensors
+    of_traces = saved[ctx.tensors :]
+    traces = [LoraTrace(*pair) for pair in zip(of_traces[::2], of_traces[1::2], strict=True)]
+    return [*saved[: ctx.tensors], traces]
+
+
+def _run_before(ctx, layer, steps, x, cos, sin, *_):
+    """x for the sum behind attention; q, k and v for attention; q and k as projected."""
+    q, k, projected, traces = steps.before(layer, x, cos, sin)
+    projected_q, projected_k, projected_v = projected
+    ctx.layer = layer
+    ctx.steps = steps
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(projected_q, projected_k)
+    _save(ctx, [x, projected_q, projected_k, cos, sin], traces)
+    v = _split_heads(layer.self_attn, projected_v).transpose(1, 2)
+    return x.view_as(x), q, k, v, projected_q, projected_k
+
+
+def _run_before_backward(ctx, to_residual, to_q, to_k, to_v, *_):
+    """One gradient for each input of `_run_before`; None for those that are not trained."""
+    to_x, to_parameters = ctx.steps.before_backward(
+        ctx.layer, to_residual, to_q, to_k, to_v, *_saved(ctx)
+    )
+    return None, None, to_x, None, None, *to_parameters
+
+
+def _run_after(ctx, layer, steps, residual, attended, *_):
+    """The layer's output, or of a mixture of experts the input of its second norm."""
+    output, middle, gate, up, traces = steps.after(layer, residual, attended)
+    ctx.layer = layer
+    ctx.steps = steps
+    # Detached it is no view, as it is none in a layer that recomputes: one compilation for both.
+    _save(ctx, [attended.detach(), middle, gate, up], traces)
+    return output
+
+
+def _run_after_backward(ctx, gradient):
+    """One gradient for each input of `_run_after`; None for those that are not trained."""
+    to_residual, to_attended, to_parameters = ctx.steps.after_backward(
+        ctx.layer, gradient, *_saved(ctx)
+    )
+    return None, None, to_residual, to_attended, *to_parameters
+
+
+@functools.cache
+def _autograd_step(name: str) -> type:
+    """The step "before" or "after" attention as a function of autograd's."""
+    forward, backward = {
+        "before": (_run_before, _run_before_backward),
+        "after": (_run_after, _run_after_backward),
+    }[name]
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), members)
+
+
+def _lora_parameters(linears: Sequence) -> list:
+    """A, B of each layer."""
+    parameters = []
+    for linear in linears:
+        parameters += lora_operands(linear)[:2]
+    return parameters
+
+
+def _repeat_heads(heads, times: int):
+    """Each of the heads (batch, heads, length, size) so many times, for as many queries."""
+    if times == 1:
+        return heads
+    return heads[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2)
+
+
+def _attend(attention, q, k, v, mask):
+    """Attention's output (batch, length, heads * size), as transformers computes it by SDPA."""
+    output = torch.nn.functional.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=attention.scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return output.transpose(1, 2).flatten(2)
+
+
+@contextlib.contextmanager
+def remaking(tensors: Sequence, remake: Callable) -> Iterator[None]:
+    """Within, autograd keeps none of `tensors`: `remake()` returns them all when it needs one."""
+    numbers = {}
+    for number, tensor in enumerate(tensors):
+        numbers[tensor.data_ptr(), tensor.shape, tensor.stride()] = number
+    remade = {}
+
+    def pack(tensor):
+        return numbers.get((tensor.data_ptr(), tensor.shape, tensor.stride()), tensor)
+
+    def unpack(kept):
+        if not isinstance(kept, int):
+            return kept
+        if kept not in remade:
+            remade.update(enumerate(remake()))
+        return remade.pop(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def frugal_forward(
+    steps: LayerSteps, layer, hidden_states, position_embeddings, attention_mask=None, **_
+):
+    """The pass of a decoder layer that keeps little for its backward pass.
+
+    Where the layer's `recompute` is set, it runs in torch's checkpointing, which must see all that
+    attention keeps, and drops it.
+    """
+    attention = layer.self_attn
+    cos, sin = position_embeddings
+    residual, q, k, v, projected_q, projected_k = _autograd_step("before").apply(
+        layer,
+        steps,
+        hidden_states,
+        cos,
+        sin,
+        *_lora_parameters(_inputs_of_attention(layer)),
+    )
+    # Under a mask the fast kernels take as many keys as queries.
+    times = 1 if attention_mask is None else q.shape[1] // k.shape[1]
+    keys = _repeat_heads(k, times)
+    values = _repeat_heads(v, times)
+
+    def remake() -> list:
+        """Queries, keys and values as attention had them."""
+        with torch.no_grad():
+            again_q, again_k = steps.rotate(attention, projected_q, projected_k, cos, sin)
+            return [again_q, _repeat_heads(again_k, times), _repeat_heads(plain_v, times)]
+
+    plain_v = v.detach()
+    remakes = not layer.recompute
+    with remaking([q, keys, values], remake) if remakes else contextlib.nullcontext():
+        attended = _attend(attention, q, keys, values, attention_mask)
+    parameters = _lora_parameters(_linears_behind_attention(layer))
+    states = _autograd_step("after").apply(layer, steps, residual, attended, *parameters)
+    if is_mixture(layer):
+        states = states + layer.mlp(layer.post_attention_layernorm(states))
+    return states
+
+
+def has_known_pass(layer) -> bool:
+    """Whether `frugal_forward` can compute what this decoder layer does, once it has our LoRA."""
+    if type(layer).__name__ not in FRUGAL_LAYERS:
+        return False
+    config = layer.self_attn.config
+    uses_sdpa = config._attn_implementation in ("sdpa", None)  # None: before it is loaded
+    return uses_sdpa and config.hidden_act == "silu" and not config.attention_dropout
+
+
+def is_frugal(layer) -> bool:
+    """Whether `frugal_forward` computes what this decoder layer does: it has a LoRA of ours."""
+    if not has_known_pass(layer):
+        return False
+    linears = [*_inputs_of_attention(layer), *_linears_behind_attention(layer)]
+    return all(hasattr(linear, "packed_shape") for linear in linears)
+
+
+def decide_frugal(session: Session) -> tuple[bool, str]:
+    """Whether the layers keep little for the backward pass; with the reason.
+
+    On a CPU they do not: there memory is not short, and what is made again takes time.
+    """
+    if session.device.type != "cuda":
+        return False, "layers keep all activations: not on a GPU"
+    if not all(is_frugal(layer) for layer in session.decoder_layers):
+        return False, "layers keep all activations: they are not all of a kind that needs few"
+    return True, "layers keep few activations and make the others again"
+
+
+# === Fast layers ==================================================================================
+def forward_with_checkpointing(layer, compute: Callable, train: Callable, hidden_states, **options):
+    """The pass of a decoder layer: in scoring by `compute`, in training by `train`.
+
+    Each is its own forward, that compiled, or `frugal_forward`.
     Where the layer's `recompute` is set, its activations are not kept: they are
     computed again in the backward pass (Chen et al. 2016, gradient checkpointing).
     """
@@ -10225,9 +10761,9 @@ def forward_with_checkpointing(layer, compute: Callable, hidden_states, **option
         # The first layer like the others: one trace for all.
         hidden_states = hidden_states.detach().requires_grad_()
     if not layer.recompute:
-        return compute(layer, hidden_states, **options)
+        return train(layer, hidden_states, **options)
     return torch.utils.checkpoint.checkpoint(
-        compute, layer, hidden_states, use_reentrant=False, **options
+        train, layer, hidden_states, use_reentrant=False, **options
     )
 
 
@@ -10253,17 +10789,38 @@ def decide_compile(wish: str, device: str, questions: int) -> tuple[bool, str]:
     return True, f"torch.compile on: {questions} questions to come"
 
 
-def _compile_forward(forward: Callable) -> Callable:
-    """A decoder layer's forward, compiled once for all layers and lengths."""
+def _set_up_compiler() -> None:
+    """Set torch.compile's options for this thread; newer versions of torch keep them by thread."""
     # The floats are constants of a layer; what changes are lengths.
     torch._dynamo.config.specialize_float = True
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
     # Kinds of layers, of their weights and of masks, in training and in scoring: the usual 8
     # would leave the last ones as they are.
     torch._dynamo.config.cache_size_limit = 64
+
+
+def _compile_forward(forward: Callable) -> Callable:
+    """A decoder layer's forward, compiled once for all layers and lengths."""
+    _set_up_compiler()
     # Sets the number in autograd's thread, too: else it would compile once more.
     torch.set_num_threads(torch.get_num_threads())
     return torch.compile(forward, dynamic=True)
+
+
+_COMPILER_OF_THREAD = threading.local()
+
+
+def _compile_step(step: Callable) -> Callable:
+    """The same of one of `LayerSteps`, which a GPU's backward pass calls in a thread of its own."""
+    compiled = _compile_forward(step)
+
+    def call(*arguments):
+        if not hasattr(_COMPILER_OF_THREAD, "is_set_up"):
+            _set_up_compiler()
+            _COMPILER_OF_THREAD.is_set_up = True
+        return compiled(*arguments)
+
+    return call
 
 
 def use_fast_layers(session: Session, adapted, questions: int):
@@ -10279,8 +10836,15 @@ def use_fast_layers(session: Session, adapted, questions: int):
     compute = type(session.decoder_layers[0]).forward
     if is_compiled:
         compute = _compile_forward(compute)
+    train = compute
+    is_frugal_model, reason = decide_frugal(session)
+    LOGGER.info("Decision: %s", reason)
+    if is_frugal_model:
+        register_dropped_lora_operators()
+        steps = LayerSteps.prepared(_compile_step if is_compiled else lambda step: step)
+        train = functools.partial(frugal_forward, steps)
     for layer in session.decoder_layers:
-        forward = functools.partial(forward_with_checkpointing, layer, compute)
+        forward = functools.partial(forward_with_checkpointing, layer, compute, train)
         # On several GPUs accelerate's forward fetches the inputs, then calls the one it
         # found. On one GPU a 4-bit model has it too, and there is nothing to fetch.
         if session.config.spread_model and hasattr(layer, "_hf_hook"):
@@ -21115,10 +21679,14 @@ class KeptNumbers:
         return bytes_each * (self.inputs + self.others) + 4 * self.fp32 + dropout_masks
 
 
-def attention_numbers(attention, config: Config, compiled: bool) -> KeptNumbers:
+def attention_numbers(attention, config: Config, compiled: bool, frugal: bool) -> KeptNumbers:
     """What attention keeps, from the shapes of its projections."""
     hidden = attention.q_proj.in_features
     queries = attention.o_proj.in_features
+    if frugal:
+        projected = queries + 2 * attention.k_proj.out_features  # q, k and v
+        heads = queries // attention.head_dim  # a sum of exponentials of each
+        return KeptNumbers(0, projected + queries + 4 * config.lora_r, fp32=heads)
     # After dropout q, k and v have an input of their own; without it they share one.
     hidden_inputs = 3 if config.lora_dropout else 1
     attention_states = 4 * queries  # q, k, v (under a mask as many heads as q) and the output
@@ -21174,12 +21742,14 @@ def recurrent_numbers(
     return KeptNumbers(hidden_inputs * hidden + values, others, fp32, recomputed)
 
 
-def mlp_numbers(mlp, config: Config, compiled: bool) -> KeptNumbers:
+def mlp_numbers(mlp, config: Config, compiled: bool, frugal: bool = False) -> KeptNumbers:
     """What a gated MLP keeps, from the shapes of its projections."""
     hidden = mlp.gate_proj.in_features
     inner = mlp.gate_proj.out_features
     hidden_inputs = 2 if config.lora_dropout else 1
     others = 2 * inner + 3 * config.lora_r  # gate and up
+    if frugal:
+        return KeptNumbers(0, others)
     if not compiled:
         others += inner  # silu(gate)
     return KeptNumbers(hidden_inputs * hidden + inner, others)
@@ -21209,32 +21779,51 @@ class ActivationBytes:
 
     entry: float  # its input
     kept: float  # all that the backward pass needs
-    gradients: float  # of its MLP, while the backward pass is there
-    recomputed: float  # what a recurrent layer's rule takes beyond that, behind the MLP
+    gradients: float  # of its MLP, and what it makes again, while the backward pass is there
+    # Beyond that, while the layer is computed again: what a recurrent layer's rule takes behind
+    # the MLP, or what a frugal layer does not keep of attention's inputs otherwise.
+    recomputed: float
 
 
 def activation_bytes(
-    config: Config, layer, tokens: int, bytes_each: int, compiled: bool, with_fla: bool
+    config: Config,
+    layer,
+    tokens: int,
+    bytes_each: int,
+    compiled: bool,
+    with_fla: bool,
+    frugal: bool = False,
 ) -> ActivationBytes:
-    """The activations of a decoder layer, from its shapes; `bytes_each`: of one number."""
+    """The activations of a decoder layer, from its shapes; `bytes_each`: of one number.
+
+    With `frugal` the layer is computed by `frugal_forward`.
+    """
+    copies = 0  # of attention's inputs
     if hasattr(layer, "linear_attn"):
         mixer = recurrent_numbers(layer.linear_attn, config, tokens, compiled, with_fla)
         hidden = layer.linear_attn.in_proj_qkv.in_features
     else:
-        mixer = attention_numbers(layer.self_attn, config, compiled)
+        mixer = attention_numbers(layer.self_attn, config, compiled, frugal)
         hidden = layer.self_attn.q_proj.in_features
+        if frugal:
+            copies = 3 * layer.self_attn.o_proj.in_features  # q, and k and v of as many heads
     if hasattr(layer.mlp, "experts"):
         mlp = mixture_numbers(layer.mlp, config)
         # Of each expert's output: its gradient, and that of its product with the router's weight.
         gradients = (2 + 3 * layer.mlp.gate.top_k) * hidden
     else:
-        mlp = mlp_numbers(layer.mlp, config, compiled)
-        gradients = 2 * (hidden + layer.mlp.gate_proj.out_features)
-    residuals = 2 * hidden if compiled else 4 * hidden  # not compiled the norms keep them in fp32
+        mlp = mlp_numbers(layer.mlp, config, compiled, frugal)
+        inner = layer.mlp.gate_proj.out_features
+        # Frugal: the down projection's input, its dropped copy, activated gate.
+        gradients = 2 * (hidden + inner) + 3 * frugal * inner
+    # Not compiled a norm keeps its input in fp32. Frugal: only the one before a mixture.
+    own_norms = is_mixture(layer) if frugal else 2
+    residuals = 2 * hidden if compiled else (2 + own_norms) * hidden
     kept_by_mlp = mlp.bytes_kept(bytes_each, config)
     kept = mixer.bytes_kept(bytes_each, config) + kept_by_mlp + bytes_each * residuals
     # When the backward pass comes to the rule, what the MLP has kept is gone.
     recomputed = 4 * mixer.recomputed - kept_by_mlp - bytes_each * gradients
+    recomputed = max(recomputed, bytes_each * copies)
     return ActivationBytes(
         entry=bytes_each * hidden,
         kept=kept,
@@ -21309,11 +21898,12 @@ def memory_costs(
     precision: str,
     compiled: bool,
     with_fla: bool = False,
+    frugal: bool = False,
 ) -> MemoryCosts:
     """The memory of training on prompts of `tokens` tokens.
 
     From the model's own configuration `shapes`; no weight is loaded. `with_fla`: recurrent layers
-    are computed by flash-linear-attention.
+    are computed by flash-linear-attention. `frugal`: by `frugal_forward`, if it can do these.
     """
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(shapes)
@@ -21333,9 +21923,12 @@ def memory_costs(
         "optimizer": 2 * 4 * lora / gib,
         "averages": (config.use_ema + config.use_swa) * 4 * lora / gib,
     }
+    frugal = frugal and all(has_known_pass(layer) for layer in layers)
     by_layer = []
     for layer in layers:
-        by_layer.append(activation_bytes(config, layer, tokens, bytes_each, compiled, with_fla))
+        by_layer.append(
+            activation_bytes(config, layer, tokens, bytes_each, compiled, with_fla, frugal)
+        )
     largest = max(by_layer, key=lambda activations: activations.kept)
     entries = sum(activations.entry for activations in by_layer)
     beyond_entry = [activations.kept - activations.entry for activations in by_layer]
@@ -21381,7 +21974,15 @@ def expected_memory(config: Config, frame: pd.DataFrame) -> MemoryCosts:
     wish = config.compile_layers if FAMILIES[shapes.model_type].is_compiled else "off"
     compiled, _ = decide_compile(wish, device, len(frame))
     with_fla, _ = decide_recurrent_kernels(runtime.gpus, config.strict_determinism)
-    return memory_costs(config, shapes, longest, runtime.precision, compiled, with_fla)
+    return memory_costs(
+        config,
+        shapes,
+        longest,
+        runtime.precision,
+        compiled,
+        with_fla,
+        frugal=device == "cuda" and runtime.attention == "sdpa",
+    )
 
 
 # === Prompt lengths ===============================================================================

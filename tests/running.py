@@ -1,5 +1,6 @@
 """Stages of a run in the test's own process, and what interrupts them."""
 
+import functools
 import json
 
 import pytest
@@ -66,6 +67,23 @@ def plain_batch(session, frame, rows):
 
 def batch_loss(session, batch):
     return vqa.training_loss(session, vqa.answer_hidden_states(session, batch), batch)
+
+
+def count_compilations(monkeypatch):
+    """A list that gets every graph that torch.compile makes from here on, without a C compiler."""
+    import torch
+    from torch._dynamo.backends.debugging import aot_eager
+
+    compiled = []
+
+    def counting(graph, inputs):
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    compile_with = functools.partial(torch.compile, backend=counting)
+    monkeypatch.setattr(torch, "compile", compile_with)
+    return compiled
 
 
 # --- What a run left behind -----------------------------------------------------------------------

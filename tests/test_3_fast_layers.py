@@ -1,6 +1,5 @@
 """Part 3, Fast layers: they compute what PEFT's LoRA and torch without compiling compute."""
 
-import functools
 import logging
 
 import bitsandbytes
@@ -8,8 +7,7 @@ import peft
 import pytest
 import torch
 from references import flat_gradients, perturb_adapter
-from running import ROTATIONS, batch_loss, plain_batch
-from torch._dynamo.backends.debugging import aot_eager
+from running import ROTATIONS, batch_loss, count_compilations, plain_batch
 
 import vqa_helpers as vqa
 
@@ -140,20 +138,6 @@ def test_fast_and_selectively_checkpointed_gradients_are_the_plain_ones(session,
     for stored_layers in (0, 1):
         again = lora_gradients(session, demo_rows.train, stored_layers=stored_layers)
         assert (again - plain).norm() <= 1e-6 * plain.norm()
-
-
-def count_compilations(monkeypatch):
-    """A list that gets every graph that torch.compile makes from here on, without a C compiler."""
-    compiled = []
-
-    def counting(graph, inputs):
-        compiled.append(graph)
-        return aot_eager(graph, inputs)
-
-    torch._dynamo.reset()
-    compile_with = functools.partial(torch.compile, backend=counting)
-    monkeypatch.setattr(torch, "compile", compile_with)
-    return compiled
 
 
 @pytest.mark.slow

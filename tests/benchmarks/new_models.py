@@ -466,7 +466,8 @@ def computed_costs(session: vqa.Session, tokens: int, with_fla: bool) -> vqa.Mem
     compiled = session.family.is_compiled and config.compile_layers == "on"
     shapes = session.model.config
     precision = session.runtime.precision
-    return vqa.memory_costs(config, shapes, tokens, precision, compiled, with_fla)
+    frugal = session.device.type == "cuda" and session.runtime.attention == "sdpa"
+    return vqa.memory_costs(config, shapes, tokens, precision, compiled, with_fla, frugal)
 
 
 def measure_passes(trainer: vqa.FoldTrainer, prompt: vqa.Prompt, costs) -> list[dict]:

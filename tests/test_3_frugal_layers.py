@@ -1,0 +1,215 @@
+"""Part 3, Frugal layers and Remade activations: less is kept, and the gradients are the same."""
+
+import contextlib
+import threading
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+import transformers
+from references import flat_gradients, perturb_adapter
+from running import batch_loss, count_compilations, plain_batch
+from stored_models import config_of
+
+import vqa_helpers as vqa
+
+DECIDE = vqa.decide_frugal
+FAMILIES = ["qwen3_vl", "qwen2_5_vl", "qwen3_vl_moe", "internvl"]
+
+
+@pytest.fixture
+def open_tiny(model_folders, demo_rows):
+    """Makes a session of a family's tiny model."""
+
+    def make(family, **settings):
+        config = vqa.Config.preset("demo", model_id=str(model_folders[family]), **settings)
+        return vqa.open_session(config, demo_rows.train.iloc[0])
+
+    return make
+
+
+@contextlib.contextmanager
+def training_model(session, frugal):
+    """The model with an adapter, in frugal layers or plain ones, as on a GPU."""
+    model = perturb_adapter(vqa.attach_lora(session.model, session.config, seed=0)).train()
+    vqa.decide_frugal = lambda session: (frugal, "")
+    try:
+        yield vqa.use_fast_layers(session, model, 1)
+    finally:
+        vqa.decide_frugal = DECIDE
+        model.unload()
+
+
+def loss_and_gradients(session, frame, frugal, rows=3, stored_layers=None):
+    """One value and the LoRA gradients of a batch; only so many layers keep their activations."""
+    with training_model(session, frugal) as model:
+        if frugal:
+            assert all(vqa.is_frugal(layer) for layer in session.decoder_layers)
+        if stored_layers is not None:
+            vqa.recompute_layers(session, stored_layers)
+        torch.manual_seed(3)
+        loss = batch_loss(session, plain_batch(session, frame, range(rows)))
+        # On a GPU the backward pass has a thread of its own, where torch's options are others.
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+        return torch.cat([loss.detach()[None], flat_gradients(model)])
+
+
+def assert_plain_to_the_bit(session, frame, rows, kept):
+    """Each number in `kept`: so many layers keep their activations, the first ones recompute."""
+    plain = loss_and_gradients(session, frame, frugal=False, rows=rows)
+    for stored_layers in kept:
+        frugal = loss_and_gradients(session, frame, True, rows, stored_layers)
+        assert torch.equal(frugal, plain), stored_layers
+
+
+def test_loss_and_gradients_are_the_plain_layers_to_the_bit(open_tiny, demo_rows):
+    """Padded questions, dropout, one layer of each kind."""
+    session = open_tiny("qwen3_vl", lora_dropout=0.3)
+    assert_plain_to_the_bit(session, demo_rows.train, rows=3, kept=[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "dropout"), [(3, 0.3), (1, 0.0)], ids=["mask", "no mask"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_each_family_are_the_plain_ones_to_the_bit(
+    family, rows, dropout, open_tiny, demo_rows
+):
+    session = open_tiny(family, lora_dropout=dropout)
+    assert_plain_to_the_bit(session, demo_rows.train, rows, kept=[0, 2])
+
+
+def test_gradients_on_16_bit_weights_are_the_plain_ones(open_tiny, demo_rows):
+    session = open_tiny("qwen3_vl", lora_dropout=0.5)  # of 0.3 the CPU rounds the scale to bf16
+    session.model.to(torch.bfloat16)
+    assert session.decoder_layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    plain = loss_and_gradients(session, demo_rows.train, frugal=False)
+    frugal = loss_and_gradients(session, demo_rows.train, frugal=True)
+    assert torch.equal(frugal, plain)
+
+
+@pytest.mark.slow
+def test_gradients_on_4_bit_weights_are_the_plain_ones(
+    stored_double, four_bits_on_the_cpu, demo_rows
+):
+    session = vqa.open_session(config_of(stored_double), demo_rows.train.iloc[0])
+    plain = loss_and_gradients(session, demo_rows.train, frugal=False)
+    frugal = loss_and_gradients(session, demo_rows.train, frugal=True)
+    assert (frugal - plain).norm() <= 1e-6 * plain.norm()
+    packed = session.decoder_layers[0].mlp.up_proj.weight
+    assert packed.dtype == torch.uint8
+
+
+@pytest.mark.slow
+def test_compiled_steps_give_the_plain_gradients_and_serve_all_layers_and_lengths(
+    open_tiny, demo_rows, replace, monkeypatch
+):
+    """Through torch's own tracing, but without a C compiler."""
+    session = open_tiny("qwen3_vl", lora_dropout=0.3)
+    frame = demo_rows.train
+    plain = [loss_and_gradients(session, frame, frugal=False, rows=rows) for rows in (3, 5)]
+    compiled = count_compilations(monkeypatch)
+    session.config = replace(session.config, compile_layers="on")
+    frugal = loss_and_gradients(session, frame, frugal=True, rows=3)
+    assert (frugal - plain[0]).norm() <= 1e-6 * plain[0].norm()
+    assert len(compiled) == 5
+    # Other lengths; recomputed layers; another fold.
+    frugal = loss_and_gradients(session, frame, frugal=True, rows=5, stored_layers=0)
+    assert (frugal - plain[1]).norm() <= 1e-6 * plain[1].norm()
+    assert len(compiled) == 5
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_operators_give_torch_the_right_shapes_and_drop_the_same_numbers_again(dropout):
+    vqa.register_dropped_lora_operators()
+    x, weight, gradient = torch.randn(2, 3, 8), torch.randn(6, 8), torch.randn(2, 3, 6)
+    lora_a, lora_b = torch.randn(2, 8), torch.randn(6, 2)
+    operands = (lora_a, lora_b, 2.0, weight, None, [], [6, 8])
+    checks = ("test_schema", "test_faketensor")
+    forward = torch.ops.vqa.dropped_lora_linear.default
+    torch.library.opcheck(forward, (x, dropout, *operands), test_utils=checks)
+    output, inner, state = forward(x, dropout, *operands)
+    now = torch.get_rng_state()
+    backward = torch.ops.vqa.dropped_lora_backward.default
+    arguments = (gradient, x, dropout, state, inner, lora_a, lora_b, 2.0, weight, [], [6, 8])
+    to_x, to_dropped, to_a, to_b = backward(*arguments)
+    torch.library.opcheck(backward, arguments, test_utils=checks)
+    assert torch.equal(torch.get_rng_state(), now)
+    dropped = x
+    if dropout:
+        torch.set_rng_state(state)
+        dropped = torch.nn.functional.dropout(x, dropout)
+        assert torch.equal(to_dropped == 0, dropped == 0)
+    assert torch.equal(inner, dropped.flatten(0, 1) @ lora_a.T)
+    assert torch.allclose(to_b, 2 * gradient.flatten(0, 1).T @ inner)
+
+
+def test_the_compilers_options_are_set_in_the_thread_that_calls_a_step(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda step, dynamic: step)
+    options = []
+    step = vqa._compile_step(lambda: options.append(torch._dynamo.config.specialize_float))
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
+    assert options == [True]
+
+
+def test_a_gpu_takes_frugal_layers_where_it_knows_them_and_a_cpu_none(session, monkeypatch):
+    with training_model(session, frugal=False):
+        assert DECIDE(session) == (False, "layers keep all activations: not on a GPU")
+        session.device = SimpleNamespace(type="cuda")
+        assert DECIDE(session)[0] is True
+        config = session.decoder_layers[1].self_attn.config
+        for name, other in (("hidden_act", "gelu"), ("_attn_implementation", "eager")):
+            with monkeypatch.context() as patch:
+                patch.setattr(config, name, other)
+                uses, reason = DECIDE(session)
+            assert uses is False
+            assert "not all of a kind" in reason
+        vars(session.decoder_layers[1].mlp.up_proj).pop("packed_shape")  # PEFT's own layer
+        assert DECIDE(session)[0] is False
+
+
+# --- What is kept ---------------------------------------------------------------------------------
+
+
+def kept_bytes(compute) -> int:
+    """Bytes that are still taken behind `compute`, which returns one tensor, beside that."""
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        output = compute()
+    taken = sum(event.self_cpu_memory_usage for event in profile.function_events)
+    return taken - output.nbytes
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_a_layer_keeps_its_input_and_what_is_not_made_again_for_nothing(dropout, model_folders):
+    tokens = 256
+    shapes = transformers.AutoConfig.from_pretrained(model_folders["qwen3_vl"])
+    shapes.text_config._attn_implementation = "sdpa"
+    text = transformers.Qwen3VLTextModel(shapes.text_config).to(torch.bfloat16)
+    config = vqa.Config(lora_dropout=dropout, lora_r=4)
+    wrapped = torch.nn.ModuleDict({"text": text.requires_grad_(False)})
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted = peft.get_peft_model(
+        wrapped, peft.LoraConfig(r=4, lora_dropout=dropout, target_modules=linears)
+    )
+    vqa.use_fast_lora(adapted)
+    vqa.register_dropped_lora_operators()
+    layer = text.layers[0].train()
+    layer.recompute = False
+    hidden = shapes.text_config.hidden_size
+    states = torch.randn(2, tokens, hidden, dtype=torch.bfloat16).requires_grad_()
+    positions = torch.arange(tokens).expand(3, 2, tokens)
+    mask = torch.ones(2, 1, tokens, tokens, dtype=torch.bool).tril()
+    options = {"position_embeddings": text.rotary_emb(states, positions), "attention_mask": mask}
+    steps = vqa.LayerSteps.prepared(lambda step: step)
+    frugal = kept_bytes(lambda: vqa.frugal_forward(steps, layer, states, **options))
+    plain = kept_bytes(lambda: type(layer).forward(layer, states, **options))
+    mask_copy = 2 * mask.numel()  # in numbers
+    frugal = (frugal - mask_copy) / (2 * tokens) + 2 * hidden  # with the input
+    plain = (plain - mask_copy) / (2 * tokens) + 2 * hidden
+    computed = vqa.activation_bytes(config, layer, tokens, 2, False, False, frugal=True).kept
+    assert frugal == pytest.approx(computed, rel=0.02)
+    assert frugal < (0.3 if dropout else 0.45) * plain
