@@ -130,7 +130,7 @@ def memory_row(row: Row, mebibytes: float | None = None) -> dict:
     image = image_tokens(config, shapes)
     tokens = image + TEXT
     precision = "bf16"  # as many bytes as fp16
-    costs = vqa.memory_costs(config, shapes, tokens, precision, False, row.with_fla)
+    costs = vqa.memory_costs(config, shapes, tokens, precision, False, row.with_fla, frugal=True)
     free = row.gpus * free_memory(mebibytes or CARDS[row.card])
     plan = first_plan(config, costs, free, shapes.text_config.num_hidden_layers)
     peak = costs.peak(plan)
