@@ -10235,150 +10235,88 @@ def use_fast_lora(adapted) -> None:
 # others are made again when they are needed. Autograd sees three steps: before attention,
 # attention, after attention. The first and the last have a backward pass of their own, that adds
 # gradients up in autograd's order: then they are those of the plain layer to the last bit.
-def _generator(device):
-    """The generator of random numbers that dropout uses on a device."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index]
-    return torch.default_generator
+def draw_seed(device):
+    """A seed for `drop`, a tensor () of int32, out of the CPU's generator, which folds keep."""
+    return torch.randint(2**31, (), dtype=torch.int32).to(device, non_blocking=True)
 
 
-def dropped_lora_linear(x, dropout, lora_a, lora_b, scaling, weight, bias, scales, shape) -> tuple:
-    """What `lora_linear` returns, and from which state of the generator x was dropped, (bytes,).
+def scatter_bits(numbers):
+    """Whole numbers (int32), one for one, as if they were random.
 
-    `dropout` is the share that is dropped. For 0 the state is empty.
+    Chris Wellons' "lowbias32": a changed bit of a number changes each bit of the result in half
+    of all cases. It is a product of shifts and factors, which torch.compile puts into the kernel
+    of what comes before and behind it.
     """
-    dropped = None
-    state = torch.empty(0, dtype=torch.uint8)
-    if dropout:
-        state = _generator(x.device).get_state()
-        dropped, _ = torch.native_dropout(x, dropout, True)
-    return *lora_linear(x, dropped, lora_a, lora_b, scaling, weight, bias, scales, shape), state
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
+        # int32 shifts its sign in from the left: those bits are masked out.
+        numbers = (numbers ^ ((numbers >> shift) & (2 ** (32 - shift) - 1))) * factor
+    return numbers ^ ((numbers >> 16) & 0xFFFF)
 
 
-def dropped_lora_backward(
-    gradient,  # of the output, (..., out)
-    x,  # (..., in)
-    dropout,  # the share that was dropped
-    state,  # of the generator, before it dropped them
-    inner,
-    lora_a,
-    lora_b,
-    scaling,
-    weight,
-    scales,
-    shape,
-) -> tuple:
-    """As `lora_backward`, with x dropped again, and the second gradient that of x, too."""
-    used = x
-    if dropout:
-        generator = _generator(x.device)
-        now = generator.get_state()
-        generator.set_state(state)
-        used, mask = torch.native_dropout(x, dropout, True)
-        generator.set_state(now)
-    to_x, to_dropped, to_a, to_b = lora_backward(
-        gradient, used, inner, lora_a, lora_b, scaling, weight, scales, shape, dropout > 0
-    )
-    if dropout:
-        scale = 1 / (1 - dropout)
-        to_dropped = torch.ops.aten.native_dropout_backward(to_dropped, mask, scale)
-    return to_x, to_dropped, to_a, to_b
+def is_kept(x, rate: float, seed):
+    """Which numbers of x dropout keeps, as booleans: the same ones whenever the seed is the same.
+
+    Each is dropped with a probability of `rate`. A seed on the CPU while x is on a GPU says that
+    nothing is compiled: then a generator of torch is faster than a kernel for each product.
+    """
+    if seed.device != x.device:
+        generator = torch.Generator(x.device).manual_seed(int(seed))
+        kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+        return kept.bernoulli_(1 - rate, generator=generator)
+    places = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
+    numbers = scatter_bits(scatter_bits(places) + seed)
+    return (numbers & (2**31 - 1)) >= int(rate * 2**31)
 
 
-DROPPED_LORA_SCHEMA = (
-    "(Tensor x, float dropout, Tensor lora_a, Tensor lora_b, float scaling, Tensor weight, "
-    "Tensor? bias, Tensor[] scales, int[] shape) -> (Tensor, Tensor, Tensor)"
-)
-DROPPED_LORA_BACKWARD_SCHEMA = (
-    "(Tensor gradient, Tensor x, float dropout, Tensor state, Tensor inner, Tensor lora_a, "
-    "Tensor lora_b, float scaling, Tensor weight, Tensor[] scales, int[] shape) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
-)
+def drop(x, rate: float, seed):
+    """x after dropout (Srivastava et al. 2014), or its gradient out of that of what is left."""
+    return torch.where(is_kept(x, rate, seed), x / (1 - rate), 0.0)
 
 
-def _empty_dropped_lora_outputs(x, dropout, lora_a, lora_b, scaling, weight, bias, scales, shape):
-    """Outputs of `dropped_lora_linear` by shape only, for torch.compile to plan with."""
-    outputs = _empty_lora_outputs(x, None, lora_a, lora_b, scaling, weight, bias, scales, shape)
-    size = _generator(x.device).get_state().numel() if dropout else 0
-    return *outputs, torch.empty(size, dtype=torch.uint8, device="cpu")
+def _lora_outputs(linears: Sequence, x, seed) -> tuple[list, list]:
+    """Of each of the LoRA layers, which `use_fast_lora` has changed: output, and A dropped x.
 
-
-def _empty_dropped_lora_gradients(
-    gradient, x, dropout, state, inner, lora_a, lora_b, scaling, weight, scales, shape
-):
-    """Outputs of `dropped_lora_backward` by shape only, for torch.compile to plan with."""
-    to_dropped = torch.empty_like(x) if dropout else x.new_empty(0)
-    return torch.empty_like(x), to_dropped, torch.empty_like(lora_a), torch.empty_like(lora_b)
-
-
-@functools.cache
-def register_dropped_lora_operators() -> None:
-    """Make the two functions above operators of torch, for use without autograd."""
-    forward = torch.library.custom_op(
-        "vqa::dropped_lora_linear",
-        dropped_lora_linear,
-        mutates_args=(),
-        schema=DROPPED_LORA_SCHEMA,
-    )
-    forward.register_fake(_empty_dropped_lora_outputs)
-    backward = torch.library.custom_op(
-        "vqa::dropped_lora_backward",
-        dropped_lora_backward,
-        mutates_args=(),
-        schema=DROPPED_LORA_BACKWARD_SCHEMA,
-    )
-    backward.register_fake(_empty_dropped_lora_gradients)
-
-
-class LoraTrace(NamedTuple):
-    """What a LoRA layer's backward pass needs beside its input and its weights."""
-
-    inner: object  # A times the dropped input, (rows, rank)
-    state: object  # as `dropped_lora_linear` returns it
-
-
-def _lora_outputs(linears: Sequence, x) -> tuple[list, list[LoraTrace]]:
-    """Output and trace of each of the LoRA layers, which `use_fast_lora` has changed."""
+    Dropout's seed is `seed` for the first one, and one more for each further one.
+    """
     outputs = []
-    traces = []
-    for linear in linears:
-        output, inner, state = torch.ops.vqa.dropped_lora_linear(
-            x, dropout_rate(linear), *lora_operands(linear)
-        )
+    inners = []
+    for number, linear in enumerate(linears):
+        rate = dropout_rate(linear)
+        dropped = drop(x, rate, seed + number) if rate else None
+        output, inner = torch.ops.vqa.lora_linear(x, dropped, *lora_operands(linear))
         outputs.append(output)
-        traces.append(LoraTrace(inner, state))
-    return outputs, traces
+        inners.append(inner)
+    return outputs, inners
 
 
-def _lora_gradients(linears: Sequence, gradients: Sequence, x, traces: Sequence) -> tuple:
+def _lora_gradients(linears: Sequence, gradients: Sequence, x, seed, inners: Sequence) -> tuple:
     """Gradient of the input x that the LoRA layers share, and a list of those of A, B, A, B, ...
 
-    `gradients` of their outputs, in the layers' order.
+    `gradients` of their outputs, in the layers' order; `seed` and `inners` of `_lora_outputs`.
     """
     to_x = None
     to_parameters = []
     # From the last layer to the first, as autograd goes.
     for number in reversed(range(len(linears))):
         linear = linears[number]
-        trace = traces[number]
         lora_a, lora_b, scaling, weight, _, scales, shape = lora_operands(linear)
         rate = dropout_rate(linear)
-        to_input, to_dropped, to_a, to_b = torch.ops.vqa.dropped_lora_backward(
+        used = drop(x, rate, seed + number) if rate else x
+        to_input, to_dropped, to_a, to_b = torch.ops.vqa.lora_backward(
             gradients[number],
-            x,
-            rate,
-            trace.state,
-            trace.inner,
+            used,
+            inners[number],
             lora_a,
             lora_b,
             scaling,
             weight,
             scales,
             shape,
+            rate > 0,
         )
         to_x = to_input if to_x is None else to_x + to_input
         if rate:
-            to_x = to_x + to_dropped
+            to_x = to_x + drop(to_dropped, rate, seed + number)
         to_parameters = [to_a, to_b, *to_parameters]
     return to_x, to_parameters
 
@@ -10442,12 +10380,12 @@ def _inputs_of_attention(layer) -> list:
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
-def before_attention(layer, x, cos, sin) -> tuple:
-    """From the layer's input: q and k as attention takes them; q, k and v as projected; traces."""
+def before_attention(layer, x, cos, sin, seed) -> tuple:
+    """From the layer's input: q and k as attention takes them; q, k and v as projected; inners."""
     normed = layer.input_layernorm(x)
-    projected, traces = _lora_outputs(_inputs_of_attention(layer), normed)
+    projected, inners = _lora_outputs(_inputs_of_attention(layer), normed, seed)
     q, k = rotate(layer.self_attn, *projected[:2], cos, sin)
-    return q, k, projected, traces
+    return q, k, projected, inners
 
 
 def before_attention_backward(
@@ -10461,7 +10399,8 @@ def before_attention_backward(
     projected_k,
     cos,
     sin,
-    traces,
+    seed,
+    inners,
 ) -> tuple:
     """Gradient of the layer's input x, and a list of those of A and B of q, k and v."""
     attention = layer.self_attn
@@ -10474,7 +10413,7 @@ def before_attention_backward(
     ]
     norm = layer.input_layernorm
     linears = _inputs_of_attention(layer)
-    to_normed, to_parameters = _lora_gradients(linears, gradients, norm(x), traces)
+    to_normed, to_parameters = _lora_gradients(linears, gradients, norm(x), seed, inners)
     return rms_norm_backward(norm, to_normed, x, to_residual), to_parameters
 
 
@@ -10491,42 +10430,53 @@ def _linears_behind_attention(layer) -> list:
     return [o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
 
 
-def after_attention(layer, residual, attended) -> tuple:
-    """The layer's output; the input of its second norm, gate and up; traces of o, gate, up, down.
+# Dropout's seeds: o has the step's own, gate and up the next two, down the one behind.
+SEED_OF_GATE = 1
+SEED_OF_DOWN = 3
 
-    Of a mixture of experts: the input of the second norm, three times None, and o's trace.
+
+def after_attention(layer, residual, attended, seed) -> tuple:
+    """The layer's output; the input of its second norm, gate and up; inners of o, gate, up, down.
+
+    Of a mixture of experts: the input of the second norm, three times None, and o's inner.
     """
-    (o,), of_o = _lora_outputs([layer.self_attn.o_proj], attended)
+    (o,), of_o = _lora_outputs([layer.self_attn.o_proj], attended, seed)
     middle = residual + o
     if is_mixture(layer):
         return middle, None, None, None, of_o
     mlp = layer.mlp
     normed = layer.post_attention_layernorm(middle)
-    (gate, up), of_inputs = _lora_outputs([mlp.gate_proj, mlp.up_proj], normed)
-    (down,), of_down = _lora_outputs([mlp.down_proj], mlp.act_fn(gate) * up)
+    linears = [mlp.gate_proj, mlp.up_proj]
+    (gate, up), of_inputs = _lora_outputs(linears, normed, seed + SEED_OF_GATE)
+    product = mlp.act_fn(gate) * up
+    (down,), of_down = _lora_outputs([mlp.down_proj], product, seed + SEED_OF_DOWN)
     return middle + down, middle, gate, up, [*of_o, *of_inputs, *of_down]
 
 
-def mlp_backward(layer, gradient, middle, gate, up, traces) -> tuple:
+def mlp_backward(layer, gradient, middle, gate, up, seed, inners) -> tuple:
     """Gradient of `middle` in `after_attention`, and a list of those of the MLP's A and B."""
     mlp = layer.mlp
     active = mlp.act_fn(gate)
-    to_product, of_down = _lora_gradients([mlp.down_proj], [gradient], active * up, traces[2:])
+    to_product, of_down = _lora_gradients(
+        [mlp.down_proj], [gradient], active * up, seed + SEED_OF_DOWN, inners[2:]
+    )
     to_gate = torch.ops.aten.silu_backward(to_product * up, gate)
     to_up = to_product * active
     norm = layer.post_attention_layernorm
     linears = [mlp.gate_proj, mlp.up_proj]
-    to_normed, of_inputs = _lora_gradients(linears, [to_gate, to_up], norm(middle), traces[:2])
+    to_normed, of_inputs = _lora_gradients(
+        linears, [to_gate, to_up], norm(middle), seed + SEED_OF_GATE, inners[:2]
+    )
     return rms_norm_backward(norm, to_normed, middle, gradient), [*of_inputs, *of_down]
 
 
-def after_attention_backward(layer, gradient, attended, middle, gate, up, traces) -> tuple:
+def after_attention_backward(layer, gradient, attended, middle, gate, up, seed, inners) -> tuple:
     """Gradients of `residual` and `attended`, and a list of those of A and B, in order."""
     of_mlp = []
     if not is_mixture(layer):
-        gradient, of_mlp = mlp_backward(layer, gradient, middle, gate, up, traces[1:])
+        gradient, of_mlp = mlp_backward(layer, gradient, middle, gate, up, seed, inners[1:])
     o_proj = layer.self_attn.o_proj
-    to_attended, of_o = _lora_gradients([o_proj], [gradient], attended, traces[:1])
+    to_attended, of_o = _lora_gradients([o_proj], [gradient], attended, seed, inners[:1])
     return gradient, to_attended, [*of_o, *of_mlp]
 
 
@@ -10550,11 +10500,13 @@ class LayerSteps:
     after: Callable
     after_backward: Callable
     rotate: Callable
+    is_compiled: bool
 
     @classmethod
-    def prepared(cls, prepare: Callable) -> LayerSteps:
-        """Each step as `prepare` returns it, which may compile it."""
+    def prepared(cls, prepare: Callable, is_compiled: bool) -> LayerSteps:
+        """Each step as `prepare` returns it, which compiles it or not."""
         return cls(
+            is_compiled=is_compiled,
             before=prepare(before_attention),
             before_backward=prepare(before_attention_backward),
             after=prepare(after_attention),
@@ -10562,30 +10514,33 @@ class LayerSteps:
             rotate=prepare(rotate),
         )
 
+    def draw_seed(self, device):
+        """A seed for dropout, where the steps read it: see `is_kept`."""
+        return draw_seed(device if self.is_compiled else "cpu")
 
-def _save(ctx, tensors: Sequence, traces: Sequence) -> None:
-    """Keep a step's tensors and the traces of its LoRA layers."""
+
+def _save(ctx, tensors: Sequence, inners: Sequence) -> None:
+    """Keep a step's tensors and the inners of its LoRA layers."""
     ctx.tensors = len(tensors)
-    ctx.save_for_backward(*tensors, *itertools.chain(*traces))
+    ctx.save_for_backward(*tensors, *inners)
 
 
 def _saved(ctx) -> list:
-    """What `_save` has kept: each tensor, then the list of traces."""
+    """What `_save` has kept: each tensor, then the list of inners."""
     saved = ctx.saved_tensors
-    of_traces = saved[ctx.tensors :]
-    traces = [LoraTrace(*pair) for pair in zip(of_traces[::2], of_traces[1::2], strict=True)]
-    return [*saved[: ctx.tensors], traces]
+    return [*saved[: ctx.tensors], [*saved[ctx.tensors :]]]
 
 
 def _run_before(ctx, layer, steps, x, cos, sin, *_):
     """x for the sum behind attention; q, k and v for attention; q and k as projected."""
-    q, k, projected, traces = steps.before(layer, x, cos, sin)
+    seed = steps.draw_seed(x.device)
+    q, k, projected, inners = steps.before(layer, x, cos, sin, seed)
     projected_q, projected_k, projected_v = projected
     ctx.layer = layer
     ctx.steps = steps
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(projected_q, projected_k)
-    _save(ctx, [x, projected_q, projected_k, cos, sin], traces)
+    _save(ctx, [x, projected_q, projected_k, cos, sin, seed], inners)
     v = _split_heads(layer.self_attn, projected_v).transpose(1, 2)
     return x.view_as(x), q, k, v, projected_q, projected_k
 
@@ -10600,11 +10555,12 @@ def _run_before_backward(ctx, to_residual, to_q, to_k, to_v, *_):
 
 def _run_after(ctx, layer, steps, residual, attended, *_):
     """The layer's output, or of a mixture of experts the input of its second norm."""
-    output, middle, gate, up, traces = steps.after(layer, residual, attended)
+    seed = steps.draw_seed(attended.device)
+    output, middle, gate, up, inners = steps.after(layer, residual, attended, seed)
     ctx.layer = layer
     ctx.steps = steps
     # Detached it is no view, as it is none in a layer that recomputes: one compilation for both.
-    _save(ctx, [attended.detach(), middle, gate, up], traces)
+    _save(ctx, [attended.detach(), middle, gate, up, seed], inners)
     return output
 
 
@@ -10840,8 +10796,8 @@ def use_fast_layers(session: Session, adapted, questions: int):
     is_frugal_model, reason = decide_frugal(session)
     LOGGER.info("Decision: %s", reason)
     if is_frugal_model:
-        register_dropped_lora_operators()
-        steps = LayerSteps.prepared(_compile_step if is_compiled else lambda step: step)
+        prepare = _compile_step if is_compiled else lambda step: step
+        steps = LayerSteps.prepared(prepare, is_compiled)
         train = functools.partial(frugal_forward, steps)
     for layer in session.decoder_layers:
         forward = functools.partial(forward_with_checkpointing, layer, compute, train)

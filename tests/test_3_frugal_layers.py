@@ -29,10 +29,31 @@ def open_tiny(model_folders, demo_rows):
     return make
 
 
+class SeededDropout(torch.nn.Dropout):
+    """Dropout of the plain layers that drops what frugal ones drop."""
+
+    def __init__(self, rate, name, seeds):
+        super().__init__(rate)
+        self.name = name
+        self.seeds = seeds  # the last one, of all of a model's layers
+
+    def forward(self, x):
+        if self.name in ("q_proj", "o_proj"):
+            self.seeds[:] = [vqa.draw_seed(x.device)]
+        steps = ["q_proj", "k_proj", "v_proj"], ["o_proj", "gate_proj", "up_proj", "down_proj"]
+        place = next(step.index(self.name) for step in steps if self.name in step)
+        return vqa.drop(x, self.p, self.seeds[0] + place)
+
+
 @contextlib.contextmanager
 def training_model(session, frugal):
     """The model with an adapter, in frugal layers or plain ones, as on a GPU."""
     model = perturb_adapter(vqa.attach_lora(session.model, session.config, seed=0)).train()
+    seeds = []
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_dropout") and not frugal and session.config.lora_dropout:
+            dropout = SeededDropout(session.config.lora_dropout, name.split(".")[-1], seeds)
+            layer.lora_dropout["default"] = dropout
     vqa.decide_frugal = lambda session: (frugal, "")
     try:
         yield vqa.use_fast_layers(session, model, 1)
@@ -121,29 +142,34 @@ def test_compiled_steps_give_the_plain_gradients_and_serve_all_layers_and_length
     assert len(compiled) == 5
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_the_operators_give_torch_the_right_shapes_and_drop_the_same_numbers_again(dropout):
-    vqa.register_dropped_lora_operators()
-    x, weight, gradient = torch.randn(2, 3, 8), torch.randn(6, 8), torch.randn(2, 3, 6)
-    lora_a, lora_b = torch.randn(2, 8), torch.randn(6, 2)
-    operands = (lora_a, lora_b, 2.0, weight, None, [], [6, 8])
-    checks = ("test_schema", "test_faketensor")
-    forward = torch.ops.vqa.dropped_lora_linear.default
-    torch.library.opcheck(forward, (x, dropout, *operands), test_utils=checks)
-    output, inner, state = forward(x, dropout, *operands)
-    now = torch.get_rng_state()
-    backward = torch.ops.vqa.dropped_lora_backward.default
-    arguments = (gradient, x, dropout, state, inner, lora_a, lora_b, 2.0, weight, [], [6, 8])
-    to_x, to_dropped, to_a, to_b = backward(*arguments)
-    torch.library.opcheck(backward, arguments, test_utils=checks)
-    assert torch.equal(torch.get_rng_state(), now)
-    dropped = x
-    if dropout:
-        torch.set_rng_state(state)
-        dropped = torch.nn.functional.dropout(x, dropout)
-        assert torch.equal(to_dropped == 0, dropped == 0)
-    assert torch.equal(inner, dropped.flatten(0, 1) @ lora_a.T)
-    assert torch.allclose(to_b, 2 * gradient.flatten(0, 1).T @ inner)
+def test_dropout_keeps_the_asked_share_and_neighbours_say_nothing_of_each_other():
+    torch.manual_seed(0)
+    seed = vqa.draw_seed("cpu")
+    other = vqa.draw_seed("cpu")
+    x = torch.ones(1000, 1000)
+    kept = vqa.is_kept(x, 0.05, seed)
+    assert torch.equal(kept, vqa.is_kept(x, 0.05, seed))
+    # The share of what is dropped is known to 0.0002; both of a pair in 0.0025 of all cases.
+    dropped = ~kept
+    assert dropped.float().mean().item() == pytest.approx(0.05, abs=0.001)
+    pairs = {
+        "next number": dropped[:, 1:] & dropped[:, :-1],
+        "next row": dropped[1:] & dropped[:-1],
+        "other seed": dropped & ~vqa.is_kept(x, 0.05, other),
+        "next seed": dropped & ~vqa.is_kept(x, 0.05, seed + 1),
+    }
+    for name, both in pairs.items():
+        assert both.float().mean().item() == pytest.approx(0.0025, abs=0.0003), name
+    assert vqa.drop(x, 0.05, seed).mean().item() == pytest.approx(1, abs=0.001)
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_does_not_compile_draws_the_same_numbers_again():
+    seed = vqa.draw_seed("cpu")
+    x = torch.ones(1000, 1000, device="cuda")
+    kept = vqa.is_kept(x, 0.05, seed)
+    assert torch.equal(kept, vqa.is_kept(x, 0.05, seed))
+    assert kept.float().mean().item() == pytest.approx(0.95, abs=0.001)
 
 
 def test_the_compilers_options_are_set_in_the_thread_that_calls_a_step(monkeypatch):
@@ -196,7 +222,6 @@ def test_a_layer_keeps_its_input_and_what_is_not_made_again_for_nothing(dropout,
         wrapped, peft.LoraConfig(r=4, lora_dropout=dropout, target_modules=linears)
     )
     vqa.use_fast_lora(adapted)
-    vqa.register_dropped_lora_operators()
     layer = text.layers[0].train()
     layer.recompute = False
     hidden = shapes.text_config.hidden_size
@@ -204,7 +229,7 @@ def test_a_layer_keeps_its_input_and_what_is_not_made_again_for_nothing(dropout,
     positions = torch.arange(tokens).expand(3, 2, tokens)
     mask = torch.ones(2, 1, tokens, tokens, dtype=torch.bool).tril()
     options = {"position_embeddings": text.rotary_emb(states, positions), "attention_mask": mask}
-    steps = vqa.LayerSteps.prepared(lambda step: step)
+    steps = vqa.LayerSteps.prepared(lambda step: step, False)
     frugal = kept_bytes(lambda: vqa.frugal_forward(steps, layer, states, **options))
     plain = kept_bytes(lambda: type(layer).forward(layer, states, **options))
     mask_copy = 2 * mask.numel()  # in numbers
