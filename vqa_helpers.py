@@ -10102,7 +10102,9 @@ def _empty_lora_gradients(
 ):
     """Outputs of `lora_backward` by shape only, for torch.compile to plan with."""
     to_dropped = torch.empty_like(used) if dropout else used.new_empty(0)
-    return torch.empty_like(used), to_dropped, torch.empty_like(lora_a), torch.empty_like(lora_b)
+    to_a = torch.empty_like(lora_a, dtype=torch.float32)
+    to_b = torch.empty_like(lora_b, dtype=torch.float32)
+    return torch.empty_like(used), to_dropped, to_a, to_b
 
 
 @functools.cache
@@ -10194,7 +10196,7 @@ def _add_packed_weight(layer, state, unpack_scales: bool) -> None:
             scales = {"scale": dequantize_scales([*scales.values()], layer.packed_shape)}
     layer.scale_names = tuple(scales)
     packed = layer.base_layer.weight.detach().as_subclass(torch.Tensor)
-    for name, tensor in {"packed": packed, **scales}.items():
+    for name, tensor in {"packed": packed, "nf4_values": state.code, **scales}.items():
         layer.register_buffer(name, tensor, persistent=False)
 
 
@@ -10236,8 +10238,8 @@ def use_fast_lora(adapted) -> None:
 # attention, after attention. The first and the last have a backward pass of their own, that adds
 # gradients up in autograd's order: then they are those of the plain layer to the last bit.
 def draw_seed(device):
-    """A seed for `drop`, a tensor () of int32, out of the CPU's generator, which folds keep."""
-    return torch.randint(2**31, (), dtype=torch.int32).to(device, non_blocking=True)
+    """A seed for `drop`, a tensor () of int32, out of torch's own generator of that device."""
+    return torch.randint(2**31 - 1, (), dtype=torch.int32, device=device)
 
 
 def scatter_bits(numbers):
@@ -10273,6 +10275,55 @@ def drop(x, rate: float, seed):
     return torch.where(is_kept(x, rate, seed), x / (1 - rate), 0.0)
 
 
+def unpack_nf4(packed, values, scales: Sequence, shape: Sequence[int], dtype):
+    """As `dequantize_weight`, in steps that torch.compile makes one kernel of; NF4's 16 `values`.
+
+    bitsandbytes' own operator has more to do on the CPU than this has on a fast GPU.
+    """
+    device = packed.device
+    shifts = 4 - 4 * torch.arange(2, dtype=torch.int32, device=device)
+    codes = (packed.view(-1, 1).int() >> shifts) & 15  # the upper half first
+    if len(scales) == 1:
+        block_scale = scales[0]
+    else:
+        absmax, code, group_scale, offset = scales
+        group = torch.arange(absmax.numel(), device=device) // shape[3]
+        block_scale = code[absmax.int()] * group_scale[group] + offset
+    blocks = values[codes].view(-1, shape[2])
+    return (blocks * block_scale[:, None]).to(dtype).view(shape[0], shape[1])
+
+
+LORA_LIBRARY = "vqa_frugal"
+
+
+@functools.cache
+def register_frugal_operators() -> object:
+    """`lora_linear` and `lora_backward` as operators of torch without autograd.
+
+    Those that know autograd take twice as long to call.
+    """
+    library = torch.library.Library(LORA_LIBRARY, "DEF")
+    operators = (
+        ("lora_linear", LORA_SCHEMA, lora_linear, _empty_lora_outputs),
+        ("lora_backward", LORA_BACKWARD_SCHEMA, lora_backward, _empty_lora_gradients),
+    )
+    for name, schema, compute, empty in operators:
+        library.define(name + schema)
+        library.impl(name, compute, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{LORA_LIBRARY}::{name}", empty)
+    return library  # what is registered ends with it
+
+
+def _ready_operands(linear, dtype) -> tuple:
+    """`lora_operands` with all weights in `dtype`, out of their 4 bits."""
+    lora_a, lora_b, scaling, weight, bias, scales, shape = lora_operands(linear)
+    if scales and torch.compiler.is_compiling():
+        weight = unpack_nf4(weight, linear.nf4_values, scales, shape, dtype)
+    else:
+        weight = dequantize_weight(weight, scales, shape, dtype)
+    return lora_a.to(dtype), lora_b.to(dtype), scaling, weight, bias, [], shape[:2]
+
+
 def _lora_outputs(linears: Sequence, x, seed) -> tuple[list, list]:
     """Of each of the LoRA layers, which `use_fast_lora` has changed: output, and A dropped x.
 
@@ -10283,7 +10334,8 @@ def _lora_outputs(linears: Sequence, x, seed) -> tuple[list, list]:
     for number, linear in enumerate(linears):
         rate = dropout_rate(linear)
         dropped = drop(x, rate, seed + number) if rate else None
-        output, inner = torch.ops.vqa.lora_linear(x, dropped, *lora_operands(linear))
+        operands = _ready_operands(linear, x.dtype)
+        output, inner = torch.ops.vqa_frugal.lora_linear(x, dropped, *operands)
         outputs.append(output)
         inners.append(inner)
     return outputs, inners
@@ -10299,10 +10351,10 @@ def _lora_gradients(linears: Sequence, gradients: Sequence, x, seed, inners: Seq
     # From the last layer to the first, as autograd goes.
     for number in reversed(range(len(linears))):
         linear = linears[number]
-        lora_a, lora_b, scaling, weight, _, scales, shape = lora_operands(linear)
+        lora_a, lora_b, scaling, weight, _, scales, shape = _ready_operands(linear, x.dtype)
         rate = dropout_rate(linear)
         used = drop(x, rate, seed + number) if rate else x
-        to_input, to_dropped, to_a, to_b = torch.ops.vqa.lora_backward(
+        to_input, to_dropped, to_a, to_b = torch.ops.vqa_frugal.lora_backward(
             gradients[number],
             used,
             inners[number],
@@ -10797,6 +10849,7 @@ def use_fast_layers(session: Session, adapted, questions: int):
     LOGGER.info("Decision: %s", reason)
     if is_frugal_model:
         prepare = _compile_step if is_compiled else lambda step: step
+        register_frugal_operators()
         steps = LayerSteps.prepared(prepare, is_compiled)
         train = functools.partial(frugal_forward, steps)
     for layer in session.decoder_layers:

@@ -4,6 +4,7 @@ import contextlib
 import threading
 from types import SimpleNamespace
 
+import bitsandbytes
 import peft
 import pytest
 import torch
@@ -123,6 +124,25 @@ def test_gradients_on_4_bit_weights_are_the_plain_ones(
     assert packed.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("double", [False, True])
+def test_weights_come_out_of_their_4_bits_as_bitsandbytes_has_them(double):
+    torch.manual_seed(0)
+    weight = torch.randn(96, 64, dtype=torch.bfloat16)
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        weight, blocksize=64, compress_statistics=double, quant_type="nf4"
+    )
+    layer = torch.nn.Module()
+    layer.base_layer = SimpleNamespace(weight=packed)
+    vqa._add_packed_weight(layer, state, unpack_scales=False)
+    scales = [getattr(layer, name) for name in layer.scale_names]
+    assert len(scales) == (4 if double else 1)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        arguments = (scales, layer.packed_shape, dtype)
+        ours = vqa.unpack_nf4(layer.packed, layer.nf4_values, *arguments)
+        assert torch.equal(ours, vqa.dequantize_weight(layer.packed, *arguments))
+        assert ours.shape == weight.shape
+
+
 @pytest.mark.slow
 def test_compiled_steps_give_the_plain_gradients_and_serve_all_layers_and_lengths(
     open_tiny, demo_rows, replace, monkeypatch
@@ -222,6 +242,7 @@ def test_a_layer_keeps_its_input_and_what_is_not_made_again_for_nothing(dropout,
         wrapped, peft.LoraConfig(r=4, lora_dropout=dropout, target_modules=linears)
     )
     vqa.use_fast_lora(adapted)
+    vqa.register_frugal_operators()
     layer = text.layers[0].train()
     layer.recompute = False
     hidden = shapes.text_config.hidden_size
