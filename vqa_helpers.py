@@ -10314,52 +10314,65 @@ def register_frugal_operators() -> object:
     return library  # what is registered ends with it
 
 
-def _ready_operands(linear, dtype) -> tuple:
-    """`lora_operands` with all weights in `dtype`, out of their 4 bits."""
-    lora_a, lora_b, scaling, weight, bias, scales, shape = lora_operands(linear)
+def adapters_of(linears: Sequence, dtype) -> list:
+    """(A, B) of each of the LoRA layers in `dtype`; compiled it is one kernel for all of them."""
+    parameters = []
+    for linear in linears:
+        parameters += lora_operands(linear)[:2]
+    flat = torch.cat([parameter.flatten() for parameter in parameters]).to(dtype)
+    parts = flat.split([parameter.numel() for parameter in parameters])
+    shaped = [part.view_as(own) for part, own in zip(parts, parameters, strict=True)]
+    return [*zip(shaped[::2], shaped[1::2], strict=True)]
+
+
+def _frozen_operands(linear, dtype) -> tuple:
+    """What follows A and B in `lora_operands`, with the weight in `dtype`, out of its 4 bits."""
+    _, _, scaling, weight, bias, scales, shape = lora_operands(linear)
     if scales and torch.compiler.is_compiling():
         weight = unpack_nf4(weight, linear.nf4_values, scales, shape, dtype)
     else:
         weight = dequantize_weight(weight, scales, shape, dtype)
-    return lora_a.to(dtype), lora_b.to(dtype), scaling, weight, bias, [], shape[:2]
+    return scaling, weight, bias, [], shape[:2]
 
 
-def _lora_outputs(linears: Sequence, x, seed) -> tuple[list, list]:
+def _lora_outputs(linears: Sequence, adapters: Sequence, x, seed) -> tuple[list, list]:
     """Of each of the LoRA layers, which `use_fast_lora` has changed: output, and A dropped x.
 
-    Dropout's seed is `seed` for the first one, and one more for each further one.
+    `adapters` of `adapters_of`. Dropout's seed is `seed` for the first one, and one more for each
+    further one.
     """
     outputs = []
     inners = []
-    for number, linear in enumerate(linears):
+    for number, (linear, adapter) in enumerate(zip(linears, adapters, strict=True)):
         rate = dropout_rate(linear)
         dropped = drop(x, rate, seed + number) if rate else None
-        operands = _ready_operands(linear, x.dtype)
+        operands = (*adapter, *_frozen_operands(linear, x.dtype))
         output, inner = torch.ops.vqa_frugal.lora_linear(x, dropped, *operands)
         outputs.append(output)
         inners.append(inner)
     return outputs, inners
 
 
-def _lora_gradients(linears: Sequence, gradients: Sequence, x, seed, inners: Sequence) -> tuple:
+def _lora_gradients(
+    linears: Sequence, adapters: Sequence, gradients: Sequence, x, seed, inners: Sequence
+) -> tuple:
     """Gradient of the input x that the LoRA layers share, and a list of those of A, B, A, B, ...
 
-    `gradients` of their outputs, in the layers' order; `seed` and `inners` of `_lora_outputs`.
+    `gradients` of their outputs, in the layers' order; the others as in `_lora_outputs`.
     """
     to_x = None
     to_parameters = []
     # From the last layer to the first, as autograd goes.
     for number in reversed(range(len(linears))):
         linear = linears[number]
-        lora_a, lora_b, scaling, weight, _, scales, shape = _ready_operands(linear, x.dtype)
+        scaling, weight, _, scales, shape = _frozen_operands(linear, x.dtype)
         rate = dropout_rate(linear)
         used = drop(x, rate, seed + number) if rate else x
         to_input, to_dropped, to_a, to_b = torch.ops.vqa_frugal.lora_backward(
             gradients[number],
             used,
             inners[number],
-            lora_a,
-            lora_b,
+            *adapters[number],
             scaling,
             weight,
             scales,
@@ -10435,7 +10448,9 @@ def _inputs_of_attention(layer) -> list:
 def before_attention(layer, x, cos, sin, seed) -> tuple:
     """From the layer's input: q and k as attention takes them; q, k and v as projected; inners."""
     normed = layer.input_layernorm(x)
-    projected, inners = _lora_outputs(_inputs_of_attention(layer), normed, seed)
+    linears = _inputs_of_attention(layer)
+    adapters = adapters_of(linears, x.dtype)
+    projected, inners = _lora_outputs(linears, adapters, normed, seed)
     q, k = rotate(layer.self_attn, *projected[:2], cos, sin)
     return q, k, projected, inners
 
@@ -10465,7 +10480,8 @@ def before_attention_backward(
     ]
     norm = layer.input_layernorm
     linears = _inputs_of_attention(layer)
-    to_normed, to_parameters = _lora_gradients(linears, gradients, norm(x), seed, inners)
+    adapters = adapters_of(linears, x.dtype)
+    to_normed, to_parameters = _lora_gradients(linears, adapters, gradients, norm(x), seed, inners)
     return rms_norm_backward(norm, to_normed, x, to_residual), to_parameters
 
 
@@ -10492,43 +10508,49 @@ def after_attention(layer, residual, attended, seed) -> tuple:
 
     Of a mixture of experts: the input of the second norm, three times None, and o's inner.
     """
-    (o,), of_o = _lora_outputs([layer.self_attn.o_proj], attended, seed)
+    adapters = adapters_of(_linears_behind_attention(layer), attended.dtype)
+    (o,), of_o = _lora_outputs([layer.self_attn.o_proj], adapters[:1], attended, seed)
     middle = residual + o
     if is_mixture(layer):
         return middle, None, None, None, of_o
     mlp = layer.mlp
     normed = layer.post_attention_layernorm(middle)
     linears = [mlp.gate_proj, mlp.up_proj]
-    (gate, up), of_inputs = _lora_outputs(linears, normed, seed + SEED_OF_GATE)
+    (gate, up), of_inputs = _lora_outputs(linears, adapters[1:3], normed, seed + SEED_OF_GATE)
     product = mlp.act_fn(gate) * up
-    (down,), of_down = _lora_outputs([mlp.down_proj], product, seed + SEED_OF_DOWN)
+    (down,), of_down = _lora_outputs([mlp.down_proj], adapters[3:], product, seed + SEED_OF_DOWN)
     return middle + down, middle, gate, up, [*of_o, *of_inputs, *of_down]
 
 
-def mlp_backward(layer, gradient, middle, gate, up, seed, inners) -> tuple:
+def mlp_backward(layer, adapters, gradient, middle, gate, up, seed, inners) -> tuple:
     """Gradient of `middle` in `after_attention`, and a list of those of the MLP's A and B."""
     mlp = layer.mlp
     active = mlp.act_fn(gate)
     to_product, of_down = _lora_gradients(
-        [mlp.down_proj], [gradient], active * up, seed + SEED_OF_DOWN, inners[2:]
+        [mlp.down_proj], adapters[2:], [gradient], active * up, seed + SEED_OF_DOWN, inners[2:]
     )
     to_gate = torch.ops.aten.silu_backward(to_product * up, gate)
     to_up = to_product * active
     norm = layer.post_attention_layernorm
     linears = [mlp.gate_proj, mlp.up_proj]
     to_normed, of_inputs = _lora_gradients(
-        linears, [to_gate, to_up], norm(middle), seed + SEED_OF_GATE, inners[:2]
+        linears, adapters[:2], [to_gate, to_up], norm(middle), seed + SEED_OF_GATE, inners[:2]
     )
     return rms_norm_backward(norm, to_normed, middle, gradient), [*of_inputs, *of_down]
 
 
 def after_attention_backward(layer, gradient, attended, middle, gate, up, seed, inners) -> tuple:
     """Gradients of `residual` and `attended`, and a list of those of A and B, in order."""
+    adapters = adapters_of(_linears_behind_attention(layer), attended.dtype)
     of_mlp = []
     if not is_mixture(layer):
-        gradient, of_mlp = mlp_backward(layer, gradient, middle, gate, up, seed, inners[1:])
+        gradient, of_mlp = mlp_backward(
+            layer, adapters[1:], gradient, middle, gate, up, seed, inners[1:]
+        )
     o_proj = layer.self_attn.o_proj
-    to_attended, of_o = _lora_gradients([o_proj], [gradient], attended, seed, inners[:1])
+    to_attended, of_o = _lora_gradients(
+        [o_proj], adapters[:1], [gradient], attended, seed, inners[:1]
+    )
     return gradient, to_attended, [*of_o, *of_mlp]
 
 
