@@ -10255,7 +10255,7 @@ def scatter_bits(numbers):
     return numbers ^ ((numbers >> 16) & 0xFFFF)
 
 
-def is_kept(x, rate: float, seed):
+def survives_dropout(x, rate: float, seed):
     """Which numbers of x dropout keeps, as booleans: the same ones whenever the seed is the same.
 
     Each is dropped with a probability of `rate`. A seed on the CPU while x is on a GPU says that
@@ -10272,7 +10272,7 @@ def is_kept(x, rate: float, seed):
 
 def drop(x, rate: float, seed):
     """x after dropout (Srivastava et al. 2014), or its gradient out of that of what is left."""
-    return torch.where(is_kept(x, rate, seed), x / (1 - rate), 0.0)
+    return torch.where(survives_dropout(x, rate, seed), x / (1 - rate), 0.0)
 
 
 def unpack_nf4(packed, values, scales: Sequence, shape: Sequence[int], dtype):
@@ -10589,7 +10589,7 @@ class LayerSteps:
         )
 
     def draw_seed(self, device):
-        """A seed for dropout, where the steps read it: see `is_kept`."""
+        """A seed for dropout, where the steps read it: see `survives_dropout`."""
         return draw_seed(device if self.is_compiled else "cpu")
 
 

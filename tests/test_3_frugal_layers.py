@@ -167,16 +167,16 @@ def test_dropout_keeps_the_asked_share_and_neighbours_say_nothing_of_each_other(
     seed = vqa.draw_seed("cpu")
     other = vqa.draw_seed("cpu")
     x = torch.ones(1000, 1000)
-    kept = vqa.is_kept(x, 0.05, seed)
-    assert torch.equal(kept, vqa.is_kept(x, 0.05, seed))
+    kept = vqa.survives_dropout(x, 0.05, seed)
+    assert torch.equal(kept, vqa.survives_dropout(x, 0.05, seed))
     # The share of what is dropped is known to 0.0002; both of a pair in 0.0025 of all cases.
     dropped = ~kept
     assert dropped.float().mean().item() == pytest.approx(0.05, abs=0.001)
     pairs = {
         "next number": dropped[:, 1:] & dropped[:, :-1],
         "next row": dropped[1:] & dropped[:-1],
-        "other seed": dropped & ~vqa.is_kept(x, 0.05, other),
-        "next seed": dropped & ~vqa.is_kept(x, 0.05, seed + 1),
+        "other seed": dropped & ~vqa.survives_dropout(x, 0.05, other),
+        "next seed": dropped & ~vqa.survives_dropout(x, 0.05, seed + 1),
     }
     for name, both in pairs.items():
         assert both.float().mean().item() == pytest.approx(0.0025, abs=0.0003), name
@@ -187,8 +187,8 @@ def test_dropout_keeps_the_asked_share_and_neighbours_say_nothing_of_each_other(
 def test_a_gpu_that_does_not_compile_draws_the_same_numbers_again():
     seed = vqa.draw_seed("cpu")
     x = torch.ones(1000, 1000, device="cuda")
-    kept = vqa.is_kept(x, 0.05, seed)
-    assert torch.equal(kept, vqa.is_kept(x, 0.05, seed))
+    kept = vqa.survives_dropout(x, 0.05, seed)
+    assert torch.equal(kept, vqa.survives_dropout(x, 0.05, seed))
     assert kept.float().mean().item() == pytest.approx(0.95, abs=0.001)
 
 
