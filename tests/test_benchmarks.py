@@ -13,6 +13,10 @@ SCRIPTS = {
         ["--tiny", "--parts", "plain,ours,orders"],
         "ratio: train: ours / train: plain recipe, batch 1",
     ),
+    "bench_gpu.py --card": (
+        ["--tiny", "--model", "8b"],
+        "the planner's choice after 0 s: MemoryPlan(micro_batch=16",
+    ),
     "rehearsal.py": (
         ["--tiny", "kaggle_t4x2"],
         "submission of 12 rows",
@@ -44,9 +48,10 @@ SCRIPTS = {
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_benchmark_runs_at_a_tiny_size(script, tmp_path):
     options, last = SCRIPTS[script]
-    path = Path(__file__).parent / "benchmarks" / script
+    name, *more = script.split()
+    path = Path(__file__).parent / "benchmarks" / name
     done = subprocess.run(
-        [sys.executable, path, *options],
+        [sys.executable, path, *more, *options],
         env={**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

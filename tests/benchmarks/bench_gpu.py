@@ -2,10 +2,16 @@
 
     python tests/benchmarks/bench_gpu.py --model 8b     # on a GPU; also --model 3b
     python tests/benchmarks/bench_gpu.py --tiny         # on a CPU: does everything run?
+    python tests/benchmarks/bench_gpu.py --card         # training passes: computed and measured
 
 Prints a table as it is measured: questions per second, peak GiB and seconds of each recipe; then
 the ratios between them, the share of the GPU's peak rate that is used, and how long it idles.
 --tiny takes the demo's model and a few rows; its figures mean nothing.
+
+--card times training passes of some sizes, each with as many layers kept as fit, beside what
+card_arithmetic.py computes for a T4 and for the card at hand. On a larger card it takes a T4's
+path and memory; --card own takes the card as it is. --folder takes a stored model in place of
+random weights, which a T4 needs: it cannot hold an 8B before it is in 4 bits.
 
 A question has 110 text tokens, of which the last 45 hold the choices and the closing, and one
 image of 384 (3B) or 512 (8B) pixels square. Every recipe runs under the same cap of allocated
@@ -37,6 +43,7 @@ import transformers
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from card_arithmetic import T4, Card, LayerShapes, pass_seconds, shapes_of  # noqa: E402
 from references import use_huggingfaces_forward  # noqa: E402
 from twins import build_twin  # noqa: E402
 
@@ -437,10 +444,10 @@ def generate_plain(
 
 
 # === Peak rate, idle share ========================================================================
-def matmul_rate() -> float:
-    """The chip's bf16 matrix products per second on random data, in FLOP/s."""
-    left = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    right = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+def matmul_rate(dtype: torch.dtype = torch.bfloat16) -> float:
+    """The chip's 16-bit matrix products per second on random data, in FLOP/s."""
+    left = torch.randn(8192, 8192, device="cuda", dtype=dtype)
+    right = torch.randn(8192, 8192, device="cuda", dtype=dtype)
     for _ in range(3):
         left @ right
     torch.cuda.synchronize()
@@ -798,7 +805,8 @@ def run_bench(size: Size, folder: str, options: argparse.Namespace) -> None:
     print_all_ratios(bench.table)
 
 
-def run_bench_as_turing(size: Size, folder: str, options: argparse.Namespace) -> None:
+@contextlib.contextmanager
+def told_to_be_a_t4() -> Iterator[None]:
     """The T4's path: fp16, told to be capability 7.5, without the flash and cuDNN kernels."""
     name = "told to be a T4"
     gpu = {"index": 0, "name": name, "memory_gib": CAP_GIB, "capability": 7.5}
@@ -808,10 +816,228 @@ def run_bench_as_turing(size: Size, folder: str, options: argparse.Namespace) ->
     torch.backends.cuda.enable_flash_sdp(False)
     sys.stdout.write("T4 path: fp16 with a scaler, no flash attention\n")
     try:
-        run_bench(size, folder, options)
+        yield
     finally:
         vqa.detect_runtime = detect_runtime
         torch.backends.cuda.enable_flash_sdp(True)
+
+
+# === A card: training passes, computed and measured ===============================================
+CARD_PASSES = (4, 2, 8, 16, 32, 6, 3, 1)  # questions; one last, because it compiles once more
+CARD_REPEATS = 3  # timed passes of each, after one that is not
+
+
+def memory_rate() -> float:
+    """Bytes per second that a copy within the GPU's memory reads and writes."""
+    source = torch.empty(2**28, device="cuda")
+    target = torch.empty_like(source)
+    for _ in range(3):
+        target.copy_(source)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(10):
+        target.copy_(source)
+    torch.cuda.synchronize()
+    return 10 * 2 * source.nbytes / (time.perf_counter() - begin)
+
+
+def host_copy_rate() -> float:
+    """Bytes per second that are copied from the host's pageable memory."""
+    source = torch.zeros(2**26)
+    source.to("cuda")
+    begin = time.perf_counter()
+    for _ in range(4):
+        source.to("cuda")
+    torch.cuda.synchronize()
+    return 4 * source.nbytes / (time.perf_counter() - begin)
+
+
+def launch_seconds() -> float:
+    """Seconds that the host takes for a kernel, such as those of a training pass.
+
+    Through autograd, whose work Python has to begin, with its backward pass.
+    """
+    value = torch.ones(1, device="cuda", requires_grad=True)
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        result = value
+        for _ in range(500):
+            result = result * 1.0
+        result.backward()
+        torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - begin) / 1000)
+    return statistics.median(seconds)
+
+
+def measure_card(has_flash: bool) -> Card:
+    """The rates of the card at hand, in fp16."""
+    return Card(
+        name=torch.cuda.get_device_name(),
+        products=matmul_rate(torch.float16),
+        memory=memory_rate(),
+        host_copy=host_copy_rate(),
+        launch=launch_seconds(),
+        has_flash=has_flash,
+    )
+
+
+def print_card(card: Card) -> None:
+    """Print a card's rates."""
+    sys.stdout.write(
+        f"{card.name}: {card.products / 1e12:.1f} TFLOP/s, memory {card.memory / 1e9:.0f} GB/s, "
+        f"host to card {card.host_copy / 1e9:.1f} GB/s, "
+        f"a kernel {1e6 * card.launch:.1f} microseconds of the host\n"
+    )
+    sys.stdout.flush()
+
+
+def session_costs(session: vqa.Session, tokens: int) -> vqa.MemoryCosts:
+    """What `memory_costs` says of this session on a GPU."""
+    return vqa.memory_costs(
+        session.config,
+        session.model.config,
+        tokens,
+        session.runtime.precision,
+        compiled=session.family.is_compiled and session.config.compile_layers == "on",
+        frugal=session.runtime.attention == "sdpa",
+    )
+
+
+def most_kept(costs: vqa.MemoryCosts, questions: int, budget: float, layers: int) -> int | None:
+    """The most layers that `questions` in a pass may keep within `budget` GiB; None: not one."""
+    for kept in range(layers, -1, -1):
+        if sum(costs.peak(vqa.MemoryPlan(questions, kept)).values()) <= budget:
+            return kept
+    return None
+
+
+def card_candidates(costs: vqa.MemoryCosts, budget: float, layers: int) -> list[tuple[int, int]]:
+    """(questions in a pass, layers kept) of the passes to time, the likely best of a T4 first.
+
+    Each with as many layers kept as fit into `budget` GiB; a small one with none kept, too.
+    """
+    candidates = []
+    for questions in CARD_PASSES:
+        kept = most_kept(costs, questions, budget, layers)
+        if kept is not None:
+            candidates.append((questions, kept))
+        if kept and questions == 4:
+            candidates.append((questions, 0))
+    return candidates
+
+
+@dataclasses.dataclass
+class CardBench:
+    """What the lines of the table need."""
+
+    shapes: LayerShapes
+    tokens: int  # of a question
+    image_tokens: int  # among them
+    card: Card | None  # the one at hand; None on a CPU
+
+    def computed(self, card: Card | None, questions: int, kept: int) -> str:
+        """Questions per second by computation."""
+        if card is None:
+            return ""
+        seconds = pass_seconds(
+            card, self.shapes, self.tokens, self.image_tokens, questions, kept
+        ).total
+        return f"{questions / seconds:.2f}"
+
+    def line(self, questions: int, kept: int, measured: str) -> str:
+        """A candidate's row; `measured`: the cells behind the computed ones."""
+        by_t4 = self.computed(T4, questions, kept)
+        by_card = self.computed(self.card, questions, kept)
+        return f"| {questions} | {kept} | {by_t4} | {by_card} | {measured} |\n"
+
+
+CARD_COLUMNS = (
+    "in a pass",
+    "layers kept",
+    "T4, computed",
+    "this card, computed",
+    "measured, questions/s",
+    "from, to",
+    "peak GiB",
+    "warm-up, s",
+)
+
+
+def time_pass(session: vqa.Session, prompt: vqa.Prompt, questions: int, kept: int) -> str:
+    """The measured cells of a candidate: speed, its range, peak, seconds of the first pass."""
+    prompts = [prompt] * questions
+    begin = time.perf_counter()
+    warm_up, _ = vqa.measure_pass(session, prompts, kept)
+    first = time.perf_counter() - begin
+    if not np.isfinite(warm_up):
+        return "does not fit | | | "
+    passes = [vqa.measure_pass(session, prompts, kept) for _ in range(CARD_REPEATS)]
+    speeds = sorted(questions / seconds for seconds, _ in passes)
+    peak = max(peak for _, peak in passes) / 2**30
+    middle = statistics.median(speeds)
+    return f"{middle:.2f} | {speeds[0]:.2f}, {speeds[-1]:.2f} | {peak:.2f} | {first:.1f}"
+
+
+def time_tiny_pass(session: vqa.Session, prompts: Sequence[vqa.Prompt]) -> str:
+    """The same on a CPU, where `measure_pass` cannot be."""
+    begin = time.perf_counter()
+    batch = vqa.collate(session, prompts)
+    vqa.training_loss(session, vqa.answer_hidden_states(session, batch), batch).backward()
+    return f"{len(prompts) / (time.perf_counter() - begin):.2f} | | | "
+
+
+def print_card_table(bench: Bench, card: Card | None) -> None:
+    """Time every candidate and print its row at once; then the planner's own choice."""
+    session = bench.session
+    trainer = vqa.FoldTrainer(session, make_run(session, bench.rows), 0)
+    trainer.epoch_prompts = lambda epoch: bench.one[: bench.rows]
+    trainer.model.train()
+    prompt = bench.one[0]
+    tokens = len(prompt.input_ids)
+    image_tokens = int(np.prod(prompt.grid))
+    image_tokens //= session.processor.image_processor.merge_size**2
+    config = session.config
+    shapes = shapes_of(session.model.config, config.lora_r, config.quantization == "4bit")
+    of_card = CardBench(shapes, tokens, image_tokens, card)
+    budget = vqa.memory_budget() / 2**30 if card else 1.0
+    costs = session_costs(session, tokens)
+    sys.stdout.write(f"{tokens} tokens a question, {budget:.1f} GiB to use\n")
+    sys.stdout.write("| " + " | ".join(CARD_COLUMNS) + " |\n" + "|---" * len(CARD_COLUMNS) + "|\n")
+    for questions, kept in card_candidates(costs, budget, shapes.layers):
+        if card is None:
+            cells = time_tiny_pass(session, [prompt] * questions)
+        else:
+            cells = time_pass(session, prompt, questions, kept)
+            vqa.clear_memory()
+        sys.stdout.write(of_card.line(questions, kept, cells))
+        sys.stdout.flush()
+    begin = time.perf_counter()
+    plan = trainer.plan
+    seconds = time.perf_counter() - begin
+    sys.stdout.write(f"the planner's choice after {seconds:.0f} s: {plan}\n")
+
+
+def run_card(size: Size, folder: str, options: argparse.Namespace) -> None:
+    """Training passes under a card's memory, computed and measured."""
+    print_card(T4)
+    card = None
+    if not options.tiny:
+        is_turing = options.card == "t4" or torch.cuda.get_device_capability() < (8, 0)
+        card = measure_card(has_flash=not is_turing)
+        print_card(card)
+    bench = open_bench(size, folder, options)
+    if options.card == "own":
+        cap_memory(None)
+    fill_cache(bench.session, bench.one[:16])
+    print_card_table(bench, card)
+
+
+def run_card_as_told(size: Size, folder: str, options: argparse.Namespace) -> None:
+    """`run_card` on the card as it is (own, or a CPU), or told to be a T4."""
+    as_it_is = options.tiny or options.card == "own"
+    with contextlib.nullcontext() if as_it_is else told_to_be_a_t4():
+        run_card(size, folder, options)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -827,10 +1053,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tiny", action="store_true", help="the demo's model on this CPU: does everything run?"
     )
+    parser.add_argument(
+        "--card",
+        choices=("t4", "own"),
+        nargs="?",
+        const="t4",
+        help="time training passes beside computed ones, told to be a T4 or on the card as it is",
+    )
+    parser.add_argument("--folder", help="of a stored model, in place of random weights")
     options = parser.parse_args()
     options.parts = options.parts.split(",")
     options.trl = [(2, True)] if options.tiny else TRL_SETTINGS[options.model]
     return options
+
+
+def model_to_measure(size: Size, folder: Path, tiny: bool) -> Path:
+    """The folder of the demo's model, or of random weights of real size."""
+    return vqa.DEMO / "tiny_qwen3_vl" if tiny else build(size, folder)
 
 
 def main() -> None:
@@ -840,13 +1079,18 @@ def main() -> None:
     vqa.setup_logging(folder, to_file=False)
     try:
         begin = time.perf_counter()
-        model_folder = vqa.DEMO / "tiny_qwen3_vl" if options.tiny else build(size, folder)
+        model_folder = options.folder or model_to_measure(size, folder, options.tiny)
         sys.stdout.write(f"built in {time.perf_counter() - begin:.0f} s\n")
+        sys.stdout.flush()
+        if options.card:
+            run_card_as_told(size, str(model_folder), options)
+            return
         run_bench(size, str(model_folder), options)
         if "turing" in options.parts and not options.tiny:
             gc.collect()
             options.parts = ["ours"]
-            run_bench_as_turing(size, str(model_folder), options)
+            with told_to_be_a_t4():
+                run_bench(size, str(model_folder), options)
     finally:
         shutil.rmtree(folder)
 
