@@ -70,6 +70,7 @@ above it.
    Frugal layers                       their pass in three steps, for autograd
    Fast layers                         compiled decoder layers
    Memory plan                         how a training step is spread over passes
+   Timing of passes                    which of the plans that fit is the fastest
    Filling the vision cache            when it pays, and for which images
    Alignment                           how well statements fit an image, by SigLIP or CLIP
 4. Run
@@ -185,6 +186,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -9440,6 +9442,9 @@ class Session:
     # How a training step is spread over passes; measured by the first fold that trains, replaced
     # where memory runs out. None until then.
     memory_plan: MemoryPlan | None = None
+    # The table of the plans among which it was chosen; filled by `plan_memory`, moved into
+    # stages.jsonl by `run_stage`.
+    passes_tried: list[dict] = field(default_factory=list)
 
     @property
     def decoder_layers(self):
@@ -10900,7 +10905,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class PassCosts:
-    """What one forward and backward pass takes, in bytes; measured by `measured_candidates`.
+    """What one forward and backward pass takes, in bytes; measured by `PassPlanner`.
 
     A pass takes fixed + questions * (question + max(1, stored_layers) * stored_layer). The
     1 is the layer that is being recomputed: one at a time holds its activations again.
@@ -10920,25 +10925,40 @@ def recompute_layers(session: Session, stored: int) -> None:
         layer.recompute = number < recomputed
 
 
+def pass_sizes(step: int) -> list[int]:
+    """Questions a pass in which a step of so many may be taken, the most first.
+
+    The step and its halves, and what divides it with at most an eighth of a pass too much.
+
+    >>> pass_sizes(32)
+    [32, 16, 11, 8, 7, 6, 5, 4, 3, 2, 1]
+    >>> pass_sizes(10)
+    [10, 5, 3, 2, 1]
+    """
+    halvings = range(step.bit_length())
+    sizes = {math.ceil(step / 2**halving) for halving in halvings}
+    for passes in range(1, step + 1):
+        size = math.ceil(step / passes)
+        if passes * size <= 9 / 8 * step:
+            sizes.add(size)
+    return sorted(sizes, reverse=True)
+
+
 def candidate_plans(
     costs: PassCosts, budget: float, layers: int, step: int, recompute: bool
 ) -> list[tuple[int, int]]:
     """(micro_batch, stored_layers) of the plans that fit into `budget` bytes.
 
-    The `step` questions of an optimizer step are taken in 1, 2, 4, ... passes, each
+    The `step` questions of an optimizer step are taken in passes of `pass_sizes`, each
     with as many of the `layers` stored as there is room for. Without `recompute` all
     have to be.
 
     >>> costs = PassCosts(fixed=10.0, question=1.0, stored_layer=0.5)
     >>> candidate_plans(costs, budget=60, layers=36, step=8, recompute=True)
-    [(8, 10), (4, 23), (2, 36)]
+    [(8, 10), (4, 23), (3, 31), (2, 36), (1, 36)]
     """
-    halvings = range(step.bit_length())  # until one or two questions are left
-    micro_batches = {math.ceil(step / 2**halving) for halving in halvings}
-    # One question a pass is `plan_memory`'s last resort; here only a step of one has it.
-    micro_batches.discard(1)
     plans = []
-    for micro_batch in sorted(micro_batches, reverse=True) or [1]:
+    for micro_batch in pass_sizes(step):
         room = budget - costs.fixed - micro_batch * costs.question
         room_in_layers = room / (micro_batch * costs.stored_layer)
         stored = min(layers, math.floor(room_in_layers))
@@ -10959,7 +10979,7 @@ def measure_pass(session: Session, prompts: Sequence[Prompt], stored: int) -> tu
     recompute_layers(session, stored)
     reset_peak_memory()
     batch = collate(session, prompts)
-    batch["padded"] = True  # attention then takes a mask, as it does in training
+    batch["padded"] = len(prompts) > 1  # attention then takes a mask, as it does in training
     try:
         start = time.perf_counter()
         # The hidden states get no name, which would keep them during the backward pass.
@@ -10978,54 +10998,375 @@ def measure_pass(session: Session, prompts: Sequence[Prompt], stored: int) -> tu
         session.model.zero_grad(set_to_none=True)
 
 
-def measured_candidates(
-    session: Session, longest: Prompt, step: int, state_bytes: int
-) -> list[tuple[int, int]]:
-    """(micro_batch, stored_layers) of the plans that should fit.
+# === Timing of passes =============================================================================
+WARM_UP_PASSES = 1  # that are not timed, whenever another plan's turn comes
+TIMED_PASSES = 2  # behind them
+MOST_TURNS = 3  # of a plan
+FREE_PASSES = 6  # for which there is always time, however short the job
+PLANNING_SHARE = 0.02  # of the job's time, for all passes that are tried
+UNSURE = 0.15  # how far off a computed time may be, and one of fewer than four timings
 
-    From the peaks of three passes over two or four copies of the prompt `longest`. Empty
-    where one of them runs out of memory (with gradient_checkpointing: one of the first
-    two). `step` is as in `candidate_plans`, `state_bytes` as in `plan_memory`.
+
+def recomputing_share(stored: int, layers: int) -> float:
+    """What a pass takes with `stored` of the layers stored, over one in which all recompute.
+
+    A layer goes forward, backward, and forward again where it recomputes; its weights are
+    frozen, so that each of the three takes about as long.
+
+    >>> recomputing_share(0, 36), round(recomputing_share(36, 36), 2)
+    (1.0, 0.67)
     """
-    config = session.config
-    layers = len(session.decoder_layers)
-    stored = max(2, layers // 4)
-    # The first pass compiles, and fills the workspaces of the libraries.
-    measure_pass(session, [longest] * 2, 0)
-    _, peak_of_two = measure_pass(session, [longest] * 2, 0)
-    _, peak_of_four = measure_pass(session, [longest] * 4, 0)
-    _, peak_of_stored = measure_pass(session, [longest] * 2, stored)
-    # Two more questions, while one layer at a time holds what it has computed again.
-    question = (peak_of_four - peak_of_two) / 2
-    # Per question and per stored layer beyond the one that is held anyway. At least one
-    # byte, because `candidate_plans` divides by it.
-    stored_layer = max(1.0, (peak_of_stored - peak_of_two) / 2 / (stored - 1))
-    most_stored = layers
-    if math.isinf(peak_of_stored) and config.gradient_checkpointing:
-        # Storing layers takes too much memory, as where experts are unpacked from 4 bits:
-        # all layers recompute. All of a question's bytes are then counted as those of the
-        # one layer that is being recomputed.
-        stored_layer = question
-        most_stored = 1
-    if not math.isfinite(peak_of_two + peak_of_four + stored_layer):
-        return []
-    costs = PassCosts(
-        # The peak of two questions, less what these two add.
-        fixed=2 * peak_of_two - peak_of_four + state_bytes,
-        # `candidate_plans` counts the layer that is computed again as a stored one.
-        question=question - stored_layer,
-        stored_layer=stored_layer,
-    )
-    recompute = config.gradient_checkpointing
-    return candidate_plans(costs, memory_budget(), most_stored, step, recompute)
+    return 1 - stored / layers / 3
 
 
-def plan_memory(session: Session, prompts: Sequence[Prompt], state_bytes: int) -> MemoryPlan:
-    """The fastest of the plans that fit, by trying each on the longest prompt.
+@dataclass
+class PassTimes:
+    """Seconds of passes in which every layer recomputes, by their number of questions."""
 
-    The optimizer will add `state_bytes` to every peak. Nothing is measured, and the
-    config's plan is taken, on a CPU, or with memory_plan="config", or with
-    strict_determinism.
+    seconds: dict[int, float]
+
+    def neighbours(self, questions: int) -> tuple[int | None, int | None]:
+        """The next smaller (or equal) and the next larger number whose seconds are known."""
+        smaller = [size for size in self.seconds if size <= questions]
+        larger = [size for size in self.seconds if size > questions]
+        return max(smaller, default=None), min(larger, default=None)
+
+    def slope(self, sizes: Sequence[int]) -> float:
+        """Seconds that one more question takes, from two sizes; never negative."""
+        first, second = sizes
+        return max(0.0, (self.seconds[second] - self.seconds[first]) / (second - first))
+
+    def expected(self, questions: int) -> float:
+        """What a pass of so many should take.
+
+        Between two known sizes: as long as the smaller pass, or its share of the larger one; a
+        card takes the same time for a few questions, and above that the same for each. Beyond
+        them it goes on as between the last two.
+
+        >>> times = PassTimes({2: 1.0, 4: 1.0, 32: 4.0})
+        >>> [times.expected(size) for size in (1, 3, 8, 16)]
+        [1.0, 1.0, 1.0, 2.0]
+        >>> PassTimes({2: 1.0, 4: 2.0}).expected(8)
+        4.0
+        """
+        smaller, larger = self.neighbours(questions)
+        sizes = sorted(self.seconds)
+        if smaller is None:
+            line = self.seconds[larger] - self.slope(sizes[:2]) * (larger - questions)
+            return max(line, self.seconds[larger] * questions / larger)
+        if larger is None:
+            line = self.seconds[smaller] + self.slope(sizes[-2:]) * (questions - smaller)
+            return min(line, self.seconds[smaller] * questions / smaller)
+        return max(self.seconds[smaller], self.seconds[larger] * questions / larger)
+
+    def at_most(self, questions: int) -> float:
+        """What a pass of so many takes at most: no question takes longer among more.
+
+        >>> PassTimes({2: 1.0, 4: 1.2}).at_most(8), PassTimes({2: 1.0, 4: 1.2}).at_most(1)
+        (2.4, 1.0)
+        """
+        smaller, larger = self.neighbours(questions)
+        if smaller is None:
+            return self.seconds[larger]
+        seconds = self.seconds[smaller] * questions / smaller
+        return seconds if larger is None else min(seconds, self.seconds[larger])
+
+
+@dataclass
+class PassTrial:
+    """One way to take an optimizer step, and what is known of it."""
+
+    micro_batch: int
+    stored_layers: int
+    share: float  # of a step's questions that a pass takes: 1 over its passes
+    step: int  # questions
+    computed: float = math.nan  # questions a second, before it was tried
+    seconds: list[float] = field(default_factory=list)  # of its timed passes
+    turns: int = 0  # so far
+    peak: float = 0.0  # bytes, with what the optimizer will add
+    reason: str = ""  # why it was not measured, or cannot be taken
+
+    def per_question(self, seconds: float) -> float:
+        """Seconds a question where a pass takes so many; the last pass may be a short one."""
+        return seconds / self.share / self.step
+
+    @property
+    def is_compiled_alone(self) -> bool:
+        """Whether torch.compile takes it by itself, as it does a batch of one."""
+        return self.micro_batch == 1
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether it has been timed, and fits."""
+        return bool(self.seconds) and not self.reason
+
+    @property
+    def seconds_per_question(self) -> float:
+        """By the median of its passes; of an even number the lower one, because noise only adds."""
+        return self.per_question(statistics.median_low(self.seconds))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Seconds a question of its fastest and its slowest pass.
+
+        Of four passes they hold the true median between them with a probability of 0.875, of
+        six 0.97. With fewer both are moved outwards by UNSURE.
+        """
+        margin = UNSURE if len(self.seconds) < 4 else 0.0
+        fastest = self.per_question(min(self.seconds)) * (1 - margin)
+        slowest = self.per_question(max(self.seconds)) * (1 + margin)
+        return fastest, slowest
+
+    def row(self) -> dict:
+        """Its row in the table of all."""
+        row = {
+            "in a pass": self.micro_batch,
+            "layers kept": self.stored_layers,
+            "computed, questions/s": round(self.computed, 2),
+            "questions/s": "",
+            "slowest": "",
+            "fastest": "",
+            "passes": len(self.seconds),
+            "peak GiB": round(self.peak / 2**30, 2) or "",
+            "note": self.reason,
+        }
+        if self.seconds:
+            row["questions/s"] = round(1 / self.seconds_per_question, 2)
+            row["slowest"] = round(1 / self.per_question(max(self.seconds)), 2)
+            row["fastest"] = round(1 / self.per_question(min(self.seconds)), 2)
+        return row
+
+
+class PassPlanner:
+    """Tries plans on copies of the longest prompt, until the fastest is known or time is up.
+
+    The likeliest plan is tried next, by `PassTimes`, and not at all one that is computed to be
+    slower than the best by more than UNSURE, or to save less time than compiling it takes. Then
+    those whose intervals overlap the best one's take turns, up to MOST_TURNS. In each turn a plan
+    has WARM_UP_PASSES that do not count and TIMED_PASSES that do. All passes together take at most
+    PLANNING_SHARE of the job; but there is always time for the first ones, which show what a pass
+    takes, for FREE_PASSES, and until one plan is measured.
+    """
+
+    session: Session
+    longest: Prompt
+    step: int  # questions of an optimizer step
+    state_bytes: int  # as in `plan_memory`
+    job: int  # as in `plan_memory`
+    spent: float  # seconds of all passes but the first, which compiles what training needs, too
+    free_passes: int  # that are left
+    first_pass: float  # seconds that it took longer than the next one
+    times: PassTimes
+    trials: list[PassTrial]
+
+    def __init__(self, session: Session, longest: Prompt, step: int, state_bytes: int, job: int):
+        self.session = session
+        self.longest = longest
+        self.step = step
+        self.state_bytes = state_bytes
+        self.job = job
+        self.spent = 0.0
+        self.free_passes = FREE_PASSES
+        self.first_pass = 0.0
+        self.times = PassTimes({})
+        self.trials = []
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers of the model."""
+        return len(self.session.decoder_layers)
+
+    def run_pass(self, questions: int, stored: int) -> tuple[float, float]:
+        """As `measure_pass`; its seconds count."""
+        seconds, peak = measure_pass(self.session, [self.longest] * questions, stored)
+        if math.isfinite(seconds):
+            self.spent += seconds
+        elif self.times.seconds:  # it ended early
+            self.spent += self.times.expected(questions)
+        return seconds, peak
+
+    def measure_costs(self) -> tuple[PassCosts, int] | None:
+        """What passes take, and the most layers that may be stored; fills `times`.
+
+        From passes over two and four copies of the longest prompt. None where memory does not
+        hold them (with gradient_checkpointing: those that recompute every layer).
+        """
+        config = self.session.config
+        stored = max(2, self.layers // 4)
+        # The first pass compiles, and fills the workspaces of the libraries.
+        first_pass, _ = measure_pass(self.session, [self.longest] * 2, 0)
+        seconds_of_two, peak_of_two = self.run_pass(2, 0)
+        self.run_pass(4, 0)  # another number of questions may compile, too
+        seconds_of_four, peak_of_four = self.run_pass(4, 0)
+        _, peak_of_stored = self.run_pass(2, stored)
+        # Two more questions, while one layer at a time holds what it has computed again.
+        question = (peak_of_four - peak_of_two) / 2
+        # Per question and per stored layer beyond the one that is held anyway. At least one
+        # byte, because `candidate_plans` divides by it.
+        stored_layer = max(1.0, (peak_of_stored - peak_of_two) / 2 / (stored - 1))
+        most_stored = self.layers
+        if math.isinf(peak_of_stored) and config.gradient_checkpointing:
+            # Storing layers takes too much memory, as where experts are unpacked from 4 bits:
+            # all layers recompute. All of a question's bytes are then counted as those of the
+            # one layer that is being recomputed.
+            stored_layer = question
+            most_stored = 1
+        if not math.isfinite(peak_of_two + peak_of_four + stored_layer):
+            return None
+        self.first_pass = max(0.0, first_pass - seconds_of_two)
+        self.times.seconds = {2: seconds_of_two, 4: seconds_of_four}
+        costs = PassCosts(
+            # The peak of two questions, less what these two add.
+            fixed=2 * peak_of_two - peak_of_four + self.state_bytes,
+            # `candidate_plans` counts the layer that is computed again as a stored one.
+            question=question - stored_layer,
+            stored_layer=stored_layer,
+        )
+        return costs, most_stored
+
+    def expected(self, trial: PassTrial) -> float:
+        """Seconds of a pass of `trial`, by what is known of passes until now."""
+        seconds = self.times.expected(trial.micro_batch)
+        return seconds * recomputing_share(trial.stored_layers, self.layers)
+
+    def expected_per_question(self, trial: PassTrial) -> float:
+        """Seconds a question, likewise."""
+        return trial.per_question(self.expected(trial))
+
+    @property
+    def measured(self) -> list[PassTrial]:
+        """The trials that have been timed and fit, the fastest first."""
+        measured = [trial for trial in self.trials if trial.is_measured]
+        return sorted(measured, key=lambda trial: trial.seconds_per_question)
+
+    @property
+    def budget(self) -> float:
+        """Seconds that all passes may take; as the job turns out to be shorter, less."""
+        measured = [trial.seconds_per_question for trial in self.measured]
+        computed = [self.expected_per_question(trial) for trial in self.trials]
+        return PLANNING_SHARE * self.job * min(measured or computed)
+
+    def has_time_for(self, trial: PassTrial) -> bool:
+        """Whether another turn of `trial` fits into the budget, if it takes the most it may."""
+        passes = WARM_UP_PASSES + TIMED_PASSES
+        if trial.seconds:
+            seconds = max(trial.seconds)
+        else:
+            share = recomputing_share(trial.stored_layers, self.layers)
+            seconds = self.times.at_most(trial.micro_batch) * share
+        seconds *= passes * (1 + UNSURE)
+        if trial.is_compiled_alone and not trial.seconds:
+            seconds += self.first_pass
+        is_free = passes <= self.free_passes or not self.measured
+        return is_free or self.spent + seconds <= self.budget
+
+    def take_turn(self, trial: PassTrial) -> None:
+        """Warm up, time a few passes, and learn from them."""
+        clear_memory()
+        self.free_passes -= WARM_UP_PASSES + TIMED_PASSES
+        trial.turns += 1
+        for number in range(WARM_UP_PASSES + TIMED_PASSES):
+            seconds, peak = self.run_pass(trial.micro_batch, trial.stored_layers)
+            if math.isinf(seconds):
+                trial.reason = "does not fit: out of memory"
+                return
+            trial.peak = max(trial.peak, peak + self.state_bytes)
+            if number >= WARM_UP_PASSES:
+                trial.seconds.append(seconds)
+        if trial.peak >= memory_budget():
+            trial.reason = f"its peak is above {memory_budget() / 2**30:.2f} GiB"
+        share = recomputing_share(trial.stored_layers, self.layers)
+        self.times.seconds[trial.micro_batch] = statistics.median_low(trial.seconds) / share
+
+    def why_not(self, trial: PassTrial) -> str:
+        """Why an untried plan stays so; "" where it should be tried."""
+        seconds = self.expected_per_question(trial)
+        if self.measured:
+            best = self.measured[0].seconds_per_question
+            if seconds > (1 + UNSURE) * best:
+                return f"computed {100 * (seconds / best - 1):.0f} % slower"
+            if trial.is_compiled_alone and (best - seconds) * self.job <= self.first_pass:
+                return "computed to save less time than compiling it takes"
+        if not self.has_time_for(trial):
+            return f"it may take more than the {self.budget:.1f} s that there are"
+        return ""
+
+    def try_each(self) -> None:
+        """A turn for each plan that may be the fastest, the likeliest first."""
+
+        def priority(trial: PassTrial) -> tuple[bool, float]:
+            return trial.is_compiled_alone, self.expected_per_question(trial)
+
+        while True:
+            untried = [trial for trial in self.trials if not trial.seconds and not trial.reason]
+            if not untried:
+                return
+            trial = min(untried, key=priority)
+            trial.computed = 1 / self.expected_per_question(trial)
+            reason = self.why_not(trial)
+            if reason:
+                trial.reason = f"not measured: {reason}"
+            else:
+                self.take_turn(trial)
+
+    def repeat(self) -> None:
+        """Further turns, one after the other, while the noise hides which plan is the fastest."""
+        while True:
+            if not self.measured:
+                return
+            _, slowest_of_best = self.measured[0].interval
+            contenders = [trial for trial in self.measured if trial.interval[0] <= slowest_of_best]
+            waiting = [trial for trial in contenders if trial.turns < MOST_TURNS]
+            if len(contenders) == 1 or not waiting:
+                return
+            for trial in sorted(waiting, key=lambda trial: trial.turns):
+                if not self.has_time_for(trial):
+                    return
+                self.take_turn(trial)
+
+    def plan(self) -> MemoryPlan | None:
+        """The fastest plan that fits; None where none does. Logs the table of all."""
+        measured_costs = self.measure_costs()
+        if measured_costs is not None:
+            costs, most_stored = measured_costs
+            recompute = self.session.config.gradient_checkpointing
+            room = memory_budget()
+            plans = candidate_plans(costs, room, most_stored, self.step, recompute)
+            for micro_batch, stored in plans:
+                passes = math.ceil(self.step / micro_batch)
+                self.trials.append(PassTrial(micro_batch, stored, 1 / passes, self.step))
+            self.try_each()
+            self.repeat()
+            clear_memory()
+        if not self.trials:
+            return None
+        self.log_table()
+        if not self.measured:
+            return None
+        best = self.measured[0]
+        return MemoryPlan(best.micro_batch, best.stored_layers, best.peak / 2**30)
+
+    def log_table(self) -> None:
+        """All plans in one block of the log; kept for the run's stages.jsonl, too."""
+        rows = [trial.row() for trial in self.trials]
+        self.session.passes_tried = rows
+        LOGGER.info(
+            "Passes tried, %.1f s of %.1f s (%.0f %% of the job):\n%s",
+            self.spent,
+            self.budget,
+            100 * PLANNING_SHARE,
+            pd.DataFrame(rows).to_string(index=False),
+        )
+
+
+def plan_memory(
+    session: Session, prompts: Sequence[Prompt], state_bytes: int, job: int = 0
+) -> MemoryPlan:
+    """The fastest of the plans that fit, by trying them on the longest prompt.
+
+    The optimizer will add `state_bytes` to every peak. `job`: questions that this process will
+    train on, which bound the time that is taken, see `PassPlanner`. Nothing is measured, and the
+    config's plan is taken, on a CPU, or with memory_plan="config", or with strict_determinism.
     """
     config = session.config
     layers = len(session.decoder_layers)
@@ -11035,21 +11376,11 @@ def plan_memory(session: Session, prompts: Sequence[Prompt], state_bytes: int) -
         return MemoryPlan(config.batch_size, stored_by_config)
     longest = max(prompts, key=lambda prompt: len(prompt.input_ids))
     step = math.ceil(config.batch_size * config.grad_accum_steps / process_count())
-    # Questions a second; the last resort counts only where nothing else fits.
-    speeds = {MemoryPlan(1, stored_by_config): 0.0}
-    for micro_batch, stored in measured_candidates(session, longest, step, state_bytes):
-        measure_pass(session, [longest] * micro_batch, stored)  # the allocator grows
-        seconds, pass_peak = measure_pass(session, [longest] * micro_batch, stored)
-        clear_memory()
-        peak = pass_peak + state_bytes
-        plan = MemoryPlan(micro_batch, stored, peak / 2**30)
-        speed = micro_batch / seconds
-        LOGGER.info("%s: %.1f questions/s", plan, speed)
-        if peak < memory_budget():
-            speeds[plan] = speed
-    fastest = max(speeds, key=speeds.get)
-    LOGGER.info("Decision: of %d questions in a step and %d layers, %s", step, layers, fastest)
-    return fastest
+    plan = PassPlanner(session, longest, step, state_bytes, job).plan()
+    if plan is None:
+        plan = MemoryPlan(1, stored_by_config)  # the last resort
+    LOGGER.info("Decision: of %d questions in a step and %d layers, %s", step, layers, plan)
+    return plan
 
 
 # === Filling the vision cache =====================================================================
@@ -11484,7 +11815,8 @@ class Run:
     | prompt.json                    | all stages    | a rendered prompt: another is refused
     | worker_W.log, run.log          | all workers   | what they print; the log, with times
     | progress_W.json                | all workers   | what worker W is doing now
-    | stages.jsonl                   | all stages    | seconds and peak memory of each fold
+    | stages.jsonl                   | all stages    | seconds and peak memory of each fold; of the
+    |                                |               | first one trained the passes that were tried
     | events.jsonl                   | all stages    | what did not go to plan
     | zeroshot.npz                   | zeroshot      | scores of the untouched base model
     | alignment_train.npz            | alignment     | how well choices fit training rows' images
@@ -13879,7 +14211,10 @@ class FoldState:
             for phase in self.schedule.phases:
                 for number in range(phase.epochs if differ else 1):
                     prompts += self.epoch_prompts(phase.first_epoch + number)
-            self.session.memory_plan = plan_memory(self.session, prompts, state_bytes)
+            # The folds behind this one keep the plan.
+            folds = max(1, len(self.session.assigned_folds))
+            job = folds * self.schedule.all_rows // process_count()
+            self.session.memory_plan = plan_memory(self.session, prompts, state_bytes, job)
         return self.session.memory_plan
 
     def use_smaller_plan(self, plan: MemoryPlan, n_rows: int) -> None:
@@ -20524,6 +20859,9 @@ def run_stage(
     finally:
         write_notes(run, session)
     report["seconds_per_question"] = session.seconds_per_question
+    if session.passes_tried:
+        report["passes_tried"] = session.passes_tried
+        session.passes_tried = []
     longest[stage] = max(longest[stage], report["seconds"])
     MetricLogger(run.directory / "stages.jsonl").log(**report)
     back_up(run, fold)

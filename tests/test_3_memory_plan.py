@@ -25,13 +25,19 @@ def test_plans_fit_the_memory_and_halve_the_step():
     assert vqa.candidate_plans(costs, 60, 36, 32, recompute=True) == [
         (32, 0),
         (16, 4),
+        (11, 7),
         (8, 10),
+        (7, 12),
+        (6, 14),
+        (5, 18),
         (4, 23),
+        (3, 31),
         (2, 36),
+        (1, 36),
     ]
-    assert vqa.candidate_plans(costs, 60, 36, 32, recompute=False) == [(2, 36)]
+    assert vqa.candidate_plans(costs, 60, 36, 32, recompute=False) == [(2, 36), (1, 36)]
     assert vqa.candidate_plans(costs, 5, 36, 32, recompute=True) == []
-    assert [size for size, _ in vqa.candidate_plans(costs, 1000, 36, 10, True)] == [10, 5, 3, 2]
+    assert [size for size, _ in vqa.candidate_plans(costs, 1000, 36, 10, True)] == [10, 5, 3, 2, 1]
     assert vqa.candidate_plans(costs, 1000, 36, 1, True) == [(1, 36)]
 
 
@@ -111,8 +117,17 @@ def test_a_pass_without_memory_leaves_no_gradient_behind(session, demo_rows, mon
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: (5, 7)[gpu])
     prompts = plain_prompts(session, demo_rows.train, [0])
     loss = vqa.training_loss
+    padded = []
+
+    def noting(session, states, batch):
+        padded.append(batch["padded"])
+        return loss(session, states, batch)
+
+    monkeypatch.setattr(vqa, "training_loss", noting)
+    vqa.measure_pass(session, prompts * 2, 0)
     _, peak = vqa.measure_pass(session, prompts, 0)
     assert peak == 7  # of the fuller one
+    assert padded == [True, False]  # one question has no mask in training, either
 
     def failing(*arguments):
         value = loss(*arguments)

@@ -211,8 +211,8 @@ def test_the_memory_plan_is_made_for_the_longest_prompt_of_all_epochs(
 ):
     planned = []
 
-    def noting(session, prompts, state):
-        planned.append(len(prompts))
+    def noting(session, prompts, state, job):
+        planned.append((len(prompts), job))
 
     monkeypatch.setattr(vqa, "plan_memory", noting)
     for fields in ({}, {"paraphrases": 2}, {"augment_images": 1}):
@@ -222,7 +222,8 @@ def test_the_memory_plan_is_made_for_the_longest_prompt_of_all_epochs(
         trainer = vqa.FoldTrainer(session, run, 0)
         assert trainer.plan is None
         trainer.model.unload()
-    assert planned == [18, 54, 54]
+        session.assigned_folds = (0, 1)  # both will be trained by the plan
+    assert planned == [(18, 54), (54, 108), (54, 108)]
 
 
 # --- Another card, other libraries ----------------------------------------------------------------
