@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_gpu
 import pytest
 
 # Options, and what is printed at the end.
@@ -62,3 +63,14 @@ def test_a_benchmark_runs_at_a_tiny_size(script, tmp_path):
     assert done.returncode == 0, printed
     assert last in done.stdout, printed
     assert "failed:" not in done.stdout
+
+
+@pytest.mark.slow
+def test_the_readme_has_what_a_t4_should_take():
+    readme = Path(__file__).parent / "benchmarks" / "README.md"
+    table = bench_gpu.computed_for_a_t4(bench_gpu.SIZES["8b"])
+    assert bench_gpu.vqa.markdown_table(table) in readme.read_text(encoding="utf-8")
+    best = table["questions/s"].idxmax()
+    assert best in (4, 6)
+    all_recomputed = table.iloc[-1]
+    assert table.loc[best, "questions/s"].max() / all_recomputed["questions/s"] > 1.35

@@ -10,7 +10,8 @@ the ratios between them, the share of the GPU's peak rate that is used, and how 
 
 --card times training passes of some sizes, each with as many layers kept as fit, beside what
 card_arithmetic.py computes for a T4 and for the card at hand. On a larger card it takes a T4's
-path and memory; --card own takes the card as it is. --folder takes a stored model in place of
+path and memory; --card own takes the card as it is; without a GPU the computed part for a T4 is
+printed. --folder takes a stored model in place of
 random weights, which a T4 needs: it cannot hold an 8B before it is in 4 bits.
 
 A question has 110 text tokens, of which the last 45 hold the choices and the closing, and one
@@ -1005,7 +1006,9 @@ def print_card_table(bench: Bench, card: Card | None) -> None:
     costs = session_costs(session, tokens)
     sys.stdout.write(f"{tokens} tokens a question, {budget:.1f} GiB to use\n")
     sys.stdout.write("| " + " | ".join(CARD_COLUMNS) + " |\n" + "|---" * len(CARD_COLUMNS) + "|\n")
-    for questions, kept in card_candidates(costs, budget, shapes.layers):
+    candidates = card_candidates(costs, budget, shapes.layers)
+    begin = time.perf_counter()
+    for questions, kept in candidates:
         if card is None:
             cells = time_tiny_pass(session, [prompt] * questions)
         else:
@@ -1013,6 +1016,7 @@ def print_card_table(bench: Bench, card: Card | None) -> None:
             vqa.clear_memory()
         sys.stdout.write(of_card.line(questions, kept, cells))
         sys.stdout.flush()
+    sys.stdout.write(f"these passes took {time.perf_counter() - begin:.0f} s\n")
     begin = time.perf_counter()
     plan = trainer.plan
     seconds = time.perf_counter() - begin
@@ -1032,6 +1036,31 @@ def run_card(size: Size, folder: str, options: argparse.Namespace) -> None:
         cap_memory(None)
     fill_cache(bench.session, bench.one[:16])
     print_card_table(bench, card)
+
+
+def computed_for_a_t4(size: Size) -> pd.DataFrame:
+    """Seconds of a pass by what they go to, and questions per second, for each plan to time.
+
+    Layers are compiled and keep few activations; the memory is what a T4 is told to have.
+    """
+    shapes = size.make_config({})
+    config = vqa.Config(lora_dropout=0.05)
+    side = shapes.vision_config.patch_size * shapes.vision_config.spatial_merge_size
+    image_tokens = (size.pixels // side) ** 2
+    tokens = image_tokens + TEXT
+    costs = vqa.memory_costs(config, shapes, tokens, "fp16", compiled=True, frugal=True)
+    layers = shapes_of(shapes, config.lora_r, is_packed=True)
+    rows = []
+    for questions, kept in sorted(card_candidates(costs, 0.92 * CAP_GIB, layers.layers)):
+        seconds = pass_seconds(T4, layers, tokens, image_tokens, questions, kept)
+        row = {
+            "in a pass": questions,
+            "layers kept": kept,
+            **dataclasses.asdict(seconds),
+            "questions/s": questions / seconds.total,
+        }
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("in a pass")
 
 
 def run_card_as_told(size: Size, folder: str, options: argparse.Namespace) -> None:
@@ -1079,6 +1108,10 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     vqa.setup_logging(folder, to_file=False)
     try:
+        if options.card and not options.tiny and not torch.cuda.is_available():
+            print_card(T4)
+            sys.stdout.write(f"{vqa.markdown_table(computed_for_a_t4(size))}\n")
+            return
         begin = time.perf_counter()
         model_folder = options.folder or model_to_measure(size, folder, options.tiny)
         sys.stdout.write(f"built in {time.perf_counter() - begin:.0f} s\n")
