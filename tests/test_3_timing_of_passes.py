@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from card_arithmetic import T4, Card, LayerShapes, pass_seconds
+from running import plain_prompts, quiet
 
 import vqa_helpers as vqa
 
@@ -215,3 +216,43 @@ def test_a_table_of_passes_goes_into_stages_jsonl_once(mini_run, monkeypatch):
     first, second = vqa.read_json_lines(run.directory / "stages.jsonl", vqa.STAGE_RECORD)
     assert first["passes_tried"] == rows
     assert "passes_tried" not in second
+
+
+@pytest.mark.slow
+def test_real_passes_of_a_model_are_planned_and_leave_nothing_behind(
+    session, demo_rows, replace, monkeypatch
+):
+    session.config = replace(session.config, gradient_checkpointing=True)
+    model = vqa.attach_lora(session.model, session.config, seed=0).train()
+    vqa.use_fast_layers(session, model, 1)
+    layers = len(session.decoder_layers)
+    batches = []
+    collate = vqa.collate
+
+    def noting(session, prompts):
+        batches.append(len(prompts))
+        return collate(session, prompts)
+
+    def peak(gpu):
+        stored = sum(not layer.recompute for layer in session.decoder_layers)
+        return GIB * (1 + batches[-1] * (0.1 + 0.1 * max(1, stored)))
+
+    monkeypatch.setattr(vqa, "collate", noting)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", quiet)
+    monkeypatch.setattr(torch.cuda, "synchronize", quiet)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak)
+    monkeypatch.setattr(vqa, "memory_budget", lambda: 2.05 * GIB)
+    (prompt,) = plain_prompts(session, demo_rows.train, [0])
+    planner = vqa.PassPlanner(session, prompt, step=4, state_bytes=0, job=10**6)
+    plan = planner.plan()
+    expected = {1: layers, 2: layers, 4: 1.05 / 4 / 0.1 - 1}
+    for row in session.passes_tried:
+        kept = int(min(layers, expected[row["in a pass"]]))
+        assert row["layers kept"] == (kept if kept > 1 else 0), row
+    wanted = (plan.micro_batch, plan.stored_layers)
+    (chosen,) = [row for row in session.passes_tried if plan_of(row) == wanted]
+    assert chosen["questions/s"] == max(row["questions/s"] or 0 for row in session.passes_tried)
+    assert plan.peak_gib == pytest.approx(chosen["peak GiB"], abs=0.01)
+    assert len(batches) == MEASURING_PASSES + 3 * sum(trial.turns for trial in planner.trials)
+    assert all(value.grad is None for value in vqa.trainable_parameters(model).values())
