@@ -11153,9 +11153,10 @@ class PassPlanner:
     step: int  # questions of an optimizer step
     state_bytes: int  # as in `plan_memory`
     job: int  # as in `plan_memory`
-    spent: float  # seconds of all passes but the first, which compiles what training needs, too
+    spent: float  # seconds until now, without the compiling that training needs, too
     free_passes: int  # that are left
     first_pass: float  # seconds that it took longer than the next one
+    beside_passes: float  # seconds of the last turn that were not of its passes
     times: PassTimes
     trials: list[PassTrial]
 
@@ -11168,6 +11169,7 @@ class PassPlanner:
         self.spent = 0.0
         self.free_passes = FREE_PASSES
         self.first_pass = 0.0
+        self.beside_passes = 0.0
         self.times = PassTimes({})
         self.trials = []
 
@@ -11177,13 +11179,8 @@ class PassPlanner:
         return len(self.session.decoder_layers)
 
     def run_pass(self, questions: int, stored: int) -> tuple[float, float]:
-        """As `measure_pass`; its seconds count."""
-        seconds, peak = measure_pass(self.session, [self.longest] * questions, stored)
-        if math.isfinite(seconds):
-            self.spent += seconds
-        elif self.times.seconds:  # it ended early
-            self.spent += self.times.expected(questions)
-        return seconds, peak
+        """`measure_pass` of so many copies of the longest prompt."""
+        return measure_pass(self.session, [self.longest] * questions, stored)
 
     def measure_costs(self) -> tuple[PassCosts, int] | None:
         """What passes take, and the most layers that may be stored; fills `times`.
@@ -11194,7 +11191,7 @@ class PassPlanner:
         config = self.session.config
         stored = max(2, self.layers // 4)
         # The first pass compiles, and fills the workspaces of the libraries.
-        first_pass, _ = measure_pass(self.session, [self.longest] * 2, 0)
+        first_pass, _ = self.run_pass(2, 0)
         seconds_of_two, peak_of_two = self.run_pass(2, 0)
         self.run_pass(4, 0)  # another number of questions may compile, too
         seconds_of_four, peak_of_four = self.run_pass(4, 0)
@@ -11215,6 +11212,7 @@ class PassPlanner:
             return None
         self.first_pass = max(0.0, first_pass - seconds_of_two)
         self.times.seconds = {2: seconds_of_two, 4: seconds_of_four}
+        self.spent = 2 * seconds_of_two + 2 * seconds_of_four
         costs = PassCosts(
             # The peak of two questions, less what these two add.
             fixed=2 * peak_of_two - peak_of_four + self.state_bytes,
@@ -11254,7 +11252,7 @@ class PassPlanner:
         else:
             share = recomputing_share(trial.stored_layers, self.layers)
             seconds = self.times.at_most(trial.micro_batch) * share
-        seconds *= passes * (1 + UNSURE)
+        seconds = seconds * passes * (1 + UNSURE) + self.beside_passes
         if trial.is_compiled_alone and not trial.seconds:
             seconds += self.first_pass
         is_free = passes <= self.free_passes or not self.measured
@@ -11262,17 +11260,25 @@ class PassPlanner:
 
     def take_turn(self, trial: PassTrial) -> None:
         """Warm up, time a few passes, and learn from them."""
+        start = time.perf_counter()
         clear_memory()
         self.free_passes -= WARM_UP_PASSES + TIMED_PASSES
         trial.turns += 1
+        in_passes = 0.0
         for number in range(WARM_UP_PASSES + TIMED_PASSES):
             seconds, peak = self.run_pass(trial.micro_batch, trial.stored_layers)
             if math.isinf(seconds):
                 trial.reason = "does not fit: out of memory"
-                return
+                break
+            in_passes += seconds
             trial.peak = max(trial.peak, peak + self.state_bytes)
             if number >= WARM_UP_PASSES:
                 trial.seconds.append(seconds)
+        elapsed = time.perf_counter() - start
+        self.spent += max(elapsed, in_passes)
+        if trial.reason:
+            return
+        self.beside_passes = max(0.0, elapsed - in_passes)
         if trial.peak >= memory_budget():
             trial.reason = f"its peak is above {memory_budget() / 2**30:.2f} GiB"
         share = recomputing_share(trial.stored_layers, self.layers)
