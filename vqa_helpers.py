@@ -11357,10 +11357,10 @@ class PassPlanner:
         rows = [trial.row() for trial in self.trials]
         self.session.passes_tried = rows
         LOGGER.info(
-            "Passes tried, %.1f s of %.1f s (%.0f %% of the job):\n%s",
+            "Passes tried in %.1f s; %.0f %% of the job are %.1f s:\n%s",
             self.spent,
-            self.budget,
             100 * PLANNING_SHARE,
+            self.budget,
             pd.DataFrame(rows).to_string(index=False),
         )
 

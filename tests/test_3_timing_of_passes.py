@@ -203,9 +203,10 @@ def test_a_plan_whose_measured_peak_is_too_high_is_not_taken(plan_on):
 def test_all_candidates_are_logged_in_one_block(plan_on, caplog):
     with caplog.at_level(logging.INFO):
         plan, table = plan_on(MadeUpCard(T4), job=5_000)
-    (block,) = [text for text in caplog.messages if text.startswith("Passes tried, ")]
+    (block,) = [text for text in caplog.messages if text.startswith("Passes tried in ")]
     header, columns, *rows = block.splitlines()
-    assert header.endswith("(2 % of the job):")
+    seconds = 0.02 * 5_000 * MadeUpCard(T4).per_question((4, 36))
+    assert header.endswith(f"; 2 % of the job are {seconds:.1f} s:")
     assert columns.split("  ")[-1].strip() == "note"
     assert len(rows) == len(table) == 11
     (row,) = [row for row in table if row["in a pass"] == plan.micro_batch]
