@@ -19,23 +19,28 @@ import vqa_helpers as vqa
 # pass and layers that keep their activations.
 CAPPED = {(32, 0): 11.70, (16, 3): 10.86, (8, 9): 11.53, (4, 21): 11.89, (2, 36): 10.77}
 UNCAPPED = {(32, 36): 93.54, (16, 36): 49.70, (8, 36): 27.81, (4, 36): 16.88}
+# Layers that keep little for the backward pass, capped and not.
+FRUGAL_CAPPED = {(32, 2): 11.67, (16, 10): 11.93, (8, 25): 11.85, (4, 36): 9.76, (2, 36): 7.53}
+FRUGAL_UNCAPPED = {(32, 36): 40.94, (16, 36): 23.12, (11, 36): 17.55}
 NOT_COMPILED = {(8, 36): 30.88, (4, 36): 18.09, (2, 36): 11.70}
 SMALL = {(32, 6): 11.63, (16, 14): 11.96, (8, 30): 12.13, (4, 36): 8.22, (2, 36): 5.35}
-# Shapes, tokens a question, whether layers are compiled, peaks.
+# Shapes, tokens a question, whether layers are compiled and frugal, peaks.
 MEASURED = {
-    "8B": (memory_plan.qwen3_8b, 366, True, CAPPED | UNCAPPED),
-    "8B, not compiled": (memory_plan.qwen3_8b, 366, False, NOT_COMPILED),
-    "3B": (memory_plan.qwen25_3b, 306, True, SMALL),
+    "8B": (memory_plan.qwen3_8b, 366, True, True, FRUGAL_CAPPED | FRUGAL_UNCAPPED),
+    "8B, plain layers": (memory_plan.qwen3_8b, 366, True, False, CAPPED | UNCAPPED),
+    "8B, plain layers, not compiled": (memory_plan.qwen3_8b, 366, False, False, NOT_COMPILED),
+    "3B, plain layers": (memory_plan.qwen25_3b, 306, True, False, SMALL),
 }
 
 
 @pytest.mark.parametrize(
-    ("make_shapes", "tokens", "compiled", "peaks"), MEASURED.values(), ids=MEASURED
+    ("make_shapes", "tokens", "compiled", "frugal", "peaks"), MEASURED.values(), ids=MEASURED
 )
 def test_the_computed_peak_is_within_5_percent_of_every_measured_one(
-    make_shapes, tokens, compiled, peaks
+    make_shapes, tokens, compiled, frugal, peaks
 ):
-    costs = vqa.memory_costs(vqa.Config(), make_shapes({}), tokens, "bf16", compiled)
+    config = vqa.Config()
+    costs = vqa.memory_costs(config, make_shapes({}), tokens, "bf16", compiled, frugal=frugal)
     for plan, measured in peaks.items():
         peak = sum(costs.peak(vqa.MemoryPlan(*plan)).values())
         assert peak == pytest.approx(measured, rel=0.05), plan
