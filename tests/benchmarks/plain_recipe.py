@@ -1,43 +1,49 @@
-"""Train the demo by the usual recipe and print it beside ours: hidden answers and speed.
+"""Train the demo by the usual recipe and print it beside ours: hidden answers, seconds of a fold.
 
-    python tests/benchmarks/plain_recipe.py                      # three folds
-    python tests/benchmarks/plain_recipe.py --folds 0            # one of them
-    python tests/benchmarks/plain_recipe.py --folds 0 --traps    # and two well-known mistakes
-    python tests/benchmarks/plain_recipe.py --rows 24 --epochs 1 # a trial; figures mean nothing
+    python tests/benchmarks/plain_recipe.py --quick     # 3 epochs, one seed: some 2 minutes
+    python tests/benchmarks/plain_recipe.py             # 3, 6 and 12 epochs, two seeds: 20 minutes
+    python tests/benchmarks/plain_recipe.py --traps     # and two well-known mistakes
+    python tests/benchmarks/plain_recipe.py --rows 24 --epochs 1   # a trial; figures mean nothing
 
 The usual recipe: Hugging Face Trainer and PEFT, LoRA r 16 on all projections of the language
 model, the whole prompt with its image through the processor in every pass, left padding, the
 model's own loss over its vocabulary at the answer's letter, choices shuffled anew in every epoch,
-no weight average, no validation; four choice orders are four passes. Ours: the demo's run in
-outputs/, made first where it is missing. Both have the same folds, epochs, batch size and prompt:
-that of `build_messages`, with which the demo's base model was pretrained.
+cosine with warm-up, the letters' logits of the held-out rows at the end of every epoch, no
+checkpoints. At the end four choice orders are four passes over held-out rows and test rows.
 
-Prints one table, with a row for each fold and for the mean of the folds' probabilities, and a
-sentence for each comparison. NLL is that of the probabilities as they are, and (T) after one
-temperature for each fold, fitted on its out-of-fold rows; ours is shown here as the models score,
-without any choice of views, so that both columns mean the same. Speeds are questions a second of
-processor time, on one thread, so that other work on the machine counts little; ours are those of
-one fold that is trained anew for that. Ours differs in several things at once: a loss over the four
-letters, label smoothing, the best of its epochs, and a lower learning rate (--learning-rate 1e-3
-gives the plain recipe the same). A lower NLL cannot be credited to one of them.
+Ours: the stages `train` and `predict` of a worker, in this process: features of all training
+images, training with its checkpoints, validation, best epoch and average, and all rows in four
+orders, with the files that they write. Nothing of it is there before; loading the model is left
+out on both sides.
 
-Takes 1.5 minutes of processor time a fold, a minute more for our fold and another for --traps; our
-run, where it is missing, some 3 minutes on two quiet cores.
+Both have the same fold, epochs, learning rate, batch size and prompt: that of `build_messages`,
+with which the demo's base model was pretrained. They take turns, and with each repeat the seed of
+training changes, but not the fold. Everything runs on one thread. Seconds are those of the
+processor, so that other work on the machine counts little; "clock" is what has passed meanwhile.
+
+NLL is that of the probabilities as they are, and (T) after one temperature, fitted on the held-out
+rows; ours is shown as the model scores, without any choice of views. Ours differs in several things
+at once: a loss over the four letters, label smoothing, the best of its epochs or their average. A
+lower NLL cannot be credited to one of them.
 
 The answers in data/test_answers.csv are read here only; no line of the pipeline opens them.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import gc
 import os
-import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 # Before torch is imported: one thread, and no GPU where there is one.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
@@ -48,60 +54,100 @@ import transformers
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from leaderboard import finished_run, hidden_labels
+from leaderboard import copy_demo, hidden_labels
 
 import vqa_helpers as vqa
 
+FOLD = 0
 VIEWS = [vqa.TTAView(f"rotation {rotation}", rotation) for rotation in range(4)]
-COUNTS = {"one view": 1, "four": 4}  # how many of them each column takes
 USUAL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SMOOTHING = 0.1
-SPEEDS = ["fold, s", "trained/s", "scored/s"]
+PARTS = ["training", "validation", "scoring"]
+TARGET = 0.7  # ours / plain, of a whole fold
+
+
+class Stopwatch:
+    """Seconds of the parts of one fold: of the processor, and on the clock."""
+
+    def __init__(self):
+        self.seconds = Counter()  # part -> of the processor
+        self.clock = Counter()  # part -> passed meanwhile
+
+    @contextlib.contextmanager
+    def part(self, name: str):
+        """Add what the block takes to that part."""
+        processor = time.process_time()
+        clock = time.perf_counter()
+        yield
+        self.seconds[name] += time.process_time() - processor
+        self.clock[name] += time.perf_counter() - clock
 
 
 @dataclasses.dataclass(frozen=True)
-class FoldLogits:
-    """The scores that one fold's model gives; columns are the original choices."""
+class Result:
+    """One fold by one recipe: its scores, by original choice, and its seconds."""
 
     oof: np.ndarray  # (held-out rows, 4 rotations, 4)
     oof_labels: np.ndarray  # (held-out rows,)
     test: np.ndarray  # (test rows, 4 rotations, 4)
+    watch: Stopwatch  # with the parts PARTS and "fold"
 
 
 @dataclasses.dataclass(frozen=True)
-class Speed:
-    """Processor time of one fold on one thread."""
+class Demo:
+    """The competition and its folds, the same for all that is trained."""
 
-    fold_seconds: float  # from the loaded base model to the trained adapter
-    trained: float  # questions a second while training
-    scored: float  # questions a second, each in four rotations
+    data_dir: str
+    competition: vqa.Competition
+    folds: np.ndarray
 
 
-def small_copy(folder: Path, rows: int) -> Path:
-    """The demo with that many training rows and test rows."""
-    left_out = shutil.ignore_patterns("tiny_qwen3_vl", "*.py", "__pycache__")
-    shutil.copytree(vqa.DEMO, folder, ignore=left_out)
-    for name in vqa.COMPETITION_FILES:
-        table = pd.read_csv(folder / name, dtype=str, keep_default_na=False)
-        table.head(rows).to_csv(folder / name, index=False)
-    return folder
+def read_demo(folder: Path, rows: int | None) -> Demo:
+    """The demo, or a copy of it in `folder` with so many training rows and test rows."""
+    data_dir = vqa.DEMO
+    if rows:
+        data_dir = copy_demo(folder / "demo")
+        for name in vqa.COMPETITION_FILES:
+            table = pd.read_csv(data_dir / name, dtype=str, keep_default_na=False)
+            table.head(rows).to_csv(data_dir / name, index=False)
+    config = vqa.load_config("demo", {"data_dir": str(data_dir)}, environ={})
+    competition = vqa.load_competition(data_dir, config.max_fallback_share)
+    groups = vqa.leakage_report(competition.train, competition.test).image_group
+    folds = vqa.make_folds(competition.train, config.n_folds, config.seed, groups)
+    return Demo(str(data_dir), competition, folds)
+
+
+def start_run(demo: Demo, folder: str, epochs: int, seed: int) -> vqa.Run:
+    """A run in `folder` of fold 0 alone; nothing of an earlier one is found there."""
+    fields = {
+        "data_dir": demo.data_dir,
+        "output_dir": f"{folder}/outputs",
+        "cache_dir": f"{folder}/cache",
+        "num_epochs": epochs,
+        "seed": seed,
+        "train_folds": (FOLD,),
+    }
+    config = vqa.load_config("demo", fields, environ={})
+    return vqa.start_run(config, demo.competition, demo.folds)
 
 
 # --- The usual recipe -----------------------------------------------------------------------------
-class ShuffledQuestions(torch.utils.data.Dataset):
-    """Training questions with their answers; each look at one shows another choice order."""
+class Questions(torch.utils.data.Dataset):
+    """Questions with their answers; with a seed each look at one shows another choice order."""
 
-    def __init__(self, processor, frame: pd.DataFrame, seed: int):
+    def __init__(self, processor, frame: pd.DataFrame, seed: int | None = None):
         self.processor = processor
         self.records = frame.to_dict("records")
-        self.generator = np.random.default_rng(seed)
+        self.generator = None if seed is None else np.random.default_rng(seed)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, number: int) -> dict:
         record = self.records[number]
-        order = self.generator.permutation(4).tolist()
+        order = [0, 1, 2, 3]
+        if self.generator is not None:
+            order = self.generator.permutation(4).tolist()
         letter = vqa.CHOICES[order.index(record["label"])]
         messages = vqa.build_messages(record, order)
         return {
@@ -123,15 +169,40 @@ def with_labels(processor, questions: list[dict]) -> dict:
     return batch
 
 
-def plain_settings(
-    config: vqa.Config, learning_rate: float, folder: str, **more
-) -> transformers.TrainingArguments:
-    """Settings of the Trainer: those of the preset, but for the learning rate."""
+def letter_tokens(processor) -> list[int]:
+    """Token ids of the plain letters a, b, c, d."""
+    return [processor.tokenizer(letter)["input_ids"][0] for letter in vqa.CHOICES]
+
+
+def letter_metrics(letters: list[int], evaluated: transformers.EvalPrediction) -> dict:
+    """Accuracy and NLL of the letters' logits (n, 4)."""
+    tokens = evaluated.label_ids[:, -1]
+    labels = np.array([letters.index(token) for token in tokens])
+    probabilities = vqa.softmax(evaluated.predictions)
+    return {
+        "accuracy": vqa.accuracy(probabilities, labels),
+        "nll": vqa.negative_log_likelihood(probabilities, labels),
+    }
+
+
+class TimedPlainTrainer(transformers.Trainer):
+    """Hugging Face's Trainer, with the seconds of its evaluations."""
+
+    watch: Stopwatch
+
+    def evaluate(self, *arguments, **options) -> dict:
+        with self.watch.part("validation"):
+            return super().evaluate(*arguments, **options)
+
+
+def plain_settings(config: vqa.Config, learning_rate: float, folder: str, **more):
+    """TrainingArguments with the preset's settings, and this learning rate."""
     return transformers.TrainingArguments(
         output_dir=folder,
         num_train_epochs=config.num_epochs,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accum_steps,
+        per_device_eval_batch_size=config.infer_batch_size,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup_ratio,  # below 1 it is a share of all steps
@@ -140,6 +211,8 @@ def plain_settings(
         seed=config.seed,
         use_cpu=True,
         remove_unused_columns=False,
+        label_names=["labels"],
+        eval_strategy="epoch",
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
@@ -149,14 +222,11 @@ def plain_settings(
 
 
 def train_plain(
-    run: vqa.Run, processor, fold: int, learning_rate: float, **more
-) -> tuple[object, float]:
-    """The model of one fold, and the processor seconds that its training took."""
+    run: vqa.Run, base, processor, learning_rate: float, watch: Stopwatch, **more
+) -> torch.nn.Module:
+    """The trained model; `more` are further TrainingArguments."""
     config = run.config
-    base = transformers.AutoModelForImageTextToText.from_pretrained(
-        config.model_path, dtype=torch.float32
-    )
-    torch.manual_seed(config.seed + fold)
+    torch.manual_seed(config.seed + FOLD)
     adapter = peft.LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -164,24 +234,33 @@ def train_plain(
         target_modules=USUAL_TARGETS,
         task_type="CAUSAL_LM",
     )
-    rows = run.train[run.train["fold"] != fold]
-    start = time.process_time()
+    is_held_out = run.train["fold"] == FOLD
+    letters = letter_tokens(processor)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = transformers.Trainer(
+        trainer = TimedPlainTrainer(
             model=peft.get_peft_model(base, adapter),
             args=plain_settings(config, learning_rate, folder, **more),
-            train_dataset=ShuffledQuestions(processor, rows, config.seed + fold),
+            train_dataset=Questions(processor, run.train[~is_held_out], config.seed + FOLD),
+            eval_dataset=Questions(processor, run.train[is_held_out]),
             data_collator=lambda questions: with_labels(processor, questions),
+            # Of all outputs the logits come first. The last position is the letter's own: the one
+            # before predicts it.
+            preprocess_logits_for_metrics=lambda outputs, _: outputs[0][:, -2, letters],
+            compute_metrics=lambda evaluated: letter_metrics(letters, evaluated),
         )
+        trainer.watch = watch
         trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
-    return trainer.model.eval(), time.process_time() - start
+        with watch.part("training and validation"):
+            trainer.train()
+    for seconds in (watch.seconds, watch.clock):
+        seconds["training"] = seconds["training and validation"] - seconds["validation"]
+    return trainer.model.eval()
 
 
 @torch.inference_mode()
 def score_plain(model, processor, frame: pd.DataFrame, views, batch_size: int) -> np.ndarray:
     """Scores (n, views, 4) of the plain letters at the last position, one pass for each view."""
-    letters = [processor.tokenizer(letter)["input_ids"][0] for letter in vqa.CHOICES]
+    letters = letter_tokens(processor)
     records = frame.to_dict("records")
     scores = np.full((len(records), len(views), 4), np.nan)
     for number, view in enumerate(views):
@@ -200,173 +279,141 @@ def score_plain(model, processor, frame: pd.DataFrame, views, batch_size: int) -
     return scores
 
 
-def plain_fold(
-    run: vqa.Run, processor, fold: int, learning_rate: float
-) -> tuple[object, FoldLogits, Speed]:
-    """One fold's trained model, its scores and its speed."""
-    model, seconds = train_plain(run, processor, fold, learning_rate)
-    held_out = run.train[run.train["fold"] == fold]
+def load_plain(run: vqa.Run) -> tuple:
+    """The base model and its processor, as anybody loads them."""
+    path = run.config.model_path
+    base = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    processor = transformers.AutoProcessor.from_pretrained(path)
+    processor.tokenizer.padding_side = "left"
+    return base, processor
+
+
+def plain_fold(run: vqa.Run, learning_rate: float) -> tuple[Result, object]:
+    """The fold by the usual recipe, and its model."""
+    base, processor = load_plain(run)
+    watch = Stopwatch()
+    held_out = run.train[run.train["fold"] == FOLD]
     batch_size = run.config.infer_batch_size
-    oof = score_plain(model, processor, held_out, VIEWS, batch_size)
-    start = time.process_time()
-    test = score_plain(model, processor, run.test, VIEWS, batch_size)
-    scoring_seconds = time.process_time() - start
-    questions = run.config.num_epochs * (len(run.train) - len(held_out))
-    logits = FoldLogits(oof, held_out["label"].to_numpy(), test)
-    speed = Speed(seconds, questions / seconds, len(run.test) / scoring_seconds)
-    return model, logits, speed
+    with watch.part("fold"):
+        model = train_plain(run, base, processor, learning_rate, watch)
+        with watch.part("scoring"):
+            oof = score_plain(model, processor, held_out, VIEWS, batch_size)
+            test = score_plain(model, processor, run.test, VIEWS, batch_size)
+    return Result(oof, held_out["label"].to_numpy(), test, watch), model
 
 
 # --- Ours -----------------------------------------------------------------------------------------
-class TimedTrainer(vqa.FoldTrainer):
-    """Our training, with the processor seconds of its optimizer steps beside the rest."""
+def timed_trainer(watch: Stopwatch) -> type:
+    """Our trainer of a fold, with the seconds of its optimizer steps and validations."""
 
-    seconds_in_steps = 0.0  # validation and saving left out; by `train_epoch`
+    class TimedTrainer(vqa.FoldTrainer):
+        def train_epoch(self, epoch: int, first_step: int) -> float:
+            with watch.part("training"):
+                return super().train_epoch(epoch, first_step)
 
-    def train_epoch(self, epoch: int, first_step: int) -> float:
-        start = time.process_time()
-        speed = super().train_epoch(epoch, first_step)
-        self.seconds_in_steps += time.process_time() - start
-        return speed
+        def held_out_logits(self) -> np.ndarray:
+            with watch.part("validation"):
+                return super().held_out_logits()
+
+    return TimedTrainer
 
 
-def our_logits(run: vqa.Run, fold: int) -> FoldLogits:
-    """What the finished run has saved for one fold."""
-    oof = vqa.read_scores(run, fold, "oof")
-    test = vqa.read_scores(run, fold, "test")
+def our_fold(run: vqa.Run) -> Result:
+    """The fold by the stages of a worker."""
+    session = vqa.open_session(run.config, run.train.iloc[0])
+    watch = Stopwatch()
+    with watch.part("fold"):
+        with mock.patch.object(vqa, "FoldTrainer", timed_trainer(watch)):
+            vqa.train_fold(run.config, FOLD, session)
+        vqa.select_weights(run)
+        with watch.part("scoring"):
+            vqa.stage_predict(session, run, FOLD)
+    oof = vqa.read_scores(run, FOLD, "oof")
+    test = vqa.read_scores(run, FOLD, "test")
     rows = pd.Index(test["ids"]).get_indexer(run.test["id"])
-    return FoldLogits(oof["logits"], oof["labels"], test["logits"][rows])
-
-
-def our_speed(run: vqa.Run, fold: int) -> Speed:
-    """One fold trained once more in this process; no features are there when it begins.
-
-    The test rows are scored without stored features, too.
-    """
-    with tempfile.TemporaryDirectory() as folder:  # the finished run stays as it is
-        config = dataclasses.replace(run.config, cache_dir=folder)
-        session = vqa.open_session(config, run.train.iloc[0])
-        copy = dataclasses.replace(run, config=config, directory=Path(folder))
-        start = time.process_time()
-        vqa.fill_vision_cache(session, run.train, uses=run.uses_per_image, passes=3)
-        trainer = TimedTrainer(session, copy, fold)
-        trainer.fit()
-        fold_seconds = time.process_time() - start
-        start = time.process_time()
-        vqa.predict_logits(session, run.test, VIEWS)
-        scoring_seconds = time.process_time() - start
-    questions = trainer.schedule.all_rows
-    return Speed(
-        fold_seconds=fold_seconds,
-        trained=questions / trainer.seconds_in_steps,
-        scored=len(run.test) / scoring_seconds,
-    )
+    return Result(oof["logits"], oof["labels"], test["logits"][rows], watch)
 
 
 # --- Figures --------------------------------------------------------------------------------------
-def test_probabilities(logits: FoldLogits, count: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """(n, 4) as they are and after the temperature, and T, from the first `count` rotations."""
-    scaler = vqa.TemperatureScaler().fit(logits.oof[:, :count], logits.oof_labels)
-    test = logits.test[:, :count]
-    raw = vqa.softmax(vqa.combine_views(test))
-    return raw, scaler.transform(test), scaler.temperature
-
-
-def figures(folds: list[FoldLogits], labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, NLL and temperature of the mean of these folds' probabilities."""
-    cells = {}
-    for name, count in COUNTS.items():
-        members = [test_probabilities(logits, count) for logits in folds]
-        raw = np.mean([member[0] for member in members], axis=0)
-        scaled = np.mean([member[1] for member in members], axis=0)
-        cells[f"accuracy, {name}"] = vqa.accuracy(raw, labels)
-        cells[f"NLL, {name}"] = vqa.negative_log_likelihood(raw, labels)
-        cells[f"NLL (T), {name}"] = vqa.negative_log_likelihood(scaled, labels)
-        temperatures = [member[2] for member in members]
-        cells[f"T, {name}"] = " ".join(f"{temperature:.2f}" for temperature in temperatures)
+def figures(result: Result, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy, NLL and temperature on the held-out rows and the hidden answers, and seconds."""
+    scaler = vqa.TemperatureScaler().fit(result.oof, result.oof_labels)
+    one_view = vqa.softmax(result.test[:, 0])
+    raw = vqa.softmax(vqa.combine_views(result.test))
+    scaled = scaler.transform(result.test)
+    held_out = vqa.softmax(vqa.combine_views(result.oof))
+    cells = {
+        "held-out": vqa.accuracy(held_out, result.oof_labels),
+        "hidden, one view": vqa.accuracy(one_view, labels),
+        "hidden, four": vqa.accuracy(raw, labels),
+        "NLL, one view": vqa.negative_log_likelihood(one_view, labels),
+        "NLL, four": vqa.negative_log_likelihood(raw, labels),
+        "T": scaler.temperature,
+        "NLL (T), four": vqa.negative_log_likelihood(scaled, labels),
+    }
+    for part in PARTS:
+        cells[f"{part}, s"] = result.watch.seconds[part]
+    cells["fold, s"] = result.watch.seconds["fold"]
+    cells["fold, clock"] = result.watch.clock["fold"]
     return cells
 
 
-def speed_cells(speed: Speed | None) -> dict[str, str]:
-    """A row's cells of the table; a dash where nothing was timed."""
-    if speed is None:
-        return dict.fromkeys(SPEEDS, "-")
-    values = dataclasses.astuple(speed)
-    return {name: f"{value:.1f}" for name, value in zip(SPEEDS, values, strict=True)}
+def mean_row(results: list[Result], labels: np.ndarray) -> dict[str, str]:
+    """The mean of the repeats' figures, as text."""
+    means = pd.DataFrame([figures(result, labels) for result in results]).mean()
+    cells = {}
+    for name, value in means.items():
+        is_seconds = name.endswith(("s", "clock"))
+        cells[name] = f"{value:.1f}" if is_seconds else f"{value:.3f}"
+    return cells
 
 
-def mean_speed(speeds: dict[int, Speed]) -> Speed:
-    """Their mean, number by number."""
-    values = [dataclasses.astuple(speed) for speed in speeds.values()]
-    return Speed(*np.mean(values, axis=0))
-
-
-def recipe_rows(
-    name: str, folds: dict[int, FoldLogits], speeds: dict[int, Speed], labels: np.ndarray
-) -> dict[str, dict]:
-    """The table's rows of one recipe: each fold, then their mean."""
-    rows = {}
-    for fold, logits in folds.items():
-        rows[f"{name}, fold {fold}"] = figures([logits], labels) | speed_cells(speeds.get(fold))
-    if len(folds) > 1:
-        every_fold = list(folds.values())
-        rows[f"{name}, mean"] = figures(every_fold, labels) | speed_cells(mean_speed(speeds))
-    return rows
-
-
-def mean_probabilities(folds: dict[int, FoldLogits]) -> np.ndarray:
-    """(n, 4) mean over the folds, four rotations, no temperature."""
-    members = [test_probabilities(logits, 4)[0] for logits in folds.values()]
-    return np.mean(members, axis=0)
-
-
-def print_differences(
-    run: vqa.Run, plain: dict[int, FoldLogits], ours: dict[int, FoldLogits]
-) -> None:
+def print_changes(run: vqa.Run, plain: list[Result], ours: list[Result]) -> None:
     """Print what ours gains on the hidden answers, with 90 % intervals that draw whole images."""
     labels = hidden_labels(run)
-    before = vqa.row_scores(mean_probabilities(plain), labels)
-    now = vqa.row_scores(mean_probabilities(ours), labels)
-    changes = now - before
-    low, high = vqa.bootstrap_interval(changes, vqa.image_groups(run.test))
-    accuracy, loss = changes.mean(axis=0)
+    changes = []
+    for before, now in zip(plain, ours, strict=True):
+        scores = []
+        for result in (before, now):
+            probabilities = vqa.softmax(vqa.combine_views(result.test))
+            scores.append(vqa.row_scores(probabilities, labels))
+        changes.append(scores[1] - scores[0])
+    of_rows = np.mean(changes, axis=0)  # over the repeats
+    low, high = vqa.bootstrap_interval(of_rows, vqa.image_groups(run.test))
+    accuracy, loss = of_rows.mean(axis=0)
     print(
-        f"Accuracy in four rotations, ours less plain: {100 * accuracy:+.1f} points "
-        f"({100 * low[0]:+.1f} to {100 * high[0]:+.1f})."
-    )
-    print(
-        "NLL in four rotations without a temperature, ours less plain: "
-        f"{loss:+.3f} ({low[1]:+.3f} to {high[1]:+.3f})."
+        f"  Ours less plain, four rotations: accuracy {100 * accuracy:+.1f} points "
+        f"({100 * low[0]:+.1f} to {100 * high[0]:+.1f}), "
+        f"NLL {loss:+.3f} ({low[1]:+.3f} to {high[1]:+.3f})."
     )
 
 
-def print_ratios(plain: Speed, ours: Speed) -> None:
-    """Print how much faster ours is."""
-    print(
-        f"Training steps: {ours.trained:.1f} questions a second against {plain.trained:.1f}, "
-        f"{ours.trained / plain.trained:.2f} times as fast (image features computed before)."
-    )
-    print(
-        f"A whole fold: {ours.fold_seconds:.0f} s against {plain.fold_seconds:.0f} s, "
-        f"{ours.fold_seconds / plain.fold_seconds:.2f} times as long (ours computes all image "
-        "features, which later folds share, and validates every epoch)."
-    )
-    print(
-        f"Scoring in four rotations: {ours.scored:.1f} questions a second against "
-        f"{plain.scored:.1f}, {ours.scored / plain.scored:.2f} times as fast."
-    )
+def print_ratios(plain: list[Result], ours: list[Result]) -> None:
+    """Print our seconds by the plain recipe's: the mean of the repeats, and the whole fold's each.
+
+    Each repeat of ours is divided by the plain one just before it.
+    """
+    pairs = list(zip(plain, ours, strict=True))
+    texts = []
+    for part in [*PARTS, "fold"]:
+        ratios = [now.watch.seconds[part] / before.watch.seconds[part] for before, now in pairs]
+        texts.append(f"{part} {np.mean(ratios):.2f}")
+    each = [now.watch.clock["fold"] / before.watch.clock["fold"] for before, now in pairs]
+    clock = ", ".join(f"{ratio:.2f}" for ratio in each)
+    share = [now.watch.seconds["validation"] / now.watch.seconds["training"] for _, now in pairs]
+    print(f"  Ours / plain, seconds: {', '.join(texts)} (asked: {TARGET}); on the clock {clock}.")
+    print(f"  Our validation: {np.mean(share):.0%} of our training.", flush=True)
 
 
 # --- Traps ----------------------------------------------------------------------------------------
-def print_padding_trap(run: vqa.Run, processor, model, left: np.ndarray) -> None:
+def print_padding_trap(run: vqa.Run, model, left: np.ndarray) -> None:
     """Print what a model trained with left padding answers at the end of right padding.
 
     `left`: its scores (n, 4) of the test rows with left padding.
     """
+    _, processor = load_plain(run)
     processor.tokenizer.padding_side = "right"
-    batch_size = run.config.infer_batch_size
-    right = score_plain(model, processor, run.test, VIEWS[:1], batch_size)[:, 0]
-    processor.tokenizer.padding_side = "left"
+    right = score_plain(model, processor, run.test, VIEWS[:1], run.config.infer_batch_size)[:, 0]
     labels = hidden_labels(run)
     change = np.abs(right - left).max(axis=1)
     print(
@@ -378,9 +425,12 @@ def print_padding_trap(run: vqa.Run, processor, model, left: np.ndarray) -> None
     )
 
 
-def print_smoothing_trap(run: vqa.Run, processor, fold: int, learning_rate: float) -> None:
+def print_smoothing_trap(run: vqa.Run, learning_rate: float) -> None:
     """Print how a model answers that was trained with the Trainer's label smoothing."""
-    model, _ = train_plain(run, processor, fold, learning_rate, label_smoothing_factor=SMOOTHING)
+    base, processor = load_plain(run)
+    model = train_plain(
+        run, base, processor, learning_rate, Stopwatch(), label_smoothing_factor=SMOOTHING
+    )
     scores = score_plain(model, processor, run.test, VIEWS[:1], run.config.infer_batch_size)
     accuracy = vqa.accuracy(vqa.softmax(scores[:, 0]), hidden_labels(run))
     print(
@@ -390,53 +440,54 @@ def print_smoothing_trap(run: vqa.Run, processor, fold: int, learning_rate: floa
 
 
 # --- Main -----------------------------------------------------------------------------------------
-def compare(run: vqa.Run, options: argparse.Namespace) -> None:
-    """Train the usual recipe on the run's folds and print everything."""
-    processor = transformers.AutoProcessor.from_pretrained(run.config.model_path)
-    processor.tokenizer.padding_side = "left"
-    folds = options.folds or run.finished_folds
-    first = folds[0]
-    plain = {}
-    plain_speeds = {}
-    for fold in folds:
-        model, plain[fold], plain_speeds[fold] = plain_fold(
-            run, processor, fold, options.learning_rate
-        )
-        if fold == first:
-            first_model = model
-    ours = {fold: our_logits(run, fold) for fold in folds}
-    our_speeds = {first: our_speed(run, first)}
+def compare(demo: Demo, epochs: int, options: argparse.Namespace) -> dict[str, dict]:
+    """Train by both recipes in turn, print what differs, and return their rows of the table."""
+    plain = []
+    ours = []
+    for repeat in range(options.repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            run = start_run(demo, folder, epochs, vqa.Config.seed + repeat)
+            rate = options.learning_rate or run.config.learning_rate
+            result, model = plain_fold(run, rate)
+            plain.append(result)
+            ours.append(our_fold(run))
+            if options.traps and repeat == 0:
+                print_padding_trap(run, model, result.test[:, 0])
+                print_smoothing_trap(run, rate)
+        del model
+        gc.collect()
+    print(f"{epochs} epochs, {options.repeats} repeats:")
+    print_changes(run, plain, ours)
+    print_ratios(plain, ours)
     labels = hidden_labels(run)
-    rows = recipe_rows(f"plain, {options.learning_rate:g}", plain, plain_speeds, labels)
-    rows |= recipe_rows(f"ours, {run.config.learning_rate:g}", ours, our_speeds, labels)
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    name = f"{run.config.num_epochs} epochs; recipe, learning rate"
-    print(vqa.markdown_table(table.rename_axis(name)), end="\n\n")
-    print_differences(run, plain, ours)
-    print_ratios(mean_speed(plain_speeds), mean_speed(our_speeds))
-    if options.traps:
-        print_padding_trap(run, processor, first_model, plain[first].test[:, 0])
-        print_smoothing_trap(run, processor, first, options.learning_rate)
+    return {
+        f"plain, {epochs} epochs, {rate:g}": mean_row(plain, labels),
+        f"ours, {epochs} epochs, {run.config.learning_rate:g}": mean_row(ours, labels),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=6, help="of both recipes")
+    parser.add_argument("--epochs", type=int, nargs="+", default=[3, 6, 12], help="of both recipes")
+    parser.add_argument("--repeats", type=int, default=2, help="each with another seed")
+    parser.add_argument("--quick", action="store_true", help="as --epochs 3 --repeats 1")
     parser.add_argument(
-        "--learning-rate", type=float, default=2e-3, help="of the usual recipe; ours has 1e-3"
+        "--learning-rate", type=float, help="of the usual recipe; by default ours, 1e-3"
     )
-    parser.add_argument("--folds", type=int, nargs="+", help="by default all")
     parser.add_argument("--rows", type=int, help="training rows and test rows; by default all")
     parser.add_argument("--traps", action="store_true", help="also make two well-known mistakes")
-    parser.add_argument("--output-dir", default="outputs")
     options = parser.parse_args()
+    if options.quick:
+        options.epochs = [3]
+        options.repeats = 1
     torch.set_num_threads(1)
+    rows = {}
     with tempfile.TemporaryDirectory() as folder:
-        fields = {"num_epochs": options.epochs, "output_dir": options.output_dir}
-        if options.rows:  # nothing of a trial stays behind
-            fields["data_dir"] = str(small_copy(Path(folder) / "demo", options.rows))
-            fields["output_dir"] = f"{folder}/outputs"
-        compare(finished_run(**fields), options)
+        demo = read_demo(Path(folder), options.rows)
+        for epochs in options.epochs:
+            rows |= compare(demo, epochs, options)
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("recipe, learning rate")
+    print(f"\n{vqa.markdown_table(table)}")
 
 
 if __name__ == "__main__":
