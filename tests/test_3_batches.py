@@ -63,3 +63,41 @@ def test_an_error_while_preparing_names_the_row(mini_run):
     prompts = plain_prompts(session, of_another_size, [0])
     with pytest.raises(vqa.DataError, match="gives the grid"):
         vqa.collate(session, prompts)
+
+
+def whole_positions(session, ids, grid):
+    """What the model says of the whole sequence at once."""
+    return session.family.images.positions(session.model, torch.from_numpy(ids)[None], grid)
+
+
+def test_positions_behind_the_image_are_the_models_own(session, demo_rows):
+    frame = demo_rows.train.assign(width=[96, 160, 64, 96] * (len(demo_rows.train) // 4))
+    session.head_positions.clear()
+    for row in range(4):
+        order = [(0, 1, 2, 3), (3, 0, 2, 1)][: 1 + row % 2]
+        prompt = vqa.make_prompt(session, frame, row, order)
+        for number, end in enumerate(prompt.answer_positions, start=1):
+            own = prompt.segments <= 0
+            own |= prompt.segments == number
+            ids = prompt.input_ids[: end + 1][own[: end + 1]]
+            wanted = whole_positions(session, ids, prompt.grid)
+            found = prompt.position_ids[:, : end + 1][:, own[: end + 1]]
+            assert np.array_equal(found, wanted)
+            assert found.dtype == wanted.dtype
+    assert len(session.head_positions) == 3  # the first and the last row begin alike
+
+
+def test_the_model_is_asked_for_positions_once_for_rows_that_begin_alike(
+    session, demo_rows, monkeypatch
+):
+    asked = []
+    own = session.model.model.get_rope_index
+
+    def counted(*arguments, **options):
+        asked.append(options)
+        return own(*arguments, **options)
+
+    monkeypatch.setattr(session.model.model, "get_rope_index", counted)
+    session.head_positions.clear()
+    prompts = plain_prompts(session, demo_rows.train, range(6))
+    assert len(asked) == len({prompt.grid for prompt in prompts}) < 6

@@ -212,3 +212,14 @@ def test_the_log_says_how_many_tokens_an_image_takes(
     with caplog.at_level("INFO"):
         vqa.open_session(config, demo_rows.train.iloc[0])
     assert f"Decision: an image takes at most {words}" in caplog.text
+
+
+@pytest.mark.slow
+def test_positions_of_every_family_are_its_models_own(family_session, demo_rows):
+    session = family_session
+    frame = demo_rows.train.assign(width=[64, 160, 96, 64] * (len(demo_rows.train) // 4))
+    for row in range(4):
+        prompt = vqa.make_prompt(session, frame, row, [(2, 0, 3, 1)])
+        ids = torch.from_numpy(prompt.input_ids)[None]
+        wanted = session.family.images.positions(session.model, ids, prompt.grid)
+        assert np.array_equal(prompt.position_ids, wanted)

@@ -176,7 +176,7 @@ def letter_tokens(processor) -> list[int]:
 
 def letter_metrics(letters: list[int], evaluated: transformers.EvalPrediction) -> dict:
     """Accuracy and NLL of the letters' logits (n, 4)."""
-    tokens = evaluated.label_ids[:, -1]
+    tokens = evaluated.label_ids.max(axis=1)  # all others of a row are -100
     labels = np.array([letters.index(token) for token in tokens])
     probabilities = vqa.softmax(evaluated.predictions)
     return {
