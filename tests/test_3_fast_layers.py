@@ -262,3 +262,23 @@ def test_each_layer_of_a_mixed_model_is_computed_by_its_own_kind(caplog):
         "in_fp32": True,
     }
     assert "Decision: 1 Linear4bit layers of PEFT stay as they are" in caplog.text
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_that_is_not_compiled_computes_the_operators_numbers_without_it(
+    bias, dropout, monkeypatch
+):
+    _, layer = lora_pair(lambda: torch.nn.Linear(24, 40, bias=bias).requires_grad_(False), dropout)
+    x = torch.randn(3, 5, 24)
+    operator = torch.ops.vqa.lora_linear
+    results = []
+    for compute in (operator, vqa.direct_lora()):
+        monkeypatch.setattr(vqa, "direct_lora", lambda compute=compute: compute)
+        torch.manual_seed(1)  # of dropout
+        results.append(outputs_and_gradients(layer, x))
+    for by_operator, direct in zip(*results, strict=True):
+        assert torch.equal(by_operator, direct)
+    with torch.profiler.profile() as profile:
+        outputs_and_gradients(layer, x)
+    assert not [event.key for event in profile.key_averages() if "vqa::" in event.key]
