@@ -2490,6 +2490,7 @@ class CheckpointManager:
     def __init__(self, directory: str | Path, keep: int = 2):
         self.directory = Path(directory)  # holds the checkpoints; the first `save` creates it
         self.keep = keep  # number of verified checkpoints that `prune` leaves
+        self.verified = {}  # checkpoint's folder -> its `_stamp` when every hash was right
 
     def save(self, step: int, tensors: Mapping, state: Mapping, metadata: Mapping) -> Path:
         """Commit a checkpoint, delete the outdated ones, and return the new one's folder.
@@ -2561,6 +2562,28 @@ class CheckpointManager:
         tensors = safetensors_torch.load_file(path / "tensors.safetensors")
         return tensors, state, metadata
 
+    @staticmethod
+    def _stamp(path: Path) -> list[tuple]:
+        """Name, bytes and time of the last change of each file of a checkpoint."""
+        files = []
+        for file in sorted(path.iterdir()):
+            status = file.stat()
+            files.append((file.name, status.st_size, status.st_mtime_ns))
+        return files
+
+    def _still_verifies(self, path: Path) -> bool:
+        """Whether every hash is right; files unchanged since they were are not read again.
+
+        To read and hash a large model's checkpoint takes seconds.
+        """
+        stamp = self._stamp(path)
+        if self.verified.get(path) == stamp:
+            return True
+        if self.problem(path) is not None:
+            return False
+        self.verified[path] = stamp
+        return True
+
     def prune(self) -> None:
         """Delete what is older than the newest `keep` verified checkpoints.
 
@@ -2568,14 +2591,13 @@ class CheckpointManager:
         kept.
         """
         paths = sorted(self.directory.glob("step_*"))
-        verified = [path for path in paths if self.problem(path) is None]
-        outdated = []
-        if verified:
-            oldest_kept = verified[-self.keep :][0]
-            outdated = [path for path in paths if path < oldest_kept]
+        verified = filter(self._still_verifies, reversed(paths))  # reads no more than it must
+        kept = list(itertools.islice(verified, self.keep))
+        outdated = [path for path in paths if kept and path < kept[-1]]
         leftovers = list(self.directory.glob(".incomplete-*"))
         for path in outdated + leftovers:
             shutil.rmtree(path)
+            self.verified.pop(path, None)
 
 
 def _checkpoint_weights(model) -> dict:

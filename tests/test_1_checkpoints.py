@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,28 @@ def test_pruning_never_counts_a_damaged_checkpoint_as_kept(manager):
     names = sorted(path.name for path in manager.directory.iterdir())
     # 3 and 1 verify, so nothing older than 1 goes
     assert names == ["step_00000001", "step_00000002", "step_00000003"]
+
+
+def test_pruning_reads_each_checkpoint_once_unless_it_changes(manager, monkeypatch):
+    read = []
+    own = vqa.file_sha256
+
+    def counted(path):
+        read.append(path.parent.name)
+        return own(path)
+
+    monkeypatch.setattr(vqa, "file_sha256", counted)
+    saved = [save(manager, step) for step in (1, 2, 3, 4)]
+    files = len(vqa.CHECKPOINT_FILES)
+    assert read == [path.name for path in saved for _ in range(files)]
+    damaged = saved[3] / "state.pt"
+    flip_a_bit(damaged)
+    later = damaged.stat().st_mtime_ns + 10**9
+    os.utime(damaged, ns=(later, later))  # a clock of files may go in steps of milliseconds
+    save(manager, 5)
+    names = sorted(path.name for path in manager.directory.iterdir())
+    assert names == ["step_00000003", "step_00000004", "step_00000005"]
+    assert manager.latest_verified().name == "step_00000005"
 
 
 def test_no_checkpoint_is_none(manager):
