@@ -363,7 +363,7 @@ def mean_row(results: list[Result], labels: np.ndarray) -> dict[str, str]:
     means = pd.DataFrame([figures(result, labels) for result in results]).mean()
     cells = {}
     for name, value in means.items():
-        is_seconds = name.endswith(("s", "clock"))
+        is_seconds = name.endswith((", s", ", clock"))
         cells[name] = f"{value:.1f}" if is_seconds else f"{value:.3f}"
     return cells
 
@@ -382,7 +382,7 @@ def print_changes(run: vqa.Run, plain: list[Result], ours: list[Result]) -> None
     low, high = vqa.bootstrap_interval(of_rows, vqa.image_groups(run.test))
     accuracy, loss = of_rows.mean(axis=0)
     print(
-        f"  Ours less plain, four rotations: accuracy {100 * accuracy:+.1f} points "
+        f"Ours less plain, four rotations: accuracy {100 * accuracy:+.1f} points "
         f"({100 * low[0]:+.1f} to {100 * high[0]:+.1f}), "
         f"NLL {loss:+.3f} ({low[1]:+.3f} to {high[1]:+.3f})."
     )
@@ -401,8 +401,8 @@ def print_ratios(plain: list[Result], ours: list[Result]) -> None:
     each = [now.watch.clock["fold"] / before.watch.clock["fold"] for before, now in pairs]
     clock = ", ".join(f"{ratio:.2f}" for ratio in each)
     share = [now.watch.seconds["validation"] / now.watch.seconds["training"] for _, now in pairs]
-    print(f"  Ours / plain, seconds: {', '.join(texts)} (asked: {TARGET}); on the clock {clock}.")
-    print(f"  Our validation: {np.mean(share):.0%} of our training.", flush=True)
+    print(f"Ours / plain, seconds: {', '.join(texts)} (asked: {TARGET}); on the clock {clock}.")
+    print(f"Our validation: {np.mean(share):.0%} of our training.\n", flush=True)
 
 
 # --- Traps ----------------------------------------------------------------------------------------
@@ -440,8 +440,8 @@ def print_smoothing_trap(run: vqa.Run, learning_rate: float) -> None:
 
 
 # --- Main -----------------------------------------------------------------------------------------
-def compare(demo: Demo, epochs: int, options: argparse.Namespace) -> dict[str, dict]:
-    """Train by both recipes in turn, print what differs, and return their rows of the table."""
+def compare(demo: Demo, epochs: int, options: argparse.Namespace) -> None:
+    """Train by both recipes in turn, and print the table and what differs."""
     plain = []
     ours = []
     for repeat in range(options.repeats):
@@ -456,14 +456,16 @@ def compare(demo: Demo, epochs: int, options: argparse.Namespace) -> dict[str, d
                 print_smoothing_trap(run, rate)
         del model
         gc.collect()
-    print(f"{epochs} epochs, {options.repeats} repeats:")
+    labels = hidden_labels(run)
+    rows = {
+        f"plain, {rate:g}": mean_row(plain, labels),
+        f"ours, {run.config.learning_rate:g}": mean_row(ours, labels),
+    }
+    name = f"epochs: {epochs}, repeats: {options.repeats}; recipe, learning rate"
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(name)
+    print(vqa.markdown_table(table))
     print_changes(run, plain, ours)
     print_ratios(plain, ours)
-    labels = hidden_labels(run)
-    return {
-        f"plain, {epochs} epochs, {rate:g}": mean_row(plain, labels),
-        f"ours, {epochs} epochs, {run.config.learning_rate:g}": mean_row(ours, labels),
-    }
 
 
 def main() -> None:
@@ -481,13 +483,10 @@ def main() -> None:
         options.epochs = [3]
         options.repeats = 1
     torch.set_num_threads(1)
-    rows = {}
     with tempfile.TemporaryDirectory() as folder:
         demo = read_demo(Path(folder), options.rows)
         for epochs in options.epochs:
-            rows |= compare(demo, epochs, options)
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("recipe, learning rate")
-    print(f"\n{vqa.markdown_table(table)}")
+            compare(demo, epochs, options)
 
 
 if __name__ == "__main__":
