@@ -11900,6 +11900,7 @@ class Run:
     | prompt.json                    | all stages    | a rendered prompt: another is refused
     | worker_W.log, run.log          | all workers   | what they print; the log, with times
     | progress_W.json                | all workers   | what worker W is doing now
+    | progress_W.waiting             | train         | worker W waits until all folds are trained
     | stages.jsonl                   | all stages    | seconds and peak memory of each fold; of the
     |                                |               | first one trained the passes that were tried
     | events.jsonl                   | all stages    | what did not go to plan
@@ -20985,10 +20986,17 @@ def waiting_folds(run: Run, stage: str, folds: Sequence[int]) -> list[int]:
     return unfinished if is_wanted else []
 
 
-def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: Callable) -> None:
+def run_stages(
+    run: Run,
+    folds: Sequence[int],
+    stages: Sequence[str],
+    progress: Callable,
+    wait_for_others: Callable = lambda: None,
+) -> None:
     """Do what is missing of `stages` for `folds`, which are numbers of members.
 
-    The model is loaded at most once, and for the stage "rescore" once more.
+    The model is loaded at most once, and for the stage "rescore" once more. `wait_for_others`
+    returns when all folds of the run are trained, of which weights are selected together.
     """
     session = None
     longest = stage_seconds(run)
@@ -20997,6 +21005,7 @@ def run_stages(run: Run, folds: Sequence[int], stages: Sequence[str], progress: 
             align_rows_of(run, progress)
             continue
         if stage == "predict":
+            wait_for_others()
             select_weights(run)
         waiting = waiting_folds(run, stage, folds)
         if not waiting:
@@ -21129,39 +21138,53 @@ def jobs_of_first_seed(config: Config, jobs: Sequence[WorkerJob]) -> list[Worker
 def planned_launches(config: Config, devices: Sequence[str | None]) -> list[Launch]:
     """What `run_folds` starts, one launch after the other.
 
+    A worker does all that needs the model it has loaded, before another one takes its device.
+
     >>> config = Config.preset("demo", n_folds=3)
     >>> for jobs, stages in planned_launches(config, [CPU_CORE, CPU_CORE]):
     ...     print([job.folds for job in jobs], stages)
-    [(0, 2), (1,)] ['train']
-    [(0, 2), (1,)] ['predict']
-    [(0, 2), (1,)] ['base']
+    [(0, 2), (1,)] ['train', 'predict', 'base']
+    >>> for jobs, stages in planned_launches(config, ["0", "1"]):
+    ...     print([job.folds for job in jobs], stages)
+    [(0,), (1,)] ['train']
+    [(2,)] ['train', 'predict']
+    [(0,), (1,)] ['predict', 'base']
+    [(2,)] ['base']
     """
-    rounds = schedule_folds(members_of(config, config.folds_to_train), devices)
-    scoring = ["predict"]
-    # Last, for all folds, come what a submission can do without.
-    if config.use_base_member != "off":
-        scoring.append("base")  # while its model is still loaded; may be decided against
-    if config.score_precision == "16bit":
-        scoring.append("rescore")
+    members = members_of(config, config.folds_to_train)
+    first_round, *later_rounds = schedule_folds(members, devices)
+    # A submission can do without what comes last: the base model's own scores, which may be
+    # decided against, and scores in 16 bits, for which another model is loaded.
+    base = ["base"] if config.use_base_member != "off" else []
+    rescore = ["rescore"] if config.score_precision == "16bit" else []
     launches = []
-    if len(rounds) == 1 and len(rounds[0]) == 1:
-        launches.append(Launch(rounds[0], ["train", *scoring]))
+    if not later_rounds and len(first_round) == 1:
+        launches.append(Launch(first_round, ["train", "predict", *base, *rescore]))
+    elif not later_rounds:  # the workers wait for each other before they predict
+        launches.append(Launch(first_round, ["train", "predict", *base]))
+        launches += launches_of_stages([first_round], rescore)
     else:
-        # Weights are selected on all folds together, so that scoring starts new workers. A
-        # single job, above, has all folds: its workers go on with the model that they have loaded.
-        for stage in ["train", *scoring]:
-            for jobs in rounds:
-                waiting = jobs_of_first_seed(config, jobs) if stage == "base" else jobs
-                if waiting:
-                    launches.append(Launch(waiting, [stage]))
+        (shared,) = later_rounds
+        launches.append(Launch(first_round, ["train"]))
+        launches.append(Launch(shared, ["train", "predict"]))
+        launches.append(Launch(first_round, ["predict", *base]))
+        shared_base = jobs_of_first_seed(config, shared)
+        if shared_base:
+            launches += launches_of_stages([shared_base], base)
+        launches += launches_of_stages([first_round, shared], rescore)
     if config.final_retrain:
         for jobs in schedule_folds(members_of(config, [config.n_folds]), devices):
-            stages = [stage for stage in ["train", *scoring] if stage != "base"]
-            launches.append(Launch(jobs, stages))
+            launches.append(Launch(jobs, ["train", "predict", *rescore]))
     return launches
 
 
+def launches_of_stages(rounds: Sequence[list[WorkerJob]], stages: Sequence[str]) -> list[Launch]:
+    """Each stage for the jobs of all rounds, in new workers."""
+    return [Launch(jobs, [stage]) for stage in stages for jobs in rounds]
+
+
 # === Workers ======================================================================================
+WAIT_POLL_SECONDS = 0.1  # between two looks of a worker that waits for others
 GROUP_GRACE_SECONDS = 5  # between the end of one process of a group and that of the others
 # Exit status of a worker that was asked to stop and has saved its work (EX_TEMPFAIL).
 INTERRUPTED = 75
@@ -21297,7 +21320,7 @@ def _show_progress(
 ) -> None:
     """Show what every worker is doing until all have ended, or until `stop()`.
 
-    `killed` is as in `_end_broken_groups`.
+    `killed` is as in `_end_broken_groups`. Workers that wait for each other are let go on.
     """
     live_text = LiveText()
     downloads = [DownloadWatch(path) for path in run.config.model_paths]
@@ -21307,6 +21330,7 @@ def _show_progress(
     is_running = True
     while is_running and not stop():
         is_running = _end_broken_groups(groups, killed)
+        _let_waiting_workers_go_on(run, list(itertools.chain.from_iterable(groups)))
         live_text.show(progress_lines(paths, downloads, time.monotonic() - started))
         if is_running:
             time.sleep(1)
@@ -21355,15 +21379,22 @@ def _start_worker(
     folds: Sequence[int],
     stages: Sequence[str],
     environment: Mapping[str, str],
+    waits: bool,
 ) -> subprocess.Popen:
-    """Start worker number `number` of the run; its output goes to worker_<number>.log."""
+    """Start worker number `number` of the run; its output goes to worker_<number>.log.
+
+    With `waits` it predicts when all workers are ready to, see `wait_for_other_workers`.
+    """
     command = [sys.executable, __file__, "worker"]
     command += ["--run", str(run.directory)]
     command += ["--name", str(number)]
     command += ["--folds", ",".join(map(str, folds))]
     command += ["--stages", ",".join(stages)]
     command += ["--parent", str(os.getpid())]
+    if waits:
+        command.append("--wait")
     _progress_path(run, number).unlink(missing_ok=True)
+    _waiting_path(run.directory, str(number)).unlink(missing_ok=True)
     with _worker_log(run, number).open("ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
@@ -21376,6 +21407,47 @@ def _progress_path(run: Run, number: int) -> Path:
     return run.directory / f"progress_{number}.json"
 
 
+def _waiting_path(directory: Path, name: str) -> Path:
+    """The file that is there while the worker of that name waits for the others."""
+    return directory / f"progress_{name}.waiting"
+
+
+def wait_for_other_workers(directory: Path, name: str, progress: Callable) -> None:
+    """Return when all workers of this launch have called this: the notebook's process says so.
+
+    `directory`: of the run; `name`: this worker's number. `progress` raises Interrupted where
+    the worker is to end instead, such as after the failure of another one.
+    """
+    path = _waiting_path(directory, name)
+    path.touch()
+    try:
+        while path.exists():
+            progress("waiting for the other folds", 0, 1)
+            time.sleep(WAIT_POLL_SECONDS)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _let_waiting_workers_go_on(run: Run, processes: Sequence[subprocess.Popen]) -> None:
+    """Let the workers go on once all of them wait for each other.
+
+    Where one has ended, the others are asked to end when they wait: they have saved their folds,
+    and weights are selected on all folds.
+    """
+    running = []
+    for number, process in enumerate(processes):
+        if process.poll() is None:
+            running.append(number)
+    paths = [_waiting_path(run.directory, str(number)) for number in running]
+    if not all(path.exists() for path in paths):
+        return
+    for number, path in zip(running, paths, strict=True):
+        if len(running) == len(processes):
+            path.unlink(missing_ok=True)
+        else:
+            processes[number].terminate()
+
+
 def launch_workers(
     run: Run,
     jobs: Sequence[WorkerJob | tuple],
@@ -21384,16 +21456,18 @@ def launch_workers(
 ) -> None:
     """Start a worker for each device of each job, show their progress and wait for them.
 
-    Several devices of one job share its folds (data parallel). Where `stop()` becomes true the
-    workers save and end. Raises RuntimeError with the last lines of the logs of workers that
-    failed; Interrupted where any was asked to stop, be it by `stop()`.
+    Several devices of one job share its folds (data parallel); several jobs wait for each other
+    between training and prediction. Where `stop()` becomes true the workers save and end. Raises
+    RuntimeError with the last lines of the logs of workers that failed; Interrupted where any was
+    asked to stop, be it by `stop()`.
     """
+    waits = len(jobs) > 1 and {"train", "predict"} <= set(stages)
     groups = []  # the processes of each job
     processes = []  # all of them, by number
     for devices, folds in jobs:
         group = []
         for environment in process_group_environments(devices):
-            process = _start_worker(run, len(processes), folds, stages, environment)
+            process = _start_worker(run, len(processes), folds, stages, environment, waits)
             group.append(process)
             processes.append(process)
         groups.append(group)
@@ -23481,13 +23555,17 @@ def run_worker(
     folds: Sequence[int],
     stages: Sequence[str],
     progress: ProgressFile,
+    wait_for_others: Callable,
 ) -> None:
-    """What a worker process does; ends it with status 75 after a request to stop."""
+    """What a worker process does; ends it with status 75 after a request to stop.
+
+    `wait_for_others`: as for `run_stages`.
+    """
     setup_logging(run.directory, run.config.log_level, run.config.log_to_file)
     leave_out_what_is_not_needed(run.config)
     try:
         with run.lock_folds(folds):
-            run_stages(run, folds, stages, progress.update)
+            run_stages(run, folds, stages, progress.update, wait_for_others)
     except Interrupted as error:
         LOGGER.warning("%s", error)
         sys.exit(INTERRUPTED)
@@ -23518,6 +23596,11 @@ def command_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         help="stop, saving all, when this process ends; 0: do not",
+    )
+    worker.add_argument(
+        "--wait",
+        action="store_true",
+        help="before predict wait for the other workers of --parent",
     )
     transcribe = commands.add_parser("transcribe", help="read the images of a prepared folder")
     transcribe.add_argument("--folder", required=True, help="made by transcribe_images")
@@ -23558,9 +23641,14 @@ def worker_command(options: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, progress.request_stop)
     hide_other_gpus()
+
+    def wait_for_others() -> None:
+        if options.wait:
+            wait_for_other_workers(directory, options.name, progress.update)
+
     with worker_directory(directory, folds) as writable:
         init_process_group()
-        run_worker(Run.open(writable), folds, stages, progress)
+        run_worker(Run.open(writable), folds, stages, progress, wait_for_others)
 
 
 def side_command(options: argparse.Namespace, fill: Callable) -> None:

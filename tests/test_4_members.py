@@ -60,9 +60,13 @@ def of(launch):
 
 def test_devices_get_the_models_of_the_first_seed_first():
     config = vqa.Config(n_folds=3, seeds=TWO_SEEDS, final_retrain=True)
-    train, predict, base, final = vqa.planned_launches(config, ["0", "1"])
-    assert of(train) == of(predict) == [(0, 2, 5), (1, 4, 6)]
-    assert of(base) == [(0, 2), (1,)]  # it is the same for all seeds
+    folds, final = vqa.planned_launches(config, ["0", "1"])
+    assert of(folds) == [(0, 2, 5), (1, 4, 6)]
+    assert folds.stages == ["train", "predict", "base"]
+    # The base model is the same for all seeds: the odd fold's shared worker scores none of seed 7.
+    odd = vqa.Config(n_folds=3, train_folds=(0,), seeds=(42, 7, 8))
+    *_, last = vqa.planned_launches(odd, ["0", "1"])
+    assert (of(last), last.stages) == ([(0,), (4,)], ["predict", "base"])
     assert of(final) == [(3,), (7,)]
     assert [vqa.member_name(config, member) for member in (2, 5, 7)] == [
         "2",

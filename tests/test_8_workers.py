@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from cards import T4
 from running import adapter_file, quiet, read_logits
 
@@ -117,9 +118,8 @@ def test_several_devices_share_folds_and_the_odd_one_and_predict_in_further_roun
     one_shared = [((None, None), (2,))]
     assert rounds == [
         (a_fold_each, ["train"]),
-        (one_shared, ["train"]),
-        (a_fold_each, ["predict"]),
-        (one_shared, ["predict"]),
+        (one_shared, ["train", "predict"]),
+        (a_fold_each, ["predict", "base"]),
     ]
     for fold in range(3):
         for name in ("oof", "test"):
@@ -146,9 +146,8 @@ def test_what_a_submission_needs_is_done_on_all_folds_before_anything_else(mini_
     vqa.run_folds(run.config)
     assert launched == [
         ([0, 1], ["train"]),
-        ([2], ["train"]),
-        ([0, 1], ["predict"]),
-        ([2], ["predict"]),
+        ([2], ["train", "predict"]),
+        ([0, 1], ["predict", "base"]),
         ([0, 1], ["rescore"]),
         ([2], ["rescore"]),
         ([3], ["train", "predict", "rescore"]),
@@ -394,3 +393,87 @@ def test_a_model_that_arrives_late_has_a_line_beside_the_workers_own(tmp_path, m
     shown = capsys.readouterr().out
     assert "worker 0 predict:  50%" in shown
     assert shown.endswith(" | downloading some/base: 0.02 GB, 0.0 MB/s")
+
+
+# --- One process for all that a model does --------------------------------------------------------
+
+
+def loads(run):
+    """How often each worker of the run has loaded the model, by its log."""
+    counts = []
+    for log in sorted(run.directory.glob("worker_*.log")):
+        counts.append(log.read_text().count("model loaded:"))
+    return counts
+
+
+@pytest.fixture
+def one_thread():
+    """As a worker on a CPU core has it: sums depend on their order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_a_worker_scores_with_the_model_that_it_has_trained_with(mini_run, monkeypatch, one_thread):
+    """Its files are those of processes that load the model anew for each stage."""
+    monkeypatch.setattr(vqa, "worker_devices", lambda config: [CORE, CORE])
+    settings = {"tta_rotations": 2, "use_base_member": "on"}
+    anew = mini_run(run_name="anew", **settings)
+    for stage in ("train", "predict", "base"):
+        vqa.run_stages(anew, [0, 1], [stage], quiet)
+    kept = mini_run(run_name="kept", **settings)
+    vqa.run_folds(kept.config)
+    assert loads(kept) == [1, 1]
+    for path in sorted(anew.directory.glob("fold_*/*.npz")):
+        name = path.relative_to(anew.directory)
+        assert (kept.directory / name).read_bytes() == path.read_bytes(), name
+    assert not list(kept.directory.glob("progress_*.waiting"))
+
+
+WAITING_OR_BROKEN = """
+import pathlib, signal, sys
+sys.path.insert(0, {folder!r})
+import vqa_helpers as vqa
+name = sys.argv[sys.argv.index("--name") + 1]
+directory = pathlib.Path(sys.argv[sys.argv.index("--run") + 1])
+assert "--wait" in sys.argv
+if name == {broken!r}:
+    sys.exit("no such row")
+progress = vqa.ProgressFile(directory / f"progress_{{name}}.json")
+signal.signal(signal.SIGTERM, progress.request_stop)
+try:
+    vqa.wait_for_other_workers(directory, name, progress.update)
+except vqa.Interrupted:
+    (directory / f"{{name}} has saved").touch()
+    sys.exit(vqa.INTERRUPTED)
+(directory / f"{{name}} goes on").touch()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("broken", "left_behind"),
+    [("nobody", ["0 goes on", "1 goes on"]), ("0", ["1 has saved"])],
+)
+def test_workers_wait_for_each_other_and_not_for_one_that_has_failed(
+    mini_run, worker_program, broken, left_behind
+):
+    run = mini_run()
+    worker_program(WAITING_OR_BROKEN.format(folder=str(vqa.HERE), broken=broken))
+    jobs = [((CORE,), (0,)), ((CORE,), (1,))]
+    if broken == "nobody":
+        vqa.launch_workers(run, jobs, ["train", "predict"])
+    else:
+        with pytest.raises(RuntimeError, match="(?s)Worker 0 ended with exit status 1.*no such"):
+            vqa.launch_workers(run, jobs, ["train", "predict"])
+    assert sorted(path.name for path in run.directory.glob("? *")) == left_behind
+    assert not list(run.directory.glob("progress_*.waiting"))
+
+
+def test_a_worker_that_waits_ends_with_the_notebook(tmp_path):
+    progress = vqa.ProgressFile(tmp_path / "progress_0.json", parent=1)  # which is not ours
+    with pytest.raises(vqa.Interrupted, match="the end of the notebook's process"):
+        vqa.wait_for_other_workers(tmp_path, "0", progress.update)
+    assert not list(tmp_path.glob("*.waiting"))

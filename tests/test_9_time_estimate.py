@@ -88,7 +88,7 @@ def seconds_of(part, step, **settings):
         # Zero-shot, and one worker for all folds.
         ("processes: start", "start", {}, 2),
         ("processes: start", "start", {"final_retrain": True}, 3),
-        ("processes: start", "start", {"devices": ("0", "1")}, 1 + 2 * (2 + 2)),
+        ("processes: start", "start", {"devices": ("0", "1")}, 1 + 2 * 3),
         ("processes: imports", "first_adapter", {}, 1),
         ("processes: imports", "first_optimizer", {"devices": ("0", "1")}, 1 + 1 + 2),
     ],
@@ -137,14 +137,14 @@ def test_on_the_clock_folds_go_in_rounds(devices, n_folds, rounds, monkeypatch):
     assert on_clock == pytest.approx(rounds * 60 * (n_folds - 1))
 
 
-def test_on_the_clock_a_feature_is_computed_once_and_each_launch_starts_anew():
+def test_on_the_clock_a_feature_is_computed_once_and_a_model_is_loaded_once_a_device():
     seconds = {"start": 10.0, "first_adapter": 3.0, "adapter": 1.0, "image_token": 1.0}
     two_cores = (vqa.CPU_CORE,) * 2
     on_clock = estimate(seconds, SIZE, two_cores, n_folds=2).wall_seconds()
     features = 1000 + 300
     zeroshot = 10
-    each_launch = 10 + (3 - 1) + 1  # start, import, the adapter of its fold
-    assert on_clock == pytest.approx(features + zeroshot + 2 * each_launch)
+    workers = 10 + (3 - 1) + 2 * 1  # start, import, the adapter of its fold trained and loaded
+    assert on_clock == pytest.approx(features + zeroshot + workers)
 
 
 def test_images_that_several_rows_share_count_once(demo_rows):
