@@ -13263,15 +13263,18 @@ def predict_logits(
     label: str = "inference",
     checkpoint: InferenceCheckpoint | None = None,
     scored_views: Sequence[TTAView] = (),
+    planned: Sequence[PlannedPrompt] | None = None,
 ) -> np.ndarray:
     """Scores (n, views, 4) of the rows of `frame` in `views`; columns are the original a-d.
 
     float32. A blank choice gets -inf. NaN stands where a row has no such view (see
     `tta_views`), where a view shows the same as an earlier one, and in `scored_views`, those
     that are scored already. With a `checkpoint` the scores continue where an earlier process
-    stopped. Raises FloatingPointError naming the row of a score that is not finite.
+    stopped. `planned`: what `plan_prompts` gives for these rows, where it was asked before.
+    Raises FloatingPointError naming the row of a score that is not finite.
     """
-    planned = plan_prompts(session, frame, views, scored_views)
+    if planned is None:
+        planned = plan_prompts(session, frame, views, scored_views)
     done, result = checkpoint.read() if checkpoint else (0, None)
     if result is None:
         result = np.full((len(frame), len(views), 4), np.nan, dtype=np.float32)
@@ -14133,6 +14136,7 @@ class FoldState:
     padding: float  # share of padded positions in the current epoch; by `train_epoch`
     gradient_norm: float  # of the last step, before clipping; by `optimizer_step`
     last_save: float  # seconds on the monotonic clock; by `save`
+    kept_prompts: tuple[int, list[Prompt]] | None  # an epoch and its; by `epoch_prompts`
 
     def __init__(self, session: Session, run: Run, member: int):
         self.session = session
@@ -14208,6 +14212,7 @@ class FoldState:
         self.padding = 0.0
         self.gradient_norm = math.nan
         self.last_save = time.monotonic()
+        self.kept_prompts = None
 
     def save(self, epoch: int, step: int) -> None:
         """Commit the state before optimizer step `step` of `epoch`."""
@@ -14314,10 +14319,22 @@ class FoldState:
         )
 
     def epoch_prompts(self, epoch: int) -> list[Prompt]:
-        """Every row of that epoch as it shows it, see `training_prompts`."""
-        phase = self.schedule.phase(epoch)
-        n_rows = len(phase.rows)
-        return training_prompts(self.session, self.config, phase.variants, n_rows, epoch)
+        """Every row of that epoch as it shows it, see `training_prompts`.
+
+        Those of the last call are kept: the memory plan asks for an epoch that begins then.
+        """
+        if self.kept_prompts is None or self.kept_prompts[0] != epoch:
+            self.kept_prompts = None  # not two epochs' in memory
+            phase = self.schedule.phase(epoch)
+            n_rows = len(phase.rows)
+            prompts = training_prompts(self.session, self.config, phase.variants, n_rows, epoch)
+            self.kept_prompts = (epoch, prompts)
+        return self.kept_prompts[1]
+
+    @functools.cached_property
+    def validation_prompts(self) -> list[PlannedPrompt]:
+        """The held-out rows in one view: every validation shows the same."""
+        return plan_prompts(self.session, self.validation, [TTAView("rotation 0")])
 
 
 # === Fold training ================================================================================
@@ -14568,7 +14585,8 @@ class FoldTrainer(FoldState):
         """Logits (n, 1, 4) of the held-out rows, through the inference path."""
         label = f"fold {self.name} validation"
         views = [TTAView("rotation 0")]
-        return predict_logits(self.session, self.validation, views, label)
+        planned = self.validation_prompts
+        return predict_logits(self.session, self.validation, views, label, planned=planned)
 
     def held_out_scores(self, logits: np.ndarray) -> dict[str, float]:
         """Accuracy and NLL of the held-out rows' logits (n, 1, 4); {} where no row is held out."""
@@ -22687,7 +22705,7 @@ class StepSeconds:
     image_token: float  # to cache features, decoding included; 0 where they are not cached
     zeroshot: float  # to score a question in one view, without an adapter
     training: float  # a question, with its share of the optimizer's step
-    validation: float  # to score a question in one view, with an adapter
+    validation: float  # to score a question in one view, with an adapter, its prompt at hand
     all_views: float  # ... in all views; with doubt_steps in those that it has on average
     first_views: float  # ... in the views that all rows have
     checkpoint: float  # to save one
@@ -22797,7 +22815,8 @@ def training_parts(
     checkpoints = epochs * config.save_every_epoch + int(max(by_minutes, by_steps))
     return {
         "adapter": seconds.adapter,
-        "prompts": (shown + all_rows) * seconds.prompt,  # once more for the memory plan
+        # Those of held-out rows serve all validations, an epoch's the memory plan, too.
+        "prompts": (shown + held_out) * seconds.prompt,
         "training": training,
         # Of the raw weights nothing is scored again: they are those of the best epoch.
         "validation": (epochs + kinds - 1) * held_out * seconds.validation,
@@ -23228,10 +23247,11 @@ def plan_trial(session: Session, trial: TrialRows, parameters: Mapping) -> Memor
     return plan
 
 
-def measure_views(session: Session, trial: TrialRows) -> dict[str, float]:
+def measure_views(session: Session, trial: TrialRows, prompt: float) -> dict[str, float]:
     """Seconds to score a row with the adapter: validation, first_views and all_views.
 
-    The steps of `doubt_steps` are not timed: they may take so many times one view of all rows.
+    `prompt`: seconds to make a prompt, which is no part of validation. The steps of `doubt_steps`
+    are not timed: they may take so many times one view of all rows.
     """
     config = session.config
     views = all_views(config, session.processor)
@@ -23246,7 +23266,7 @@ def measure_views(session: Session, trial: TrialRows) -> dict[str, float]:
     further = sum(steps.values()) * one_view
     first_seconds = measure_scoring(session, trial.sample, first)
     return {
-        "validation": of_train * one_view,
+        "validation": of_train * max(0.0, one_view - prompt),
         "first_views": of_test * first_seconds,
         "all_views": of_test * (first_seconds + further),
     }
@@ -23291,7 +23311,7 @@ def try_model(session: Session, trial: TrialRows, start_seconds: float) -> Trial
         zeroshot=zeroshot,
         training=training.measure(prompts, plan),
         checkpoint=training.measure_checkpoint(),
-        **measure_views(session, trial),
+        **measure_views(session, trial, prompt),
     )
     model.unload()
     trainable = sum(value.numel() for value in parameters.values())

@@ -1,5 +1,7 @@
 """Part 5, Epochs and Fold training: what an epoch shows, what a step does, and when a fold ends."""
 
+from collections import Counter
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -165,7 +167,7 @@ def test_a_label_written_as_a_soft_target_trains_the_same_bytes(mini_run):
 
 
 def test_kept_weights_that_prefer_a_letter_are_noted_for_the_report(mini_run, monkeypatch):
-    def prefer_b(session, frame, *_):
+    def prefer_b(session, frame, *_, **__):
         return np.tile([0.0, 1.0, 0.0, 0.0], (len(frame), 1, 1))
 
     monkeypatch.setattr(vqa, "predict_logits", prefer_b)
@@ -192,9 +194,9 @@ def test_the_best_epochs_scores_are_those_of_the_raw_weights_and_computed_once(
     passes = []
     predict = vqa.predict_logits
 
-    def count(session, frame, views, label, *arguments):
+    def count(session, frame, views, label, *arguments, **prompts):
         passes.append(label)
-        return predict(session, frame, views, label, *arguments)
+        return predict(session, frame, views, label, *arguments, **prompts)
 
     monkeypatch.setattr(vqa, "predict_logits", count)
     run = mini_run(num_epochs=2)
@@ -209,3 +211,31 @@ def test_the_best_epochs_scores_are_those_of_the_raw_weights_and_computed_once(
     trainer.save(epoch=2, step=0)
     trainer.resume()
     assert trainer.best["logits"] is None
+
+
+@pytest.mark.slow
+def test_no_prompt_of_a_fold_is_made_twice_in_a_run_of_one_variant(mini_run, monkeypatch):
+    """Neither for the memory plan and the first epoch, nor for each validation."""
+    made = []
+    make = vqa.make_prompt
+
+    def note(session, frame, row, orders, scale=1.0):
+        made.append((frame["id"].iloc[row], *orders))
+        return make(session, frame, row, orders, scale)
+
+    run = mini_run(num_epochs=3, shuffle_choices=False)
+    session = open_run_session(run)
+    trainer = vqa.FoldTrainer(session, run, 0)
+    monkeypatch.setattr(vqa, "make_prompt", note)
+    result = trainer.fit()
+    counts = Counter(made)
+    trained_on = run.train.loc[run.train["fold"] != 0, "id"]
+    order = (0, 1, 2, 3)
+    expected = dict.fromkeys([(sample_id, order) for sample_id in trained_on], 3)
+    expected |= dict.fromkeys([(sample_id, order) for sample_id in trainer.validation["id"]], 1)
+    assert counts == expected
+    # What is scored is what a fresh call gives.
+    again, _ = trainer.save_weights("raw", trainer.best["tensors"], None)
+    del trainer.validation_prompts
+    anew, _ = trainer.save_weights("raw", trainer.best["tensors"], None)
+    assert again == anew == result.kinds["raw"]
