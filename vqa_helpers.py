@@ -12830,6 +12830,20 @@ def all_views(config: Config, processor) -> list[TTAView]:
     return views
 
 
+def has_one_view(config: Config) -> bool:
+    """Whether rows are scored in the plain view alone, in which held-out rows are validated.
+
+    >>> has_one_view(Config(use_tta=False)), has_one_view(Config(tta_rotations=1))
+    (True, True)
+    >>> has_one_view(Config(tta_rotations=2)), has_one_view(Config(infer_max_pixels=10**6))
+    (False, False)
+    """
+    if not config.use_tta:
+        return True
+    has_scales = set(config.tta_scales) > {1.0} or bool(config.infer_max_pixels)
+    return config.tta_rotations == 1 and not has_scales and not config.doubt_steps
+
+
 def views_of_all_rows(config: Config, processor) -> list[TTAView]:
     """Those of `all_views` in which every row is scored; `doubt_steps` has the others."""
     views = all_views(config, processor)
@@ -13026,7 +13040,9 @@ def inference_seconds(
             waiting += 1
     held_out = len(run.train) / run.config.n_folds
     views = all_views(run.config, session.processor)
-    rows = held_out + len(run.test)
+    rows = len(run.test)
+    if not has_one_view(run.config):
+        rows += held_out
     # For a fold.
     scored = rows * cost_in_steps(session, views) + pilot_cost(run.config, held_out)
     validated = 3 * training * held_out
@@ -20648,6 +20664,30 @@ def score_rows(
     return found.logits, found.row_arrays() if name == "oof" else {}
 
 
+def kept_scores(
+    run: Run,
+    fold: int,
+    kind: str,
+    frame: pd.DataFrame,
+    views: Sequence[TTAView],
+) -> np.ndarray | None:
+    """(n, 1, 4) scores of a fold's held-out rows, which its last validation has left behind.
+
+    None where `views` are more than the one that it has, and where its file cannot be read. They
+    are what scoring the rows again would give: the same batches by the same weights.
+    """
+    if list(views) != [TTAView("rotation 0")]:
+        return None
+    path = run.fold_dir(fold) / f"validation_{kind}.npz"
+    try:
+        content = read_arrays(path, run.fingerprint, SCORE_ARRAYS)
+    except CheckpointError as error:
+        LOGGER.warning("Held-out rows are scored again: %s", error)
+        return None
+    is_of_these_rows = content["ids"].tolist() == frame["id"].tolist()
+    return content["logits"] if is_of_these_rows else None
+
+
 def ensure_adapter(session: Session, run: Run, fold: int, kind: str, retrain: bool) -> None:
     """Train the fold again from its last checkpoint where that adapter is damaged.
 
@@ -20685,6 +20725,24 @@ def scoring_tasks(run: Run, fold: int, ending: str) -> list[ScoringTask]:
     ]
 
 
+def score_task(
+    session: Session,
+    run: Run,
+    fold: int,
+    task: ScoringTask,
+    views: Sequence[TTAView],
+    kind: str,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """As `score_rows`; held-out rows that need no other view have their scores already."""
+    if task.name == "oof":
+        kept = kept_scores(run, fold, kind, task.frame, views)
+        if not any_process(kept is None):
+            return kept, {}
+    uses = len(members_of(run.config, run.config.folds_to_train))
+    fill_vision_cache(session, task.images, uses=uses, passes=1)
+    return score_rows(session, run, fold, task.name, task.frame, views, kind)
+
+
 def stage_predict(session: Session, run: Run, fold: int, ending: str = "") -> None:
     """Score the fold's held-out rows and all test rows in every view.
 
@@ -20703,11 +20761,7 @@ def stage_predict(session: Session, run: Run, fold: int, ending: str = "") -> No
         use_fast_layers(session, adapted, sum(len(task.frame) for task in tasks))
         try:
             for task in tasks:
-                uses = len(members_of(run.config, run.config.folds_to_train))
-                fill_vision_cache(session, task.images, uses=uses, passes=1)
-                kind_scores, facts = score_rows(
-                    session, run, fold, task.name, task.frame, views, kind
-                )
+                kind_scores, facts = score_task(session, run, fold, task, views, kind)
                 scores[task.name].append(kind_scores)
                 if kind == kinds[-1]:
                     mean = np.mean(scores[task.name], axis=0)
@@ -22829,19 +22883,22 @@ def scoring_parts(
     seconds: StepSeconds,
     size: JobSize,
     is_final: bool,
+    is_rescoring: bool,
 ) -> dict[str, float]:
     """Seconds of the stage "predict", or "rescore", of a fold or of the final model, by part.
 
     Without imports and the features of the test images, which are not of every fold.
     """
     held_out = 0 if is_final else size.train_rows / config.n_folds
+    # With one view their validation has scored them.
+    scored = held_out if is_rescoring or not has_one_view(config) else 0
     kinds = 1
     if config.mix_weights:  # at most: OOF may prefer a single one
         kinds = 1 + config.use_ema + config.use_swa
     pilot = pilot_cost(config, held_out) * seconds.validation
     return {
         "adapter": kinds * seconds.adapter,
-        "held-out rows": kinds * held_out * seconds.all_views + pilot,
+        "held-out rows": kinds * scored * seconds.all_views + pilot,
         "test rows": kinds * size.test_rows * seconds.all_views,
         "prompt lengths": held_out * seconds.prompt,  # for the error analysis
     }
@@ -22874,7 +22931,8 @@ class TimeEstimate:
         if stage == "base":
             is_of_first_seed = fold in self.config.folds_to_train
             return base_parts(self.config, self.seconds, self.size) if is_of_first_seed else {}
-        return scoring_parts(self.config, self.seconds, self.size, is_final)
+        is_rescoring = stage == "rescore"
+        return scoring_parts(self.config, self.seconds, self.size, is_final, is_rescoring)
 
     def features_once(self) -> dict[str, float]:
         """Stage -> seconds of the features that its first worker computes for all others."""

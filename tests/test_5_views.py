@@ -187,7 +187,7 @@ def test_a_group_leaves_time_for_what_the_single_devices_have_to_score(
         vqa.atomic_write(run.fold_dir(fold) / "result.json", "{}")
     session.assigned_folds = run.config.folds_to_train
     alone = vqa.inference_seconds(run, 1.0, session, training=1)
-    assert alone == pytest.approx(1.25 * (3 * (12 + 12) + 3 * 12))
+    assert alone == pytest.approx(1.25 * (3 * 12 + 3 * 12))  # of one view no held-out row
     monkeypatch.setattr(vqa, "process_count", lambda: 2)
     assert vqa.inference_seconds(run, 1.0, session, training=1) == pytest.approx(alone / 2)
 
@@ -214,7 +214,7 @@ def test_time_is_kept_for_the_base_model_once_for_all_seeds(mini_run):
     )
     for member in (0, 1, 3):  # the other seed's model of fold 1 is being trained
         vqa.atomic_write(run.fold_dir(member) / "result.json", "{}")
-    scored = 4 * (18 + 12)
+    scored = 4 * 12  # of one view no held-out row: validation has scored them
     by_base = 2 * (18 + 6)  # two folds, which share the test rows
     needed = vqa.inference_seconds(run, 1.0, session, training=1)
     assert needed == pytest.approx(1.25 * (scored + 3 * 18 + by_base))

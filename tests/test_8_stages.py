@@ -333,3 +333,35 @@ def test_the_base_model_is_left_out_where_the_time_budget_ends(mini_run, monkeyp
     assert left_out in events(run)
     sentence = vqa.describe_base_member(run, vqa.evaluate_run(run))
     assert sentence == "The base model is no member of the submission: it has not scored all rows."
+
+
+# --- Held-out rows that validation has scored -----------------------------------------------------
+
+
+@pytest.mark.slow
+def test_with_one_view_held_out_rows_are_scored_by_validation_alone(mini_run, monkeypatch):
+    """And the file is, byte by byte, the one that scoring them again gives."""
+    scored = []
+    predict = vqa.predict_logits
+
+    def note(session, frame, views, label, *arguments, **prompts):
+        scored.append(label)
+        return predict(session, frame, views, label, *arguments, **prompts)
+
+    monkeypatch.setattr(vqa, "predict_logits", note)
+    run = run_all(mini_run(use_tta=False, train_folds=(0,)), ["train", "predict"])
+    assert scored == ["zero-shot", *["fold 0 validation"] * 2, "fold 0 test"]
+    kept = (run.fold_dir(0) / "oof.npz").read_bytes()
+    for damage in ("damaged", "of other rows"):
+        scored.clear()
+        for name in ("oof.npz", "test.npz"):
+            (run.fold_dir(0) / name).unlink()
+        path = run.fold_dir(0) / f"validation_{selected_weights(run)}.npz"
+        if damage == "damaged":
+            path.write_bytes(kept[:-40])
+        else:
+            one = run.train.head(1)
+            vqa.write_logits(path, one, np.zeros((1, 1, 4)), ["rotation 0"], run.fingerprint)
+        vqa.run_stages(run, [0], ["predict"], quiet)
+        assert scored == ["fold 0 oof", "fold 0 test"]
+        assert (run.fold_dir(0) / "oof.npz").read_bytes() == kept

@@ -67,6 +67,7 @@ def seconds_of(part, step, **settings):
         ("zeroshot: scoring", "zeroshot", {"zeroshot_rows": 500}, 120),
         ("predict: features", "image_token", {}, 300),
         ("predict: held-out rows", "all_views", {}, 120),
+        ("predict: held-out rows", "all_views", {"use_tta": False}, 0),  # validated in that view
         ("predict: test rows", "all_views", {}, 3 * 50),
         ("predict: test rows", "all_views", {"mix_weights": True}, 2 * 3 * 50),
         ("predict: test rows", "all_views", {"final_retrain": True}, 4 * 50),
