@@ -41,6 +41,7 @@ above it.
    Image places                        where a row's image lies, and where else it may
    Damaged images                      what can be saved of PNG and JPEG files, and formats by name
    Images                              decoding, hashing
+   Known images                        what an earlier process has found out by decoding them
    Competition                         all tables of one competition, validated
    Context                             words beside the image: a column, or a file by id
    Writing a competition               a table of one's own as a folder like a competition's
@@ -6076,6 +6077,90 @@ def _image_facts(path: str, problem: str = "") -> dict:
     }
 
 
+# === Known images =================================================================================
+# Preflight's process and the notebook's both read all images of a competition, one after the other,
+# and so does the next session on the same machine.
+SETTLED_SECONDS = 2  # since a file's last change; a further one might leave its times as they are
+
+
+def _known_images_file(folder: Path, split: str) -> Path:
+    """Where the facts of a table's images are kept, in the folder for temporary files."""
+    user = os.getuid() if hasattr(os, "getuid") else 0  # Windows has no such number
+    name = hashlib.sha256(f"{folder} {split}".encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"vqa_images_{user}" / f"{name}.json"
+
+
+def _decoder_version() -> str:
+    """What the facts of an image depend on besides its file."""
+    pillow = importlib.metadata.version("pillow")
+    return f"{file_sha256(Path(__file__))} {pillow} {' '.join(_readable_formats())}"
+
+
+def _file_state(path: str) -> list[int] | None:
+    """Numbers that change with a file: size, and the times of its last changes in nanoseconds.
+
+    None for what is no file, and for one that was changed just now.
+    """
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    if time.time() - max(status.st_mtime, status.st_ctime) < SETTLED_SECONDS:
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _read_known_images(file: Path) -> dict[str, dict]:
+    """Path -> state of the file and facts; nothing from another version or a damaged file."""
+    if not file.exists():
+        return {}
+    try:
+        content = read_json(file, ["decoder", "images"])
+        require_kind(file, content, dict, ["images"])
+    except (OSError, DamagedFileError) as error:
+        LOGGER.warning("All images are decoded: %s", error)
+        return {}
+    return content["images"] if content["decoder"] == _decoder_version() else {}
+
+
+def facts_of_images(problems: Mapping[str, str], file: Path) -> list[dict]:
+    """`_image_facts` of each path, of which `problems` has what is wrong already, or "".
+
+    Images are decoded side by side on all cores, but those of which `file` has the facts and which
+    have not changed since. What is found out about usable images is kept there.
+    """
+    known = _read_known_images(file)
+    states = {path: _file_state(path) for path, problem in problems.items() if not problem}
+    facts = {}
+    for path, state in states.items():
+        if state is not None and known.get(path, {}).get("state") == state:
+            facts[path] = known[path]["facts"]
+    to_decode = {path: problem for path, problem in problems.items() if path not in facts}
+    LOGGER.info("Images: %d to be decoded, %d known from before", len(to_decode), len(facts))
+    with (
+        warnings.catch_warnings(action="ignore"),  # of PIL, whose errors suffice
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        decoded = pool.map(_image_facts, to_decode, to_decode.values())
+        facts.update(zip(to_decode, decoded, strict=True))
+    if to_decode:
+        images = dict(known)  # those of other rows of the same table, too
+        for path, state in states.items():
+            if state is not None and facts[path]["image_ok"]:
+                images[path] = {"state": state, "facts": facts[path]}
+        _keep_known_images(file, images)
+    return [facts[path] for path in problems]
+
+
+def _keep_known_images(file: Path, images: Mapping[str, dict]) -> None:
+    """Write what `_read_known_images` reads; where that fails, images are decoded again."""
+    content = json.dumps({"decoder": _decoder_version(), "images": images})
+    try:
+        atomic_write(file, content, durable=False)
+    except (OSError, CheckpointError) as error:
+        LOGGER.warning("The facts of images are not kept: %s", error)
+
+
 # === Competition ==================================================================================
 @dataclass(frozen=True)
 class Competition:
@@ -6132,17 +6217,13 @@ def _attach_images(
 ) -> pd.DataFrame:
     """The frame with image_path, the facts of every image, and the questions' types.
 
-    Each file is decoded once, on all cores. Unusable images are counted; raises
+    Each file is decoded once, also where several processes ask. Unusable images are counted; raises
     DataError where they are more than the share `limit`.
     """
     found = _find_images(frame, root, split, fallbacks)
     frame = frame.assign(image_path=[image.path for image in found])
     problems = {image.path: image.problem for image in found}
-    with (
-        warnings.catch_warnings(action="ignore"),  # of PIL, whose errors suffice
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):
-        facts = pd.DataFrame(pool.map(_image_facts, problems, problems.values()))
+    facts = pd.DataFrame(facts_of_images(problems, _known_images_file(root, split)))
     frame = frame.merge(facts, how="left", on="image_path")
     _count_dropped_rows(frame, split, "unusable_image", "path", limit, fallbacks)
     _count_kinds(frame, frame["repairs"], IMAGE_REPAIRS, split, fallbacks)

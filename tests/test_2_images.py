@@ -6,6 +6,7 @@ Some cases are data in cases/; what they mean is said in small_competition.py.
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from competition_folder import counted_fallbacks
 from PIL import Image
@@ -315,3 +316,92 @@ def test_a_huge_jpeg_is_shrunk_while_it_is_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "convert", noting)
     assert vqa.load_image(tmp_path / "x.jpg", max_side=200).size == (200, 100)
     assert decoded == [(200, 100)]
+
+
+# --- Known images ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Names of the image files that are decoded."""
+    names = []
+    decode = vqa._decode_image
+
+    def note(path, max_side):
+        names.append(Path(path).name)
+        return decode(path, max_side)
+
+    monkeypatch.setattr(vqa, "_decode_image", note)
+    return names
+
+
+@pytest.fixture
+def known_folder(tmp_path, monkeypatch):
+    """(paths of two images, the file of their facts); what was written just now counts."""
+    monkeypatch.setattr(vqa, "SETTLED_SECONDS", 0)
+    for number in (0, 1):
+        Image.new("RGB", (8, 8 + number), (9, 9, 200)).save(tmp_path / f"{number}.png")
+    return [str(tmp_path / f"{number}.png") for number in (0, 1)], tmp_path / "facts.json"
+
+
+def facts_of(paths, file):
+    return vqa.facts_of_images(dict.fromkeys(paths, ""), file)
+
+
+def test_an_image_is_decoded_once_while_its_file_stays_as_it_is(known_folder, decoded):
+    paths, file = known_folder
+    first = facts_of(paths, file)
+    assert sorted(decoded) == ["0.png", "1.png"]
+    assert facts_of(paths, file) == first == [vqa._image_facts(path) for path in paths]
+    decoded.clear()
+    Image.new("RGB", (8, 8), (200, 9, 9)).save(paths[0])  # of the same size in bytes, or nearly
+    changed, same = facts_of(paths, file)
+    assert decoded == ["0.png"]
+    assert (changed["pixel_hash"] != first[0]["pixel_hash"], same) == (True, first[1])
+
+
+def test_what_cannot_be_used_or_was_written_just_now_is_not_kept(
+    known_folder, decoded, monkeypatch
+):
+    paths, file = known_folder
+    Path(paths[0]).write_bytes(b"no image")
+    for _ in range(2):
+        broken, usable = facts_of(paths, file)
+        assert (broken["image_ok"], usable["image_ok"]) == (False, True)
+    assert decoded == ["0.png", "1.png", "0.png"]
+    monkeypatch.setattr(vqa, "SETTLED_SECONDS", 60)
+    facts_of(paths[1:], file)
+    assert decoded[3:] == ["1.png"]
+    # A path that is known to lead nowhere is not looked for.
+    (missing,) = vqa.facts_of_images({paths[1]: "it is named in no table"}, file)
+    assert (missing["problem"], len(decoded)) == ("it is named in no table", 4)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"decoder": "", "images": 1}', None])
+def test_damaged_facts_and_those_of_another_version_are_not_used(
+    known_folder, decoded, content, monkeypatch, caplog
+):
+    paths, file = known_folder
+    first = facts_of(paths, file)
+    if content is None:
+        monkeypatch.setattr(vqa, "_readable_formats", lambda: ["PNG"])
+    else:
+        file.write_text(content)
+    assert facts_of(paths, file) == first
+    assert len(decoded) == 4
+    assert ("All images are decoded" in caplog.text) == (content is not None)
+
+
+def test_facts_that_cannot_be_kept_are_no_error(known_folder, caplog):
+    paths, file = known_folder
+    Path(file).mkdir()
+    assert [facts["image_ok"] for facts in facts_of(paths, file)] == [True, True]
+    assert "The facts of images are not kept" in caplog.text
+
+
+def test_tables_are_the_same_with_images_that_are_known(demo_rows, decoded):
+    again = vqa.load_competition(demo_rows.data_dir, 0.05)
+    assert decoded == []  # `demo_rows` has decoded them in this session
+    assert again.fingerprint == demo_rows.fingerprint
+    pd.testing.assert_frame_equal(again.train, demo_rows.train)
+    pd.testing.assert_frame_equal(again.test, demo_rows.test)
