@@ -1,5 +1,6 @@
 """Part 8, Workers: which devices take which folds, and what is said of a process that ended."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -433,14 +434,16 @@ def test_a_worker_scores_with_the_model_that_it_has_trained_with(mini_run, monke
 
 
 WAITING_OR_BROKEN = """
-import pathlib, signal, sys
+import os, pathlib, signal, sys
 sys.path.insert(0, {folder!r})
 import vqa_helpers as vqa
 name = sys.argv[sys.argv.index("--name") + 1]
 directory = pathlib.Path(sys.argv[sys.argv.index("--run") + 1])
 assert "--wait" in sys.argv
-if name == {broken!r}:
+if name == "0" and {fault!r} == "fails":
     sys.exit("no such row")
+if name == "0" and {fault!r} == "is killed":
+    os.kill(os.getpid(), signal.SIGKILL)
 progress = vqa.ProgressFile(directory / f"progress_{{name}}.json")
 signal.signal(signal.SIGTERM, progress.request_stop)
 try:
@@ -454,20 +457,26 @@ except vqa.Interrupted:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("broken", "left_behind"),
-    [("nobody", ["0 goes on", "1 goes on"]), ("0", ["1 has saved"])],
+    ("fault", "message"),
+    [
+        ("", ""),
+        ("fails", "(?s)Worker 0 ended with exit status 1.*no such row"),
+        ("is killed", "Worker 0 was killed by signal 9"),
+    ],
 )
-def test_workers_wait_for_each_other_and_not_for_one_that_has_failed(
-    mini_run, worker_program, broken, left_behind
+def test_workers_wait_for_each_other_and_not_for_one_that_is_gone(
+    mini_run, worker_program, fault, message
 ):
     run = mini_run()
-    worker_program(WAITING_OR_BROKEN.format(folder=str(vqa.HERE), broken=broken))
+    worker_program(WAITING_OR_BROKEN.format(folder=str(vqa.HERE), fault=fault))
     jobs = [((CORE,), (0,)), ((CORE,), (1,))]
-    if broken == "nobody":
+    left_behind = ["0 goes on", "1 goes on"]
+    failure = contextlib.nullcontext()
+    if fault:
+        left_behind = ["1 has saved"]
+        failure = pytest.raises(RuntimeError, match=message)
+    with failure:
         vqa.launch_workers(run, jobs, ["train", "predict"])
-    else:
-        with pytest.raises(RuntimeError, match="(?s)Worker 0 ended with exit status 1.*no such"):
-            vqa.launch_workers(run, jobs, ["train", "predict"])
     assert sorted(path.name for path in run.directory.glob("? *")) == left_behind
     assert not list(run.directory.glob("progress_*.waiting"))
 

@@ -111,9 +111,11 @@ def job_flops(config: vqa.Config, work: Work) -> float:
     folds = config.n_folds if config.train_folds is None else len(config.train_folds)
     held_out = rows * folds / config.n_folds
     trained = rows * folds * (1 - 1 / config.n_folds) * config.num_epochs
-    kinds_of_weights = 1 + config.use_ema
-    in_one_order = config.zeroshot_rows + held_out * (config.num_epochs + kinds_of_weights)
-    in_all_views = held_out + rows * folds
+    # Of the raw weights that are kept nothing is scored again: their epoch has.
+    in_one_order = config.zeroshot_rows + held_out * (config.num_epochs + config.use_ema)
+    in_all_views = rows * folds
+    if not vqa.has_one_view(config):  # in which validation has scored the held-out rows
+        in_all_views += held_out
     all_views = work.rotated if config.use_tta else work.forward
     return (
         trained * (work.image + work.forward + work.backward)

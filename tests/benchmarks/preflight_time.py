@@ -79,6 +79,7 @@ class PartTimer:
         self.wrap(vqa, "use_fast_layers", "adapter")
         self.wrap(vqa, "prompt_tokens", "prompt lengths")
         self.wrap(vqa.FoldTrainer, "epoch_prompts", "prompts")
+        self.wrap(vqa, "plan_prompts", "prompts")  # of the held-out rows: others are in a part
         self.wrap(vqa.FoldTrainer, "optimizer_step", "training")
         self.wrap(vqa.FoldTrainer, "save", "checkpoints")
 

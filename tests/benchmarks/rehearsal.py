@@ -221,11 +221,11 @@ def stage_work(machine: Machine, config: vqa.Config, competition: RealCompetitio
     training = bench_gpu.question_flops(text_config, one_order, training=True) + recomputed
     rows = competition.rows
     trained_rows = rows * (config.n_folds - 1)
-    kinds_of_weights = 1 + config.use_ema
     return {
         "zero-shot": (config.zeroshot_rows, forward + tower),
         "training": (trained_rows * config.num_epochs, training + tower),
-        "validation": (rows * (config.num_epochs + kinds_of_weights), forward + tower),
+        # Of the raw weights that are kept nothing is scored again: their epoch has.
+        "validation": (rows * (config.num_epochs + config.use_ema), forward + tower),
         "OOF, four rotations": (rows, rotated + tower),
         "test, four rotations, every fold": (rows * config.n_folds, rotated + tower),
     }
