@@ -13146,6 +13146,49 @@ def unpermute_scores(scores, order: Sequence[int]) -> np.ndarray:
     return np.asarray(scores)[..., np.argsort(order)]
 
 
+# So many rows are made into prompts, sorted by length and scored before the next ones: neither
+# memory nor the time to the first batch, nor to the next one after a kill, grows with the table.
+ROWS_PLANNED_TOGETHER = 4096
+
+
+def parts_of(frame: pd.DataFrame) -> list[pd.DataFrame]:
+    """The table cut into parts of ROWS_PLANNED_TOGETHER rows; an empty one has none."""
+    starts = range(0, len(frame), ROWS_PLANNED_TOGETHER)
+    return [frame.iloc[start : start + ROWS_PLANNED_TOGETHER] for start in starts]
+
+
+@dataclass
+class ScoringState:
+    """How far the scoring of a table is: whole parts of it, and some batches of the next part.
+
+    A part has ROWS_PLANNED_TOGETHER rows; `batches` and `done` count those of this process.
+    """
+
+    logits: np.ndarray  # (n, views, 4), NaN where nothing is scored yet
+    rows: int = 0  # of the parts that are done
+    batches: int = 0  # of the parts that are done
+    done: int = 0  # batches of the part under way
+
+    def end_part(self, rows: int) -> None:
+        """Go on to the next part; this one had so many rows."""
+        self.rows += rows
+        self.batches += self.done
+        self.done = 0
+
+    def total(self, rows: int, batches: int) -> int:
+        """Batches of the whole table, where the part under way has so many rows and batches.
+
+        Parts that are still to come are taken to have as many batches a row as those before.
+
+        >>> ScoringState(np.zeros((10, 1, 4)), rows=4, batches=2).total(rows=4, batches=2)
+        5
+        """
+        known = self.batches + batches
+        known_rows = self.rows + rows
+        left = len(self.logits) - known_rows
+        return known + math.ceil(left * known / known_rows)
+
+
 @dataclass
 class InferenceCheckpoint:
     """The file in which inference keeps what it has done, for a later process of the run."""
@@ -13155,28 +13198,34 @@ class InferenceCheckpoint:
     config: Config  # says how often to save
     last_save: float = field(default_factory=time.monotonic)  # seconds of that clock
 
-    def read(self) -> tuple[int, np.ndarray | None]:
-        """(batches done, their logits); nothing, said aloud, where the file is damaged."""
+    def read(self) -> ScoringState | None:
+        """What was done; None, said aloud, where the file is damaged, and where there is none."""
         if not self.path.exists():
-            return 0, None
+            return None
         try:
-            content = read_arrays(self.path, self.fingerprint, ["done", "logits"])
+            needed = ["logits", "rows", "batches", "done"]
+            content = read_arrays(self.path, self.fingerprint, needed)
         except CheckpointError as error:
             LOGGER.warning("Inference starts again: %s", error)
-            return 0, None
-        LOGGER.info("Inference continues after %d batches: %s", content["done"], self.path)
-        return int(content["done"]), content["logits"]
+            return None
+        counts = {name: int(content[name]) for name in ("rows", "batches", "done")}
+        state = ScoringState(content["logits"], **counts)
+        batches = state.batches + state.done
+        LOGGER.info("Inference continues after %d batches: %s", batches, self.path)
+        return state
 
-    def save(self, done: int, logits: np.ndarray, now: bool = False) -> None:
-        """Write what `done` batches gave, when the config's steps or minutes say so, or `now`.
-
-        `logits`: (n, views, 4), NaN where nothing is scored yet.
-        """
+    def save(self, state: ScoringState, now: bool = False) -> None:
+        """Write what is done, when the config's steps or minutes say so, or `now`."""
         seconds = time.monotonic() - self.last_save
         by_time = seconds > 60 * self.config.save_every_minutes
-        by_steps = done % self.config.save_every_steps == 0
+        by_steps = (state.batches + state.done) % self.config.save_every_steps == 0
         if now or by_time or by_steps:
-            write_arrays(self.path, self.fingerprint, done=np.array(done), logits=logits)
+            counts = {
+                "rows": np.array(state.rows),
+                "batches": np.array(state.batches),
+                "done": np.array(state.done),
+            }
+            write_arrays(self.path, self.fingerprint, logits=state.logits, **counts)
             self.last_save = time.monotonic()
 
 
@@ -13315,42 +13364,42 @@ def score_planned(
     session: Session,
     frame: pd.DataFrame,
     planned: Sequence[PlannedPrompt],
-    result: np.ndarray,
-    done: int,
+    state: ScoringState,
     label: str,
     checkpoint: InferenceCheckpoint | None,
 ) -> None:
-    """Score this process's batches of `planned` prompts, but the first `done`, into `result`.
+    """Score this process's batches of `planned` prompts, but those that are done, into `state`.
 
-    What is done is reported as `label`, and kept in the `checkpoint`; Interrupted leaves there
-    what was done till then.
+    `frame`: the rows of the part under way, which the prompts are of. What is done is reported
+    as `label`, and kept in the `checkpoint`; Interrupted leaves there what was done till then.
     """
     batches = plan_inference_batches(session, planned)
     rank = process_rank()
     world_size = process_count()
     common = len(batches) // world_size  # so many batches each process has at least
     batches = batches[rank::world_size]
+    total = state.total(len(frame), len(batches))
+    result = state.logits[state.rows : state.rows + len(frame)]  # written in place
     present = np.array([present_choices(row) for _, row in frame.iterrows()])
     prompts = [item.prompt for item in planned]
     start = time.perf_counter()
     cost = 0.0  # of what has been scored since, in prompts with one answer
-    loader = iterate_batches(session, prompts, batches[done:])
+    loader = iterate_batches(session, prompts, batches[state.done :])
     for scores in score_batches(session, loader):
-        shown = [planned[number] for number in batches[done]]
+        shown = [planned[number] for number in batches[state.done]]
         store_scores(result, scores, shown, frame, present)
-        done += 1
+        state.done += 1
         cost += scoring_cost(len(shown), len(scores))
         session.seconds_per_question = (time.perf_counter() - start) / cost
         if checkpoint:
-            checkpoint.save(done, result)
+            checkpoint.save(state)
         try:
-            session.progress(label, done, len(batches), together=done <= common)
+            together = state.done <= common
+            session.progress(label, state.batches + state.done, total, together=together)
         except Interrupted:
             if checkpoint:
-                checkpoint.save(done, result, now=True)
+                checkpoint.save(state, now=True)
             raise
-    if checkpoint:  # another pass may follow, and this one need not be done again
-        checkpoint.save(len(batches), result, now=True)
 
 
 def predict_logits(
@@ -13360,28 +13409,38 @@ def predict_logits(
     label: str = "inference",
     checkpoint: InferenceCheckpoint | None = None,
     scored_views: Sequence[TTAView] = (),
-    planned: Sequence[PlannedPrompt] | None = None,
+    planned: Sequence[Sequence[PlannedPrompt]] | None = None,
 ) -> np.ndarray:
     """Scores (n, views, 4) of the rows of `frame` in `views`; columns are the original a-d.
 
     float32. A blank choice gets -inf. NaN stands where a row has no such view (see
     `tta_views`), where a view shows the same as an earlier one, and in `scored_views`, those
     that are scored already. With a `checkpoint` the scores continue where an earlier process
-    stopped. `planned`: what `plan_prompts` gives for these rows, where it was asked before.
+    stopped. `planned`: what `plan_prompts` gives for each of `parts_of` these rows, where it was
+    asked before.
     Raises FloatingPointError naming the row of a score that is not finite.
     """
-    if planned is None:
-        planned = plan_prompts(session, frame, views, scored_views)
-    done, result = checkpoint.read() if checkpoint else (0, None)
-    if result is None:
-        result = np.full((len(frame), len(views), 4), np.nan, dtype=np.float32)
+    state = checkpoint.read() if checkpoint else None
+    if state is None:
+        empty = np.full((len(frame), len(views), 4), np.nan, dtype=np.float32)
+        state = ScoringState(empty)
     was_training = session.model.training
     session.model.eval()
     with torch.inference_mode():
-        score_planned(session, frame, planned, result, done, label, checkpoint)
+        for number, part in enumerate(parts_of(frame)):
+            if number < state.rows // ROWS_PLANNED_TOGETHER:
+                continue  # an earlier process has scored it
+            if planned is None:
+                prompts = plan_prompts(session, part, views, scored_views)
+            else:
+                prompts = planned[number]
+            score_planned(session, part, prompts, state, label, checkpoint)
+            state.end_part(len(part))
+    if checkpoint:  # another pass may follow, and this one need not be done again
+        checkpoint.save(state, now=True)
     session.model.train(was_training)
     world_size = process_count()
-    return gather_scores(session, result) if world_size > 1 else result
+    return gather_scores(session, state.logits) if world_size > 1 else state.logits
 
 
 def gather_scores(session: Session, scores: np.ndarray) -> np.ndarray:
@@ -14429,9 +14488,11 @@ class FoldState:
         return self.kept_prompts[1]
 
     @functools.cached_property
-    def validation_prompts(self) -> list[PlannedPrompt]:
-        """The held-out rows in one view: every validation shows the same."""
-        return plan_prompts(self.session, self.validation, [TTAView("rotation 0")])
+    def validation_prompts(self) -> list[list[PlannedPrompt]]:
+        """The held-out rows in one view, by `parts_of` them: every validation shows the same."""
+        views = [TTAView("rotation 0")]
+        parts = parts_of(self.validation)
+        return [plan_prompts(self.session, part, views) for part in parts]
 
 
 # === Fold training ================================================================================

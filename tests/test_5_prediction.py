@@ -164,3 +164,75 @@ def test_generate_baseline_parses_letters_strictly(session, demo_rows, monkeypat
     monkeypatch.setattr(type(session.processor.tokenizer), "decode", lambda *_, **__: next(texts))
     answers = vqa.generate_baseline(session, demo_rows.train.head(3), max_new_tokens=1)
     assert answers == ["b", None, "d"]
+
+
+# --- Parts of a large table -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def made_at_once(monkeypatch):
+    """Parts of four rows; a list of how many prompts were made at once, one number a part."""
+    monkeypatch.setattr(vqa, "ROWS_PLANNED_TOGETHER", 4)
+    counts = []
+    plan_prompts = vqa.plan_prompts
+
+    def counted(*arguments):
+        planned = plan_prompts(*arguments)
+        counts.append(len(planned))
+        return planned
+
+    monkeypatch.setattr(vqa, "plan_prompts", counted)
+    return counts
+
+
+def test_a_large_table_is_scored_part_by_part(session, demo_rows, replace, made_at_once):
+    """No more prompts at once than a part has, the scores of one pass, and progress to the end."""
+    session.config = replace(session.config, infer_batch_size=3)
+    frame = demo_rows.test.head(10)
+    seen = []
+    session.progress = lambda label, done, total, together: seen.append((done, total))
+    in_parts = vqa.predict_logits(session, frame, ROTATIONS)
+    assert made_at_once == [4, 4, 2]
+    # Two batches for four rows are five for ten; the last part, of two rows, needs one.
+    assert seen == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
+    alone = [vqa.predict_logits(session, frame.iloc[[row]], ROTATIONS) for row in range(10)]
+    assert np.abs(in_parts - np.concatenate(alone)).max() <= 1e-4
+
+
+def test_a_continued_table_prepares_only_what_is_left(
+    session, demo_rows, tmp_path, replace, made_at_once
+):
+    session.config = replace(session.config, infer_batch_size=3)
+    frame = demo_rows.test.head(10)
+    session.progress = quiet
+    expected = vqa.predict_logits(session, frame, ONE_VIEW)
+    made_at_once.clear()
+    partial = vqa.InferenceCheckpoint(tmp_path / "partial.npz", "run", session.config)
+
+    def stop(label, done, total, together):
+        if done == 3:  # the first batch of the second part
+            raise vqa.Interrupted
+
+    session.progress = stop
+    with pytest.raises(vqa.Interrupted):
+        vqa.predict_logits(session, frame, ONE_VIEW, checkpoint=partial)
+    state = partial.read()
+    assert (state.rows, state.batches, state.done) == (4, 2, 1)
+    session.progress = quiet
+    made_at_once.clear()
+    continued = vqa.predict_logits(session, frame, ONE_VIEW, checkpoint=partial)
+    assert np.array_equal(continued, expected)
+    assert made_at_once == [4, 2]  # not the first part
+    made_at_once.clear()
+    again = vqa.predict_logits(session, frame, ONE_VIEW, checkpoint=partial)
+    assert np.array_equal(again, expected)
+    assert made_at_once == []
+
+
+def test_a_checkpoint_without_parts_is_not_continued(session, demo_rows, tmp_path, caplog):
+    """One that an earlier version wrote counts batches of another plan."""
+    path = tmp_path / "partial.npz"
+    vqa.write_arrays(path, "run", done=np.array(1), logits=np.zeros((2, 1, 4), np.float32))
+    with caplog.at_level("WARNING", "vqa"):
+        assert vqa.InferenceCheckpoint(path, "run", session.config).read() is None
+    assert "without rows, batches" in caplog.text
