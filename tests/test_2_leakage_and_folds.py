@@ -316,3 +316,40 @@ def test_what_large_groups_force_is_not_called_uneven():
     balance = vqa.fold_balance(train.assign(fold=np.repeat([0, 1], [24, 16])), groups)
     assert balance["off"].tolist() == [4.0, 2.0, 2.0, 4.0]
     assert balance["is_even"].all()
+
+
+# --- Many images ----------------------------------------------------------------------------------
+
+
+def random_hashes(count, near, seed=0):
+    """Random hashes, as bits (count, 64) and text; the last `near` are like others but for 0-6."""
+    random = np.random.default_rng(seed)
+    bits = random.integers(0, 2, (count, 64), dtype=np.uint8)
+    for row in range(count - near, count):
+        bits[row] = bits[row - near]
+        bits[row, random.choice(64, random.integers(0, 7), replace=False)] ^= 1
+    return bits, pd.Series([code.tobytes().hex() for code in np.packbits(bits, axis=1)])
+
+
+@pytest.mark.parametrize("max_bits", [0, 4, 64])
+def test_near_hashes_are_those_that_a_comparison_of_all_finds(max_bits, monkeypatch):
+    monkeypatch.setattr(vqa, "HASHES_COMPARED_TOGETHER", 7)
+    bits, hashes = random_hashes(count=120, near=40)
+    differing = (bits[:, None] != bits[None]).sum(axis=2)
+    expected = np.argwhere(np.triu(differing <= max_bits, k=1))
+    assert len(expected) >= 3
+    assert np.array_equal(vqa._near_pairs_by_hash(hashes, max_bits), expected)
+
+
+def test_comparing_hashes_does_not_grow_with_the_square_of_the_images(monkeypatch):
+    compared = []
+    among = vqa._near_pairs_among
+
+    def counted(bits, members, max_bits):
+        compared.append(len(members) ** 2)
+        return among(bits, members, max_bits)
+
+    monkeypatch.setattr(vqa, "_near_pairs_among", counted)
+    _, hashes = random_hashes(count=4000, near=10)
+    assert len(vqa._near_pairs_by_hash(hashes, 4)) >= 3
+    assert sum(compared) < 0.01 * len(hashes) ** 2
