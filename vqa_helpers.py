@@ -4687,13 +4687,14 @@ def _check_questions(split: str, frame: pd.DataFrame, fallbacks: Counter) -> Non
     choices = frame[[*CHOICES]].map(comparable_text)
     is_filled = choices != ""
     filled_count = is_filled.sum(axis=1)
+    distinct_count = [len({*texts} - {""}) for texts in choices.to_numpy()]
     problem = "fewer than two choices are filled; complete the row"
     _raise_for_first_row(f"{split}.csv", frame, filled_count < 2, "id", problem)
     texts = frame[["question", *CHOICES]]
     in_prompt = texts.map(prompt_text)
     without_tokens = in_prompt.map(neutralise_special_tokens)
     odd_rows = {
-        "repeated_choices": choices.where(is_filled).nunique(axis=1) < filled_count,
+        "repeated_choices": filled_count > distinct_count,
         "blank_question": frame["question"].map(shows_nothing),
         "special_tokens_neutralised": (without_tokens != in_prompt).any(axis=1),
         "decomposed_text_composed": texts.map(_is_decomposed).any(axis=1),
@@ -4704,11 +4705,14 @@ def _check_questions(split: str, frame: pd.DataFrame, fallbacks: Counter) -> Non
         fallbacks[f"{split}_{name}"] += int(rows.sum())
 
 
+FORMULA_BEGINNINGS = ("=", "+", "@", "\t", "\r", "'", "-")
+
+
 def _escape_formula(cell):
     """Text that a spreadsheet would run as a formula, behind a quotation mark; else the cell."""
-    if not isinstance(cell, str):
-        return cell
-    return re.sub(r"^([=+@\t\r'-])", r"'\1", cell)
+    if isinstance(cell, str) and cell.startswith(FORMULA_BEGINNINGS):
+        return f"'{cell}"
+    return cell
 
 
 def csv_text(frame: pd.DataFrame) -> str:
@@ -7064,6 +7068,7 @@ def known_answers(train: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
     [{'id': 't1', 'train_id': 'q1', 'answer': 'a', 'problem': ''}]
     """
     copies = _answered_copies(train)
+    test = test[test["pixel_hash"].isin(train["pixel_hash"])]  # of a large table a few rows
     choices_of_row = test[[*CHOICES]].map(comparable_text).to_numpy().tolist()
     rows = []
     for test_id, key, choices in zip(test["id"], _question_keys(test), choices_of_row, strict=True):

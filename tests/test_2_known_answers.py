@@ -159,3 +159,20 @@ def test_an_ensemble_of_runs_takes_known_answers_where_one_of_them_does(planted,
     assert "takes 1 of their answers" in answers.attrs["known_answers"]
     _, answers = vqa.ensemble_runs(folders[:1], tmp_path / "one")
     assert "does not take 1 of their answers" in answers.attrs["known_answers"]
+
+
+def test_texts_of_rows_with_other_images_are_not_compared(monkeypatch):
+    """Of a large table a few rows show an image that is in train, too."""
+    compared = []
+    comparable_text = vqa.comparable_text
+
+    def counted(text):
+        compared.append(text)
+        return comparable_text(text)
+
+    monkeypatch.setattr(vqa, "comparable_text", counted)
+    others = [{**TEST_ROW, "id": f"other {number}", "pixel_hash": "dog"} for number in range(50)]
+    test = pd.DataFrame([*others, TEST_ROW])
+    found = vqa.known_answers(pd.DataFrame([TRAIN_ROW]), test)
+    assert found.to_numpy().tolist() == [["t1", "q1", "b", ""]]
+    assert len(compared) < 20  # of the two equal rows, a few times
