@@ -11588,11 +11588,11 @@ def vision_cache_gain(session: Session, frame: pd.DataFrame, uses: int, passes: 
     taken; 1 where all have them. Each is used `uses` times, and the language model then
     does the work of `passes` forward passes.
     """
+    budget = pixel_budget(session.config, session.processor)
     uncached = []
-    for row in range(len(frame)):
-        prompt = make_prompt(session, frame, row, [(0, 1, 2, 3)])
-        if not session.vision_cache.has_all([prompt.image_key]):
-            uncached.append(prompt)
+    for row, digest in enumerate(frame["pixel_hash"]):
+        if not session.vision_cache.has_all([(digest, *budget)]):
+            uncached.append(make_prompt(session, frame, row, [(0, 1, 2, 3)]))
         if len(uncached) == 8:
             break
     if not uncached:
@@ -13635,13 +13635,16 @@ def step_costs(
     The unit is a prompt with one answer; an image that is so many times as large counts so many
     times. A row that has such views pays for its prefix again; one that has none costs 0.
     """
-    costs = np.zeros(len(frame))
-    for row, (_, record) in enumerate(frame.iterrows()):
+    shapes = frame[["type", "width", "height"]]  # all that the views of a row depend on
+    cost_of_shape = {}
+    for record in shapes.drop_duplicates().to_dict("records"):
+        cost = 0.0
         for group in group_views_by_prompt(session, record, views):
             answers = sum(view in added for view in group)
             if answers:
-                costs[row] += max(1.0, group[0].scale) * scoring_cost(1, answers)
-    return costs
+                cost += max(1.0, group[0].scale) * scoring_cost(1, answers)
+        cost_of_shape[tuple(record.values())] = cost
+    return np.array([cost_of_shape[shape] for shape in shapes.itertuples(index=False)])
 
 
 @dataclass(frozen=True)
@@ -22775,13 +22778,33 @@ def token_limit(config: Config, processor) -> int:
 
 def count_tokens(processor, texts: Sequence[str]) -> np.ndarray:
     """(texts,) tokens of each text."""
-    counts = []
-    for start in range(0, len(texts), TOKENISED_TOGETHER):
-        some_texts = list(texts[start : start + TOKENISED_TOGETHER])
-        # Without warnings: what is too long gets an error of its own.
-        encoded = processor.tokenizer(some_texts, verbose=False)
-        counts += [len(ids) for ids in encoded["input_ids"]]
-    return np.array(counts, dtype=int)
+    # Without warnings: what is too long gets an error of its own.
+    encoded = processor.tokenizer(list(texts), verbose=False)
+    return np.array([len(ids) for ids in encoded["input_ids"]], dtype=int)
+
+
+def text_token_counts(
+    config: Config, processor, frame: pd.DataFrame
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) tokens of each row's prompt without its image, and (n,) those of its choices alone.
+
+    The texts of TOKENISED_TOGETHER rows are made at once, and forgotten.
+    """
+    templates = prompt_templates(config)
+    text_counts = []
+    choice_counts = []
+    for start in range(0, len(frame), TOKENISED_TOGETHER):
+        prompts = []
+        choices = []
+        for record in frame.iloc[start : start + TOKENISED_TOGETHER].to_dict("records"):
+            context = shown_context(config, processor, record)
+            messages = build_messages(record, templates=templates, context=context)
+            prompt = render_prompt(processor, messages)
+            prompts.append(place_image_tokens(processor, prompt, count=0))
+            choices.append("\n".join(str(record[choice]) for choice in CHOICES))
+        text_counts.append(count_tokens(processor, prompts))
+        choice_counts.append(count_tokens(processor, choices))
+    return np.concatenate(text_counts), np.concatenate(choice_counts)
 
 
 def image_token_counts(processor, frame: pd.DataFrame, budget: tuple[int, int]) -> np.ndarray:
@@ -22803,23 +22826,13 @@ def prompt_lengths(config: Config, processor, competition: Competition) -> pd.Da
     views = all_views(config, processor)
     orders = sum(view.scale == 1 and not view.by_base_model for view in views)
     scale = max(view.scale for view in views)
-    templates = prompt_templates(config)
     parts = []
     for split, frame in {"train": competition.train, "test": competition.test}.items():
-        records = frame.to_dict("records")
-        prompts = []
-        choices = []
-        for record in records:
-            context = shown_context(config, processor, record)
-            messages = build_messages(record, templates=templates, context=context)
-            prompt = render_prompt(processor, messages)
-            prompts.append(place_image_tokens(processor, prompt, count=0))
-            choices.append("\n".join(str(record[choice]) for choice in CHOICES))
         image = image_token_counts(processor, frame, pixel_budget(config, processor))
         largest_budget = pixel_budget(config, processor, scale)
         largest_image = image_token_counts(processor, frame, largest_budget)
-        text = count_tokens(processor, prompts)
-        further_orders = (orders - 1) * count_tokens(processor, choices)
+        text, choices = text_token_counts(config, processor, frame)
+        further_orders = (orders - 1) * choices
         part = {
             "split": split,
             "row": np.arange(len(frame)),

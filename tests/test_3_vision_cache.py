@@ -6,6 +6,7 @@ Cached features give the numbers of the uncached path, and are computed once per
 import types
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -290,3 +291,21 @@ def test_a_filled_cache_is_logged_with_its_place_and_deleted_whole(
     config = replace(session.config, cache_dir=str(tmp_path / "features"))
     vqa.delete_vision_cache(config)
     assert list((tmp_path / "features").iterdir()) == []
+
+
+def test_only_prompts_of_images_without_features_are_made_for_the_gain(
+    session, demo_rows, monkeypatch
+):
+    """Of a large table whose images are nearly all known."""
+    frame = pd.concat([demo_rows.train.head(4)] * 50 + [demo_rows.train.tail(1)])
+    fill(session, demo_rows.train.head(4))
+    made = []
+    make_prompt = vqa.make_prompt
+
+    def counted(session, frame, row, orders):
+        made.append(row)
+        return make_prompt(session, frame, row, orders)
+
+    monkeypatch.setattr(vqa, "make_prompt", counted)
+    assert 0 < vqa.vision_cache_gain(session, frame, uses=10**6, passes=1) < 1
+    assert made == [200]

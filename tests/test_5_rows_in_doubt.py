@@ -463,3 +463,22 @@ def test_a_group_agrees_on_the_rows_in_doubt_even_where_one_process_gets_none(
     assert np.isfinite(logits[:, 0]).all()
     has_all_views = np.isfinite(logits[:, 1:4]).all(axis=(1, 2))
     assert has_all_views.sum() == 2  # one batch
+
+
+def test_a_steps_cost_is_computed_once_for_rows_of_one_type_and_size(
+    session, demo_rows, replace, monkeypatch
+):
+    session.config = replace(session.config, **SETTINGS)
+    rows = demo_rows.test[demo_rows.test["type"].isin(["ocr", "color"])].head(40)
+    views = [*ROTATIONS, vqa.TTAView("scale 0.5", scale=0.5)]
+    calls = []
+    group_views = vqa.group_views_by_prompt
+
+    def counted(*arguments):
+        calls.append(1)
+        return group_views(*arguments)
+
+    monkeypatch.setattr(vqa, "group_views_by_prompt", counted)
+    costs = vqa.step_costs(session, rows.assign(width=96, height=96), views, views[4:])
+    assert len(calls) == 2
+    assert np.array_equal(costs == 0, rows["type"] == "ocr")  # no text is made smaller

@@ -271,3 +271,19 @@ def test_preflight_tries_the_longest_row_and_names_it_where_that_fails(
     (note,) = caught.value.__notes__
     assert note.startswith("While the longest row was tried: ")
     assert f"{split}.csv, line 6, id {split}_0005: " in note
+
+
+def test_texts_of_many_rows_are_counted_a_few_at_a_time(processor, few_rows, monkeypatch):
+    expected = vqa.prompt_lengths(demo_config(), processor, few_rows)
+    monkeypatch.setattr(vqa, "TOKENISED_TOGETHER", 10)
+    together = []
+    count_tokens = vqa.count_tokens
+
+    def counted(processor, texts):
+        together.append(len(texts))
+        return count_tokens(processor, texts)
+
+    monkeypatch.setattr(vqa, "count_tokens", counted)
+    lengths = vqa.prompt_lengths(demo_config(), processor, few_rows)
+    assert lengths.equals(expected)
+    assert together == [10, 10, 10, 10, 4, 4] * 2  # prompts, then choices, of both tables
