@@ -2975,7 +2975,8 @@ class KeptResults:
         for batch in batches:
             progress(label, done, total)
             done += len(batch)
-            left = batch[~batch[key].isin(known)]
+            is_left = [name not in known for name in batch[key]]
+            left = batch[is_left]
             if len(left):
                 results = dict(zip(left[key], work(left), strict=True))
                 MetricLogger(self.path).log(**{self.name: results})

@@ -9,6 +9,7 @@ import logging
 import os
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from running import raising
@@ -131,3 +132,25 @@ def test_a_worker_whose_notebook_died_stops_at_the_next_safe_point(tmp_path):
         match="the end of the notebook's process in training; run again to continue",
     ):
         progress.update("training", 2, 3)
+
+
+def test_kept_results_are_looked_up_batch_by_batch_and_not_walked(tmp_path, monkeypatch):
+    """After a kill, with 100,000 results, every batch would walk them all."""
+
+    class Kept(dict):
+        def __iter__(self):
+            raise AssertionError("all results were walked")
+
+    kept = vqa.KeptResults(tmp_path / "texts.jsonl", "texts")
+    monkeypatch.setattr(vqa.KeptResults, "read", lambda _: Kept(x="read before"))
+    worked_on = []
+
+    def work(rows):
+        worked_on.extend(rows["name"])
+        return [name.upper() for name in rows["name"]]
+
+    batches = [pd.DataFrame({"name": [*"xy"]}), pd.DataFrame({"name": ["x"]})]
+    kept.fill(batches, "name", work, lambda *_: None, "reading")
+    assert worked_on == ["y"]
+    [record] = vqa.read_json_lines(kept.path)
+    assert record["texts"] == {"y": "Y"}
