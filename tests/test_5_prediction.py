@@ -1,8 +1,12 @@
 """Part 5, Prediction: every row's scores in all views, in original columns, in any batches."""
 
+import os
+import signal
+
 import numpy as np
 import pandas as pd
 import pytest
+from fault_run import FORK
 from references import perturb_adapter
 from running import ONE_VIEW, ROTATIONS, plain_prompts, quiet
 
@@ -236,3 +240,38 @@ def test_a_checkpoint_without_parts_is_not_continued(session, demo_rows, tmp_pat
     with caplog.at_level("WARNING", "vqa"):
         assert vqa.InferenceCheckpoint(path, "run", session.config).read() is None
     assert "without rows, batches" in caplog.text
+
+
+def predict_until_killed(session, frame, partial, batches):
+    """Score in a process of its own, which dies behind so many batches."""
+    score_batch = vqa.score_batch
+    left = iter(range(batches))
+
+    def killing(*arguments):
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return score_batch(*arguments)
+
+    vqa.score_batch = killing
+    vqa.predict_logits(session, frame, ONE_VIEW, checkpoint=partial)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batches", [2, 3, 5])
+def test_a_process_killed_in_any_part_leaves_what_it_had_scored(
+    session, demo_rows, tmp_path, replace, made_at_once, batches
+):
+    """Between two parts, in the second one, in the last one."""
+    session.config = replace(session.config, infer_batch_size=3, save_every_steps=1)
+    frame = demo_rows.test.head(12)
+    expected = vqa.predict_logits(session, frame, ONE_VIEW)
+    partial = vqa.InferenceCheckpoint(tmp_path / "partial.npz", "run", session.config)
+    process = FORK.Process(target=predict_until_killed, args=(session, frame, partial, batches))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    state = partial.read()
+    # A part has two batches; the first is fetched while the second one, which died, is under way.
+    assert state.batches + state.done == batches - batches % 2
+    continued = vqa.predict_logits(session, frame, ONE_VIEW, checkpoint=partial)
+    assert np.array_equal(continued, expected)
