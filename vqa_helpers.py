@@ -13460,7 +13460,7 @@ def predict_logits(
     session.model.eval()
     with torch.inference_mode():
         for number, part in enumerate(parts_of(frame)):
-            if number < state.rows // ROWS_PLANNED_TOGETHER:
+            if number * ROWS_PLANNED_TOGETHER < state.rows:
                 continue  # an earlier process has scored it
             if planned is None:
                 prompts = plan_prompts(session, part, views, scored_views)
