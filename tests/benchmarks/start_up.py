@@ -1,0 +1,360 @@
+"""From *Run all* to the first optimizer step: where the seconds go.
+
+    python tests/benchmarks/start_up.py                  # on a GPU: a random 8B in 4 bits
+    python tests/benchmarks/start_up.py --tiny           # the demo on this CPU
+    python tests/benchmarks/start_up.py --modules before/vqa_helpers.py vqa_helpers.py --repeats 3
+
+Runs the notebook's code cells up to training, with the module that is given, in fresh processes
+with nothing compiled or cached before, and stops at the first optimizer step. The model is on
+the disk and, where the system lets us, not in memory. Prints every mark as it comes, then a table
+of phases. The marks are lines of the run's own logs, stamped by this process as they appear
+(every 10 ms), and the times of its files; installing is not counted. With several modules these
+take turns.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOK = ROOT / "Kaggle_AllInOne.ipynb"
+POLL_SECONDS = 0.01
+LIMIT_SECONDS = 500  # that one start may take
+CELL_MARK = "@cell "  # begins a line of the notebook's process: a cell begins
+OVERRIDES = {"n_folds": 2, "train_folds": [0], "max_fallback_share": 0.5}  # of a real-size run
+
+
+# === The notebook's process =======================================================================
+def pretend_ipython() -> None:
+    """Where there is no IPython: what the cells import of it."""
+    display = types.ModuleType("IPython.display")
+    display.HTML = str
+    display.display = lambda *_: None
+    package = types.ModuleType("IPython")
+    package.get_ipython = lambda: None
+    package.display = display
+    sys.modules.update({"IPython": package, "IPython.display": display})
+
+
+def run_cells() -> None:
+    """Run the notebook's code cells up to training in this process, and say when each begins."""
+    try:
+        import IPython.display  # noqa: F401
+    except ImportError:
+        pretend_ipython()
+    names = {"__name__": "__main__"}
+    heading = ""
+    for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code":
+            title = re.search(r"^## (.+?) ·", source, re.M)
+            heading = title[1] if title else heading
+            continue
+        first = next(line for line in source.splitlines() if re.match(r"[^#%\s]", line))
+        sys.stdout.write(f"{CELL_MARK}{heading}: {first[:40]}\n")
+        sys.stdout.flush()
+        plain = "\n".join(line for line in source.splitlines() if not line.startswith("%"))
+        exec(compile(plain, heading, "exec"), names)
+        if "run_folds" in source:
+            return
+
+
+# === Marks ========================================================================================
+@dataclass(frozen=True)
+class Mark:
+    """A line that somebody wrote, or a file that appeared."""
+
+    time: float  # seconds since 1970
+    source: str  # notebook, preflight, zeroshot, train
+    text: str
+
+
+# What a line ends, by the first pattern that it matches; each counts once for each source.
+PHASES = (
+    (r"Libraries imported", "imports of torch, transformers and others"),
+    (r"Preflight's rows|Trying .* rows", "tables read and prompts counted"),
+    (r"Memory: ", "memory computed from shapes"),
+    (r"Decision: precision", "process started, first imports"),
+    (r"Decision: .*(pixel|tile)", "processor loaded"),
+    (r"Decision: chat template", "chat template checked"),
+    (r"model loaded: ", "model loaded and quantised"),
+    (r"Decision: vision cache", "decision on the vision cache"),
+    (r"Vision features: first", "vision cache, first batch"),
+    (r"Vision cache: ", "vision cache, all images"),
+    (r"Trying the longest row", "vision cache, scoring, adapter"),
+    (r" INFO zeroshot: ", "zero-shot scored"),
+    (r"Decision: torch.compile", "adapter attached (LoRA)"),
+    (r"Costs of a pass", "passes that compile and measure"),
+    (r"MemoryPlan\(", "first plan tried"),
+    (r"Decision: of \d+ questions", "other plans tried"),
+    (r"@first step", "prompts and first optimizer step"),
+)
+
+
+def phase_of(text: str) -> str:
+    """The phase that a line ends; "" for any other line."""
+    for pattern, phase in PHASES:
+        if re.search(pattern, text):
+            return phase
+    return ""
+
+
+@dataclass
+class Watch:
+    """Reads the logs of a start while they grow."""
+
+    folder: Path  # everything that the start writes
+    started: float
+    marks: list[Mark] = field(default_factory=list)
+    read: dict[Path, int] = field(default_factory=dict)  # file -> bytes that were read
+    source: str = "notebook"  # whose turn it is, by the notebook's cell
+
+    def add(self, source: str, text: str, when: float | None = None) -> None:
+        """Keep a mark and print it."""
+        mark = Mark(when or time.time(), source, text)
+        self.marks.append(mark)
+        shown = text[:110]
+        sys.stdout.write(f"  {mark.time - self.started:7.2f}  {source:9}  {shown}\n")
+        sys.stdout.flush()
+
+    def new_lines(self, path: Path) -> Iterator[str]:
+        """The whole lines that were added to a file since the last look."""
+        size = path.stat().st_size
+        before = self.read.get(path, 0)
+        if size <= before:
+            return
+        with path.open("rb") as file:
+            file.seek(before)
+            content = file.read(size - before)
+        end = content.rfind(b"\n") + 1
+        self.read[path] = before + end
+        yield from content[:end].decode("utf-8", "replace").splitlines()
+
+    def look(self) -> bool:
+        """Read what is new; whether the first optimizer step is done."""
+        for line in self.new_lines(self.folder / "notebook.log"):
+            if line.startswith(CELL_MARK):
+                text = line.removeprefix(CELL_MARK)
+                for name in ("preflight", "zeroshot", "run_folds"):
+                    if name in text:
+                        self.source = {"run_folds": "train"}.get(name, name)
+                        break
+                else:
+                    self.source = "notebook"
+                self.add("notebook", f"{CELL_MARK}{text}")
+        logs = [*self.folder.glob("tmp/*/output"), *self.folder.glob("runs/run/worker_0.log")]
+        for path in logs:
+            for line in self.new_lines(path):
+                if phase_of(line):
+                    self.add(self.source, line)
+        for path in self.folder.glob("runs/run/fold_*/metrics.jsonl"):
+            if path.stat().st_size:
+                self.add("train", "@first step")
+                return True
+        return False
+
+
+# === One start ====================================================================================
+def forget_files(folder: Path) -> None:
+    """Let the system drop a folder's files from memory, as after a restart (Linux)."""
+    for path in folder.rglob("*"):
+        if path.is_file() and hasattr(os, "posix_fadvise"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def end_all(process: subprocess.Popen) -> None:
+    """End a process and those that it has started."""
+    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(True))]
+    for pid in family:
+        if psutil.pid_exists(pid):
+            psutil.Process(pid).kill()
+    process.wait()
+
+
+def environment_of(folder: Path, module: Path, options: argparse.Namespace) -> dict[str, str]:
+    """The environment variables of a start: no cache but those in `folder`."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(folder / "code"),
+        "VQA_MODEL": str(options.model),
+        "VQA_DATA_DIR": str(options.data),
+        "VQA_OUTPUT_DIR": str(folder / "runs"),
+        "VQA_PRESET": options.preset,
+        "VQA_RUN_NAME": "run",
+        "VQA_OVERRIDES": json.dumps({} if options.tiny else OVERRIDES),
+        "TMPDIR": str(folder / "tmp"),  # vision cache, compiled kernels, preflight's files
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "tmp/inductor"),
+        "TRITON_CACHE_DIR": str(folder / "tmp/triton"),
+    }
+
+
+def measure_start(module: Path, options: argparse.Namespace) -> list[Mark]:
+    """The marks of one start with that module, until the first optimizer step."""
+    folder = Path(tempfile.mkdtemp(dir=options.place))
+    (folder / "tmp").mkdir()
+    (folder / "code").mkdir()  # the notebook takes the module of its working folder
+    shutil.copy(module, folder / "code/vqa_helpers.py")
+    (folder / "code/data").symlink_to(ROOT / "data")
+    forget_files(Path(options.model))
+    with (folder / "notebook.log").open("wb") as log:
+        watch = Watch(folder, time.time())
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--cells"],
+            stdout=log,
+            stderr=log,
+            cwd=folder / "code",
+            env=environment_of(folder, module, options),
+        )
+    try:
+        while not watch.look():
+            if process.poll() is not None:
+                sys.stdout.write((folder / "notebook.log").read_text("utf-8", "replace")[-5000:])
+                raise RuntimeError(f"the notebook's process ended, status {process.returncode}")
+            if time.time() - watch.started > LIMIT_SECONDS:
+                raise TimeoutError(f"no optimizer step in {LIMIT_SECONDS} s")
+            time.sleep(POLL_SECONDS)
+    finally:
+        end_all(process)
+    shutil.rmtree(folder)
+    return [Mark(watch.started, "notebook", "start"), *watch.marks]
+
+
+# === Table ========================================================================================
+def phases_of_start(marks: Sequence[Mark]) -> dict[str, float]:
+    """Phase -> seconds. A phase lasts from the mark before it to its own."""
+    seconds = {}
+    cell = "Python"
+    before = marks[0].time
+    seen = set()
+    for mark in marks[1:]:
+        if mark.text.startswith(CELL_MARK):
+            name = f"notebook: {cell}"
+            cell = mark.text.removeprefix(CELL_MARK)
+        else:
+            name = f"{mark.source}: {phase_of(mark.text)}"
+            if name in seen:  # later ones of a kind belong to what follows
+                continue
+            seen.add(name)
+        seconds[name] = seconds.get(name, 0.0) + mark.time - before
+        before = mark.time
+    in_all = marks[-1].time - marks[0].time
+    short = [name for name in seconds if name.startswith("notebook") and seconds[name] < 0.1]
+    others = sum(seconds.pop(name) for name in short)
+    return {**seconds, "notebook: other cells": others, "from start to the first step": in_all}
+
+
+def print_table(starts: dict[str, list[dict[str, float]]]) -> None:
+    """The median of each phase for each module, and the ratio of the totals."""
+    columns = {name: pd.DataFrame(rows).median() for name, rows in starts.items()}
+    order = {}  # of the phases, as they come
+    for rows in starts.values():
+        for phases in rows:
+            order.update(dict.fromkeys(phases))
+    table = pd.DataFrame(columns).reindex(order)
+    last = "from start to the first step"
+    table = pd.concat([table.drop(index=last), table.loc[[last]]])
+    sys.stdout.write("| phase | " + " | ".join(table) + " |\n")
+    sys.stdout.write("|---" * (len(table.columns) + 1) + "|\n")
+    for phase, row in table.iterrows():
+        cells = ["" if pd.isna(value) else f"{value:.2f}" for value in row]
+        sys.stdout.write(f"| {phase} | " + " | ".join(cells) + " |\n")
+    for name, rows in starts.items():
+        totals = [round(phases[last], 2) for phases in rows]
+        sys.stdout.write(f"{name}: {totals} s\n")
+    if len(columns) > 1:
+        first, *_, final = columns
+        ratio = columns[final][last] / columns[first][last]
+        sys.stdout.write(f"ratio of {final} to {first}: {ratio:.2f}\n")
+
+
+# === Command line =================================================================================
+BUILD = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests", {root!r} + "/tests/benchmarks"]
+import dataclasses, pathlib
+import bench_gpu, rehearsal
+place = pathlib.Path({place!r})
+def shapes(token):
+    config = bench_gpu.qwen3_8b(token)
+    config.text_config.num_hidden_layers = {layers}
+    return config
+bench_gpu.build(dataclasses.replace(bench_gpu.SIZES["8b"], make_config=shapes), place)
+rehearsal.enlarge_demo(place / "data", rows={rows}, pixels=512, test_rows=64)
+"""
+
+
+def build(options: argparse.Namespace) -> None:
+    """Model and data of a real-size run, made by a process of its own."""
+    values = {
+        "root": str(ROOT),
+        "place": str(options.place),
+        "layers": options.layers,
+        "rows": options.rows,
+    }
+    begin = time.time()
+    subprocess.run([sys.executable, "-c", BUILD.format(**values)], check=True)
+    sys.stdout.write(f"model and images made in {time.time() - begin:.0f} s\n")
+    options.model = options.place / "model"
+    options.data = options.place / "data"
+    options.preset = "gpu_24gb"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Options of the command line, and where the run finds its model and data."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="the demo on this CPU")
+    parser.add_argument(
+        "--modules",
+        nargs="+",
+        type=Path,
+        default=[ROOT / "vqa_helpers.py"],
+        help="files of vqa_helpers to be compared, the older one first",
+    )
+    parser.add_argument("--repeats", type=int, default=1, help="starts of each module")
+    parser.add_argument("--layers", type=int, default=36, help="of the 8B")
+    parser.add_argument("--rows", type=int, default=256, help="training rows of a real-size run")
+    parser.add_argument("--place", type=Path, help="folder for model and runs")
+    parser.add_argument("--cells", action="store_true", help="be the notebook's process")
+    options = parser.parse_args()
+    options.data = ROOT / "data"
+    options.model = options.data / "tiny_qwen3_vl"
+    options.preset = "demo"
+    return options
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.cells:
+        run_cells()
+        return
+    options.place = Path(options.place or tempfile.mkdtemp())
+    if not options.tiny:
+        build(options)
+    starts = {}
+    for repeat in range(options.repeats):
+        for number, module in enumerate(options.modules):
+            name = f"{number + 1}: {module.parent.name}/{module.name}"
+            sys.stdout.write(f"start {repeat + 1} of {name}\n")
+            marks = measure_start(module, options)
+            starts.setdefault(name, []).append(phases_of_start(marks))
+            print_table({name: starts[name][-1:]})
+    print_table(starts)
+
+
+if __name__ == "__main__":
+    main()
