@@ -63,6 +63,7 @@ above it.
    Gated delta rule                    what Qwen3.5's recurrent layers compute, in chunks
    Recurrent layers                    choice orders go on from the state of their common prefix
    Recurrent kernels                   where flash-linear-attention is used, and whether it works
+   Kept model                          a loaded model, for the next command of its process
    Session                             what a worker loads once
    Batches                             tokenised questions, padded together
    Scores and loss                     a batch's scores of the four letters, and the loss on them
@@ -124,6 +125,7 @@ above it.
    Stages                              zero-shot, prediction, scoring by the base model
    Running stages                      what is missing of folds, in the time that is left
    Devices and jobs                    which device takes which folds, round by round
+   Process that stays                  one for preflight, zero-shot and the first training
    Workers                             processes on devices; `run_zeroshot` and `run_folds`
    Processes beside a run              one that works on a prepared folder, and how it ends
    Transcripts                         what the base model reads in the images, as context
@@ -9539,6 +9541,71 @@ def use_recurrent_layers(model, are_chosen: bool, why: str) -> None:
         setattr(mixer, place, functools.partial(recurrent_forward, mixer, own_forward, rule))
 
 
+# === Kept model ===================================================================================
+# Settings that say where files lie; a model that was loaded under others is the same.
+PLACE_SETTINGS = ("output_dir", "run_name", "cache_dir")
+# What `use_fast_layers` replaces in a decoder layer, where it is the layer's own.
+_LAYER_FORWARDS = ("forward", "_old_forward")
+
+
+def settings_without_places(config: Config) -> dict:
+    """All settings but `PLACE_SETTINGS`, by name.
+
+    >>> first = Config.preset("demo", run_name="first")
+    >>> second = Config.preset("demo", run_name="second")
+    >>> settings_without_places(first) == settings_without_places(second)
+    True
+    """
+    settings = dataclasses.asdict(config)
+    return {name: value for name, value in settings.items() if name not in PLACE_SETTINGS}
+
+
+@dataclass
+class KeptModel:
+    """The base model of this process between two of its commands, see `main`."""
+
+    is_wanted: bool = False  # whether a further command may need the model; set by `main`
+    settings: dict | None = None  # that it was loaded with
+    model: object = None
+    device: object = None  # where it computes
+    # Of each decoder layer what `_LAYER_FORWARDS` names, as it was after loading.
+    forwards: Sequence[dict] = ()
+
+    def keep(self, config: Config, model) -> None:
+        """Keep a model that was just loaded, where it is wanted."""
+        if not self.is_wanted:
+            return
+        self.settings = settings_without_places(config)
+        self.model = model
+        self.device = model.device
+        self.forwards = []
+        for layer in model.model.language_model.layers:
+            own = {name: vars(layer)[name] for name in _LAYER_FORWARDS if name in vars(layer)}
+            self.forwards.append(own)
+
+    def take(self, config: Config):
+        """The model as it was after loading, where it was loaded with these settings; else None.
+
+        It stays here only where it is wanted once more: one that is not takes memory.
+        """
+        model = self.model
+        is_same = self.settings == settings_without_places(config)
+        if not (is_same and self.is_wanted):
+            self.model = self.settings = None
+        if model is None or not is_same:
+            return None
+        for layer, own in zip(model.model.language_model.layers, self.forwards, strict=True):
+            for name in _LAYER_FORWARDS:
+                vars(layer).pop(name, None)
+            vars(layer).update(own)
+        vision_tower(model).to(self.device)  # it rests on the CPU where features are cached
+        LOGGER.info("Decision: the model that this process has loaded before is used again")
+        return model.requires_grad_(False).eval()
+
+
+KEPT_MODEL = KeptModel()
+
+
 # === Session ======================================================================================
 @dataclass
 class Session:
@@ -9630,6 +9697,18 @@ def _check_processor(config: Config, processor, model) -> None:
         )
 
 
+def _load_session_model(config: Config, runtime: Runtime):
+    """The base model, with what a session replaces in it."""
+    has_kernels, why_kernels = decide_recurrent_kernels(runtime.gpus, config.strict_determinism)
+    if not has_kernels:
+        hide_recurrent_kernels()
+    model = load_model(config, runtime)
+    remove_gpu_syncs(model)
+    if FAMILIES[model.config.model_type].recurrent_mixer:
+        use_recurrent_layers(model, has_kernels, why_kernels)
+    return model
+
+
 def open_session(config: Config, example: Mapping) -> Session:
     """A session with processor and model loaded and every decision logged with its reason.
 
@@ -9648,15 +9727,12 @@ def open_session(config: Config, example: Mapping) -> Session:
         'Decision: chat template %s: "prompt + letter" then begins the answered conversation',
         options_as_text(template_options(processor)),
     )
-    has_kernels, why_kernels = decide_recurrent_kernels(runtime.gpus, config.strict_determinism)
-    if not has_kernels:
-        hide_recurrent_kernels()
     with track_peak_memory("model loaded"):
-        model = load_model(config, runtime)
+        model = KEPT_MODEL.take(config)
+        if model is None:
+            model = _load_session_model(config, runtime)
+            KEPT_MODEL.keep(config, model)
     _check_processor(config, processor, model)
-    remove_gpu_syncs(model)
-    if FAMILIES[model.config.model_type].recurrent_mixer:
-        use_recurrent_layers(model, has_kernels, why_kernels)
     device = model.device
     vision_cache = VisionCache(model, processor, config.cache_dir)
 
@@ -21432,6 +21508,150 @@ def launches_of_stages(rounds: Sequence[list[WorkerJob]], stages: Sequence[str])
     return [Launch(jobs, [stage]) for stage in stages for jobs in rounds]
 
 
+# === Process that stays ===========================================================================
+# Preflight, zero-shot and the first training of a run take the same libraries and the same model
+# on the same device. One process does all three: after a command that went well it waits for the
+# next one, with the model still loaded. It ends with the notebook's process.
+BEGUN = b"begun\n"  # what that process answers to a command
+DONE = b"done\n"  # and when it waits for the next one
+ANSWER_SECONDS = 10  # in which it has to take a command
+# What libraries that the notebook imports set for processes that they start.
+HARMLESS_VARIABLES = ("KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK")
+
+
+@dataclass
+class StayingProcess:
+    """A process of this file that may do another command. As subprocess.Popen for each of them."""
+
+    process: subprocess.Popen
+    channel: socket.socket  # to its standard input
+    settings: dict  # of the run whose model it has, without places
+    environment: Mapping[str, str]  # that it was started with
+    status: int | None = None  # of its command; None while it works
+
+    def poll(self) -> int | None:
+        """Exit status of its command, 0 where it waits for the next one; None while it works."""
+        if self.status is None:
+            self.status = self.process.poll()
+        if self.status is None:
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                self.channel.setblocking(False)
+                if self.channel.recv(len(DONE)) == DONE:
+                    self.status = 0
+        return self.status
+
+    def wait(self, timeout: float = math.inf) -> int:
+        """That status, as soon as it is there; TimeoutExpired after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.process.args, timeout)
+            time.sleep(0.02)
+        return self.status
+
+    def terminate(self) -> None:
+        """Ask it to end, unless its command is done."""
+        if self.poll() is None:
+            self.process.terminate()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.process.kill()
+        self.process.wait()
+        self.channel.close()
+
+    def why_not(self, config: Config, environment: Mapping[str, str]) -> str:
+        """Why it cannot do a command with these settings and variables; "" where it can."""
+        if self.poll() != 0 or self.process.poll() is not None:
+            return "it has ended"
+        if self.settings != settings_without_places(config):
+            return "it has loaded its model for other settings"
+        names = self.environment.keys() | environment.keys()
+        for name in sorted(names - set(HARMLESS_VARIABLES)):
+            if self.environment.get(name) != environment.get(name):
+                return f"the environment variable {name} is another"
+        return ""
+
+    def take(self, command: Mapping) -> bool:
+        """Give it a command, see `next_command`; whether it has begun."""
+        try:
+            self.channel.settimeout(ANSWER_SECONDS)
+            self.channel.sendall(json.dumps(command).encode() + b"\n")
+            has_begun = self.channel.recv(len(BEGUN)) == BEGUN
+        except OSError:  # it is dead, or hangs
+            has_begun = False
+        self.status = None
+        return has_begun
+
+
+def device_environment(device: str | None) -> dict[str, str]:
+    """Environment variables of a process on a device: GPUs ("0", "0,1"), a core, or None."""
+    environment = {
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # batches differ in size
+        **os.environ,
+    }
+    if device == CPU_CORE:
+        # A second thread gains nothing on a small model, and waits for its core by spinning.
+        environment["OMP_NUM_THREADS"] = "1"
+    elif device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(device)
+        environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # nvidia-smi's numbers
+    return environment
+
+
+STAYING: list[StayingProcess] = []  # at most one: what this process has started
+
+
+def end_staying_process() -> None:
+    """End the process that waits with a model in its memory, if there is one."""
+    while STAYING:
+        STAYING.pop().kill()
+
+
+def start_process(
+    arguments: Sequence[str],
+    output: Path,
+    errors: Path,
+    config: Config,
+    environment: Mapping[str, str],
+    stays: bool = False,
+) -> subprocess.Popen | StayingProcess:
+    """A process of this file that does the command `arguments`; its output is added to two files.
+
+    The one that has stayed does it where it has the model for `config` on that device; else it
+    ends. With `stays` the process waits for a further command afterwards.
+    """
+    stays = stays and os.name == "posix"  # elsewhere no socket is a standard input
+    arguments = [*arguments, "--stay"] if stays else [*arguments]
+    if STAYING:
+        staying = STAYING[0]
+        problem = staying.why_not(config, environment)
+        command = {"arguments": arguments, "output": str(output), "errors": str(errors)}
+        if not problem and staying.take(command):
+            LOGGER.info("Decision: the process that has the model loaded goes on with it")
+            if stays:
+                return staying
+            STAYING.clear()
+            return staying.process
+        LOGGER.info("Decision: a new process loads the model: %s", problem or "no answer")
+    end_staying_process()
+    ours, theirs = socket.socketpair() if stays else (None, None)
+    with output.open("ab") as out, errors.open("ab") as err:
+        process = subprocess.Popen(
+            [sys.executable, __file__, *arguments],
+            stdin=theirs,
+            stdout=out,
+            stderr=err,
+            env=environment,
+        )
+    if not stays:
+        return process
+    theirs.close()
+    staying = StayingProcess(process, ours, settings_without_places(config), environment)
+    STAYING.append(staying)
+    return staying
+
+
 # === Workers ======================================================================================
 WAIT_POLL_SECONDS = 0.1  # between two looks of a worker that waits for others
 GROUP_GRACE_SECONDS = 5  # between the end of one process of a group and that of the others
@@ -21464,21 +21684,6 @@ def log_tail(text: str, lines: int = 25) -> str:
         text = re.sub(pattern, "", text, flags=re.MULTILINE)
     kept = [line for line in text.splitlines() if line.strip()]
     return "\n".join(kept[-lines:])
-
-
-def device_environment(device: str | None) -> dict[str, str]:
-    """Environment variables of a process on a device: GPUs ("0", "0,1"), a core, or None."""
-    environment = {
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # batches differ in size
-        **os.environ,
-    }
-    if device == CPU_CORE:
-        # A second thread gains nothing on a small model, and waits for its core by spinning.
-        environment["OMP_NUM_THREADS"] = "1"
-    elif device is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = str(device)
-        environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # nvidia-smi's numbers
-    return environment
 
 
 def process_group_environments(devices: Sequence[str | None]) -> list[dict[str, str]]:
@@ -21561,6 +21766,15 @@ def _end_broken_groups(
     return is_running
 
 
+def _wait_for_an_end(groups: Sequence[Sequence[subprocess.Popen]]) -> None:
+    """Return when a process has ended that was running, after a second at the latest."""
+    processes = list(itertools.chain.from_iterable(groups))
+    running = [process for process in processes if process.poll() is None]
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline and all(process.poll() is None for process in running):
+        time.sleep(0.02)
+
+
 def _show_progress(
     run: Run,
     groups: Sequence[Sequence[subprocess.Popen]],
@@ -21582,7 +21796,7 @@ def _show_progress(
         _let_waiting_workers_go_on(run, list(itertools.chain.from_iterable(groups)))
         live_text.show(progress_lines(paths, downloads, time.monotonic() - started))
         if is_running:
-            time.sleep(1)
+            _wait_for_an_end(groups)
 
 
 def progress_lines(
@@ -21615,7 +21829,8 @@ def watch_process(process: subprocess.Popen, name: str, progress: Path, config: 
         while process.poll() is None:
             elapsed = time.monotonic() - started
             live_text.show(progress_lines({name: progress}, downloads, elapsed))
-            time.sleep(PROCESS_POLL_SECONDS)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PROCESS_POLL_SECONDS)
     finally:  # reached by a KeyboardInterrupt, too
         process.terminate()
         status = process.wait()
@@ -21634,7 +21849,7 @@ def _start_worker(
 
     With `waits` it predicts when all workers are ready to, see `wait_for_other_workers`.
     """
-    command = [sys.executable, __file__, "worker"]
+    command = ["worker"]
     command += ["--run", str(run.directory)]
     command += ["--name", str(number)]
     command += ["--folds", ",".join(map(str, folds))]
@@ -21644,8 +21859,9 @@ def _start_worker(
         command.append("--wait")
     _progress_path(run, number).unlink(missing_ok=True)
     _waiting_path(run.directory, str(number)).unlink(missing_ok=True)
-    with _worker_log(run, number).open("ab") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    log = _worker_log(run, number)
+    stays = list(stages) == ["zeroshot"]  # training comes next
+    return start_process(command, log, log, run.config, environment, stays)
 
 
 def _worker_log(run: Run, number: int) -> Path:
@@ -21841,6 +22057,7 @@ def run_side_process(
     arguments += ["--folder", str(folder)]
     arguments += ["--parent", str(os.getpid())]
     progress.unlink(missing_ok=True)
+    end_staying_process()  # its model takes the memory
     with log.open("ab") as file:
         environment = device_environment(device)
         process = subprocess.Popen(arguments, stdout=file, stderr=file, env=environment)
@@ -23578,11 +23795,13 @@ def preflight(
     rows: int = 64,
     started: float | None = None,
     progress: Callable = lambda *_, **__: None,
+    devices: Sequence[str | None] | None = None,
 ) -> dict:
     """Try everything once on `rows` training rows, and on the longest of all, before hours.
 
     Returns the facts learned, for a table. `started`: time.time() at the start of this process,
-    from which a worker's start is estimated; None: now. `progress` is as in `Session`. Raises
+    from which a worker's start is estimated; None: now. `progress` is as in `Session`, `devices`
+    are those of the run; None: those that this process sees. Raises
     DataError for rows that are too long, FloatingPointError for gradients that are not finite,
     and whatever loading the data and the model raises.
     """
@@ -23590,8 +23809,10 @@ def preflight(
     check_score_model(config)
     processor = load_processor(config)
     looked = time.time()
+    LOGGER.info("Libraries and processor: %.1f s after the start", looked - started)
     trial = draw_trial_rows(config, processor, rows)
     looking_seconds = time.time() - looked  # a worker reads tables that are checked already
+    LOGGER.info("Tables, and tokens of all rows: %.1f s", looking_seconds)
     memory = forecast_memory(config, trial)
     session = open_trial_session(config, trial.sample.iloc[0], memory)
     session.progress = progress
@@ -23603,7 +23824,7 @@ def preflight(
         config=config,
         seconds=result.seconds,
         size=job_size(config, trial.competition, trial.lengths, memory.is_rescored, scores_base),
-        devices=worker_devices(config),
+        devices=devices or worker_devices(config),
     )
     return {
         **trial_facts(session, trial, result, memory),
@@ -23720,12 +23941,13 @@ def run_preflight(config: Config) -> dict:
     what `require_machine` raises.
     """
     require_machine(config)
-    settings = json.dumps(dataclasses.asdict(config))
-    environment = None  # this process's own
-    if worker_devices(config)[0] == CPU_CORE:
-        environment = device_environment(CPU_CORE)  # timed on what a worker has
+    devices = worker_devices(config)
+    command = ["preflight"]
+    command += ["--config", json.dumps(dataclasses.asdict(config))]
+    command += ["--devices", json.dumps(devices)]
+    environment = device_environment(devices[0])  # timed on what a worker has
     with tempfile.TemporaryDirectory() as place:
-        status, facts, said = _watch_preflight(config, settings, environment, Path(place))
+        status, facts, said = _watch_preflight(config, command, environment, Path(place))
     if status != 0:
         end = exit_in_words(status)
         raise RuntimeError(f"Preflight failed: its process {end}.\n{log_tail(facts + said)}")
@@ -23734,8 +23956,8 @@ def run_preflight(config: Config) -> dict:
 
 def _watch_preflight(
     config: Config,
-    settings: str,
-    environment: Mapping[str, str] | None,
+    command: Sequence[str],
+    environment: Mapping[str, str],
     place: Path,
 ) -> tuple[int, str, str]:
     """Run the process of `run_preflight` in `place` and show how far it is.
@@ -23743,13 +23965,11 @@ def _watch_preflight(
     Returns its exit status, and what it wrote to its output and to its error output.
     """
     progress = place / "progress.json"
-    command = [sys.executable, __file__, "preflight"]
-    command += ["--config", settings]
-    command += ["--progress", str(progress)]
     output = place / "output"
     errors = place / "errors"
-    with output.open("wb") as out, errors.open("wb") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
+    end_staying_process()  # the start of a process is timed, too
+    command = [*command, "--progress", str(progress)]
+    process = start_process(command, output, errors, config, environment, stays=True)
     status = watch_process(process, "preflight", progress, config)
     return status, output.read_text("utf-8", "replace"), errors.read_text("utf-8", "replace")
 
@@ -23879,6 +24099,13 @@ def command_parser() -> argparse.ArgumentParser:
         help="JSON object of config fields; default: preset auto and the VQA_ variables",
     )
     check.add_argument("--progress", help="JSON file that gets what is being tried")
+    check.add_argument("--devices", help="JSON list of the run's devices; default: those seen here")
+    for command in (worker, check):
+        command.add_argument(
+            "--stay",
+            action="store_true",
+            help="wait for a further command afterwards, from who started this process",
+        )
     commands.add_parser("settings", help="list every setting and preset")
     return parser
 
@@ -23889,6 +24116,8 @@ def preflight_command(options: argparse.Namespace) -> None:
     setup_logging(".", config.log_level, to_file=False)
     leave_out_what_is_not_needed(config)
     tried = {"started": psutil.Process().create_time()}
+    if options.devices:
+        tried["devices"] = json.loads(options.devices)
     if options.progress:
         tried["progress"] = ProgressFile(Path(options.progress)).update
     with tempfile.TemporaryDirectory() as folder:  # no features of few rows in the run's cache
@@ -23932,9 +24161,43 @@ def side_command(options: argparse.Namespace, fill: Callable) -> None:
         sys.exit(INTERRUPTED)
 
 
-def main() -> None:
-    """Command line: `worker`, `transcribe`, `align`, `preflight` and `settings`."""
-    options = command_parser().parse_args()
+def next_command() -> list[str] | None:
+    """Wait for the arguments of this process's next command; None where none will come.
+
+    Over the socket that is its standard input: see `StayingProcess`. From here on its output goes
+    to the files that the command names.
+    """
+    parent = os.getppid()
+    clear_memory()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is meant for another cell
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with socket.socket(fileno=os.dup(0)) as channel:
+        channel.settimeout(1)
+        channel.sendall(DONE)
+        message = b""
+        while not message.endswith(b"\n"):
+            try:
+                part = channel.recv(2**16)
+            except TimeoutError:
+                if os.getppid() != parent:
+                    return None
+                continue
+            if not part:
+                return None
+            message += part
+        command = json.loads(message)
+        for number, name in ((1, "output"), (2, "errors")):
+            with open(command[name], "ab") as file:
+                os.dup2(file.fileno(), number)
+        channel.sendall(BEGUN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return command["arguments"]
+
+
+def do_command(options: argparse.Namespace) -> None:
+    """Do what the command line says."""
     if options.command == "worker":
         worker_command(options)
     elif options.command == "transcribe":
@@ -23945,6 +24208,19 @@ def main() -> None:
         preflight_command(options)
     else:
         sys.stdout.write(settings_text())
+
+
+def main() -> None:
+    """Command line: `worker`, `transcribe`, `align`, `preflight` and `settings`.
+
+    With --stay another command may follow, until who started this process ends.
+    """
+    arguments = sys.argv[1:]
+    while arguments is not None:
+        options = command_parser().parse_args(arguments)
+        KEPT_MODEL.is_wanted = getattr(options, "stay", False)
+        do_command(options)
+        arguments = next_command() if KEPT_MODEL.is_wanted else None
 
 
 __all__ = [

@@ -84,21 +84,19 @@ class Mark:
 
 # What a line ends, by the first pattern that it matches; each counts once for each source.
 PHASES = (
-    (r"Libraries imported", "imports of torch, transformers and others"),
-    (r"Preflight's rows|Trying .* rows", "tables read and prompts counted"),
+    (r"Libraries and processor: ", "process, imports, processor"),
+    (r"Tables, and tokens", "tables and images read, tokens counted"),
     (r"Memory: ", "memory computed from shapes"),
-    (r"Decision: precision", "process started, first imports"),
-    (r"Decision: .*(pixel|tile)", "processor loaded"),
+    (r"Decision: precision", "process and first imports"),
+    (r"Decision: .*(pixel|tile)", "other imports, processor"),
     (r"Decision: chat template", "chat template checked"),
     (r"model loaded: ", "model loaded and quantised"),
     (r"Decision: vision cache", "decision on the vision cache"),
-    (r"Vision features: first", "vision cache, first batch"),
     (r"Vision cache: ", "vision cache, all images"),
     (r"Trying the longest row", "vision cache, scoring, adapter"),
     (r" INFO zeroshot: ", "zero-shot scored"),
     (r"Decision: torch.compile", "adapter attached (LoRA)"),
-    (r"Costs of a pass", "passes that compile and measure"),
-    (r"MemoryPlan\(", "first plan tried"),
+    (r"MemoryPlan\(", "first passes, compiling, first plan tried"),
     (r"Decision: of \d+ questions", "other plans tried"),
     (r"@first step", "prompts and first optimizer step"),
 )

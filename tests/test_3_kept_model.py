@@ -1,0 +1,57 @@
+"""Part 3, Kept model: a model that is used again scores as one that was just loaded."""
+
+import numpy as np
+import pytest
+from running import ONE_VIEW
+
+import vqa_helpers as vqa
+
+
+@pytest.fixture
+def keeping(monkeypatch):
+    """This process as one that will do another command."""
+    kept = vqa.KeptModel(is_wanted=True)
+    monkeypatch.setattr(vqa, "KEPT_MODEL", kept)
+    return kept
+
+
+def change_the_model(session):
+    """What training does to a base model, and leaves."""
+    adapted = vqa.attach_lora(session.model, session.config, seed=1)
+    vqa.use_fast_layers(session, adapted, 4)
+    adapted.train()
+    adapted.unload()
+    session.vision_cache.offload_tower()
+
+
+def test_a_kept_model_is_as_after_loading_until_it_is_not_wanted(keeping, demo_rows):
+    config = vqa.Config.preset("demo", run_name="first")
+    rows = demo_rows.train.head(4)
+    example = demo_rows.train.iloc[0]
+    first = vqa.open_session(config, example)
+    fresh = vqa.predict_logits(first, rows, ONE_VIEW, "fresh")
+    layers = first.decoder_layers
+    assert "forward" not in vars(layers[0])
+    change_the_model(first)
+    assert "forward" in vars(layers[0])
+
+    second = vqa.open_session(vqa.Config.preset("demo", run_name="second"), example)
+    assert second.model is first.model
+    assert "forward" not in vars(layers[0])
+    assert not second.model.training
+    assert not vqa.trainable_parameters(second.model)
+    again = vqa.predict_logits(second, rows, ONE_VIEW, "again")
+    assert np.array_equal(fresh, again)
+
+    keeping.is_wanted = False  # the last command: a stage may load another model after this one
+    third = vqa.open_session(config, example)
+    assert third.model is first.model
+    assert keeping.model is None
+
+
+def test_a_model_of_other_settings_is_loaded_and_the_kept_one_goes(keeping, demo_rows):
+    example = demo_rows.train.iloc[0]
+    first = vqa.open_session(vqa.Config.preset("demo"), example)
+    second = vqa.open_session(vqa.Config.preset("demo", lora_r=4), example)
+    assert second.model is not first.model
+    assert keeping.model is second.model
