@@ -56,6 +56,7 @@ above it.
    Stored formats                      checkpoints that are quantised already
    Models over several GPUs            which part of a model lies on which GPU
    Loading                             processor and base model, quantised or not
+   Reading ahead                       a model's files, beside what a process does before it loads
    Downloads                           how much of a model has arrived, and what if no more comes
    Adapters                            LoRA on the language model, fresh or from a file
    Image tokens                        pixel budget; an image's grid, tokens, pixel inputs
@@ -8494,6 +8495,47 @@ def load_model(config: Config, runtime: Runtime, attempts: int = 3):
     check_score_model(config)
     model = load_patiently(config, lambda: _load_model_once(config, runtime), attempts)
     return model.requires_grad_(False).eval()
+
+
+# === Reading ahead ================================================================================
+READ_AHEAD_BYTES = 2**24  # at a time
+IN_MEMORY_RATE = 3 * 2**30  # bytes a second that no disk has: the files are in memory already
+
+
+def read_ahead(paths: Sequence[Path]) -> int:
+    """Read files one after the other, so that the system has them in memory; bytes read.
+
+    Loading maps weights and reads them in small pieces, which is slow on a network disk. Nothing
+    is read where they would take half of the free memory; it ends where a file cannot be read
+    (loading says so), and where the files were in memory before.
+    """
+    buffer = bytearray(READ_AHEAD_BYTES)
+    done = 0
+    with contextlib.suppress(OSError):
+        sizes = [path.stat().st_size for path in paths]
+        if sum(sizes) > psutil.virtual_memory().available / 2:
+            return 0
+        begin = time.perf_counter()
+        for path in paths:
+            with path.open("rb", buffering=0) as file:
+                while count := file.readinto(buffer):
+                    done += count
+                    is_enough = done >= 16 * READ_AHEAD_BYTES
+                    rate = done / (time.perf_counter() - begin)
+                    if is_enough and rate > IN_MEMORY_RATE:
+                        return done
+    return done
+
+
+def read_model_ahead(config: Config) -> threading.Thread:
+    """Read the files of a model that is a folder, beside what this process does; the thread.
+
+    It ends with the process.
+    """
+    paths = sorted(Path(config.model_path).glob("*.safetensors"))
+    thread = threading.Thread(target=read_ahead, args=[paths], daemon=True)
+    thread.start()
+    return thread
 
 
 # === Downloads ====================================================================================
@@ -24048,6 +24090,8 @@ def run_worker(
     """
     setup_logging(run.directory, run.config.log_level, run.config.log_to_file)
     leave_out_what_is_not_needed(run.config)
+    if KEPT_MODEL.model is None:
+        read_model_ahead(run.config)  # while libraries are imported
     try:
         with run.lock_folds(folds):
             run_stages(run, folds, stages, progress.update, wait_for_others)
@@ -24115,6 +24159,7 @@ def preflight_command(options: argparse.Namespace) -> None:
     config = Config(**json.loads(options.config)) if options.config else load_config()
     setup_logging(".", config.log_level, to_file=False)
     leave_out_what_is_not_needed(config)
+    read_model_ahead(config)  # while libraries are imported and tables are read
     tried = {"started": psutil.Process().create_time()}
     if options.devices:
         tried["devices"] = json.loads(options.devices)
