@@ -222,7 +222,6 @@ from scipy import special
 from scipy.optimize import minimize, minimize_scalar
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from scipy.stats import binomtest
 from tqdm import tqdm
 
 __version__ = "0.3.0"  # the notebook asks for exactly this one
@@ -269,6 +268,7 @@ quantizers = _LazyModule("transformers.quantizers.auto")
 safetensors = _LazyModule("safetensors")  # section 1 may replace the one that is on disk
 safetensors_torch = _LazyModule("safetensors.torch")
 optuna = _LazyModule("optuna")
+scipy_stats = _LazyModule("scipy.stats")  # a third of a second in every process
 vision_process = _LazyModule("qwen_vl_utils.vision_process")
 
 
@@ -12875,7 +12875,7 @@ def prediction_diversity(predictions, validation_labels) -> dict:
     # Rounded, or 0.25 + 0.2 would lie a hair above 0.45.
     needed = round(max(COLLAPSE_RATIO * label_share, label_share + COLLAPSE_EXCESS), 9)
     is_large = len(predicted) >= COLLAPSE_ROWS and round(top_share, 9) >= needed
-    test = binomtest(top_rows, len(predicted), label_share, alternative="greater")
+    test = scipy_stats.binomtest(top_rows, len(predicted), label_share, alternative="greater")
     return {
         "entropy": _normalised_entropy(shares),
         "top_letter": CHOICES[top],
@@ -15304,7 +15304,7 @@ def compare_paired(correct_a, correct_b) -> dict:
     wins = int((b & ~a).sum())
     losses = int((a & ~b).sum())
     differing = wins + losses
-    p_value = binomtest(wins, differing).pvalue if differing else 1.0
+    p_value = scipy_stats.binomtest(wins, differing).pvalue if differing else 1.0
     return {
         "gain": (wins - losses) / max(1, len(a)),
         "wins": wins,
