@@ -184,7 +184,7 @@ def end_all(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def environment_of(folder: Path, module: Path, options: argparse.Namespace) -> dict[str, str]:
+def environment_of(folder: Path, options: argparse.Namespace) -> dict[str, str]:
     """The environment variables of a start: no cache but those in `folder`."""
     return {
         **os.environ,
@@ -216,7 +216,7 @@ def measure_start(module: Path, options: argparse.Namespace) -> list[Mark]:
             stdout=log,
             stderr=log,
             cwd=folder / "code",
-            env=environment_of(folder, module, options),
+            env=environment_of(folder, options),
         )
     try:
         while not watch.look():
