@@ -13,6 +13,7 @@ take turns.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -34,6 +35,8 @@ NOTEBOOK = ROOT / "Kaggle_AllInOne.ipynb"
 POLL_SECONDS = 0.01
 LIMIT_SECONDS = 500  # that one start may take
 CELL_MARK = "@cell "  # begins a line of the notebook's process: a cell begins
+TOTAL = "from start to the first step"
+CPU = "CPU seconds until then, all processes"
 OVERRIDES = {"n_folds": 2, "train_folds": [0], "max_fallback_share": 0.5}  # of a real-size run
 
 
@@ -165,6 +168,29 @@ class Watch:
         return False
 
 
+def phases_of_start(marks: Sequence[Mark]) -> dict[str, float]:
+    """Phase -> seconds. A phase lasts from the mark before it to its own."""
+    seconds = {}
+    cell = "Python"
+    before = marks[0].time
+    seen = set()
+    for mark in marks[1:]:
+        if mark.text.startswith(CELL_MARK):
+            name = f"notebook: {cell}"
+            cell = mark.text.removeprefix(CELL_MARK)
+        else:
+            name = f"{mark.source}: {phase_of(mark.text)}"
+            if name in seen:  # later ones of a kind belong to what follows
+                continue
+            seen.add(name)
+        seconds[name] = seconds.get(name, 0.0) + mark.time - before
+        before = mark.time
+    in_all = marks[-1].time - marks[0].time
+    short = [name for name in seconds if name.startswith("notebook") and seconds[name] < 0.1]
+    others = sum(seconds.pop(name) for name in short)
+    return {**seconds, "notebook: other cells": others, TOTAL: in_all}
+
+
 # === One start ====================================================================================
 def forget_files(folder: Path) -> None:
     """Let the system drop a folder's files from memory, as after a restart (Linux)."""
@@ -175,12 +201,30 @@ def forget_files(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def family_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """A process and those that it has started."""
+    first = psutil.Process(process.pid)
+    return [first, *first.children(recursive=True)]
+
+
+def cpu_seconds(process: subprocess.Popen) -> float:
+    """What a process, and those that it has started, have taken of the cores until now.
+
+    On a machine that others use, too, this says more than the wall time.
+    """
+    total = 0.0
+    for member in family_of(process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = member.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
 def end_all(process: subprocess.Popen) -> None:
     """End a process and those that it has started."""
-    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(True))]
-    for pid in family:
-        if psutil.pid_exists(pid):
-            psutil.Process(pid).kill()
+    for member in family_of(process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
     process.wait()
 
 
@@ -201,8 +245,8 @@ def environment_of(folder: Path, options: argparse.Namespace) -> dict[str, str]:
     }
 
 
-def measure_start(module: Path, options: argparse.Namespace) -> list[Mark]:
-    """The marks of one start with that module, until the first optimizer step."""
+def measure_start(module: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds by phase of one start with that module, until the first optimizer step."""
     folder = Path(tempfile.mkdtemp(dir=options.place))
     (folder / "tmp").mkdir()
     (folder / "code").mkdir()  # the notebook takes the module of its working folder
@@ -226,58 +270,37 @@ def measure_start(module: Path, options: argparse.Namespace) -> list[Mark]:
             if time.time() - watch.started > LIMIT_SECONDS:
                 raise TimeoutError(f"no optimizer step in {LIMIT_SECONDS} s")
             time.sleep(POLL_SECONDS)
+        cpu = cpu_seconds(process)
     finally:
         end_all(process)
     shutil.rmtree(folder)
-    return [Mark(watch.started, "notebook", "start"), *watch.marks]
+    marks = [Mark(watch.started, "notebook", "start"), *watch.marks]
+    return {**phases_of_start(marks), CPU: cpu}
 
 
 # === Table ========================================================================================
-def phases_of_start(marks: Sequence[Mark]) -> dict[str, float]:
-    """Phase -> seconds. A phase lasts from the mark before it to its own."""
-    seconds = {}
-    cell = "Python"
-    before = marks[0].time
-    seen = set()
-    for mark in marks[1:]:
-        if mark.text.startswith(CELL_MARK):
-            name = f"notebook: {cell}"
-            cell = mark.text.removeprefix(CELL_MARK)
-        else:
-            name = f"{mark.source}: {phase_of(mark.text)}"
-            if name in seen:  # later ones of a kind belong to what follows
-                continue
-            seen.add(name)
-        seconds[name] = seconds.get(name, 0.0) + mark.time - before
-        before = mark.time
-    in_all = marks[-1].time - marks[0].time
-    short = [name for name in seconds if name.startswith("notebook") and seconds[name] < 0.1]
-    others = sum(seconds.pop(name) for name in short)
-    return {**seconds, "notebook: other cells": others, "from start to the first step": in_all}
-
-
 def print_table(starts: dict[str, list[dict[str, float]]]) -> None:
-    """The median of each phase for each module, and the ratio of the totals."""
+    """The median of each phase for each module, and the ratios of the last to the first."""
     columns = {name: pd.DataFrame(rows).median() for name, rows in starts.items()}
     order = {}  # of the phases, as they come
     for rows in starts.values():
         for phases in rows:
             order.update(dict.fromkeys(phases))
-    table = pd.DataFrame(columns).reindex(order)
-    last = "from start to the first step"
-    table = pd.concat([table.drop(index=last), table.loc[[last]]])
+    phases = [phase for phase in order if phase not in (TOTAL, CPU)]
+    table = pd.DataFrame(columns).reindex([*phases, TOTAL, CPU])
     sys.stdout.write("| phase | " + " | ".join(table) + " |\n")
     sys.stdout.write("|---" * (len(table.columns) + 1) + "|\n")
     for phase, row in table.iterrows():
         cells = ["" if pd.isna(value) else f"{value:.2f}" for value in row]
         sys.stdout.write(f"| {phase} | " + " | ".join(cells) + " |\n")
     for name, rows in starts.items():
-        totals = [round(phases[last], 2) for phases in rows]
-        sys.stdout.write(f"{name}: {totals} s\n")
+        totals = [round(phases[TOTAL], 1) for phases in rows]
+        cpu = [round(phases[CPU], 1) for phases in rows]
+        sys.stdout.write(f"{name}: {totals} s, {cpu} CPU s\n")
     if len(columns) > 1:
         first, *_, final = columns
-        ratio = columns[final][last] / columns[first][last]
-        sys.stdout.write(f"ratio of {final} to {first}: {ratio:.2f}\n")
+        ratios = table[final] / table[first]
+        sys.stdout.write(f"{final} / {first}: {ratios[TOTAL]:.2f}, CPU seconds {ratios[CPU]:.2f}\n")
 
 
 # === Command line =================================================================================
@@ -348,8 +371,7 @@ def main() -> None:
         for number, module in enumerate(options.modules):
             name = f"{number + 1}: {module.parent.name}/{module.name}"
             sys.stdout.write(f"start {repeat + 1} of {name}\n")
-            marks = measure_start(module, options)
-            starts.setdefault(name, []).append(phases_of_start(marks))
+            starts.setdefault(name, []).append(measure_start(module, options))
             print_table({name: starts[name][-1:]})
     print_table(starts)
 
