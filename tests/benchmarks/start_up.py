@@ -37,7 +37,8 @@ LIMIT_SECONDS = 500  # that one start may take
 CELL_MARK = "@cell "  # begins a line of the notebook's process: a cell begins
 TOTAL = "from start to the first step"
 CPU = "CPU seconds until then, all processes"
-OVERRIDES = {"n_folds": 2, "train_folds": [0], "max_fallback_share": 0.5}  # of a real-size run
+# Of a real-size run; so many epochs that layers are compiled, as in a real job.
+OVERRIDES = {"n_folds": 2, "train_folds": [0], "num_epochs": 20, "max_fallback_share": 0.5}
 
 
 # === The notebook's process =======================================================================
