@@ -1,5 +1,7 @@
 """Part 3, Kept model: a model that is used again scores as one that was just loaded."""
 
+import functools
+
 import numpy as np
 import pytest
 from running import ONE_VIEW
@@ -47,6 +49,20 @@ def test_a_kept_model_is_as_after_loading_until_it_is_not_wanted(keeping, demo_r
     third = vqa.open_session(config, example)
     assert third.model is first.model
     assert keeping.model is None
+
+
+def test_a_layer_gets_the_forward_back_that_loading_gave_it(keeping, demo_rows):
+    """accelerate replaces it where weights are quantised or lie on several GPUs."""
+    config = vqa.Config.preset("demo")
+    session = vqa.open_session(config, demo_rows.train.iloc[0])
+    layer = session.decoder_layers[0]
+    of_loading = functools.partial(layer.forward)
+    layer.forward = of_loading
+    keeping.keep(config, session.model)
+    change_the_model(session)
+    assert layer.forward is not of_loading
+    keeping.take(config)
+    assert layer.forward is of_loading
 
 
 def test_a_model_of_other_settings_is_loaded_and_the_kept_one_goes(keeping, demo_rows):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from cards import T4
 from running import quiet
 
 import vqa_helpers as vqa
@@ -121,6 +122,28 @@ def test_a_process_that_waits_ends_when_nobody_can_ask_it_any_more(start):
     vqa.STAYING.clear()
     first.channel.close()  # as the system does for a process that is killed
     assert first.process.wait(10) == 7
+
+
+# Prints, as preflight's facts, how it was started.
+SAYS_HOW = """
+import json, os, sys
+gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+print(json.dumps({"arguments": sys.argv[1:], "gpus": gpus}))
+"""
+
+
+def test_preflight_sees_the_first_workers_gpu_and_is_told_all_of_them(tmp_path, monkeypatch):
+    program = tmp_path / "program.py"
+    program.write_text(SAYS_HOW)
+    monkeypatch.setattr(vqa, "__file__", str(program))
+    two_gpus = vqa.Runtime("kaggle", (T4, T4 | {"index": 1}), "fp16", "sdpa", ())
+    monkeypatch.setattr(vqa, "detect_runtime", lambda *_: two_gpus)
+    facts = vqa.run_preflight(vqa.Config.preset("kaggle_t4x2", model_id=str(tmp_path)))
+    vqa.end_staying_process()
+    assert facts["gpus"] == "0"
+    arguments = facts["arguments"]
+    assert arguments[arguments.index("--devices") + 1] == '["0", "1"]'
+    assert "--stay" in arguments
 
 
 # --- The real commands ----------------------------------------------------------------------------
