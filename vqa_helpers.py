@@ -22070,6 +22070,7 @@ def run_folds(config: Config) -> list[FoldResult]:
         folds = list(itertools.chain.from_iterable(job.folds for job in jobs))
         if any(waiting_folds(run, stage, folds) for stage in stages):
             launch_workers(run, jobs, stages)
+    end_staying_process()  # where all was done before: nothing that follows needs its model
     if run.finished_members and not run.selected_weights:  # all is scored, but the file was damaged
         select_weights(run)
     if run.config.alignment_model and not run.is_done("alignment", 0):

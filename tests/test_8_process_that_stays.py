@@ -124,6 +124,13 @@ def test_a_process_that_waits_ends_when_nobody_can_ask_it_any_more(start):
     assert first.process.wait(10) == 7
 
 
+def test_a_run_that_has_nothing_left_to_do_frees_the_memory(start, mini_run, monkeypatch):
+    monkeypatch.setattr(vqa, "launch_workers", quiet)
+    first, _ = start("zero", stays=True)
+    vqa.run_folds(mini_run().config)
+    assert first.process.returncode == -signal.SIGKILL
+
+
 # Prints, as preflight's facts, how it was started.
 SAYS_HOW = """
 import json, os, sys

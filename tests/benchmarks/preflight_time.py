@@ -104,6 +104,7 @@ def stage_totals(run: vqa.Run) -> dict[str, float]:
 def measured_parts(config: vqa.Config, timer: PartTimer) -> tuple[dict[str, float], float]:
     """(seconds by part of a whole run, seconds of its stages as workers log them)."""
     run = start_run(config)
+    vqa.end_staying_process()  # preflight's; the start of one is timed
     started = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # the progress bar
         vqa.run_zeroshot(run)
