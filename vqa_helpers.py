@@ -21602,6 +21602,15 @@ class StayingProcess:
         self.process.wait()
         self.channel.close()
 
+    def end(self) -> None:
+        """Tell it that no further command will come, and wait until its memory is free."""
+        self.channel.close()
+        try:
+            self.process.wait(ANSWER_SECONDS)
+        except subprocess.TimeoutExpired:  # it still works, or hangs
+            self.process.kill()
+            self.process.wait()
+
     def why_not(self, config: Config, environment: Mapping[str, str]) -> str:
         """Why it cannot do a command with these settings and variables; "" where it can."""
         if self.poll() != 0 or self.process.poll() is not None:
@@ -21647,7 +21656,7 @@ STAYING: list[StayingProcess] = []  # at most one: what this process has started
 def end_staying_process() -> None:
     """End the process that waits with a model in its memory, if there is one."""
     while STAYING:
-        STAYING.pop().kill()
+        STAYING.pop().end()
 
 
 def start_process(

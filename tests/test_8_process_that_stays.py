@@ -30,7 +30,7 @@ while True:
         sys.exit(0)
     channel.sendall(b"done\\n")
     message = channel.recv(65536)
-    if not message:
+    if not message:  # no further command will come
         sys.exit(7)
     command = json.loads(message)
     os.dup2(os.open(command["output"], os.O_WRONLY | os.O_APPEND | os.O_CREAT), 1)
@@ -94,7 +94,7 @@ def test_a_new_process_does_what_the_waiting_one_is_not_made_for(
     )
     assert said == f"{second.process.pid} one --stay\n"
     assert second.process.pid != first.process.pid
-    assert first.process.returncode == -signal.SIGKILL  # before the new one started
+    assert first.process.returncode == 7  # before the new one started
     assert reason in caplog.text
 
 
@@ -124,11 +124,19 @@ def test_a_process_that_waits_ends_when_nobody_can_ask_it_any_more(start):
     assert first.process.wait(10) == 7
 
 
+def test_a_process_that_does_not_end_by_itself_is_killed(start, monkeypatch):
+    monkeypatch.setattr(vqa, "ANSWER_SECONDS", 0.05)
+    first, _ = start("zero", stays=True)
+    os.kill(first.process.pid, signal.SIGSTOP)  # as if it hung
+    vqa.end_staying_process()
+    assert first.process.returncode == -signal.SIGKILL
+
+
 def test_a_run_that_has_nothing_left_to_do_frees_the_memory(start, mini_run, monkeypatch):
     monkeypatch.setattr(vqa, "launch_workers", quiet)
     first, _ = start("zero", stays=True)
     vqa.run_folds(mini_run().config)
-    assert first.process.returncode == -signal.SIGKILL
+    assert first.process.returncode == 7
 
 
 # Prints, as preflight's facts, how it was started.

@@ -204,6 +204,7 @@ def test_a_local_model_is_loaded_without_asking_the_hub(machine, mini_data):
     names = machine.run()
     facts = names.vqa.run_preflight(names.config)
     assert facts["zero-shot accuracy"].endswith("on 36 rows")
+    names.vqa.end_staying_process()
     assert (notes / "offline").read_text() == "True"
     assert not (notes / "calls").exists()
     # The notebook's own process may turn to the hub for another model.
