@@ -85,6 +85,7 @@ above it.
    Metrics                             accuracy, NLL, calibration error, collapse
    Choice orders                       the four rotations, and balanced sets of more orders
    Views                               orders, image scales and models, and what they cost
+   Progress of scoring                 a table in parts; what a later process goes on with
    Prediction                          scores of every row in every view
    Rows in doubt                       more views, step by step, where an answer leads by little
    Early stopping and weight averages  for any training loop
@@ -13284,18 +13285,7 @@ def inference_seconds(
     return 1.25 * seconds_per_question * questions / world_size
 
 
-# === Prediction ===================================================================================
-def unpermute_scores(scores, order: Sequence[int]) -> np.ndarray:
-    """Scores (..., 4) by prompt position, moved to the original choices.
-
-    result[..., order[position]] = scores[..., position]
-
-    >>> unpermute_scores([9, 0, 0, 0], order=(2, 0, 3, 1)).tolist()
-    [0, 0, 9, 0]
-    """
-    return np.asarray(scores)[..., np.argsort(order)]
-
-
+# === Progress of scoring ==========================================================================
 # So many rows are made into prompts, sorted by length and scored before the next ones: neither
 # memory nor the time to the first batch, nor to the next one after a kill, grows with the table.
 ROWS_PLANNED_TOGETHER = 4096
@@ -13377,6 +13367,18 @@ class InferenceCheckpoint:
             }
             write_arrays(self.path, self.fingerprint, logits=state.logits, **counts)
             self.last_save = time.monotonic()
+
+
+# === Prediction ===================================================================================
+def unpermute_scores(scores, order: Sequence[int]) -> np.ndarray:
+    """Scores (..., 4) by prompt position, moved to the original choices.
+
+    result[..., order[position]] = scores[..., position]
+
+    >>> unpermute_scores([9, 0, 0, 0], order=(2, 0, 3, 1)).tolist()
+    [0, 0, 9, 0]
+    """
+    return np.asarray(scores)[..., np.argsort(order)]
 
 
 def score_batch(session: Session, batch: Mapping):
