@@ -162,8 +162,9 @@ def test_settings_change_the_rows_that_they_should():
 @pytest.mark.parametrize(("cards", "preset", "_"), CARDS.values(), ids=CARDS)
 def test_what_auto_picks_fits_on_the_card_by_computation(cards, preset, _):
     smallest = min(memory for _, memory, _ in cards)
-    row = memory_plan.memory_row(memory_plan.Row(preset, "T4"), smallest)
-    assert row["in a pass"] >= 8
+    row = memory_plan.Row(preset, "T4")
+    assert memory_plan.largest_pass(row, smallest) >= 8
+    row = memory_plan.memory_row(row, smallest)
     assert row["sum"] <= row["free"]
     assert row["loading"] <= row["free"]
 
@@ -173,15 +174,16 @@ def test_qwen35_9b_fits_by_computation_where_auto_picks_the_8b(name):
     ((_, memory, _),), preset, _ = CARDS[name]
     row = memory_plan.Row(preset, "T4", model_id="Qwen/Qwen3.5-9B")
     computed = memory_plan.memory_row(row, memory)
-    assert computed["in a pass"] >= 4
+    assert memory_plan.largest_pass(row, memory) >= 4
     assert computed["sum"] <= computed["free"]
     assert computed["loading"] <= computed["free"]
 
 
 @pytest.mark.parametrize("with_fla", [False, True])
 def test_the_preset_for_80_gb_takes_its_whole_step_in_one_pass(with_fla):
-    row = memory_plan.memory_row(memory_plan.Row("gpu_80gb", "", with_fla=with_fla), 81559)
-    assert row["in a pass"] == 8
+    row = memory_plan.Row("gpu_80gb", "", with_fla=with_fla)
+    assert memory_plan.largest_pass(row, 81559) == 8
+    row = memory_plan.memory_row(row, 81559)
     assert row["sum"] <= row["free"]
     assert row["model"] == "Qwen3.5-27B, 16 bits"
 

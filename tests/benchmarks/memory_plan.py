@@ -8,6 +8,7 @@ taken for CUDA itself and 8 % is left for fragmentation.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -16,6 +17,7 @@ from new_models import internvl35_8b, qwen35_9b, qwen35_27b, qwen35_35b_a3b
 
 CONTEXT_GIB = 0.5  # taken for CUDA itself
 MARGIN = 0.92  # share of the rest that training may take
+BUSY_TOKENS = 1500  # in a pass, with which a card's products take most of the time
 SHAPES = {
     "Qwen/Qwen3-VL-8B-Instruct": qwen3_8b,
     "Qwen/Qwen3-VL-4B-Instruct": qwen3_4b,
@@ -102,49 +104,82 @@ def free_memory(mebibytes: float) -> float:
     return MARGIN * (mebibytes / 1024 - CONTEXT_GIB)
 
 
-def first_plan(
+def fitting_plans(
     config: vqa.Config, costs: vqa.MemoryCosts, free: float, layers: int
-) -> vqa.MemoryPlan:
-    """The largest pass that fits into `free` GiB, which a worker would try first."""
+) -> list[vqa.MemoryPlan]:
+    """The plans that fit into `free` GiB, the largest passes first."""
     pass_costs = vqa.PassCosts(
         fixed=sum(costs.rows.values()) + costs.largest_weight,
         question=costs.question,
         stored_layer=costs.layer,
     )
     step = config.batch_size * config.grad_accum_steps
-    plans = vqa.candidate_plans(pass_costs, free, layers, step, recompute=True)
-    for micro_batch, stored_layers in plans:
+    fitting = []
+    for micro_batch, stored_layers in vqa.candidate_plans(pass_costs, free, layers, step, True):
         plan = vqa.MemoryPlan(micro_batch, stored_layers)
         if sum(costs.peak(plan).values()) > free:
             # What counts is the largest layer, or the experts that its own would keep unpacked.
             plan = vqa.MemoryPlan(micro_batch, 0)
         if sum(costs.peak(plan).values()) <= free:
-            return plan
-    return vqa.MemoryPlan(1, 0)
+            fitting.append(plan)
+    return fitting or [vqa.MemoryPlan(1, 0)]
 
 
-def memory_row(row: Row, mebibytes: float | None = None) -> dict:
-    """The computed GiB of a row, with the first plan; on its card, or on one of that memory."""
+def likely_plan(plans: Sequence[vqa.MemoryPlan], tokens: int) -> vqa.MemoryPlan:
+    """The one that should be the fastest, for questions of so many tokens.
+
+    It computes the fewest layers again, in passes that are large enough to keep a card busy; of
+    equal ones the largest pass. A worker times them, and may find another one.
+    """
+    busy = [plan for plan in plans if plan.micro_batch * tokens >= BUSY_TOKENS]
+    return max(busy or plans, key=lambda plan: (plan.stored_layers, plan.micro_batch))
+
+
+@dataclass(frozen=True)
+class RowCosts:
+    """What a row's plans are chosen by."""
+
+    costs: vqa.MemoryCosts
+    free: float  # GiB
+    image_tokens: int
+    plans: list[vqa.MemoryPlan]  # that fit
+
+
+def costs_of(row: Row, mebibytes: float | None = None) -> RowCosts:
+    """The costs of a row on its card, or on one of that memory."""
     config = row.config
     shapes = SHAPES[config.model_id]({})
     image = image_tokens(config, shapes)
-    tokens = image + TEXT
     precision = "bf16"  # as many bytes as fp16
+    tokens = image + TEXT
     costs = vqa.memory_costs(config, shapes, tokens, precision, False, row.with_fla, frugal=True)
     free = row.gpus * free_memory(mebibytes or CARDS[row.card])
-    plan = first_plan(config, costs, free, shapes.text_config.num_hidden_layers)
+    plans = fitting_plans(config, costs, free, shapes.text_config.num_hidden_layers)
+    return RowCosts(costs, free, image, plans)
+
+
+def largest_pass(row: Row, mebibytes: float | None = None) -> int:
+    """Questions of the largest pass that fits."""
+    return costs_of(row, mebibytes).plans[0].micro_batch
+
+
+def memory_row(row: Row, mebibytes: float | None = None) -> dict:
+    """The computed GiB of a row, with the likely plan; on its card, or on one of that memory."""
+    found = costs_of(row, mebibytes)
+    costs = found.costs
+    plan = likely_plan(found.plans, costs.tokens)
     peak = costs.peak(plan)
-    name = config.model_id.rpartition("/")[2].removesuffix("-Instruct").removesuffix("-HF")
+    name = row.config.model_id.rpartition("/")[2].removesuffix("-Instruct").removesuffix("-HF")
     return {
-        "model": name if config.quantization != "none" else f"{name}, 16 bits",
-        "tokens": tokens,
+        "model": name if row.config.quantization != "none" else f"{name}, 16 bits",
+        "tokens": costs.tokens,
         "in a pass": plan.micro_batch,
         "layers kept": plan.stored_layers,
         **peak,
         "sum": sum(peak.values()),
         "loading": costs.loaded,
-        "free": free,
-        "features of 1,000 images": 1000 * image * costs.image_token,
+        "free": found.free,
+        "features of 1,000 images": 1000 * found.image_tokens * costs.image_token,
     }
 
 
