@@ -231,9 +231,10 @@ def end_all(process: subprocess.Popen) -> None:
 
 def environment_of(folder: Path, options: argparse.Namespace) -> dict[str, str]:
     """The environment variables of a start: no cache but those in `folder`."""
+    others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return {
         **os.environ,
-        "PYTHONPATH": str(folder / "code"),
+        "PYTHONPATH": os.pathsep.join([str(folder / "code"), *filter(None, others)]),
         "VQA_MODEL": str(options.model),
         "VQA_DATA_DIR": str(options.data),
         "VQA_OUTPUT_DIR": str(folder / "runs"),
