@@ -214,7 +214,7 @@ def score(run: vqa.Run, kill: float, steps: Steps, facts: dict) -> list[vqa.Fold
     with watch.watching():
         results = steps.do("training and scoring", vqa.run_folds, run.config)
     if kill:
-        facts["batches kept"] = watch.first[2]
+        facts["batches done when it goes on"] = watch.first[2]
         facts["seconds until the next batch"] = round(watch.first[0] - watch.began, 1)
     seconds = watch.last[0] - watch.first[0]
     on_cpu = watch.last[1] - watch.first[1]
@@ -261,10 +261,13 @@ def measure(count: int, rotations: int, layers: int, kill: float) -> None:
         facts["MiB of the notebook's process at its peak"] = round(peak_mib())
         facts.update(file_sizes(run))
         facts["SHA-256 of the submission"] = hashlib.sha256(submission).hexdigest()[:8]
+        table = pd.DataFrame.from_dict(steps.rows, orient="index").rename_axis("step")
+        text = pd.Series(facts).to_string()
+        heading = f"\n{count} rows, {rotations} views\n"
+        sys.stdout.write(f"{heading}{vqa.markdown_table(table)}\n{text}\n")
+        sys.stdout.flush()
         steps.do("preflight", vqa.run_preflight, run.config)
-    table = pd.DataFrame.from_dict(steps.rows, orient="index").rename_axis("step")
-    text = pd.Series(facts).to_string()
-    sys.stdout.write(f"\n{count} rows, {rotations} views\n{vqa.markdown_table(table)}\n{text}\n")
+        sys.stdout.write(f"seconds of preflight: {steps.rows['preflight']['seconds']}\n")
 
 
 def main() -> None:
