@@ -82,7 +82,7 @@ def test_a_process_does_several_commands_and_ends_with_the_last(start, caplog):
     ("config", "environment", "reason"),
     [
         ({"learning_rate": 1e-5}, {}, "it has loaded its model for other settings"),
-        ({}, {"CUDA_VISIBLE_DEVICES": "1"}, "variable CUDA_VISIBLE_DEVICES is another"),
+        ({}, {"CUDA_VISIBLE_DEVICES": "6,7"}, "variable CUDA_VISIBLE_DEVICES is another"),
     ],
 )
 def test_a_new_process_does_what_the_waiting_one_is_not_made_for(
