@@ -368,7 +368,7 @@ def test_what_cannot_be_used_or_was_written_just_now_is_not_kept(
     for _ in range(2):
         broken, usable = facts_of(paths, file)
         assert (broken["image_ok"], usable["image_ok"]) == (False, True)
-    assert decoded == ["0.png", "1.png", "0.png"]
+    assert sorted(decoded) == ["0.png", "0.png", "1.png"]  # side by side: in any order
     monkeypatch.setattr(vqa, "SETTLED_SECONDS", 60)
     facts_of(paths[1:], file)
     assert decoded[3:] == ["1.png"]
