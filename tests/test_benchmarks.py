@@ -38,10 +38,6 @@ SCRIPTS = {
         ["--shapes", "demo", "--rows", "24"],
         "demo: estimate / stages = ",
     ),
-    "start_up.py": (
-        ["--tiny"],
-        "from start to the first step",
-    ),
     "plain_recipe.py": (
         ["--rows", "24", "--epochs", "1", "--repeats", "1"],
         "Ours / plain, seconds: training ",
