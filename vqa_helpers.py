@@ -6730,14 +6730,31 @@ def _near_pairs_by_hash(dhashes: pd.Series, max_bits: int) -> np.ndarray:
     codes = np.frombuffer(bytes.fromhex("".join(dhashes)), dtype=np.uint8)
     bits = np.unpackbits(codes.reshape(-1, 8), axis=1).astype(np.float32)
     found = [np.empty((0, 2), dtype=np.int64)]
+    numbers_before = []  # by part: hashes that agree in it have one number
     for part in np.array_split(np.arange(64), max_bits + 1):
         texts = np.packbits(bits[:, part] > 0, axis=1)
         _, numbers, counts = np.unique(texts, axis=0, return_inverse=True, return_counts=True)
-        in_order = np.argsort(numbers.ravel(), kind="stable")  # those that agree side by side
+        numbers = numbers.ravel()
+        in_order = np.argsort(numbers, kind="stable")  # those that agree side by side
         for members in np.split(in_order, np.cumsum(counts)[:-1]):
             if len(members) > 1:
-                found += _near_pairs_among(bits, members, max_bits)
-    return np.unique(np.concatenate(found), axis=0)
+                for pairs in _near_pairs_among(bits, members, max_bits):
+                    found.append(_without_pairs_of(numbers_before, pairs))
+        numbers_before.append(numbers)
+    pairs = np.concatenate(found)
+    return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+
+
+def _without_pairs_of(parts: Sequence[np.ndarray], pairs: np.ndarray) -> np.ndarray:
+    """Those of the pairs (pairs, 2) that agree in none of the `parts`, numbers (n,) of each row.
+
+    The others were found there. Thousands of blank images, which agree in all parts, are so many
+    pairs that keeping each several times would take gigabytes.
+    """
+    is_new = np.ones(len(pairs), dtype=bool)
+    for numbers in parts:
+        is_new &= numbers[pairs[:, 0]] != numbers[pairs[:, 1]]
+    return pairs[is_new]
 
 
 def _thumbnail(path: str) -> np.ndarray:

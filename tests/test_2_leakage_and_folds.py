@@ -353,3 +353,22 @@ def test_comparing_hashes_does_not_grow_with_the_square_of_the_images(monkeypatc
     _, hashes = random_hashes(count=4000, near=10)
     assert len(vqa._near_pairs_by_hash(hashes, 4)) >= 3
     assert sum(compared) < 0.01 * len(hashes) ** 2
+
+
+def test_each_pair_of_hashes_that_agree_in_all_parts_is_kept_once(monkeypatch):
+    """A thousand white pages are half a million pairs."""
+    kept = []
+    without = vqa._without_pairs_of
+
+    def counted(parts, pairs):
+        new = without(parts, pairs)
+        kept.append(len(new))
+        return new
+
+    monkeypatch.setattr(vqa, "_without_pairs_of", counted)
+    hashes = pd.Series(["00" * 8] * 30 + ["01" * 8])
+    pairs = vqa._near_pairs_by_hash(hashes, 4)
+    assert len(pairs) == sum(kept) == 30 * 29 // 2
+    # In whatever part they agree: this one differs in the first part alone.
+    pairs = vqa._near_pairs_by_hash(pd.Series(["00" * 8, "80" + "00" * 7]), 4)
+    assert pairs.tolist() == [[0, 1]]
