@@ -11114,8 +11114,8 @@ def decide_frugal(session: Session) -> tuple[bool, str]:
 def forward_with_checkpointing(layer, compute: Callable, train: Callable, hidden_states, **options):
     """The pass of a decoder layer: in scoring by `compute`, in training by `train`.
 
-    Each is its own forward, that compiled, or `frugal_forward`.
-    Where the layer's `recompute` is set, its activations are not kept: they are
+    `compute` is the layer's own forward, compiled or not; `train` is the same, or
+    `frugal_forward`. Where the layer's `recompute` is set, its activations are not kept: they are
     computed again in the backward pass (Chen et al. 2016, gradient checkpointing).
     """
     if not layer.training:
@@ -11256,7 +11256,8 @@ def recompute_layers(session: Session, stored: int) -> None:
 def pass_sizes(step: int) -> list[int]:
     """Questions a pass in which a step of so many may be taken, the most first.
 
-    The step and its halves, and what divides it with at most an eighth of a pass too much.
+    The step and its halves, and all others whose passes have room for at most an eighth more
+    questions than the step has.
 
     >>> pass_sizes(32)
     [32, 16, 11, 8, 7, 6, 5, 4, 3, 2, 1]
@@ -21701,7 +21702,7 @@ def start_process(
             LOGGER.info("Decision: the process that has the model loaded goes on with it")
             if stays:
                 return staying
-            STAYING.clear()
+            STAYING.pop().channel.close()  # no further command will come
             return staying.process
         LOGGER.info("Decision: a new process loads the model: %s", problem or "no answer")
     end_staying_process()
@@ -21914,7 +21915,7 @@ def _start_worker(
     stages: Sequence[str],
     environment: Mapping[str, str],
     waits: bool,
-) -> subprocess.Popen:
+) -> subprocess.Popen | StayingProcess:
     """Start worker number `number` of the run; its output goes to worker_<number>.log.
 
     With `waits` it predicts when all workers are ready to, see `wait_for_other_workers`.
@@ -22879,11 +22880,14 @@ def activation_bytes(
     else:
         mlp = mlp_numbers(layer.mlp, config, compiled, frugal)
         inner = layer.mlp.gate_proj.out_features
-        # Frugal: the down projection's input, its dropped copy, activated gate.
-        gradients = 2 * (hidden + inner) + 3 * frugal * inner
-    # Not compiled a norm keeps its input in fp32. Frugal: only the one before a mixture.
-    own_norms = is_mixture(layer) if frugal else 2
-    residuals = 2 * hidden if compiled else (2 + own_norms) * hidden
+        gradients = 2 * (hidden + inner)
+        if frugal:
+            gradients += 3 * inner  # down projection's input, its dropped copy, activated gate
+    residuals = 2 * hidden
+    if not compiled and not frugal:
+        residuals += 2 * hidden  # each norm keeps its input in fp32
+    if not compiled and frugal and is_mixture(layer):
+        residuals += hidden  # only the norm before a mixture does
     kept_by_mlp = mlp.bytes_kept(bytes_each, config)
     kept = mixer.bytes_kept(bytes_each, config) + kept_by_mlp + bytes_each * residuals
     # When the backward pass comes to the rule, what the MLP has kept is gone.

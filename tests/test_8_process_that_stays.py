@@ -75,6 +75,7 @@ def test_a_process_does_several_commands_and_ends_with_the_last(start, caplog):
     assert isinstance(last, subprocess.Popen)
     assert last.returncode == 0
     assert not vqa.STAYING
+    assert first.channel.fileno() == -1  # closed, not left to the garbage collector
     assert caplog.text.count("goes on with it") == 2
 
 
