@@ -11622,9 +11622,11 @@ class PassPlanner:
                 return f"computed {100 * (seconds / best - 1):.0f} % slower"
             if trial.is_compiled_alone and (best - seconds) * self.job <= self.first_pass:
                 return "computed to save less time than compiling it takes"
-        if not self.has_time_for(trial):
-            return f"it may take more than the {self.budget:.1f} s that there are"
-        return ""
+        if self.has_time_for(trial):
+            return ""
+        if not self.job:
+            return "only a few plans are tried for a trial"
+        return f"it may take more than the {self.budget:.1f} s that there are"
 
     def try_each(self) -> None:
         """A turn for each plan that may be the fastest, the likeliest first."""
@@ -11685,13 +11687,11 @@ class PassPlanner:
         """All plans in one block of the log; kept for the run's stages.jsonl, too."""
         rows = [trial.row() for trial in self.trials]
         self.session.passes_tried = rows
-        LOGGER.info(
-            "Passes tried in %.1f s; %.0f %% of the job are %.1f s:\n%s",
-            self.spent,
-            100 * PLANNING_SHARE,
-            self.budget,
-            pd.DataFrame(rows).to_string(index=False),
-        )
+        limit = "a few, because this is a trial"
+        if self.job:
+            limit = f"{PLANNING_SHARE:.0%} of the job are {self.budget:.1f} s"
+        table = pd.DataFrame(rows).to_string(index=False)
+        LOGGER.info("Passes tried in %.1f s; %s:\n%s", self.spent, limit, table)
 
 
 def plan_memory(
@@ -11700,8 +11700,9 @@ def plan_memory(
     """The fastest of the plans that fit, by trying them on the longest prompt.
 
     The optimizer will add `state_bytes` to every peak. `job`: questions that this process will
-    train on, which bound the time that is taken, see `PassPlanner`. Nothing is measured, and the
-    config's plan is taken, on a CPU, or with memory_plan="config", or with strict_determinism.
+    train on, which bound the time that is taken, see `PassPlanner`; 0 for a trial. Nothing is
+    measured, and the config's plan is taken, on a CPU, or with memory_plan="config", or with
+    strict_determinism.
     """
     config = session.config
     layers = len(session.decoder_layers)
@@ -20986,7 +20987,7 @@ def kept_scores(
     frame: pd.DataFrame,
     views: Sequence[TTAView],
 ) -> np.ndarray | None:
-    """(n, 1, 4) scores of a fold's held-out rows, which its last validation has left behind.
+    """(n, 1, 4) scores of a fold's held-out rows, which their validation has left behind.
 
     None where `views` are more than the one that it has, and where its file cannot be read. They
     are what scoring the rows again would give: the same batches by the same weights.

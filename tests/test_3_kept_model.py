@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+import torch
 from running import ONE_VIEW
 
 import vqa_helpers as vqa
@@ -63,6 +64,15 @@ def test_a_layer_gets_the_forward_back_that_loading_gave_it(keeping, demo_rows):
     assert layer.forward is not of_loading
     keeping.take(config)
     assert layer.forward is of_loading
+
+
+def test_the_tower_returns_to_where_the_model_computes(keeping, demo_rows):
+    config = vqa.Config.preset("demo")
+    session = vqa.open_session(config, demo_rows.train.iloc[0])
+    keeping.device = torch.device("meta")  # in place of a GPU: another device than the CPU
+    keeping.take(config)
+    tower = vqa.vision_tower(session.model)
+    assert {weight.device.type for weight in tower.parameters()} == {"meta"}
 
 
 def test_a_model_of_other_settings_is_loaded_and_the_kept_one_goes(keeping, demo_rows):
