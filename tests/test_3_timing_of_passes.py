@@ -70,7 +70,7 @@ class MadeUpCard:
 def plan_on(monkeypatch):
     """plan_on(card, job, step=32) -> (the plan, the table of what was tried)."""
 
-    def plan(card, job, step=32):
+    def plan(card, job, step=32, clear=quiet):
         config = vqa.Config.preset(
             "demo", batch_size=step, grad_accum_steps=1, gradient_checkpointing=True
         )
@@ -82,7 +82,7 @@ def plan_on(monkeypatch):
         )
         monkeypatch.setattr(vqa, "measure_pass", card.measure_pass)
         monkeypatch.setattr(vqa, "memory_budget", lambda: 0.92 * card.room)
-        monkeypatch.setattr(vqa, "clear_memory", lambda: None)  # seconds, after other tests
+        monkeypatch.setattr(vqa, "clear_memory", clear)  # the real one: seconds, after other tests
         prompts = [SimpleNamespace(input_ids=[0] * length) for length in (2, 3)]
         return vqa.plan_memory(on_a_gpu, prompts, 0, job), on_a_gpu.passes_tried
 
@@ -176,6 +176,32 @@ def test_the_passes_take_their_share_of_the_job_or_those_that_are_free(card, job
     if card is T4 and job in reasons:
         assert f"not measured: {reasons[job]}" in str(table)
     assert plan.peak_gib
+
+
+def test_what_a_turn_takes_beside_its_passes_counts_as_well(plan_on, monkeypatch):
+    """As on a card whose memory takes seconds to be cleared."""
+    job = 10_000
+    clock = [0.0]
+    monkeypatch.setattr(vqa.time, "perf_counter", lambda: clock[0])
+    turns = []
+    for clearing in (0.0, 40.0):
+        card = MadeUpCard(T4, noise=0.1)
+        own = card.measure_pass
+
+        def measured(*arguments, own=own):
+            seconds, peak = own(*arguments)
+            clock[0] += seconds
+            return seconds, peak
+
+        def clear(seconds=clearing):
+            clock[0] += seconds
+
+        card.measure_pass = measured
+        _, table = plan_on(card, job, clear=clear)
+        turns.append(sum(row["passes"] for row in table) // vqa.TIMED_PASSES)
+        share = vqa.PLANNING_SHARE * job / max(row["questions/s"] or 0 for row in table)
+        assert card.charged + clearing * turns[-1] <= share
+    assert turns[1] < turns[0]
 
 
 def test_a_plan_that_runs_out_of_memory_leaves_the_others(plan_on):
