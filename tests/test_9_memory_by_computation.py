@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import memory_plan
 import new_models
 import pytest
+import rehearsal
 import torch
 import transformers
 from cards import CARDS
@@ -177,6 +178,12 @@ def test_qwen35_9b_fits_by_computation_where_auto_picks_the_8b(name):
     assert memory_plan.largest_pass(row, memory) >= 4
     assert computed["sum"] <= computed["free"]
     assert computed["loading"] <= computed["free"]
+
+
+@pytest.mark.parametrize(("preset", "card"), [("kaggle_t4x2", "T4"), ("colab_a100", "A100 80 GB")])
+def test_the_hours_of_the_real_job_are_those_of_the_computed_plan(preset, card):
+    computed = memory_plan.memory_row(memory_plan.Row(preset, card))
+    assert rehearsal.MACHINES[preset].stored_layers == computed["layers kept"]
 
 
 @pytest.mark.parametrize("with_fla", [False, True])

@@ -46,7 +46,7 @@ class Machine:
     cap_gib: float  # that a process may allocate
     flash: bool  # whether it has flash attention
     tflops: float  # of matrix products in a real job
-    stored_layers: int  # of the plan that the estimate assumes, as computed by memory_plan.py
+    stored_layers: int  # of the plan that the estimate assumes: memory_plan.py computes it
 
 
 T4 = Machine(
@@ -57,7 +57,7 @@ T4 = Machine(
     cap_gib=bench_gpu.CAP_GIB,
     flash=False,
     tflops=20,
-    stored_layers=3,
+    stored_layers=36,
 )
 A100 = Machine(
     name="NVIDIA A100-SXM4-80GB",
@@ -67,7 +67,7 @@ A100 = Machine(
     cap_gib=78.0,
     flash=True,
     tflops=150,
-    stored_layers=5,
+    stored_layers=36,
 )
 MACHINES = {"kaggle_t4x2": T4, "colab_a100": A100}
 
