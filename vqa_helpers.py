@@ -21590,6 +21590,7 @@ class StayingProcess:
     channel: socket.socket  # to its standard input
     settings: dict  # of the run whose model it has, without places
     environment: Mapping[str, str]  # that it was started with
+    folder: str = field(default_factory=os.getcwd)  # in which it finds relative paths
     status: int | None = None  # of its command; None while it works
 
     def poll(self) -> int | None:
@@ -21638,6 +21639,8 @@ class StayingProcess:
             return "it has ended"
         if self.settings != settings_without_places(config):
             return "it has loaded its model for other settings"
+        if self.folder != os.getcwd():
+            return f"it works in another folder, {self.folder}"
         names = self.environment.keys() | environment.keys()
         for name in sorted(names - set(HARMLESS_VARIABLES)):
             if self.environment.get(name) != environment.get(name):
@@ -21646,13 +21649,13 @@ class StayingProcess:
 
     def take(self, command: Mapping) -> bool:
         """Give it a command, see `next_command`; whether it has begun."""
+        self.status = None  # also where a KeyboardInterrupt comes before the answer
         try:
             self.channel.settimeout(ANSWER_SECONDS)
             self.channel.sendall(json.dumps(command).encode() + b"\n")
             has_begun = self.channel.recv(len(BEGUN)) == BEGUN
         except OSError:  # it is dead, or hangs
             has_begun = False
-        self.status = None
         return has_begun
 
 

@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 from cards import T4
-from running import quiet
+from running import quiet, raising
 
 import vqa_helpers as vqa
 
@@ -116,6 +117,33 @@ def test_a_process_that_failed_or_was_killed_gets_no_command(start, caplog):
     fresh, said = start("two")
     assert said == f"{fresh.pid} two\n"
     assert caplog.text.count("it has ended") == 2
+
+
+def test_a_process_in_another_folder_gets_no_command(start, tmp_path, monkeypatch, caplog):
+    """Paths of settings may be relative, to the folder in which the notebook is by now."""
+    first, _ = start("zero", stays=True)
+    monkeypatch.chdir(tmp_path)
+    second, said = start("one", stays=True)
+    assert said == f"{second.process.pid} one --stay\n"
+    assert first.process.returncode == 7
+    assert f"it works in another folder, {first.folder}" in caplog.text
+
+
+def test_a_process_whose_command_was_interrupted_at_its_start_gets_no_other(start, monkeypatch):
+    first, _ = start("zero", stays=True)
+    answering = SimpleNamespace(
+        settimeout=quiet,
+        setblocking=quiet,
+        sendall=first.channel.sendall,
+        recv=raising(KeyboardInterrupt()),
+        close=first.channel.close,
+    )
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(first, "channel", answering)
+        start("one", stays=True)
+    second, said = start("two", stays=True)
+    assert said == f"{second.process.pid} two --stay\n"
+    assert second is not first
 
 
 def test_a_process_that_waits_ends_when_nobody_can_ask_it_any_more(start):
