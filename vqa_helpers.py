@@ -6095,7 +6095,8 @@ SETTLED_SECONDS = 2  # since a file's last change; a further one might leave its
 def _known_images_file(folder: Path, split: str) -> Path:
     """Where the facts of a table's images are kept, in the folder for temporary files."""
     user = os.getuid() if hasattr(os, "getuid") else 0  # Windows has no such number
-    name = hashlib.sha256(f"{folder} {split}".encode()).hexdigest()[:16]
+    place = os.fsencode(f"{folder} {split}")  # also of a name that is not UTF-8
+    name = hashlib.sha256(place).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"vqa_images_{user}" / f"{name}.json"
 
 
@@ -6121,11 +6122,11 @@ def _file_state(path: str) -> list[int] | None:
 
 def _read_known_images(file: Path) -> dict[str, dict]:
     """Path -> state of the file and facts; nothing from another version or a damaged file."""
-    if not file.exists():
-        return {}
     try:
         content = read_json(file, ["decoder", "images"])
         require_kind(file, content, dict, ["images"])
+    except FileNotFoundError:
+        return {}
     except (OSError, DamagedFileError) as error:
         LOGGER.warning("All images are decoded: %s", error)
         return {}

@@ -3,6 +3,7 @@
 Some cases are data in cases/; what they mean is said in small_competition.py.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -392,11 +393,20 @@ def test_damaged_facts_and_those_of_another_version_are_not_used(
     assert ("All images are decoded" in caplog.text) == (content is not None)
 
 
-def test_facts_that_cannot_be_kept_are_no_error(known_folder, caplog):
+@pytest.mark.parametrize("fault", ["it is a folder", "nobody may even ask for it"])
+def test_facts_that_cannot_be_kept_are_no_error(known_folder, caplog, fault):
     paths, file = known_folder
-    Path(file).mkdir()
+    if fault == "it is a folder":
+        file.mkdir()
+    else:
+        file = file.with_name("x" * 300)  # longer than the system allows
     assert [facts["image_ok"] for facts in facts_of(paths, file)] == [True, True]
     assert "The facts of images are not kept" in caplog.text
+
+
+def test_a_folder_whose_name_is_not_utf8_has_facts_of_its_own():
+    korean = Path(os.fsdecode("자료".encode("cp949")))  # as older archives are unpacked
+    assert vqa._known_images_file(korean, "train") != vqa._known_images_file(korean, "test")
 
 
 def test_tables_are_the_same_with_images_that_are_known(demo_rows, decoded):
