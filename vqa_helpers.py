@@ -12152,7 +12152,8 @@ class Run:
     | prompt.json                    | all stages    | a rendered prompt: another is refused
     | worker_W.log, run.log          | all workers   | what they print; the log, with times
     | progress_W.json                | all workers   | what worker W is doing now
-    | progress_W.waiting             | train         | worker W waits until all folds are trained
+    | progress_W.NOTEBOOK.waiting    | train         | worker W of the process of that number waits
+    |                                |               | until all folds are trained
     | stages.jsonl                   | all stages    | seconds and peak memory of each fold; of the
     |                                |               | first one trained the passes that were tried
     | events.jsonl                   | all stages    | what did not go to plan
@@ -21934,7 +21935,7 @@ def _start_worker(
     if waits:
         command.append("--wait")
     _progress_path(run, number).unlink(missing_ok=True)
-    _waiting_path(run.directory, str(number)).unlink(missing_ok=True)
+    _waiting_path(run.directory, str(number), os.getpid()).unlink(missing_ok=True)
     log = _worker_log(run, number)
     stays = list(stages) == ["zeroshot"]  # training comes next
     return start_process(command, log, log, run.config, environment, stays)
@@ -21948,9 +21949,13 @@ def _progress_path(run: Run, number: int) -> Path:
     return run.directory / f"progress_{number}.json"
 
 
-def _waiting_path(directory: Path, name: str) -> Path:
-    """The file that is there while the worker of that name waits for the others."""
-    return directory / f"progress_{name}.waiting"
+def _waiting_path(directory: Path, name: str, notebook: int) -> Path:
+    """The file that is there while the worker of that name waits for the others.
+
+    `notebook`: the process that has started them. A second one, which only finds the folds locked,
+    must not let them go on.
+    """
+    return directory / f"progress_{name}.{notebook}.waiting"
 
 
 def wait_for_other_workers(directory: Path, name: str, progress: Callable) -> None:
@@ -21959,7 +21964,7 @@ def wait_for_other_workers(directory: Path, name: str, progress: Callable) -> No
     `directory`: of the run; `name`: this worker's number. `progress` raises Interrupted where
     the worker is to end instead, such as after the failure of another one.
     """
-    path = _waiting_path(directory, name)
+    path = _waiting_path(directory, name, os.getppid())
     path.touch()
     try:
         while path.exists():
@@ -21979,7 +21984,7 @@ def _let_waiting_workers_go_on(run: Run, processes: Sequence[subprocess.Popen]) 
     for number, process in enumerate(processes):
         if process.poll() is None:
             running.append(number)
-    paths = [_waiting_path(run.directory, str(number)) for number in running]
+    paths = [_waiting_path(run.directory, str(number), os.getpid()) for number in running]
     if not all(path.exists() for path in paths):
         return
     for number, path in zip(running, paths, strict=True):
@@ -22019,6 +22024,8 @@ def launch_workers(
         for process in processes:
             process.terminate()
         statuses = [process.wait() for process in processes]
+        for number in range(len(processes)):  # of those that were killed
+            _waiting_path(run.directory, str(number), os.getpid()).unlink(missing_ok=True)
     ends = []
     for number, (process, status) in enumerate(zip(processes, statuses, strict=True)):
         if status not in (0, INTERRUPTED):

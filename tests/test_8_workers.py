@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -443,6 +444,7 @@ assert "--wait" in sys.argv
 if name == "0" and {fault!r} == "fails":
     sys.exit("no such row")
 if name == "0" and {fault!r} == "is killed":
+    vqa._waiting_path(directory, name, os.getppid()).touch()  # at the end of its training
     os.kill(os.getpid(), signal.SIGKILL)
 progress = vqa.ProgressFile(directory / f"progress_{{name}}.json")
 signal.signal(signal.SIGTERM, progress.request_stop)
@@ -486,3 +488,25 @@ def test_a_worker_that_waits_ends_with_the_notebook(tmp_path):
     with pytest.raises(vqa.Interrupted, match="the end of the notebook's process"):
         vqa.wait_for_other_workers(tmp_path, "0", progress.update)
     assert not list(tmp_path.glob("*.waiting"))
+
+
+def test_a_second_notebook_does_not_let_waiting_workers_go_on(mini_run, worker_program):
+    """It finds the folds locked; the first one's worker, here a thread, waits as before."""
+    run = mini_run()
+    looks = []
+
+    def progress(*_):
+        looks.append(time.monotonic())
+        if ended and ended[0] < looks[-2]:
+            raise vqa.Interrupted
+
+    ended = []
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(vqa.wait_for_other_workers, run.directory, "0", progress)
+        worker_program("raise SystemExit('another process is working on fold 0')")
+        with pytest.raises(RuntimeError, match="another process is working on fold 0"):
+            vqa.launch_workers(run, [((CORE,), (0,))], ["train"])
+        ended.append(time.monotonic())
+        with pytest.raises(vqa.Interrupted):
+            waiting.result(10)
+    assert not list(run.directory.glob("progress_*.waiting"))
