@@ -21576,10 +21576,12 @@ def launches_of_stages(rounds: Sequence[list[WorkerJob]], stages: Sequence[str])
 # === Process that stays ===========================================================================
 # Preflight, zero-shot and the first training of a run take the same libraries and the same model
 # on the same device. One process does all three: after a command that went well it waits for the
-# next one, with the model still loaded. It ends with the notebook's process.
+# next one, with the model still loaded. It ends with the notebook's process, or after a while.
 BEGUN = b"begun\n"  # what that process answers to a command
 DONE = b"done\n"  # and when it waits for the next one
 ANSWER_SECONDS = 10  # in which it has to take a command
+# So long it waits for one; then other notebooks, and other programs, can have the memory.
+STAY_SECONDS = 30 * 60
 # What libraries that the notebook imports set for processes that they start.
 HARMLESS_VARIABLES = ("KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK")
 
@@ -24258,6 +24260,7 @@ def next_command() -> list[str] | None:
     to the files that the command names.
     """
     parent = os.getppid()
+    deadline = time.monotonic() + STAY_SECONDS
     clear_memory()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is meant for another cell
@@ -24271,7 +24274,7 @@ def next_command() -> list[str] | None:
             try:
                 part = channel.recv(2**16)
             except TimeoutError:
-                if os.getppid() != parent:
+                if os.getppid() != parent or time.monotonic() > deadline:
                     return None
                 continue
             if not part:

@@ -234,6 +234,7 @@ WAITING = """
 import sys
 sys.path.insert(0, {root!r})
 import vqa_helpers
+vqa_helpers.STAY_SECONDS = {seconds}
 vqa_helpers.next_command()
 """
 # A notebook's process that has started it, says its number, and does nothing more.
@@ -256,7 +257,7 @@ time.sleep(60)
 def test_a_waiting_process_ends_with_the_notebook_that_is_killed(tmp_path):
     root = str(Path(vqa.__file__).parent)
     program = tmp_path / "waiting.py"
-    program.write_text(WAITING.format(root=root))
+    program.write_text(WAITING.format(root=root, seconds=60))
     code = NOTEBOOK.format(root=root, program=str(program))
     notebook = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     waiting = psutil.Process(int(notebook.stdout.readline()))
@@ -266,3 +267,16 @@ def test_a_waiting_process_ends_with_the_notebook_that_is_killed(tmp_path):
     notebook.wait()
     waiting.wait(10)
     notebook.stdout.close()
+
+
+@pytest.mark.slow
+def test_a_process_that_nobody_asks_any_more_frees_the_memory(tmp_path, monkeypatch):
+    program = tmp_path / "waiting.py"
+    program.write_text(WAITING.format(root=str(Path(vqa.__file__).parent), seconds=0))
+    monkeypatch.setattr(vqa, "__file__", str(program))
+    log = tmp_path / "log"
+    process = vqa.start_process([], log, log, vqa.Config.preset("demo"), {**os.environ}, True)
+    assert process.wait(60) == 0
+    assert process.process.wait(10) == 0
+    assert process.why_not(vqa.Config.preset("demo"), os.environ) == "it has ended"
+    vqa.end_staying_process()
