@@ -2593,9 +2593,9 @@ class CheckpointManager:
         """Delete what is older than the newest `keep` verified checkpoints.
 
         Leftovers of killed writes go too. A damaged checkpoint does not count as
-        kept.
+        kept. A file of such a name, such as an archive of a checkpoint, is left alone.
         """
-        paths = sorted(self.directory.glob("step_*"))
+        paths = sorted(path for path in self.directory.glob("step_*") if path.is_dir())
         verified = filter(self._still_verifies, reversed(paths))  # reads no more than it must
         kept = list(itertools.islice(verified, self.keep))
         outdated = [path for path in paths if kept and path < kept[-1]]

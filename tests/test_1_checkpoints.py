@@ -86,6 +86,15 @@ def test_pruning_never_counts_a_damaged_checkpoint_as_kept(manager):
     assert names == ["step_00000001", "step_00000002", "step_00000003"]
 
 
+def test_pruning_leaves_files_alone_that_are_named_like_checkpoints(manager):
+    save(manager, 1)
+    (manager.directory / "step_00000001.zip").write_bytes(b"an archive of it")
+    for step in (2, 3, 4):
+        save(manager, step)
+    names = sorted(path.name for path in manager.directory.iterdir())
+    assert names == ["step_00000001.zip", "step_00000003", "step_00000004"]
+
+
 def test_pruning_reads_each_checkpoint_once_unless_it_changes(manager, monkeypatch):
     read = []
     own = vqa.file_sha256
