@@ -21592,8 +21592,9 @@ class StayingProcess:
 
     process: subprocess.Popen
     channel: socket.socket  # to its standard input
-    settings: dict  # of the run whose model it has, without places
-    environment: Mapping[str, str]  # that it was started with
+    settings: dict = field(repr=False)  # of the run whose model it has, without places
+    # That it was started with; not to be shown, because passwords may be among it.
+    environment: Mapping[str, str] = field(repr=False)
     folder: str = field(default_factory=os.getcwd)  # in which it finds relative paths
     status: int | None = None  # of its command; None while it works
 

@@ -67,6 +67,7 @@ def test_a_process_does_several_commands_and_ends_with_the_last(start, caplog):
     assert first.poll() == 0
     pid = first.process.pid
     assert said == f"{pid} zero --stay\n"
+    assert "PATH" not in repr(first)  # no variable is shown: some are secrets
     again, said = start("one", stays=True)
     assert again is first
     assert said == f"{pid} one --stay\n"  # in a file of its own
