@@ -9650,12 +9650,14 @@ class KeptModel:
         It stays here only where it is wanted once more: one that is not takes memory.
         """
         model = self.model
+        forwards = self.forwards
         is_same = self.settings == settings_without_places(config)
         if not (is_same and self.is_wanted):
             self.model = self.settings = None
+            self.forwards = ()  # those of a quantised model hold its layers
         if model is None or not is_same:
             return None
-        for layer, own in zip(model.model.language_model.layers, self.forwards, strict=True):
+        for layer, own in zip(model.model.language_model.layers, forwards, strict=True):
             for name in _LAYER_FORWARDS:
                 vars(layer).pop(name, None)
             vars(layer).update(own)

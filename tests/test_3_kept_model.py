@@ -1,6 +1,8 @@
 """Part 3, Kept model: a model that is used again scores as one that was just loaded."""
 
 import functools
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -73,6 +75,23 @@ def test_the_tower_returns_to_where_the_model_computes(keeping, demo_rows):
     keeping.take(config)
     tower = vqa.vision_tower(session.model)
     assert {weight.device.type for weight in tower.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("next_settings", [{}, {"lora_r": 4}])
+def test_a_model_that_is_not_wanted_again_leaves_the_memory(next_settings, keeping, demo_rows):
+    """Also where loading has given its layers forwards of their own, which hold them."""
+    config = vqa.Config.preset("demo")
+    session = vqa.open_session(config, demo_rows.train.iloc[0])
+    layer = session.decoder_layers[0]
+    layer.forward = functools.partial(layer.forward)
+    keeping.keep(config, session.model)
+    is_there = weakref.ref(layer)
+    keeping.is_wanted = False
+    taken = keeping.take(vqa.Config.preset("demo", **next_settings))
+    assert (taken is None) == bool(next_settings)
+    del session, layer, taken
+    gc.collect()
+    assert is_there() is None
 
 
 def test_a_model_of_other_settings_is_loaded_and_the_kept_one_goes(keeping, demo_rows):
