@@ -6102,7 +6102,7 @@ def _known_images_file(folder: Path, split: str) -> Path:
 
 def _decoder_version() -> str:
     """What the facts of an image depend on besides its file."""
-    pillow = importlib.metadata.version("pillow")
+    pillow = Image.__version__  # that is loaded; section 1 may have put another one on the disk
     return f"{file_sha256(Path(__file__))} {pillow} {' '.join(_readable_formats())}"
 
 

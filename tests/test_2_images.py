@@ -393,6 +393,15 @@ def test_damaged_facts_and_those_of_another_version_are_not_used(
     assert ("All images are decoded" in caplog.text) == (content is not None)
 
 
+def test_facts_of_another_pillow_than_the_loaded_one_are_not_used(
+    known_folder, decoded, monkeypatch
+):
+    facts_of(*known_folder)
+    monkeypatch.setattr(Image, "__version__", "10.3.0")
+    facts_of(*known_folder)
+    assert len(decoded) == 4
+
+
 @pytest.mark.parametrize("fault", ["it is a folder", "nobody may even ask for it"])
 def test_facts_that_cannot_be_kept_are_no_error(known_folder, caplog, fault):
     paths, file = known_folder
