@@ -212,7 +212,7 @@ def test_a_local_model_is_loaded_without_asking_the_hub(machine, mini_data):
 
     run = start_run(names)
     progress = names.vqa.ProgressFile(run.directory / "progress_0.json")
-    names.vqa.run_worker(run, [0], [], progress)
+    names.vqa.run_worker(run, [0], [], progress, wait_for_others=lambda: None)
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
