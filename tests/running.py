@@ -120,3 +120,16 @@ def work_in_this_process(monkeypatch, command, work):
 
     monkeypatch.setattr(vqa, "run_side_process", run)
     return begun
+
+
+def note_scoring(monkeypatch):
+    """A list of what `predict_logits` scores from here on, by its label."""
+    labels = []
+    predict = vqa.predict_logits
+
+    def noting(session, frame, views, label, *arguments, **planned):
+        labels.append(label)
+        return predict(session, frame, views, label, *arguments, **planned)
+
+    monkeypatch.setattr(vqa, "predict_logits", noting)
+    return labels

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from planted import rewrite_rows
-from running import open_run_session, plain_prompts, quiet
+from running import note_scoring, open_run_session, plain_prompts, quiet
 
 import vqa_helpers as vqa
 
@@ -191,14 +191,7 @@ def test_kept_weights_that_prefer_a_letter_are_noted_for_the_report(mini_run, mo
 def test_the_best_epochs_scores_are_those_of_the_raw_weights_and_computed_once(
     mini_run, monkeypatch
 ):
-    passes = []
-    predict = vqa.predict_logits
-
-    def count(session, frame, views, label, *arguments, **prompts):
-        passes.append(label)
-        return predict(session, frame, views, label, *arguments, **prompts)
-
-    monkeypatch.setattr(vqa, "predict_logits", count)
+    passes = note_scoring(monkeypatch)
     run = mini_run(num_epochs=2)
     session = open_run_session(run)
     trainer = vqa.FoldTrainer(session, run, 0)

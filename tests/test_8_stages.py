@@ -11,6 +11,7 @@ from running import (
     ROTATIONS,
     adapter_file,
     events,
+    note_scoring,
     open_run_session,
     quiet,
     read_logits,
@@ -341,14 +342,7 @@ def test_the_base_model_is_left_out_where_the_time_budget_ends(mini_run, monkeyp
 @pytest.mark.slow
 def test_with_one_view_held_out_rows_are_scored_by_validation_alone(mini_run, monkeypatch):
     """And the file is, byte by byte, the one that scoring them again gives."""
-    scored = []
-    predict = vqa.predict_logits
-
-    def note(session, frame, views, label, *arguments, **prompts):
-        scored.append(label)
-        return predict(session, frame, views, label, *arguments, **prompts)
-
-    monkeypatch.setattr(vqa, "predict_logits", note)
+    scored = note_scoring(monkeypatch)
     run = run_all(mini_run(use_tta=False, train_folds=(0,)), ["train", "predict"])
     assert scored == ["zero-shot", *["fold 0 validation"] * 2, "fold 0 test"]
     kept = (run.fold_dir(0) / "oof.npz").read_bytes()

@@ -124,15 +124,7 @@ def build(tiny: bool, layers: int | None, device: str, dtype: torch.dtype):
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=[
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "o_proj",
-            "gate_proj",
-            "up_proj",
-            "down_proj",
-        ],
+        target_modules="all-linear",  # q, k, v, o, gate, up, down
     )
     adapted = peft.get_peft_model(text, lora)
     for name, parameter in adapted.named_parameters():
