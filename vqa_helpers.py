@@ -10350,10 +10350,13 @@ def _save_for_lora_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(used, inner, lora_a, lora_b, weight, *scales)
 
 
-def _run_lora_backward(ctx, gradient, _):
-    """One gradient for each input of `lora_linear`; None for those that are not trained."""
+def _input_gradients(ctx, gradient, compute: Callable) -> tuple:
+    """One gradient for each input of `lora_linear`; None for those that are not trained.
+
+    `compute` is `lora_backward`, or the operator that computes the same.
+    """
     used, inner, lora_a, lora_b, weight, *scales = ctx.saved_tensors
-    to_x, to_dropped, to_a, to_b = torch.ops.vqa.lora_backward(
+    to_x, to_dropped, to_a, to_b = compute(
         gradient.contiguous(),
         used,
         inner,
@@ -10378,24 +10381,15 @@ def _run_lora_backward(ctx, gradient, _):
     )
 
 
+def _run_lora_backward(ctx, gradient, _):
+    """The backward pass of the operator vqa::lora_linear."""
+    return _input_gradients(ctx, gradient, torch.ops.vqa.lora_backward)
+
+
 def _run_direct_backward(ctx, gradient, _):
-    """As `_run_lora_backward`, without an operator."""
-    used, inner, lora_a, lora_b, weight, *scales = ctx.saved_tensors
-    to_x, to_dropped, to_a, to_b = lora_backward(
-        gradient.contiguous(),
-        used,
-        inner,
-        lora_a,
-        lora_b,
-        ctx.scaling,
-        weight,
-        scales,
-        ctx.shape,
-        ctx.dropout,
-    )
-    to_dropped = to_dropped if ctx.dropout else None
-    # Scaling, weight, bias, scales and shape are not trained.
-    return to_x, to_dropped, to_a, to_b, None, None, None, None, None
+    """The same of `direct_lora`, where a list of scales is one input that is not trained."""
+    *gradients, _, of_shape = _input_gradients(ctx, gradient, lora_backward)
+    return *gradients, None, of_shape
 
 
 @functools.cache
