@@ -9713,6 +9713,8 @@ class Session:
     # (bytes of the token ids to the end of the image, its grid) -> their positions; filled by
     # `rope_positions`.
     head_positions: dict[tuple, np.ndarray] = field(default_factory=dict)
+    # Whether decoder layers train by `frugal_forward`; set by `use_fast_layers`.
+    is_frugal: bool = False
 
     @property
     def decoder_layers(self):
@@ -9945,38 +9947,46 @@ def rope_positions(session: Session, input_ids: np.ndarray, grid: tuple[int, ...
     return np.concatenate([positions, rest], axis=1)
 
 
-def pad_left(arrays: Sequence[np.ndarray], length: int, value: int):
+def pad(arrays: Sequence[np.ndarray], length: int, value: int, behind: bool = False):
     """One tensor (arrays, length, ...) of shorter arrays, filled up with `value` in front.
 
-    >>> pad_left([np.array([1, 2]), np.array([3])], length=3, value=0).tolist()
+    Or behind them.
+
+    >>> pad([np.array([1, 2]), np.array([3])], length=3, value=0).tolist()
     [[0, 1, 2], [0, 0, 3]]
     """
     padded = np.full((len(arrays), length, *arrays[0].shape[1:]), value)
     for row, array in zip(padded, arrays, strict=True):
-        row[length - len(array) :] = array
+        first = 0 if behind else length - len(array)
+        row[first : first + len(array)] = array
     return torch.from_numpy(padded)
 
 
 def collate(session: Session, prompts: Sequence[Prompt]) -> dict:
-    """One batch of left-padded model inputs on the CPU, with one target for each answer.
+    """One batch of padded model inputs on the CPU, with one target for each answer.
 
     The images come as "features" (those in the vision cache) or as "pixel_values". A
     question in several orders has as many answers.
     """
     lengths = {len(prompt.input_ids) for prompt in prompts}
     length = max(lengths)
-    if len(lengths) > 1 and session.device.type == "cuda":
+    is_padded = len(lengths) > 1
+    is_on_gpu = session.device.type == "cuda"
+    # No token looks at what is behind it: padding there needs no mask, without which a GPU's
+    # attention is far faster. Behind several orders of a question it would gain nothing.
+    behind = is_on_gpu and all(len(prompt.orders) == 1 for prompt in prompts)
+    if is_padded and is_on_gpu:
         length += -length % 16  # attention kernels want the rows of a mask aligned
     padding_id = session.processor.tokenizer.pad_token_id
-    input_ids = pad_left([prompt.input_ids for prompt in prompts], length, padding_id)
-    segments = pad_left([prompt.segments for prompt in prompts], length, -1)
-    positions = pad_left([prompt.position_ids.T for prompt in prompts], length, 1)
+    input_ids = pad([prompt.input_ids for prompt in prompts], length, padding_id, behind)
+    segments = pad([prompt.segments for prompt in prompts], length, -1, behind)
+    positions = pad([prompt.position_ids.T for prompt in prompts], length, 1, behind)
     answer_rows = []
     answer_columns = []
     targets = []
     present = []
     for number, prompt in enumerate(prompts):
-        padding = length - len(prompt.input_ids)
+        padding = 0 if behind else length - len(prompt.input_ids)
         for order, position in zip(prompt.orders, prompt.answer_positions, strict=True):
             answer_rows.append(number)
             answer_columns.append(padding + position)
@@ -9995,7 +10005,7 @@ def collate(session: Session, prompts: Sequence[Prompt]) -> dict:
         "targets": torch.tensor(targets),  # (answers, 4), in prompt positions
         "present": torch.tensor(present),  # (answers, 4), in prompt positions
         "prompts": list(prompts),
-        "padded": len(lengths) > 1,  # whether any question has padding
+        "masked": is_padded and not behind,  # whether any token must not look at padding
     }
     if session.family.recurrent_mixer and len(answer_rows) > len(prompts):
         batch["shared_prefixes"] = split_at_prefixes(segments)
@@ -10086,7 +10096,7 @@ def _recurrent_mask(session: Session, batch: Mapping):
     if "shared_prefixes" in batch:
         parts = batch["shared_prefixes"]
         return SharedPrefixes(*(part.to(session.device, non_blocking=True) for part in parts))
-    if batch["padded"]:
+    if batch["masked"]:
         return batch["attention_mask"].to(session.device, non_blocking=True)
     return None
 
@@ -10097,10 +10107,12 @@ def _model_inputs(session: Session, batch: Mapping) -> dict:
     for name in MODEL_INPUTS:
         if name in batch:
             inputs[name] = batch[name].to(session.device, non_blocking=True)
-    # Before capability 8.0 the fast kernel refuses grouped queries without a mask.
+    # Before capability 8.0 the fast kernel refuses grouped queries without a mask. Frugal layers
+    # give it as many keys as queries.
     is_turing = any(gpu["capability"] < 8.0 for gpu in session.runtime.gpus)
+    is_frugal_pass = session.is_frugal and session.model.training
     has_several_orders = len(batch["present"]) > len(batch["prompts"])
-    needs_mask = is_turing or has_several_orders or batch["padded"]
+    needs_mask = has_several_orders or batch["masked"] or (is_turing and not is_frugal_pass)
     if session.shares_prefixes and needs_mask:
         segments = batch["segments"].to(session.device, non_blocking=True)
         inputs["attention_mask"] = shared_prefix_mask(segments)
@@ -10109,7 +10121,7 @@ def _model_inputs(session: Session, batch: Mapping) -> dict:
                 "full_attention": inputs["attention_mask"],
                 "linear_attention": _recurrent_mask(session, batch),
             }
-    elif not batch["padded"]:
+    elif not batch["masked"]:
         del inputs["attention_mask"]  # it says nothing, and asking it would wait for the GPU
         if session.runtime.attention == "sdpa":
             inputs.update(session.family.images.without_mask)
@@ -11305,7 +11317,6 @@ def measure_pass(session: Session, prompts: Sequence[Prompt], stored: int) -> tu
     recompute_layers(session, stored)
     reset_peak_memory()
     batch = collate(session, prompts)
-    batch["padded"] = len(prompts) > 1  # attention then takes a mask, as it does in training
     try:
         start = time.perf_counter()
         # The hidden states get no name, which would keep them during the backward pass.
@@ -22222,10 +22233,10 @@ def _read_batch(session: Session, images: pd.DataFrame) -> list[str]:
         prompts.append(encode_prompt(processor, transcript_messages(path), grid))
     length = max(map(len, prompts))
     padding_id = processor.tokenizer.pad_token_id
-    input_ids = pad_left(prompts, length, padding_id)
+    input_ids = pad(prompts, length, padding_id)
     inputs = {
         "input_ids": input_ids,
-        "attention_mask": pad_left([np.ones_like(ids) for ids in prompts], length, 0),
+        "attention_mask": pad([np.ones_like(ids) for ids in prompts], length, 0),
         "pixel_values": torch.cat(pixels),
         **session.family.images.model_inputs(processor.image_token_id, input_ids, grids),
     }

@@ -189,7 +189,7 @@ def test_a_recurrent_layer_keeps_the_hook_that_fetches_its_inputs(session, rows)
 @torch.inference_mode()
 def test_padding_changes_no_prompt_of_a_recurrent_family(session, rows):
     batch = plain_batch(session, rows, range(4))
-    assert batch["padded"]
+    assert batch["masked"]
     together = vqa.answer_hidden_states(session, batch)
     alone = []
     for row in range(4):

@@ -221,7 +221,7 @@ def test_recurrent_layers_never_wait_for_the_gpu(model_folders, demo_rows, turns
     prompts = [vqa.make_prompt(session, demo_rows.train, row, orders) for row in range(3)]
     batch = vqa.collate(session, prompts)
     batch["features"] = session.vision_cache.compute_for_batch(batch)
-    assert batch["padded"]
+    assert batch["masked"]
     with torch.no_grad(), Waits() as ours:
         vqa.answer_hidden_states(session, batch)
     assert not ours.found
