@@ -10587,14 +10587,13 @@ def draw_seed(device):
 def scatter_bits(numbers):
     """Whole numbers (int32), one for one, as if they were random.
 
-    Chris Wellons' "lowbias32": a changed bit of a number changes each bit of the result in half
-    of all cases. It is a product of shifts and factors, which torch.compile puts into the kernel
-    of what comes before and behind it.
+    Chris Wellons' "lowbias32" without its last step, which only serves the lower bits: a product
+    of shifts and factors, which torch.compile puts into the kernel of what is before and behind.
     """
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
         # int32 shifts its sign in from the left: those bits are masked out.
         numbers = (numbers ^ ((numbers >> shift) & (2 ** (32 - shift) - 1))) * factor
-    return numbers ^ ((numbers >> 16) & 0xFFFF)
+    return numbers
 
 
 def survives_dropout(x, rate: float, seed):
@@ -10608,13 +10607,13 @@ def survives_dropout(x, rate: float, seed):
         kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
         return kept.bernoulli_(1 - rate, generator=generator)
     places = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
-    numbers = scatter_bits(scatter_bits(places) + seed)
-    return (numbers & (2**31 - 1)) >= int(rate * 2**31)
+    # Each seed begins at another place of the same list of 2**32 numbers.
+    return scatter_bits(places + seed) >= int(rate * 2**32) - 2**31
 
 
 def drop(x, rate: float, seed):
     """x after dropout (Srivastava et al. 2014), or its gradient out of that of what is left."""
-    return torch.where(survives_dropout(x, rate, seed), x / (1 - rate), 0.0)
+    return torch.where(survives_dropout(x, rate, seed), x * (1 / (1 - rate)), 0.0)
 
 
 def unpack_nf4(packed, values, scales: Sequence, shape: Sequence[int], dtype):
@@ -10622,49 +10621,56 @@ def unpack_nf4(packed, values, scales: Sequence, shape: Sequence[int], dtype):
 
     bitsandbytes' own operator has more to do on the CPU than this has on a fast GPU.
     """
-    device = packed.device
-    shifts = 4 - 4 * torch.arange(2, dtype=torch.int32, device=device)
-    codes = (packed.view(-1, 1).int() >> shifts) & 15  # the upper half first
     if len(scales) == 1:
         block_scale = scales[0]
     else:
         absmax, code, group_scale, offset = scales
-        group = torch.arange(absmax.numel(), device=device) // shape[3]
+        group = torch.arange(absmax.numel(), device=packed.device) // shape[3]
         block_scale = code[absmax.int()] * group_scale[group] + offset
-    blocks = values[codes].view(-1, shape[2])
-    return (blocks * block_scale[:, None]).to(dtype).view(shape[0], shape[1])
+    codes = packed.view(-1, shape[2] // 2).int()
+    halves = []
+    for half in (codes >> 4, codes & 15):
+        # Unsafe: no check of each of the codes, which takes the GPU as long as all the rest.
+        value = torch.ops.aten._unsafe_index(values, [half])
+        halves.append((value * block_scale[:, None]).to(dtype))
+    if dtype.itemsize == 2:
+        # A byte's two weights are written together, as 32 bits: half as many reads and writes.
+        upper, lower = (half.view(torch.int16).int() for half in halves)
+        pairs = (upper & 0xFFFF) | (lower << 16)
+        return pairs.view(dtype).view(shape[0], shape[1])
+    return torch.stack(halves, -1).view(shape[0], shape[1])
 
 
-LORA_LIBRARY = "vqa_frugal"
-
-
-@functools.cache
-def register_frugal_operators() -> object:
-    """`lora_linear` and `lora_backward` as operators of torch without autograd.
-
-    Those that know autograd take twice as long to call.
-    """
-    library = torch.library.Library(LORA_LIBRARY, "DEF")
-    operators = (
-        ("lora_linear", LORA_SCHEMA, lora_linear, _empty_lora_outputs),
-        ("lora_backward", LORA_BACKWARD_SCHEMA, lora_backward, _empty_lora_gradients),
-    )
-    for name, schema, compute, empty in operators:
-        library.define(name + schema)
-        library.impl(name, compute, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{LORA_LIBRARY}::{name}", empty)
-    return library  # what is registered ends with it
-
-
-def adapters_of(linears: Sequence, dtype) -> list:
-    """(A, B) of each of the LoRA layers in `dtype`; compiled it is one kernel for all of them."""
+# LoRA layers with the same input are a group: q, k and v; gate and up. They share dropout's mask.
+def lora_parameters(groups: Sequence[Sequence]) -> list:
+    """Of each group of LoRA layers every layer's A, then every layer's B."""
     parameters = []
-    for linear in linears:
-        parameters += lora_operands(linear)[:2]
-    flat = torch.cat([parameter.flatten() for parameter in parameters]).to(dtype)
-    parts = flat.split([parameter.numel() for parameter in parameters])
-    shaped = [part.view_as(own) for part, own in zip(parts, parameters, strict=True)]
-    return [*zip(shaped[::2], shaped[1::2], strict=True)]
+    for group in groups:
+        pairs = [lora_operands(linear)[:2] for linear in group]
+        parameters += [a for a, _ in pairs]
+        parameters += [b for _, b in pairs]
+    return parameters
+
+
+def adapters_of(groups: Sequence[Sequence], dtype) -> list[tuple]:
+    """The same in `dtype`; compiled it is one kernel for all of them.
+
+    Of each group: A of all its layers, (layers * rank, in), and a list of every layer's B.
+    """
+    flat = torch.cat([parameter.flatten() for parameter in lora_parameters(groups)]).to(dtype)
+    adapters = []
+    first = 0
+    for group in groups:
+        pairs = [lora_operands(linear)[:2] for linear in group]
+        rank, inputs = pairs[0][0].shape
+        joined_a = flat[first : first + len(group) * rank * inputs].view(-1, inputs)
+        first += joined_a.numel()
+        each_b = []
+        for _, b in pairs:
+            each_b.append(flat[first : first + b.numel()].view_as(b))
+            first += b.numel()
+        adapters.append((joined_a, each_b))
+    return adapters
 
 
 def _frozen_operands(linear, dtype) -> tuple:
@@ -10677,55 +10683,102 @@ def _frozen_operands(linear, dtype) -> tuple:
     return scaling, weight, bias, [], shape[:2]
 
 
-def _lora_outputs(linears: Sequence, adapters: Sequence, x, seed) -> tuple[list, list]:
-    """Of each of the LoRA layers, which `use_fast_lora` has changed: output, and A dropped x.
+def _joined_outputs(group: Sequence, adapter: tuple, x, used) -> tuple[list, object]:
+    """`_lora_outputs` for torch.compile, with one product for A of all layers.
 
-    `adapters` of `adapters_of`. Dropout's seed is `seed` for the first one, and one more for each
-    further one.
+    `used` is x, or its dropped copy.
     """
+    joined_a, each_b = adapter
+    inner = used @ joined_a.T
+    outputs = []
+    for linear, b, own_inner in zip(group, each_b, inner.chunk(len(group), 1), strict=True):
+        scaling, weight, bias, *_ = _frozen_operands(linear, x.dtype)
+        output = torch.nn.functional.linear(x, weight, bias)
+        # In fp32 the sum is part of the kernel that comes next. In half precision the compiler
+        # would see a product that is added to another one, and copy that first.
+        output = output + scaling * (own_inner @ b.T).float()
+        outputs.append(output.to(x.dtype))
+    return outputs, inner
+
+
+def _lora_outputs(group: Sequence, adapter: tuple, x, seed) -> tuple[list, object]:
+    """Every layer's output of a group with the input x, and A dropped x, (rows, layers * rank).
+
+    x: (rows, in), as in all of these functions; a row is a token of a question. `adapter` of
+    `adapters_of`. Not compiled, each layer is computed as `lora_linear` does.
+    """
+    rate = dropout_rate(group[0])
+    dropped = drop(x, rate, seed) if rate else None
+    if torch.compiler.is_compiling():
+        return _joined_outputs(group, adapter, x, dropped if rate else x)
+    joined_a, each_b = adapter
     outputs = []
     inners = []
-    for number, (linear, adapter) in enumerate(zip(linears, adapters, strict=True)):
-        rate = dropout_rate(linear)
-        dropped = drop(x, rate, seed + number) if rate else None
-        operands = (*adapter, *_frozen_operands(linear, x.dtype))
-        output, inner = torch.ops.vqa_frugal.lora_linear(x, dropped, *operands)
+    for linear, a, b in zip(group, joined_a.chunk(len(group)), each_b, strict=True):
+        output, inner = lora_linear(x, dropped, a, b, *_frozen_operands(linear, x.dtype))
         outputs.append(output)
         inners.append(inner)
-    return outputs, inners
+    return outputs, torch.cat(inners, dim=1)
+
+
+def _joined_gradients(
+    group: Sequence, adapter: tuple, gradients: Sequence, used, inner
+) -> tuple[object, object, list]:
+    """`lora_backward` of all layers for torch.compile, with one product for A of all.
+
+    Gradients of x and, in fp32, of what went through A, and those of A and of every B.
+    """
+    joined_a, each_b = adapter
+    to_x = None
+    to_inners = []
+    to_each_b = []
+    operands = zip(group, each_b, gradients, inner.chunk(len(group), 1), strict=True)
+    for linear, b, gradient, own_inner in operands:
+        scaling, weight, *_ = _frozen_operands(linear, used.dtype)
+        to_input = gradient @ weight
+        to_x = to_input if to_x is None else to_x + to_input
+        to_inners.append(scaling * (gradient @ b))
+        to_each_b.append(scaling * (gradient.T @ own_inner))
+    to_inner = torch.cat(to_inners, dim=1)
+    return to_x, (to_inner @ joined_a).float(), [to_inner.T @ used, *to_each_b]
 
 
 def _lora_gradients(
-    linears: Sequence, adapters: Sequence, gradients: Sequence, x, seed, inners: Sequence
-) -> tuple:
-    """Gradient of the input x that the LoRA layers share, and a list of those of A, B, A, B, ...
+    group: Sequence, adapter: tuple, gradients: Sequence, x, seed, inner
+) -> tuple[object, list]:
+    """Gradient of the input x of a group, and of A of all its layers and every B.
 
-    `gradients` of their outputs, in the layers' order; the others as in `_lora_outputs`.
+    `gradients` of every layer's output; the others as in `_lora_outputs`.
     """
+    rate = dropout_rate(group[0])
+    used = drop(x, rate, seed) if rate else x
+    if torch.compiler.is_compiling():
+        to_x, to_used, of_adapter = _joined_gradients(group, adapter, gradients, used, inner)
+        to_used = drop(to_used, rate, seed) if rate else to_used
+        return (to_x + to_used).to(x.dtype), of_adapter
+    joined_a, each_b = adapter
+    operands = [*zip(group, joined_a.chunk(len(group)), each_b, gradients, strict=True)]
+    inners = inner.chunk(len(group), dim=1)
     to_x = None
-    to_parameters = []
-    # From the last layer to the first, as autograd goes.
-    for number in reversed(range(len(linears))):
-        linear = linears[number]
+    to_each_a = []
+    to_each_b = []
+    # From the last layer to the first, and added up one by one, as autograd does.
+    for (linear, a, b, gradient), own_inner in zip(operands[::-1], inners[::-1], strict=True):
         scaling, weight, _, scales, shape = _frozen_operands(linear, x.dtype)
-        rate = dropout_rate(linear)
-        used = drop(x, rate, seed + number) if rate else x
-        to_input, to_dropped, to_a, to_b = torch.ops.vqa_frugal.lora_backward(
-            gradients[number],
-            used,
-            inners[number],
-            *adapters[number],
-            scaling,
-            weight,
-            scales,
-            shape,
-            rate > 0,
+        to_input, to_dropped, to_a, to_b = lora_backward(
+            gradient, used, own_inner, a, b, scaling, weight, scales, shape, rate > 0
         )
         to_x = to_input if to_x is None else to_x + to_input
         if rate:
-            to_x = to_x + drop(to_dropped, rate, seed + number)
-        to_parameters = [to_a, to_b, *to_parameters]
-    return to_x, to_parameters
+            to_x = to_x + drop(to_dropped, rate, seed)
+        to_each_a.insert(0, to_a)
+        to_each_b.insert(0, to_b)
+    return to_x, [torch.cat(to_each_a), *to_each_b]
+
+
+def _flat_gradient(gradients: Sequence):
+    """Gradients of the numbers that `adapters_of` takes, in its order, in fp32: one kernel."""
+    return torch.cat([gradient.flatten() for gradient in gradients]).float()
 
 
 def rms_norm_backward(norm, gradient, x, residual_gradient=None):
@@ -10745,20 +10798,19 @@ def rms_norm_backward(norm, gradient, x, residual_gradient=None):
 
 
 def _split_heads(attention, projected):
-    """(batch, length, heads * size) as (batch, length, heads, size)."""
-    return projected.view(*projected.shape[:-1], -1, attention.head_dim)
+    """(rows, heads * size) as (rows, heads, size)."""
+    return projected.unflatten(-1, (-1, attention.head_dim))
 
 
 def rotated_heads(attention, norm, projected, cos, sin):
-    """Queries or keys as attention takes them, (batch, heads, length, size).
+    """Queries or keys as attention takes them, (rows, heads, size).
 
-    `projected` (batch, length, heads * size), normed by `norm` if there is one; `cos` and `sin`
-    (batch, length, size) of rotary positions (Su et al. 2021, RoFormer).
+    `projected` (rows, heads * size), normed by `norm` if there is one; `cos` and `sin`
+    (rows, size) of rotary positions (Su et al. 2021, RoFormer).
     """
     heads = _split_heads(attention, projected)
     if norm is not None:
         heads = norm(heads)
-    heads = heads.transpose(1, 2)
     first, second = heads.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return heads * cos[:, None] + turned * sin[:, None]
@@ -10768,10 +10820,9 @@ def rotated_heads_backward(attention, norm, gradient, projected, cos, sin):
     """Gradient of `projected` in `rotated_heads`."""
     first, second = (gradient * sin[:, None]).chunk(2, dim=-1)
     to_heads = gradient * cos[:, None] + torch.cat([second, -first], dim=-1)
-    to_heads = to_heads.transpose(1, 2)
     if norm is not None:
         to_heads = rms_norm_backward(norm, to_heads, _split_heads(attention, projected))
-    return to_heads.flatten(2)
+    return to_heads.flatten(1)
 
 
 def rotate(attention, projected_q, projected_k, cos, sin) -> tuple:
@@ -10788,13 +10839,13 @@ def _inputs_of_attention(layer) -> list:
 
 
 def before_attention(layer, x, cos, sin, seed) -> tuple:
-    """From the layer's input: q and k as attention takes them; q, k and v as projected; inners."""
+    """From the layer's input: q and k as attention takes them; q, k and v as projected; inner."""
     normed = layer.input_layernorm(x)
-    linears = _inputs_of_attention(layer)
-    adapters = adapters_of(linears, x.dtype)
-    projected, inners = _lora_outputs(linears, adapters, normed, seed)
+    group = _inputs_of_attention(layer)
+    [adapter] = adapters_of([group], x.dtype)
+    projected, inner = _lora_outputs(group, adapter, normed, seed)
     q, k = rotate(layer.self_attn, *projected[:2], cos, sin)
-    return q, k, projected, inners
+    return q, k, projected, inner
 
 
 def before_attention_backward(
@@ -10809,22 +10860,22 @@ def before_attention_backward(
     cos,
     sin,
     seed,
-    inners,
+    inner,
 ) -> tuple:
-    """Gradient of the layer's input x, and a list of those of A and B of q, k and v."""
+    """Gradient of the layer's input x, and that of A and B of q, k and v, flat."""
     attention = layer.self_attn
     q_norm = getattr(attention, "q_norm", None)
     k_norm = getattr(attention, "k_norm", None)
     gradients = [
         rotated_heads_backward(attention, q_norm, to_q, projected_q, cos, sin),
         rotated_heads_backward(attention, k_norm, to_k, projected_k, cos, sin),
-        to_v.transpose(1, 2).flatten(2),
+        to_v.flatten(1),
     ]
     norm = layer.input_layernorm
-    linears = _inputs_of_attention(layer)
-    adapters = adapters_of(linears, x.dtype)
-    to_normed, to_parameters = _lora_gradients(linears, adapters, gradients, norm(x), seed, inners)
-    return rms_norm_backward(norm, to_normed, x, to_residual), to_parameters
+    group = _inputs_of_attention(layer)
+    [adapter] = adapters_of([group], x.dtype)
+    to_normed, of_adapter = _lora_gradients(group, adapter, gradients, norm(x), seed, inner)
+    return rms_norm_backward(norm, to_normed, x, to_residual), _flat_gradient(of_adapter)
 
 
 def is_mixture(layer) -> bool:
@@ -10832,68 +10883,82 @@ def is_mixture(layer) -> bool:
     return not hasattr(layer.mlp, "gate_proj")
 
 
-def _linears_behind_attention(layer) -> list:
+def _groups_of_mlp(mlp) -> list[list]:
+    """The LoRA layers of an MLP that is no mixture of experts."""
+    return [[mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+
+
+def _groups_behind_attention(layer) -> list[list]:
     """Its LoRA layers behind attention, but for those of a mixture of experts."""
-    o_proj = layer.self_attn.o_proj
-    if is_mixture(layer):
-        return [o_proj]
-    return [o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
+    own = [] if is_mixture(layer) else _groups_of_mlp(layer.mlp)
+    return [[layer.self_attn.o_proj], *own]
 
 
-# Dropout's seeds: o has the step's own, gate and up the next two, down the one behind.
-SEED_OF_GATE = 1
-SEED_OF_DOWN = 3
+# Dropout's seeds: o has the step's own.
+SEED_OF_MLP = 2**30  # for gate and up; further away than a layer has numbers
+SEED_OF_DOWN = -(2**30)
 
 
-def after_attention(layer, residual, attended, seed) -> tuple:
-    """The layer's output; the input of its second norm, gate and up; inners of o, gate, up, down.
-
-    Of a mixture of experts: the input of the second norm, three times None, and o's inner.
-    """
-    adapters = adapters_of(_linears_behind_attention(layer), attended.dtype)
-    (o,), of_o = _lora_outputs([layer.self_attn.o_proj], adapters[:1], attended, seed)
-    middle = residual + o
-    if is_mixture(layer):
-        return middle, None, None, None, of_o
+def mlp_forward(layer, adapters: Sequence[tuple], middle, seed) -> tuple:
+    """The layer's output from the input of its second norm; gate, up, and two inners."""
     mlp = layer.mlp
     normed = layer.post_attention_layernorm(middle)
-    linears = [mlp.gate_proj, mlp.up_proj]
-    (gate, up), of_inputs = _lora_outputs(linears, adapters[1:3], normed, seed + SEED_OF_GATE)
+    inputs, down = _groups_of_mlp(mlp)
+    (gate, up), inner = _lora_outputs(inputs, adapters[0], normed, seed + SEED_OF_MLP)
     product = mlp.act_fn(gate) * up
-    (down,), of_down = _lora_outputs([mlp.down_proj], adapters[3:], product, seed + SEED_OF_DOWN)
-    return middle + down, middle, gate, up, [*of_o, *of_inputs, *of_down]
+    (output,), of_down = _lora_outputs(down, adapters[1], product, seed + SEED_OF_DOWN)
+    return middle + output, gate, up, [inner, of_down]
 
 
-def mlp_backward(layer, adapters, gradient, middle, gate, up, seed, inners) -> tuple:
-    """Gradient of `middle` in `after_attention`, and a list of those of the MLP's A and B."""
+def mlp_backward(
+    layer, adapters: Sequence[tuple], gradient, middle, gate, up, seed, inners: Sequence
+) -> tuple:
+    """Gradient of `middle` in `mlp_forward`, and a list of those of A and B."""
     mlp = layer.mlp
+    inputs, down = _groups_of_mlp(mlp)
     active = mlp.act_fn(gate)
     to_product, of_down = _lora_gradients(
-        [mlp.down_proj], adapters[2:], [gradient], active * up, seed + SEED_OF_DOWN, inners[2:]
+        down, adapters[1], [gradient], active * up, seed + SEED_OF_DOWN, inners[1]
     )
     to_gate = torch.ops.aten.silu_backward(to_product * up, gate)
     to_up = to_product * active
     norm = layer.post_attention_layernorm
-    linears = [mlp.gate_proj, mlp.up_proj]
     to_normed, of_inputs = _lora_gradients(
-        linears, adapters[:2], [to_gate, to_up], norm(middle), seed + SEED_OF_GATE, inners[:2]
+        inputs, adapters[0], [to_gate, to_up], norm(middle), seed + SEED_OF_MLP, inners[0]
     )
     return rms_norm_backward(norm, to_normed, middle, gradient), [*of_inputs, *of_down]
 
 
-def after_attention_backward(layer, gradient, attended, middle, gate, up, seed, inners) -> tuple:
-    """Gradients of `residual` and `attended`, and a list of those of A and B, in order."""
-    adapters = adapters_of(_linears_behind_attention(layer), attended.dtype)
+def after_attention(layer, residual, attended, seed) -> tuple:
+    """The layer's output; the input of its second norm, gate and up; inners of all groups.
+
+    Of a mixture of experts: the input of the second norm, three times None, and o's inner.
+    """
+    groups = _groups_behind_attention(layer)
+    adapters = adapters_of(groups, attended.dtype)
+    (o,), inner = _lora_outputs(groups[0], adapters[0], attended, seed)
+    middle = residual + o
+    if is_mixture(layer):
+        return middle, None, None, None, [inner]
+    output, gate, up, inners = mlp_forward(layer, adapters[1:], middle, seed)
+    return output, middle, gate, up, [inner, *inners]
+
+
+def after_attention_backward(
+    layer, gradient, attended, middle, gate, up, seed, inners: Sequence
+) -> tuple:
+    """Gradients of `residual` and `attended`, and that of A and B, flat."""
+    groups = _groups_behind_attention(layer)
+    adapters = adapters_of(groups, attended.dtype)
     of_mlp = []
     if not is_mixture(layer):
         gradient, of_mlp = mlp_backward(
             layer, adapters[1:], gradient, middle, gate, up, seed, inners[1:]
         )
-    o_proj = layer.self_attn.o_proj
     to_attended, of_o = _lora_gradients(
-        [o_proj], adapters[:1], [gradient], attended, seed, inners[:1]
+        groups[0], adapters[0], [gradient], attended, seed, inners[0]
     )
-    return gradient, to_attended, [*of_o, *of_mlp]
+    return gradient, to_attended, _flat_gradient([*of_o, *of_mlp])
 
 
 # === Frugal layers ================================================================================
@@ -10935,57 +11000,78 @@ class LayerSteps:
         return draw_seed(device if self.is_compiled else "cpu")
 
 
-def _save(ctx, tensors: Sequence, inners: Sequence) -> None:
-    """Keep a step's tensors and the inners of its LoRA layers."""
-    ctx.tensors = len(tensors)
-    ctx.save_for_backward(*tensors, *inners)
+def _split_gradient(flat, parameters: Sequence) -> list:
+    """The gradient of each parameter, from that of all of them."""
+    parts = flat.split([parameter.numel() for parameter in parameters])
+    return [part.view_as(own) for part, own in zip(parts, parameters, strict=True)]
 
 
-def _saved(ctx) -> list:
-    """What `_save` has kept: each tensor, then the list of inners."""
-    saved = ctx.saved_tensors
-    return [*saved[: ctx.tensors], [*saved[ctx.tensors :]]]
+def _as_rows(tensor):
+    """(batch, length, ...) as (rows, ...).
+
+    No view, which would remember what it views: torch.compile would compile once more for it.
+    """
+    return torch.ops.aten._unsafe_view(tensor.detach().contiguous(), [-1, *tensor.shape[2:]])
 
 
-def _run_before(ctx, layer, steps, x, cos, sin, *_):
+def _heads_first(heads, shape: Sequence[int]):
+    """(rows, heads, size) as (batch, heads, length, size); `shape` is (batch, length)."""
+    return heads.unflatten(0, shape).transpose(1, 2)
+
+
+def _run_before(ctx, layer, steps, x, cos, sin, *parameters):
     """x for the sum behind attention; q, k and v for attention; q and k as projected."""
     seed = steps.draw_seed(x.device)
-    q, k, projected, inners = steps.before(layer, x, cos, sin, seed)
+    rows = _as_rows(x)
+    q, k, projected, inner = steps.before(layer, rows, cos, sin, seed)
     projected_q, projected_k, projected_v = projected
     ctx.layer = layer
     ctx.steps = steps
+    ctx.parameters = parameters
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(projected_q, projected_k)
-    _save(ctx, [x, projected_q, projected_k, cos, sin, seed], inners)
-    v = _split_heads(layer.self_attn, projected_v).transpose(1, 2)
+    ctx.save_for_backward(rows, projected_q, projected_k, cos, sin, seed, inner)
+    v = _split_heads(layer.self_attn, projected_v)
+    q, k, v = (_heads_first(heads, x.shape[:2]) for heads in (q, k, v))
     return x.view_as(x), q, k, v, projected_q, projected_k
 
 
 def _run_before_backward(ctx, to_residual, to_q, to_k, to_v, *_):
     """One gradient for each input of `_run_before`; None for those that are not trained."""
-    to_x, to_parameters = ctx.steps.before_backward(
-        ctx.layer, to_residual, to_q, to_k, to_v, *_saved(ctx)
+    to_heads = [_as_rows(gradient.transpose(1, 2)) for gradient in (to_q, to_k, to_v)]
+    to_rows, flat = ctx.steps.before_backward(
+        ctx.layer, _as_rows(to_residual), *to_heads, *ctx.saved_tensors
     )
-    return None, None, to_x, None, None, *to_parameters
+    to_x = to_rows.view_as(to_residual)
+    return None, None, to_x, None, None, *_split_gradient(flat, ctx.parameters)
 
 
-def _run_after(ctx, layer, steps, residual, attended, *_):
+def _run_after(ctx, layer, steps, residual, attended, *parameters):
     """The layer's output, or of a mixture of experts the input of its second norm."""
     seed = steps.draw_seed(attended.device)
-    output, middle, gate, up, inners = steps.after(layer, residual, attended, seed)
+    rows = _as_rows(attended)
+    output, middle, gate, up, inners = steps.after(layer, _as_rows(residual), rows, seed)
     ctx.layer = layer
     ctx.steps = steps
-    # Detached it is no view, as it is none in a layer that recomputes: one compilation for both.
-    _save(ctx, [attended.detach(), middle, gate, up, seed], inners)
-    return output
+    ctx.parameters = parameters
+    ctx.save_for_backward(rows, middle, gate, up, seed, *inners)
+    return output.view_as(residual)
 
 
 def _run_after_backward(ctx, gradient):
     """One gradient for each input of `_run_after`; None for those that are not trained."""
-    to_residual, to_attended, to_parameters = ctx.steps.after_backward(
-        ctx.layer, gradient, *_saved(ctx)
+    attended, middle, gate, up, seed, *inners = ctx.saved_tensors
+    to_residual, to_attended, flat = ctx.steps.after_backward(
+        ctx.layer, _as_rows(gradient), attended, middle, gate, up, seed, inners
     )
-    return None, None, to_residual, to_attended, *to_parameters
+    shape = gradient.shape[:2]
+    return (
+        None,  # layer
+        None,  # steps
+        to_residual.unflatten(0, shape),
+        to_attended.unflatten(0, shape),
+        *_split_gradient(flat, ctx.parameters),
+    )
 
 
 @functools.cache
@@ -10999,12 +11085,11 @@ def _autograd_step(name: str) -> type:
     return type(name, (torch.autograd.Function,), members)
 
 
-def _lora_parameters(linears: Sequence) -> list:
-    """A, B of each layer."""
-    parameters = []
-    for linear in linears:
-        parameters += lora_operands(linear)[:2]
-    return parameters
+def _takes_fewer_keys(q, mask) -> bool:
+    """Whether a fast kernel of attention takes fewer keys than queries: flash attention does."""
+    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return False
+    return mask is None and torch.backends.cuda.flash_sdp_enabled()
 
 
 def _repeat_heads(heads, times: int):
@@ -11059,31 +11144,32 @@ def frugal_forward(
     attention keeps, and drops it.
     """
     attention = layer.self_attn
-    cos, sin = position_embeddings
+    shape = hidden_states.shape[:2]
+    cos, sin = (_as_rows(table.expand(*shape, -1)) for table in position_embeddings)
     residual, q, k, v, projected_q, projected_k = _autograd_step("before").apply(
         layer,
         steps,
         hidden_states,
         cos,
         sin,
-        *_lora_parameters(_inputs_of_attention(layer)),
+        *lora_parameters([_inputs_of_attention(layer)]),
     )
-    # Under a mask the fast kernels take as many keys as queries.
-    times = 1 if attention_mask is None else q.shape[1] // k.shape[1]
+    times = 1 if _takes_fewer_keys(q, attention_mask) else q.shape[1] // k.shape[1]
     keys = _repeat_heads(k, times)
     values = _repeat_heads(v, times)
 
     def remake() -> list:
         """Queries, keys and values as attention had them."""
         with torch.no_grad():
-            again_q, again_k = steps.rotate(attention, projected_q, projected_k, cos, sin)
+            rotated = steps.rotate(attention, projected_q, projected_k, cos, sin)
+            again_q, again_k = (_heads_first(heads, shape) for heads in rotated)
             return [again_q, _repeat_heads(again_k, times), _repeat_heads(plain_v, times)]
 
     plain_v = v.detach()
     remakes = not layer.recompute
     with remaking([q, keys, values], remake) if remakes else contextlib.nullcontext():
         attended = _attend(attention, q, keys, values, attention_mask)
-    parameters = _lora_parameters(_linears_behind_attention(layer))
+    parameters = lora_parameters(_groups_behind_attention(layer))
     states = _autograd_step("after").apply(layer, steps, residual, attended, *parameters)
     if is_mixture(layer):
         states = states + layer.mlp(layer.post_attention_layernorm(states))
@@ -11103,7 +11189,7 @@ def is_frugal(layer) -> bool:
     """Whether `frugal_forward` computes what this decoder layer does: it has a LoRA of ours."""
     if not has_known_pass(layer):
         return False
-    linears = [*_inputs_of_attention(layer), *_linears_behind_attention(layer)]
+    linears = [*_inputs_of_attention(layer), *itertools.chain(*_groups_behind_attention(layer))]
     return all(hasattr(linear, "packed_shape") for linear in linears)
 
 
@@ -11209,11 +11295,10 @@ def use_fast_layers(session: Session, adapted, questions: int):
     if is_compiled:
         compute = _compile_forward(compute)
     train = compute
-    is_frugal_model, reason = decide_frugal(session)
+    session.is_frugal, reason = decide_frugal(session)
     LOGGER.info("Decision: %s", reason)
-    if is_frugal_model:
+    if session.is_frugal:
         prepare = _compile_step if is_compiled else lambda step: step
-        register_frugal_operators()
         steps = LayerSteps.prepared(prepare, is_compiled)
         train = functools.partial(frugal_forward, steps)
     for layer in session.decoder_layers:
