@@ -71,6 +71,7 @@ above it.
    LoRA layers                         LoRA without fp32 copies
    Remade activations                  what a decoder layer keeps, and what it makes again
    Frugal layers                       their pass in three steps, for autograd
+   Captured passes                     all launches of a pass at once
    Fast layers                         compiled decoder layers
    Memory plan                         how a training step is spread over passes
    Timing of passes                    which of the plans that fit is the fastest
@@ -9715,11 +9716,18 @@ class Session:
     head_positions: dict[tuple, np.ndarray] = field(default_factory=dict)
     # Whether decoder layers train by `frugal_forward`; set by `use_fast_layers`.
     is_frugal: bool = False
+    # Their passes as CUDA graphs; made by `use_fast_layers`. None where they cannot be captured.
+    captured_passes: CapturedPasses | None = None
+
+    @property
+    def language_model(self):
+        """The model's part behind the vision tower, without its head."""
+        return self.model.model.language_model
 
     @property
     def decoder_layers(self):
         """The language model's decoder layers, from the first to the last."""
-        return self.model.model.language_model.layers
+        return self.language_model.layers
 
     @property
     def family(self) -> Family:
@@ -10894,8 +10902,10 @@ def _groups_behind_attention(layer) -> list[list]:
     return [[layer.self_attn.o_proj], *own]
 
 
-# Dropout's seeds: o has the step's own.
-SEED_OF_MLP = 2**30  # for gate and up; further away than a layer has numbers
+# A layer has one seed; q, k and v have it as it is. To it the others add what is further away
+# than they have numbers.
+SEED_OF_OUTPUT = 2**30
+SEED_OF_MLP = -(2**31)  # for gate and up
 SEED_OF_DOWN = -(2**30)
 
 
@@ -10936,7 +10946,7 @@ def after_attention(layer, residual, attended, seed) -> tuple:
     """
     groups = _groups_behind_attention(layer)
     adapters = adapters_of(groups, attended.dtype)
-    (o,), inner = _lora_outputs(groups[0], adapters[0], attended, seed)
+    (o,), inner = _lora_outputs(groups[0], adapters[0], attended, seed + SEED_OF_OUTPUT)
     middle = residual + o
     if is_mixture(layer):
         return middle, None, None, None, [inner]
@@ -10956,7 +10966,7 @@ def after_attention_backward(
             layer, adapters[1:], gradient, middle, gate, up, seed, inners[1:]
         )
     to_attended, of_o = _lora_gradients(
-        groups[0], adapters[0], [gradient], attended, seed, inners[0]
+        groups[0], adapters[0], [gradient], attended, seed + SEED_OF_OUTPUT, inners[0]
     )
     return gradient, to_attended, _flat_gradient([*of_o, *of_mlp])
 
@@ -11019,9 +11029,8 @@ def _heads_first(heads, shape: Sequence[int]):
     return heads.unflatten(0, shape).transpose(1, 2)
 
 
-def _run_before(ctx, layer, steps, x, cos, sin, *parameters):
+def _run_before(ctx, layer, steps, seed, x, cos, sin, *parameters):
     """x for the sum behind attention; q, k and v for attention; q and k as projected."""
-    seed = steps.draw_seed(x.device)
     rows = _as_rows(x)
     q, k, projected, inner = steps.before(layer, rows, cos, sin, seed)
     projected_q, projected_k, projected_v = projected
@@ -11043,12 +11052,11 @@ def _run_before_backward(ctx, to_residual, to_q, to_k, to_v, *_):
         ctx.layer, _as_rows(to_residual), *to_heads, *ctx.saved_tensors
     )
     to_x = to_rows.view_as(to_residual)
-    return None, None, to_x, None, None, *_split_gradient(flat, ctx.parameters)
+    return None, None, None, to_x, None, None, *_split_gradient(flat, ctx.parameters)
 
 
-def _run_after(ctx, layer, steps, residual, attended, *parameters):
+def _run_after(ctx, layer, steps, seed, residual, attended, *parameters):
     """The layer's output, or of a mixture of experts the input of its second norm."""
-    seed = steps.draw_seed(attended.device)
     rows = _as_rows(attended)
     output, middle, gate, up, inners = steps.after(layer, _as_rows(residual), rows, seed)
     ctx.layer = layer
@@ -11068,6 +11076,7 @@ def _run_after_backward(ctx, gradient):
     return (
         None,  # layer
         None,  # steps
+        None,  # seed
         to_residual.unflatten(0, shape),
         to_attended.unflatten(0, shape),
         *_split_gradient(flat, ctx.parameters),
@@ -11136,9 +11145,9 @@ def remaking(tensors: Sequence, remake: Callable) -> Iterator[None]:
 
 
 def frugal_forward(
-    steps: LayerSteps, layer, hidden_states, position_embeddings, attention_mask=None, **_
+    steps: LayerSteps, seed, layer, hidden_states, position_embeddings, attention_mask=None, **_
 ):
-    """The pass of a decoder layer that keeps little for its backward pass.
+    """The pass of a decoder layer that keeps little for its backward pass; `seed` of its dropout.
 
     Where the layer's `recompute` is set, it runs in torch's checkpointing, which must see all that
     attention keeps, and drops it.
@@ -11149,6 +11158,7 @@ def frugal_forward(
     residual, q, k, v, projected_q, projected_k = _autograd_step("before").apply(
         layer,
         steps,
+        seed,
         hidden_states,
         cos,
         sin,
@@ -11170,7 +11180,7 @@ def frugal_forward(
     with remaking([q, keys, values], remake) if remakes else contextlib.nullcontext():
         attended = _attend(attention, q, keys, values, attention_mask)
     parameters = lora_parameters(_groups_behind_attention(layer))
-    states = _autograd_step("after").apply(layer, steps, residual, attended, *parameters)
+    states = _autograd_step("after").apply(layer, steps, seed, residual, attended, *parameters)
     if is_mixture(layer):
         states = states + layer.mlp(layer.post_attention_layernorm(states))
     return states
@@ -11205,23 +11215,249 @@ def decide_frugal(session: Session) -> tuple[bool, str]:
     return True, "layers keep few activations and make the others again"
 
 
-# === Fast layers ==================================================================================
-def forward_with_checkpointing(layer, compute: Callable, train: Callable, hidden_states, **options):
-    """The pass of a decoder layer: in scoring by `compute`, in training by `train`.
+# === Captured passes ==============================================================================
+# A fast GPU computes a layer for a few questions sooner than Python asks for it: 8 questions of
+# an 8B took an H200 5 ms a layer, and its host 7. Recorded as a CUDA graph (Gray 2019, "Getting
+# started with CUDA graphs"), all kernels of a pass are asked for at once.
+@dataclass(frozen=True)
+class CapturedPass:
+    """The decoder layers' passes over batches of one shape; each reads and writes fixed places."""
 
-    `compute` is the layer's own forward, compiled or not; `train` is the same, or
-    `frugal_forward`. Where the layer's `recompute` is set, its activations are not kept: they are
-    computed again in the backward pass (Chen et al. 2016, gradient checkpointing).
+    output: object  # (questions, length, hidden): written by `forward`
+    gradient: object  # of the output: read by `backward`
+    forward: object  # torch.cuda.CUDAGraph
+    backward: object  # likewise; adds to the weights' gradients
+
+
+MOST_CAPTURED = 32  # passes; the graphs of one take 25 MiB of an 8B
+
+
+def record_graph(launch: Callable, pool=None):
+    """What `launch` asks of the GPU, as a torch.cuda.CUDAGraph; nothing is computed.
+
+    `pool`: the memory of an earlier graph, that it may write over.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # By thread: others prepare batches meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        launch()
+    return graph
+
+
+class CapturedPasses:
+    """The passes of an adapter's training, captured where a shape of batch comes the first time.
+
+    They share their memory: one is over before the next one begins.
+    """
+
+    language_model: object
+    weights: list[list]  # of each decoder layer those that are trained
+    gradients: list[list]  # theirs, each in a fixed place; empty before the first capture
+    places: list  # what all passes read and write, as long as the largest batch needs
+    passes: dict[tuple, CapturedPass]  # (questions, length, layers that recompute) -> its pass
+    is_wanted: bool  # whether training replays passes; by the plan
+    is_compiled: bool  # whether a pass was run without a graph: compiling cannot be captured
+
+    def __init__(self, session: Session):
+        self.language_model = session.language_model
+        self.weights = []
+        for layer in session.decoder_layers:
+            self.weights.append([value for value in layer.parameters() if value.requires_grad])
+        self.gradients = []
+        self.places = []
+        self.passes = {}
+        self.is_wanted = False
+        self.is_compiled = False
+
+    def drop(self) -> None:
+        """Forget all graphs, whose memory is free then."""
+        self.passes.clear()
+        self.places.clear()
+
+    def fixed_places(self, tensors: Sequence) -> list:
+        """A place for each of the tensors, at the same address for every batch that is as large."""
+        sizes = [tensor.numel() for tensor in tensors]
+        has_room = [place.numel() >= size for place, size in zip(self.places, sizes, strict=False)]
+        if not (has_room and all(has_room)):
+            self.drop()
+            self.places += [tensor.new_empty(tensor.numel()) for tensor in tensors]
+        places = zip(self.places, tensors, strict=True)
+        return [place[: tensor.numel()].view(tensor.shape) for place, tensor in places]
+
+    def run(self, states, tables: Sequence, features: Sequence):
+        """The last hidden states (questions, length, hidden), from those before the first layer.
+
+        `tables`: cosine and sine of rotary positions. `features`: what is added behind the first
+        layers, as large as the states.
+        """
+        inputs = [states, *tables, *features]
+        *places, output, gradient = self.fixed_places([*inputs, states, states])
+        for place, tensor in zip(places, inputs, strict=True):
+            place.copy_(tensor)
+        recomputed = sum(layer.recompute for layer in self.language_model.layers)
+        key = (*states.shape[:2], recomputed)
+        if key not in self.passes:
+            self.passes[key] = self.capture(places, output, gradient)
+        # Tells autograd that there is a gradient to compute. A weight would be bound to this
+        # stream, and the next capture is on another one.
+        asking = torch.zeros((), requires_grad=True)
+        return _replay_step().apply(asking, self, self.passes[key])
+
+    def capture(self, places: Sequence, output, gradient) -> CapturedPass:
+        """A pass that reads and writes these places."""
+        if not self.gradients:
+            self.gradients = [[torch.zeros_like(own) for own in layer] for layer in self.weights]
+        if len(self.passes) == MOST_CAPTURED:
+            self.passes.pop(next(iter(self.passes)))
+        pool = None
+        for one in self.passes.values():
+            pool = one.forward.pool()
+        steps = []
+        forward = record_graph(lambda: self.forward(places, output, steps), pool)
+        backward = record_graph(lambda: self.backward(steps, gradient), forward.pool())
+        return CapturedPass(output, gradient, forward, backward)
+
+    def forward(self, places: Sequence, output, steps: list[tuple]) -> None:
+        """Compute `output`, and note in `steps` what each layer and the norm takes and gives."""
+        states, cosine, sine, *features = places
+        options = {"position_embeddings": (cosine, sine), "attention_mask": None}
+        for number, layer in enumerate(self.language_model.layers):
+            entry = states.detach().requires_grad_()
+            with torch.enable_grad():
+                leaving = layer(entry, **options)
+            steps.append((entry, leaving))
+            states = leaving.detach()
+            if number < len(features):
+                states = states + features[number]
+        entry = states.requires_grad_()
+        with torch.enable_grad():
+            leaving = self.language_model.norm(entry)
+        steps.append((entry, leaving))
+        output.copy_(leaving.detach())
+
+    def backward(self, steps: list[tuple], gradient) -> None:
+        """Add to the gradients of all weights, from that of the output; empties `steps`."""
+        entry, leaving = steps.pop()
+        [gradient] = torch.autograd.grad(leaving, [entry], gradient)
+        while steps:
+            entry, leaving = steps.pop()
+            weights = self.weights[len(steps)]
+            gradient, *found = torch.autograd.grad(leaving, [entry, *weights], gradient)
+            torch._foreach_add_(self.gradients[len(steps)], found)
+
+    def show_gradients(self) -> None:
+        """Let each weight's gradient be that in its fixed place, zero where it has none yet."""
+        weights = itertools.chain(*self.weights)
+        places = itertools.chain(*self.gradients)
+        fresh = []
+        for weight, place in zip(weights, places, strict=True):
+            if weight.grad is None:
+                fresh.append(place)
+            elif weight.grad is not place:
+                place.copy_(weight.grad)
+            weight.grad = place
+        if fresh:
+            torch._foreach_zero_(fresh)
+
+
+def _replay_forward(ctx, _, passes, one):
+    """The output of a captured pass."""
+    ctx.passes = passes
+    ctx.one = one
+    one.forward.replay()
+    return one.output.detach()
+
+
+def _replay_backward(ctx, gradient):
+    """The backward pass; the weights' gradients do not go through autograd."""
+    ctx.one.gradient.copy_(gradient)
+    ctx.passes.show_gradients()
+    ctx.one.backward.replay()
+    return None, None, None
+
+
+@functools.cache
+def _replay_step() -> type:
+    """Both as a function of autograd's."""
+    members = {"forward": staticmethod(_replay_forward), "backward": staticmethod(_replay_backward)}
+    return type("Replay", (torch.autograd.Function,), members)
+
+
+def _dense_features(states, is_image, features: Sequence) -> list:
+    """Features of image tokens, (tokens, hidden) each, as large as `states`; zero elsewhere."""
+    if not features:
+        return []
+    places = is_image.flatten().nonzero()[:, 0]  # waits for the GPU
+    dense = []
+    for feature in features:
+        zeros = torch.zeros_like(states)
+        zeros.flatten(0, 1).index_copy_(0, places, feature.to(states.dtype))
+        dense.append(zeros)
+    return dense
+
+
+@contextlib.contextmanager
+def replacing_decoder(passes: CapturedPasses) -> Iterator[None]:
+    """Within, the language model without a mask is computed by `passes`."""
+    model = passes.language_model
+
+    def forward(
+        inputs_embeds, position_ids, visual_pos_masks=None, deepstack_visual_embeds=(), **_
+    ):
+        tables = model.rotary_emb(inputs_embeds, position_ids)
+        features = _dense_features(inputs_embeds, visual_pos_masks, deepstack_visual_embeds)
+        states = passes.run(inputs_embeds, tables, features)
+        return transformers.modeling_outputs.BaseModelOutputWithPast(last_hidden_state=states)
+
+    own = vars(model).get("forward")  # accelerate's, where it is one
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
+def training_states(session: Session, batch: Mapping):
+    """As `answer_hidden_states`; by captured passes of the decoder layers where they are wanted."""
+    passes = session.captured_passes
+    if passes is None or not (passes.is_wanted and passes.is_compiled):
+        states = answer_hidden_states(session, batch)
+        if passes is not None:
+            passes.is_compiled = True
+        return states
+    with replacing_decoder(passes):
+        return answer_hidden_states(session, batch)
+
+
+# === Fast layers ==================================================================================
+def forward_with_checkpointing(
+    layer, compute: Callable, steps: LayerSteps | None, hidden_states, **options
+):
+    """The pass of a decoder layer: in training by `frugal_forward`, if there are `steps` for it.
+
+    Else by `compute`, the layer's own forward, compiled or not. Where the layer's `recompute` is
+    set, its activations are not kept: they are computed again in the backward pass (Chen et al.
+    2016, gradient checkpointing).
     """
     if not layer.training:
         return compute(layer, hidden_states, **options)
     if not hidden_states.requires_grad:
         # The first layer like the others: one trace for all.
         hidden_states = hidden_states.detach().requires_grad_()
+    train = compute
+    if steps is not None:
+        train = functools.partial(frugal_forward, steps, steps.draw_seed(hidden_states.device))
     if not layer.recompute:
         return train(layer, hidden_states, **options)
     return torch.utils.checkpoint.checkpoint(
-        train, layer, hidden_states, use_reentrant=False, **options
+        train,
+        layer,
+        hidden_states,
+        use_reentrant=False,
+        preserve_rng_state=steps is None,  # else the seed is all that is random
+        **options,
     )
 
 
@@ -11294,15 +11530,16 @@ def use_fast_layers(session: Session, adapted, questions: int):
     compute = type(session.decoder_layers[0]).forward
     if is_compiled:
         compute = _compile_forward(compute)
-    train = compute
+    steps = None
     session.is_frugal, reason = decide_frugal(session)
     LOGGER.info("Decision: %s", reason)
     if session.is_frugal:
         prepare = _compile_step if is_compiled else lambda step: step
         steps = LayerSteps.prepared(prepare, is_compiled)
-        train = functools.partial(frugal_forward, steps)
+    can_capture = session.is_frugal and is_compiled and not session.config.spread_model
+    session.captured_passes = CapturedPasses(session) if can_capture else None
     for layer in session.decoder_layers:
-        forward = functools.partial(forward_with_checkpointing, layer, compute, train)
+        forward = functools.partial(forward_with_checkpointing, layer, compute, steps)
         # On several GPUs accelerate's forward fetches the inputs, then calls the one it
         # found. On one GPU a 4-bit model has it too, and there is nothing to fetch.
         if session.config.spread_model and hasattr(layer, "_hf_hook"):
@@ -11323,6 +11560,7 @@ class MemoryPlan:
     stored_layers: int
     # GiB allocated at the expected peak; 0 on a CPU, where nothing is measured.
     peak_gib: float = 0.0
+    is_captured: bool = False  # whether passes are replayed: see `CapturedPasses`
 
 
 @dataclass(frozen=True)
@@ -11345,6 +11583,14 @@ def recompute_layers(session: Session, stored: int) -> None:
     recomputed = len(session.decoder_layers) - stored
     for number, layer in enumerate(session.decoder_layers):
         layer.recompute = number < recomputed
+
+
+def use_plan(session: Session, plan: MemoryPlan) -> None:
+    """Let the decoder layers recompute, and their passes be captured, as `plan` says."""
+    recompute_layers(session, plan.stored_layers)
+    if session.captured_passes is not None:
+        session.captured_passes.drop()
+        session.captured_passes.is_wanted = plan.is_captured
 
 
 def pass_sizes(step: int) -> list[int]:
@@ -11393,19 +11639,23 @@ def candidate_plans(
     return plans
 
 
-def measure_pass(session: Session, prompts: Sequence[Prompt], stored: int) -> tuple[float, float]:
+def measure_pass(
+    session: Session, prompts: Sequence[Prompt], stored: int, is_captured: bool = False
+) -> tuple[float, float]:
     """Seconds, and peak bytes on the fullest GPU, of one forward and backward pass.
 
-    All decoder layers but the last `stored` recompute. Where memory runs out, seconds
-    and bytes are infinite. No gradient stays behind.
+    All decoder layers but the last `stored` recompute; with `is_captured` the pass is captured,
+    or replayed. Where memory runs out, seconds and bytes are infinite. No gradient stays behind.
     """
     recompute_layers(session, stored)
+    if session.captured_passes is not None:
+        session.captured_passes.is_wanted = is_captured
     reset_peak_memory()
     batch = collate(session, prompts)
     try:
         start = time.perf_counter()
         # The hidden states get no name, which would keep them during the backward pass.
-        training_loss(session, answer_hidden_states(session, batch), batch).backward()
+        training_loss(session, training_states(session, batch), batch).backward()
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         gpus = range(torch.cuda.device_count())
@@ -11422,6 +11672,7 @@ def measure_pass(session: Session, prompts: Sequence[Prompt], stored: int) -> tu
 
 # === Timing of passes =============================================================================
 WARM_UP_PASSES = 1  # that are not timed, whenever another plan's turn comes
+WAITS = 1.5  # a GPU waits for Python where four questions take at most so many times as long as two
 TIMED_PASSES = 2  # behind them
 MOST_TURNS = 3  # of a plan
 FREE_PASSES = 6  # for which there is always time, however short the job
@@ -11581,6 +11832,7 @@ class PassPlanner:
     beside_passes: float  # seconds of the last turn that were not of its passes
     times: PassTimes
     trials: list[PassTrial]
+    is_captured: bool  # whether passes are captured, and replayed
 
     def __init__(self, session: Session, longest: Prompt, step: int, state_bytes: int, job: int):
         self.session = session
@@ -11594,6 +11846,7 @@ class PassPlanner:
         self.beside_passes = 0.0
         self.times = PassTimes({})
         self.trials = []
+        self.is_captured = False
 
     @property
     def layers(self) -> int:
@@ -11602,7 +11855,42 @@ class PassPlanner:
 
     def run_pass(self, questions: int, stored: int) -> tuple[float, float]:
         """`measure_pass` of so many copies of the longest prompt."""
-        return measure_pass(self.session, [self.longest] * questions, stored)
+        prompts = [self.longest] * questions
+        return measure_pass(self.session, prompts, stored, self.is_captured)
+
+    def try_to_capture(self) -> None:
+        """Capture passes from here on, if the GPU waits for Python; fills `times` anew."""
+        waits = self.times.seconds[4] <= WAITS * self.times.seconds[2]
+        if self.session.captured_passes is None or not waits:
+            return
+        self.is_captured = True
+        try:
+            for questions in (2, 4):
+                self.run_pass(questions, 0)
+                self.times.seconds[questions], _ = self.run_pass(questions, 0)
+        except RuntimeError as error:
+            LOGGER.warning("Decision: passes are not captured: %s", error)
+            self.is_captured = False
+            self.session.captured_passes = None
+            return
+
+    def is_worth_capturing(self, trial: PassTrial) -> bool:
+        """Whether a pass takes so much longer without a graph that capturing each shape pays."""
+        if not self.is_captured:
+            return False
+        self.is_captured = False
+        self.session.captured_passes.drop()
+        clear_memory()
+        self.run_pass(trial.micro_batch, trial.stored_layers)
+        seconds, _ = self.run_pass(trial.micro_batch, trial.stored_layers)
+        captured = statistics.median_low(trial.seconds)
+        LOGGER.info(
+            "Decision: passes are %s: %.3f s captured as CUDA graphs, %.3f s as they are",
+            "captured" if seconds > (1 + UNSURE) * captured else "not captured",
+            captured,
+            seconds,
+        )
+        return seconds > (1 + UNSURE) * captured
 
     def measure_costs(self) -> tuple[PassCosts, int] | None:
         """What passes take, and the most layers that may be stored; fills `times`.
@@ -11635,6 +11923,7 @@ class PassPlanner:
         self.first_pass = max(0.0, first_pass - seconds_of_two)
         self.times.seconds = {2: seconds_of_two, 4: seconds_of_four}
         self.spent = 2 * seconds_of_two + 2 * seconds_of_four
+        self.try_to_capture()
         costs = PassCosts(
             # The peak of two questions, less what these two add.
             fixed=2 * peak_of_two - peak_of_four + self.state_bytes,
@@ -11683,6 +11972,8 @@ class PassPlanner:
     def take_turn(self, trial: PassTrial) -> None:
         """Warm up, time a few passes, and learn from them."""
         start = time.perf_counter()
+        if self.is_captured:
+            self.session.captured_passes.drop()
         clear_memory()
         self.free_passes -= WARM_UP_PASSES + TIMED_PASSES
         trial.turns += 1
@@ -11774,7 +12065,12 @@ class PassPlanner:
         if not self.measured:
             return None
         best = self.measured[0]
-        return MemoryPlan(best.micro_batch, best.stored_layers, best.peak / 2**30)
+        return MemoryPlan(
+            best.micro_batch,
+            best.stored_layers,
+            best.peak / 2**30,
+            self.is_worth_capturing(best),
+        )
 
     def log_table(self) -> None:
         """All plans in one block of the log; kept for the run's stages.jsonl, too."""
@@ -13691,6 +13987,8 @@ def predict_logits(
         state = ScoringState(empty)
     was_training = session.model.training
     session.model.eval()
+    if session.captured_passes is not None:
+        session.captured_passes.drop()  # scoring needs the memory
     with torch.inference_mode():
         for number, part in enumerate(parts_of(frame)):
             if number * ROWS_PLANNED_TOGETHER < state.rows:
@@ -14736,7 +15034,7 @@ class FoldState:
         """Go on with `plan`, here and in later folds; steps keep their `n_rows` questions."""
         self.plan = plan
         self.session.memory_plan = plan
-        recompute_layers(self.session, plan.stored_layers)
+        use_plan(self.session, plan)
         self.session.add_note(
             f"fold {self.name}: out of memory, {plan.micro_batch} questions per forward pass "
             f"from here on; an optimizer step still takes {n_rows}"
@@ -14821,7 +15119,7 @@ class FoldTrainer(FoldState):
         That is adapters, validation logits and result.json.
         """
         epoch, step = self.resume()
-        recompute_layers(self.session, self.plan.stored_layers)
+        use_plan(self.session, self.plan)
         while epoch < self.epochs and not self.has_stopped_early():
             try:
                 speed = self.train_epoch(epoch, step)
@@ -14971,7 +15269,7 @@ class FoldTrainer(FoldState):
 
     def backward_batch(self, batch: Mapping, n_rows: int):
         """Add the gradients of a batch's part of the mean loss over `n_rows`; that part."""
-        states = answer_hidden_states(self.session, batch)
+        states = training_states(self.session, batch)
         share = len(batch["prompts"]) / n_rows
         loss = training_loss(self.session, states, batch) * share
         self.scaler.scale(loss).backward()
@@ -23646,7 +23944,7 @@ class TrialTraining:
     def step(self, batches: Iterable[Mapping], n_rows: int) -> None:
         """One optimizer step over batches of `n_rows` questions, as in training."""
         for batch in batches:
-            states = answer_hidden_states(self.session, batch)
+            states = training_states(self.session, batch)
             share = len(batch["prompts"]) / n_rows
             loss = training_loss(self.session, states, batch) * share
             self.scaler.scale(loss).backward()
@@ -23887,7 +24185,7 @@ def plan_trial(session: Session, trial: TrialRows, parameters: Mapping) -> Memor
     state_bytes = copies * sum(value.nbytes for value in parameters.values())
     with naming_row(text):
         plan = plan_memory(session, [prompt], state_bytes)
-    recompute_layers(session, plan.stored_layers)
+    use_plan(session, plan)
     return plan
 
 

@@ -54,7 +54,7 @@ def planned(session, demo_rows, replace, monkeypatch):
     """planned(room, layers) -> the plan of a GPU of `room` bytes, where a pass costs so much."""
 
     def plan(room, layers=36, state=0, expert=0.0, recompute=True):
-        def measure_pass(_, prompts, stored):
+        def measure_pass(_, prompts, stored, is_captured):
             """Seconds and bytes of a pass; infinite where it does not fit."""
             kept_layers = max(1, stored)
             questions = len(prompts)
@@ -66,6 +66,7 @@ def planned(session, demo_rows, replace, monkeypatch):
         on_a_gpu = SimpleNamespace(
             device=torch.device("cuda"),
             decoder_layers=[None] * layers,
+            captured_passes=None,
             config=replace(
                 session.config,
                 batch_size=16,

@@ -40,7 +40,7 @@ class MadeUpCard:
         more = self.heavier if (questions, kept) == (4, 36) else 0.0
         return GIB * (5.6 + more + questions * (0.1 + 0.03 * max(1, kept)))
 
-    def measure_pass(self, session, prompts, kept):
+    def measure_pass(self, session, prompts, kept, is_captured):
         questions = len(prompts)
         assert [len(prompt.input_ids) for prompt in prompts] == [3] * questions  # the longest
         seconds = self.true_seconds(questions, kept)
@@ -77,6 +77,7 @@ def plan_on(monkeypatch):
         on_a_gpu = SimpleNamespace(
             device=torch.device("cuda"),
             decoder_layers=[None] * QWEN3_8B.layers,
+            captured_passes=None,
             passes_tried=[],
             config=config,
         )

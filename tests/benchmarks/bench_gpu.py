@@ -333,7 +333,7 @@ def train_ours(
     warm_up = prompts[:64]
     timed = prompts[:rows]
     trainer.epoch_prompts = lambda epoch: warm_up if epoch == 0 else timed
-    vqa.recompute_layers(session, trainer.plan.stored_layers)
+    vqa.use_plan(session, trainer.plan)
     trainer.train_epoch(0, 0)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -493,7 +493,7 @@ def measure_passes(trainer: vqa.FoldTrainer, prompt: vqa.Prompt, costs) -> list[
 def time_training(trainer: vqa.FoldTrainer, prompts: list, rows: int) -> dict:
     """Questions per second of an epoch after a short one, the plan, and the peak."""
     trainer.epoch_prompts = lambda epoch: prompts[:32] if epoch == 0 else prompts[:rows]
-    vqa.recompute_layers(trainer.session, trainer.plan.stored_layers)
+    vqa.use_plan(trainer.session, trainer.plan)
     trainer.train_epoch(0, 0)
     vqa.reset_peak_memory()
     speed = trainer.train_epoch(1, 0)
@@ -558,7 +558,7 @@ def measure(variant: Variant) -> dict:
         result["passes"] = measure_passes(trainer, longest, costs)
     if "profile" in variant.parts and torch.cuda.is_available():
         trainer.epoch_prompts = lambda epoch: prompts[:32]
-        vqa.recompute_layers(session, trainer.plan.stored_layers)
+        vqa.use_plan(session, trainer.plan)
         print_idleness("training", trainer.train_epoch, 2, 0)
     if "score" in variant.parts:
         result.update(time_scoring(session, frame.head(variant.rows // 2)))

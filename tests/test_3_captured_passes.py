@@ -1,0 +1,177 @@
+"""Part 3, Captured passes: a replayed pass gives the gradients of one that is computed."""
+
+import pytest
+import torch
+from references import flat_gradients, perturb_adapter
+from running import plain_prompts
+
+import vqa_helpers as vqa
+
+
+class Recording:
+    """Takes the place of a CUDA graph on a CPU: what was recorded is computed by each replay."""
+
+    made = 0
+
+    def __init__(self, launch, pool=None):
+        Recording.made += 1
+        self.launch = launch
+        self.given_pool = pool
+
+    def pool(self):
+        return "the pool"
+
+    def replay(self):
+        self.launch()
+
+
+@pytest.fixture
+def training(model_folders, demo_rows, monkeypatch):
+    """training(family) -> a session whose adapter trains in frugal layers, as on a GPU."""
+    monkeypatch.setattr(vqa, "decide_frugal", lambda session: (True, ""))
+    monkeypatch.setattr(vqa, "record_graph", Recording)
+    monkeypatch.setattr(Recording, "made", 0)
+
+    def make(family="qwen3_vl"):
+        folder = str(model_folders[family])
+        config = vqa.Config.preset("demo", model_id=folder, lora_dropout=0.3)
+        session = vqa.open_session(config, demo_rows.train.iloc[0])
+        model = perturb_adapter(vqa.attach_lora(session.model, config, seed=0)).train()
+        vqa.use_fast_layers(session, model, 1)
+        vqa.recompute_layers(session, 1)
+        session.captured_passes = vqa.CapturedPasses(session)
+        return session
+
+    return make
+
+
+def padded_behind(session, frame, rows):
+    """A batch as a GPU has it."""
+    prompts = plain_prompts(session, frame, rows)
+    device = session.device
+    session.device = torch.device("cuda")
+    try:
+        return vqa.collate(session, prompts)
+    finally:
+        session.device = device
+
+
+def train(session, batches):
+    """The gradients of some batches, added up, and their losses."""
+    torch.manual_seed(3)
+    session.model.zero_grad()
+    losses = []
+    for batch in batches:
+        states = vqa.training_states(session, batch)
+        loss = vqa.training_loss(session, states, batch)
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses), flat_gradients(session.model).clone()
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "internvl"])
+def test_replayed_passes_give_the_gradients_of_computed_ones(family, training, demo_rows):
+    session = training(family)
+    rows = [range(3), range(3, 5), range(5, 8)]
+    batches = [padded_behind(session, demo_rows.train, part) for part in rows]
+    computed = train(session, batches)
+    session.captured_passes.is_wanted = True
+    for _ in range(2):  # captured, then replayed
+        replayed = train(session, batches)
+        for ours, theirs in zip(replayed, computed, strict=True):
+            assert torch.equal(ours, theirs)
+    shapes = {tuple(batch["input_ids"].shape) for batch in batches}
+    assert Recording.made == 2 * len(shapes)
+
+
+def test_the_first_pass_is_computed_because_compiling_cannot_be_captured(training, demo_rows):
+    session = training()
+    session.captured_passes.is_wanted = True
+    batch = padded_behind(session, demo_rows.train, range(2))
+    train(session, [batch])
+    assert Recording.made == 0
+    train(session, [batch])
+    assert Recording.made == 2
+
+
+def test_gradients_of_a_computed_pass_and_a_replayed_one_add_up(training, demo_rows):
+    session = training()
+    batch = padded_behind(session, demo_rows.train, range(2))
+    _, twice = train(session, [batch, batch])
+    passes = session.captured_passes
+    passes.is_wanted = True
+    passes.is_compiled = False  # the first of both is computed
+    _, mixed = train(session, [batch, batch])
+    assert Recording.made == 2
+    assert torch.equal(mixed, twice)
+
+
+def test_larger_batches_get_larger_places_and_graphs_of_their_own(training, demo_rows):
+    session = training()
+    small = padded_behind(session, demo_rows.train, range(2))
+    large = padded_behind(session, demo_rows.train, range(4))
+    computed = train(session, [small, large, small])
+    passes = session.captured_passes
+    passes.is_wanted = True
+    replayed = train(session, [small, large, small])
+    assert torch.equal(replayed[1], computed[1])
+    assert Recording.made == 6  # the small one again, because its places were replaced
+    assert {one.forward.given_pool for one in passes.passes.values()} == {None, "the pool"}
+    assert len({places.data_ptr() for places in passes.places}) == len(passes.places)
+
+
+def test_few_graphs_are_kept(training, demo_rows, monkeypatch):
+    monkeypatch.setattr(vqa, "MOST_CAPTURED", 1)
+    session = training()
+    large = padded_behind(session, demo_rows.train, range(4))
+    small = padded_behind(session, demo_rows.train, range(2))
+    computed = train(session, [large, small, large])
+    passes = session.captured_passes
+    passes.is_wanted = True
+    replayed = train(session, [large, small, large])
+    assert torch.equal(replayed[1], computed[1])
+    assert len(passes.passes) == 1
+    assert Recording.made == 6
+
+
+def test_scoring_and_another_plan_free_the_graphs(training, demo_rows):
+    session = training()
+    passes = session.captured_passes
+    batch = padded_behind(session, demo_rows.train, range(2))
+    vqa.use_plan(session, vqa.MemoryPlan(2, 0, is_captured=True))
+    train(session, [batch])
+    train(session, [batch])
+    assert len(passes.passes) == 1
+    vqa.use_plan(session, vqa.MemoryPlan(1, 0))
+    assert not passes.passes
+    assert not passes.places
+    assert not passes.is_wanted
+    passes.is_wanted = True
+    train(session, [batch])
+    assert len(passes.passes) == 1
+    vqa.predict_logits(session, demo_rows.train.head(1), [vqa.TTAView("rotation 0")], "a test")
+    assert not passes.passes
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_replay_what_was_computed(model_folders, demo_rows):
+    config = vqa.Config.preset(
+        "demo", model_id=str(model_folders["qwen3_vl"]), lora_dropout=0.3, compile_layers="on"
+    )
+    session = vqa.open_session(config, demo_rows.train.iloc[0])
+    model = perturb_adapter(vqa.attach_lora(session.model, config, seed=0)).train()
+    vqa.use_fast_layers(session, model, 1)
+    vqa.recompute_layers(session, 1)
+    rows = [range(3), range(3, 7), range(7, 10)]
+    batches = [padded_behind(session, demo_rows.train, part) for part in rows]
+    computed = train(session, batches)
+    session.captured_passes.is_wanted = True
+    for _ in range(3):
+        replayed = train(session, batches)
+        for ours, theirs in zip(replayed, computed, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert session.captured_passes.passes
+    session.captured_passes.drop()
+    torch.cuda.empty_cache()
+    again = train(session, batches[:1])
+    assert torch.allclose(again[0], computed[0][:1], rtol=1e-4)
