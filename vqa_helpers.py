@@ -11505,14 +11505,14 @@ _COMPILER_OF_THREAD = threading.local()
 
 
 def _compile_step(step: Callable) -> Callable:
-    """The same of one of `LayerSteps`, which a GPU's backward pass calls in a thread of its own."""
+    """The same of what a GPU's backward pass calls, in a thread of its own."""
     compiled = _compile_forward(step)
 
-    def call(*arguments):
+    def call(*arguments, **options):
         if not hasattr(_COMPILER_OF_THREAD, "is_set_up"):
             _set_up_compiler()
             _COMPILER_OF_THREAD.is_set_up = True
-        return compiled(*arguments)
+        return compiled(*arguments, **options)
 
     return call
 
@@ -11529,7 +11529,7 @@ def use_fast_layers(session: Session, adapted, questions: int):
     LOGGER.info("Decision: %s", reason)
     compute = type(session.decoder_layers[0]).forward
     if is_compiled:
-        compute = _compile_forward(compute)
+        compute = _compile_step(compute)
     steps = None
     session.is_frugal, reason = decide_frugal(session)
     LOGGER.info("Decision: %s", reason)

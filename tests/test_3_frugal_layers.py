@@ -206,6 +206,26 @@ def test_the_compilers_options_are_set_in_the_thread_that_calls_a_step(monkeypat
     assert options == [True]
 
 
+def test_plain_layers_recompute_under_the_compilers_options_in_another_thread(
+    open_tiny, demo_rows, replace, monkeypatch
+):
+    """Under others they would keep other tensors, and torch's checkpointing refuses that."""
+    options = []
+
+    def compile_nothing(forward, dynamic):
+        def note(*arguments, **named):
+            options.append(torch._dynamo.config.specialize_float)
+            return forward(*arguments, **named)
+
+        return note
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    session = open_tiny("qwen3_vl")
+    session.config = replace(session.config, compile_layers="on")
+    loss_and_gradients(session, demo_rows.train, frugal=False, rows=1, stored_layers=1)
+    assert options == [True] * (2 * len(session.decoder_layers) - 1)  # all but one once more
+
+
 def test_a_gpu_takes_frugal_layers_where_it_knows_them_and_a_cpu_none(session, monkeypatch):
     with training_model(session, frugal=False):
         assert DECIDE(session) == (False, "layers keep all activations: not on a GPU")
