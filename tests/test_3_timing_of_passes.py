@@ -15,7 +15,7 @@ import vqa_helpers as vqa
 QWEN3_8B = LayerShapes(36, 4096, 4096, 1024, 12288, 32, 16, 4, is_packed=True)
 GIB = 2**30
 # Flash attention is off, as under the cap of the benchmark; Python is slow to begin kernels.
-H200_ON_A_SLOW_HOST = Card("H200", 600e12, 3.5e12, 20e9, launch=100e-6, has_flash=False)
+H200_ON_A_SLOW_HOST = Card("H200", 600e12, 3.5e12, 20e9, launch=150e-6, has_flash=False)
 MEASURING_PASSES = 5  # of which the first one is not charged
 
 
@@ -31,10 +31,12 @@ class MadeUpCard:
         self.compiling = 0.0  # seconds of the first pass, and of the first one of one question
         self.too_large = ()  # numbers of questions that run out of memory all the same
         self.heavier = 0.0  # GiB that four questions take beyond what is computed
+        self.can_capture = None  # whether passes can be captured; None: nobody thinks of it
         self.calls = []  # (questions, layers kept, seconds) of each pass
 
-    def true_seconds(self, questions, kept):
-        return pass_seconds(self.card, QWEN3_8B, 366, 256, questions, kept).total
+    def true_seconds(self, questions, kept, is_captured=False):
+        card = dataclasses.replace(self.card, launch=0.0) if is_captured else self.card
+        return pass_seconds(card, QWEN3_8B, 366, 256, questions, kept).total
 
     def peak(self, questions, kept):
         more = self.heavier if (questions, kept) == (4, 36) else 0.0
@@ -43,7 +45,9 @@ class MadeUpCard:
     def measure_pass(self, session, prompts, kept, is_captured):
         questions = len(prompts)
         assert [len(prompt.input_ids) for prompt in prompts] == [3] * questions  # the longest
-        seconds = self.true_seconds(questions, kept)
+        if is_captured and not self.can_capture:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        seconds = self.true_seconds(questions, kept, is_captured)
         seconds *= 1 + self.noise * self.random.uniform(-1, 1)
         if self.random.random() < self.hiccups:
             seconds *= 3
@@ -77,7 +81,7 @@ def plan_on(monkeypatch):
         on_a_gpu = SimpleNamespace(
             device=torch.device("cuda"),
             decoder_layers=[None] * QWEN3_8B.layers,
-            captured_passes=None,
+            captured_passes=None if card.can_capture is None else SimpleNamespace(drop=quiet),
             passes_tried=[],
             config=config,
         )
@@ -88,6 +92,44 @@ def plan_on(monkeypatch):
         return vqa.plan_memory(on_a_gpu, prompts, 0, job), on_a_gpu.passes_tried
 
     return plan
+
+
+@pytest.mark.parametrize(
+    ("can_capture", "room", "expected"),
+    [
+        (True, 13, (4, True)),
+        (False, 13, (32, False)),
+        (None, 13, (32, False)),
+        (True, 90, (32, False)),  # a pass that takes longer than Python
+    ],
+)
+def test_passes_are_captured_where_the_gpu_waits_and_the_best_plan_gains_by_it(
+    can_capture, room, expected, plan_on, caplog
+):
+    made_up = MadeUpCard(H200_ON_A_SLOW_HOST)
+    made_up.can_capture = can_capture
+    made_up.room = room * GIB
+    with caplog.at_level(logging.INFO):
+        plan, _ = plan_on(made_up, job=100_000)
+    assert (plan.micro_batch, plan.is_captured) == expected
+    decisions = [text for text in caplog.messages if "captured" in text.partition("(")[0]]
+    if can_capture is None:
+        assert not decisions
+    elif can_capture:
+        assert (
+            decisions[0]
+            .split(" s ")[0]
+            .startswith(f"Decision: passes are {'' if plan.is_captured else 'not '}captured: ")
+        )
+    else:
+        assert decisions[0].startswith("Decision: passes are not captured: operation not")
+
+
+def test_a_card_that_is_busy_is_not_asked_to_capture(plan_on):
+    made_up = MadeUpCard(T4)
+    made_up.can_capture = False  # it would raise
+    plan, _ = plan_on(made_up, job=5_000)
+    assert (plan.micro_batch, plan.is_captured) == (4, False)
 
 
 def plan_of(row):
@@ -239,7 +281,7 @@ def test_all_candidates_are_logged_in_one_block(plan_on, caplog):
     assert columns.split("  ")[-1].strip() == "note"
     assert len(rows) == len(table) == 11
     (row,) = [row for row in table if row["in a pass"] == plan.micro_batch]
-    assert row["slowest"] == row["questions/s"] == row["fastest"] == pytest.approx(1.67, abs=0.01)
+    assert row["slowest"] == row["questions/s"] == row["fastest"] == pytest.approx(1.74, abs=0.01)
     assert row["peak GiB"] == pytest.approx(plan.peak_gib, abs=0.01)
 
 

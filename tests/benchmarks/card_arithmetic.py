@@ -8,23 +8,22 @@ what their backward pass needs; the others are computed once more. What is count
   (the weights are frozen); the pass of a layer that recomputes has them three times.
 - dequantisation: NF4 weights are read (0.5 bytes) and written in 16 bits (2 bytes) for every
   product, whatever the number of questions.
-- attention: its two products over all pairs of tokens, since a mask spares none, 2.5 times as many
-  in the backward pass; where flash attention is missing, the scores also go through memory.
+- attention: its two products over all pairs of a token and an earlier one, 2.5 times as many in the
+  backward pass; where flash attention is missing, the scores also go through memory.
 - adapters: three products for each of A and B with the backward pass, and the dropped copies of
-  their inputs, which are written and read, as their outputs are.
+  their inputs (q, k and v share one, gate and up another), which are written and read, as their
+  outputs are.
 - elementwise: norms, rotary positions, residuals, the gate's activation and their gradients.
 - copies: the image's cached features, from the host.
 - launches: the host needs time for each kernel. It works ahead of the card, so that a pass takes
-  the longer one of both times.
+  the longer one of both times, unless it is replayed as a CUDA graph.
 """
 
 from dataclasses import asdict, dataclass
 
 NUMBER = 2  # bytes, in 16 bits
 PACKED = 0.5 + 1 / 64  # bytes of a weight in NF4 with its scale
-LORA_LAYERS = 7  # of a decoder layer
-LORA_LAUNCHES = 9  # kernels of a LoRA layer's forward pass
-OTHER_LAUNCHES = 15  # of a decoder layer's forward pass beside them
+LAUNCHES = 52  # kernels of a decoder layer's forward pass: 2.5 times as many were counted of both
 SCORE_PASSES = 4  # times that unfused attention reads or writes its scores, forward
 
 
@@ -68,8 +67,8 @@ class LayerShapes:
 
     @property
     def lora_inputs(self) -> int:
-        """Width of the inputs of a layer's LoRA layers, together."""
-        return 5 * self.hidden + self.queries + self.inner
+        """Width of the different inputs of a layer's LoRA layers, together."""
+        return 2 * self.hidden + self.queries + self.inner
 
     @property
     def lora_outputs(self) -> int:
@@ -135,10 +134,10 @@ def pass_seconds(
     products = both * 2 * shapes.weights * rows / card.products
     unpacked = both * shapes.weights * (PACKED + NUMBER) / card.memory
 
-    score_flops = 4 * rows * tokens * shapes.queries
+    score_flops = 4 * rows * tokens / 2 * shapes.queries
     attention = (forwards + 2.5 * backwards) * score_flops / card.products
     if not card.has_flash:
-        score_bytes = NUMBER * questions * shapes.heads * tokens**2
+        score_bytes = NUMBER * questions * shapes.heads * tokens**2 / 2
         attention += (forwards + 2 * backwards) * SCORE_PASSES * score_bytes / card.memory
 
     lora_width = shapes.lora_inputs + shapes.lora_outputs
@@ -155,8 +154,7 @@ def pass_seconds(
     elementwise = (forwards + 2 * backwards) * elementwise_bytes / card.memory
 
     features = NUMBER * questions * image_tokens * shapes.hidden * shapes.feature_layers
-    launches_forward = LORA_LAYERS * LORA_LAUNCHES + OTHER_LAUNCHES
-    launches = (forwards + 1.5 * backwards) * launches_forward
+    launches = (forwards + 1.5 * backwards) * LAUNCHES
     return PassSeconds(
         products=products,
         dequantisation=unpacked if shapes.is_packed else 0.0,
