@@ -74,7 +74,8 @@ above it.
    Captured passes                     all launches of a pass at once
    Fast layers                         compiled decoder layers
    Memory plan                         how a training step is spread over passes
-   Timing of passes                    which of the plans that fit is the fastest
+   Timing of passes                    what plans are expected to take, and what they took
+   Choosing a plan                     which of those that fit is the fastest
    Filling the vision cache            when it pays, and for which images
    Alignment                           how well statements fit an image, by SigLIP or CLIP
 4. Run
@@ -11810,6 +11811,7 @@ class PassTrial:
         return row
 
 
+# === Choosing a plan ==============================================================================
 class PassPlanner:
     """Tries plans on copies of the longest prompt, until the fastest is known or time is up.
 
@@ -14799,7 +14801,7 @@ def smaller_memory_plan(plan: MemoryPlan, may_recompute: bool) -> MemoryPlan | N
     where nothing is left to give up.
 
     >>> smaller_memory_plan(MemoryPlan(micro_batch=8, stored_layers=2), may_recompute=True)
-    MemoryPlan(micro_batch=4, stored_layers=0, peak_gib=0.0)
+    MemoryPlan(micro_batch=4, stored_layers=0, peak_gib=0.0, is_captured=False)
     >>> smaller_memory_plan(MemoryPlan(micro_batch=1, stored_layers=0), may_recompute=True)
     """
     gives_up_layers = may_recompute and plan.stored_layers > 0
