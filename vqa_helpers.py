@@ -71,6 +71,7 @@ above it.
    LoRA layers                         LoRA without fp32 copies
    Remade activations                  what a decoder layer keeps, and what it makes again
    Frugal layers                       their pass in three steps, for autograd
+   Scoring layers                      a pass behind what all prompts begin with, to the answers
    Captured passes                     all launches of a pass at once
    Fast layers                         compiled decoder layers
    Memory plan                         how a training step is spread over passes
@@ -9712,6 +9713,8 @@ class Session:
     # The table of the plans among which it was chosen; filled by `plan_memory`, moved into
     # stages.jsonl by `run_stage`.
     passes_tried: list[dict] = field(default_factory=list)
+    # `score_layer` compiled; set by `use_fast_layers` where it compiles the layers.
+    compiled_scoring: Callable | None = None
     # (bytes of the token ids to the end of the image, its grid) -> their positions; filled by
     # `rope_positions`.
     head_positions: dict[tuple, np.ndarray] = field(default_factory=dict)
@@ -9923,6 +9926,17 @@ def shared_prefix_length(sequences: Sequence[np.ndarray]) -> int:
     common = os.path.commonprefix([ids.tolist() for ids in sequences])
     shortest = min(len(ids) for ids in sequences)
     return min(len(common), shortest - 1)
+
+
+def behind_beginning(prompt: Prompt, length: int) -> Prompt:
+    """What follows the first `length` tokens of a prompt, with the positions that it had there."""
+    return dataclasses.replace(
+        prompt,
+        input_ids=prompt.input_ids[length:],
+        segments=prompt.segments[length:],
+        position_ids=prompt.position_ids[:, length:],
+        answer_positions=prompt.answer_positions - length,
+    )
 
 
 def text_positions(before: np.ndarray, length: int) -> np.ndarray:
@@ -10509,7 +10523,11 @@ def lora_forward(layer, x):
     As PEFT's own layer (Hu et al. 2021, LoRA), but without its fp32 copies of x.
     """
     dropped = layer.lora_dropout["default"](x) if dropout_rate(layer) else None
-    compute = torch.ops.vqa.lora_linear if torch.compiler.is_compiling() else direct_lora()
+    compute = lora_linear  # in scoring, where autograd has nothing to keep
+    if torch.compiler.is_compiling():
+        compute = torch.ops.vqa.lora_linear
+    elif torch.is_grad_enabled():
+        compute = direct_lora()
     result, _ = compute(x, dropped, *lora_operands(layer))
     return result
 
@@ -11432,6 +11450,180 @@ def training_states(session: Session, batch: Mapping):
         return answer_hidden_states(session, batch)
 
 
+# === Scoring layers ===============================================================================
+# In scoring nothing is kept for a backward pass, and the adapter is the same for a whole table. So
+# the keys and values of what all its prompts begin with are computed once, and the last layer
+# computes all but its own keys and values only where letters are predicted.
+LEAST_BEGINNING = 8  # tokens; fewer are no pass of their own worth
+BEGINNING_MULTIPLE = 16  # attention kernels want the rows of a mask aligned
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The tokens that all prompts of a pass begin with, as attention sees them."""
+
+    length: int  # tokens
+    padding: int  # empty places in front of them, which no mask shows
+    # Of each layer, on its device: keys and values (1, heads, padding + length, size).
+    keys_and_values: Sequence[tuple]
+
+
+def sees_all_before(layer) -> bool:
+    """Whether a decoder layer is one that `score_layer` computes: attention to all before."""
+    return has_known_pass(layer) and getattr(layer.self_attn, "sliding_window", None) is None
+
+
+def beginning_length(session: Session, prompts: Sequence[Prompt]) -> int:
+    """How many tokens before the image all prompts have in common.
+
+    0 where there are few, or where these layers' pass is not known. On a GPU also where each is
+    in one order: these need no mask, see `collate`, which is faster.
+    """
+    if len(prompts) < 2 or not session.shares_prefixes:
+        return 0
+    if session.device.type == "cuda" and all(len(prompt.orders) == 1 for prompt in prompts):
+        return 0
+    if not all(sees_all_before(layer) for layer in session.decoder_layers):
+        return 0
+    is_image = prompts[0].input_ids == session.processor.image_token_id
+    before_image = int(is_image.argmax())
+    texts = [prompt.input_ids[:before_image].tolist() for prompt in prompts]
+    length = len(os.path.commonprefix(texts))
+    return length if length >= LEAST_BEGINNING else 0
+
+
+def _rotated(attention, norm, projected, cos, sin):
+    """`rotated_heads` of `projected` (batch, length, ...): (batch, heads, length, size)."""
+    rows = [tensor.flatten(0, 1) for tensor in (projected, cos, sin)]
+    return _heads_first(rotated_heads(attention, norm, *rows), projected.shape[:2])
+
+
+def _own_keys_and_values(layer, normed, cos, sin) -> tuple:
+    """A layer's keys and values (batch, heads, length, size) of its normed input."""
+    attention = layer.self_attn
+    norm = getattr(attention, "k_norm", None)
+    keys = _rotated(attention, norm, attention.k_proj(normed), cos, sin)
+    values = _split_heads(attention, attention.v_proj(normed)).transpose(1, 2)
+    return keys, values
+
+
+def score_layer(layer, states, cos, sin, mask, before: Sequence, answers=None):
+    """A decoder layer's output (batch, length, hidden), as transformers computes it.
+
+    `before`: keys and values (1, heads, before, size) of what stands in front of each of the
+    batch's sequences. `mask` (batch, 1, length, before + length). `answers`, rows (batch, 1) and
+    columns (batch, answers): the output is computed only there, (batch, answers, hidden).
+    """
+    attention = layer.self_attn
+    normed = layer.input_layernorm(states)
+    own_keys, own_values = _own_keys_and_values(layer, normed, cos, sin)
+    if answers is not None:
+        states, normed, cos, sin = (tensor[answers] for tensor in (states, normed, cos, sin))
+        mask = mask[:, 0][answers][:, None]
+    norm = getattr(attention, "q_norm", None)
+    queries = _rotated(attention, norm, attention.q_proj(normed), cos, sin)
+    batch = len(queries)
+    keys = torch.cat([before[0].expand(batch, -1, -1, -1), own_keys], dim=2)
+    values = torch.cat([before[1].expand(batch, -1, -1, -1), own_values], dim=2)
+    times = queries.shape[1] // keys.shape[1]
+    keys = _repeat_heads(keys, times)
+    values = _repeat_heads(values, times)
+    states = states + attention.o_proj(_attend(attention, queries, keys, values, mask))
+    return states + layer.mlp(layer.post_attention_layernorm(states))
+
+
+def read_beginning(session: Session, prompts: Sequence[Prompt]) -> Beginning | None:
+    """What all prompts begin with, read once with the adapter as it is; None where it is nothing.
+
+    See `beginning_length`.
+    """
+    length = beginning_length(session, prompts)
+    if not length:
+        return None
+    padding = -length % BEGINNING_MULTIPLE
+    token_ids = torch.from_numpy(prompts[0].input_ids[None, :length]).to(session.device)
+    # (3, 1, length), or (1, length) where a position is one number.
+    positions = torch.from_numpy(prompts[0].position_ids[:, None, :length]).squeeze(0)
+    states = session.model.get_input_embeddings()(token_ids)
+    rotary = session.model.model.language_model.rotary_emb
+    cos, sin = rotary(states, positions.to(states.device))
+    mask = shared_prefix_mask(torch.zeros_like(token_ids))
+    keys_and_values = []
+    for layer in session.decoder_layers:
+        device = layer.input_layernorm.weight.device
+        states, cos, sin, mask = (tensor.to(device) for tensor in (states, cos, sin, mask))
+        own = _own_keys_and_values(layer, layer.input_layernorm(states), cos, sin)
+        padded = [torch.nn.functional.pad(tensor, (0, 0, padding, 0)) for tensor in own]
+        keys_and_values.append(tuple(padded))
+        nothing = [tensor[:, :, :0] for tensor in own]
+        states = score_layer(layer, states, cos, sin, mask, nothing)
+    return Beginning(length, padding, keys_and_values)
+
+
+def places_of_answers(answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns (questions, most answers of one), and the place of each answer in there.
+
+    `answers` (2, answers): question and column of each. Places count through the columns row by
+    row. Behind fewer answers stand zeros.
+
+    >>> columns, places = places_of_answers(np.array([[0, 1, 1], [7, 8, 9]]))
+    >>> columns.tolist(), places.tolist()
+    ([[7, 0], [8, 9]], [0, 2, 3])
+    """
+    questions, columns = answers
+    counts = np.bincount(questions)
+    most = counts.max()
+    within = np.concatenate([np.arange(count) for count in counts])
+    places = questions * most + within
+    padded = np.zeros(len(counts) * most, dtype=np.int64)
+    padded[places] = columns
+    return padded.reshape(-1, most), places
+
+
+def _with_images(session: Session, input_ids, features: Sequence):
+    """The tokens' embeddings, and which tokens are an image's; `features` replace those."""
+    is_image = input_ids == session.processor.image_token_id
+    embeddings = session.model.get_input_embeddings()(input_ids)
+    flat = torch.cat([image.flatten(0, -2) for image in features]).to(embeddings)
+    return embeddings.masked_scatter(is_image[..., None], flat), is_image
+
+
+def states_behind_beginning(session: Session, batch: Mapping, beginning: Beginning):
+    """As `answer_hidden_states`, of prompts `behind_beginning`; for scoring only."""
+    encoded = session.vision_cache.encoder_outputs(batch)
+    _check_image_tokens(session, batch, encoded.pooler_output)
+    columns, places = places_of_answers(batch["answers"].numpy())
+    tensors = {
+        "columns": torch.from_numpy(columns),
+        "places": torch.from_numpy(places),
+        "rows": torch.arange(len(columns))[:, None],
+        **{name: batch[name] for name in ("input_ids", "segments", "position_ids")},
+    }
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.to(session.device, non_blocking=True)
+    states, is_image = _with_images(session, tensors["input_ids"], encoded.pooler_output)
+    language_model = session.model.model.language_model
+    cos, sin = language_model.rotary_emb(states, tensors["position_ids"])
+    mask = shared_prefix_mask(tensors["segments"])
+    mask = torch.nn.functional.pad(mask, (beginning.length, 0), value=True)
+    mask = torch.nn.functional.pad(mask, (beginning.padding, 0), value=False)
+    deepstack = getattr(encoded, "deepstack_features", [])
+    compute = session.compiled_scoring or score_layer
+    answers = None
+    for number, layer in enumerate(session.decoder_layers):
+        device = layer.input_layernorm.weight.device
+        states, cos, sin, mask = (tensor.to(device) for tensor in (states, cos, sin, mask))
+        if number == len(session.decoder_layers) - 1:
+            answers = (tensors["rows"].to(device), tensors["columns"].to(device))
+        before = beginning.keys_and_values[number]
+        states = compute(layer, states, cos, sin, mask, before, answers)
+        if number < len(deepstack):
+            images = torch.cat(deepstack[number])
+            states = language_model._deepstack_process(states, is_image, images)
+    states = language_model.norm(states).flatten(0, 1)
+    return states[tensors["places"].to(states.device)].to(session.device)
+
+
 # === Fast layers ==================================================================================
 def forward_with_checkpointing(
     layer, compute: Callable, steps: LayerSteps | None, hidden_states, **options
@@ -11521,6 +11713,7 @@ def _compile_step(step: Callable) -> Callable:
 def use_fast_layers(session: Session, adapted, questions: int):
     """`adapted`, the PEFT model, computing `lora_forward` in compiled decoder layers.
 
+        session.compiled_scoring = _compile_forward(score_layer)
     They are compiled only where `decide_compile` says that it pays for `questions` questions to
     come. All layers keep their activations until `recompute_layers` says otherwise.
     """
@@ -13792,23 +13985,28 @@ def unpermute_scores(scores, order: Sequence[int]) -> np.ndarray:
     return np.asarray(scores)[..., np.argsort(order)]
 
 
-def score_batch(session: Session, batch: Mapping):
+def score_batch(session: Session, batch: Mapping, beginning: Beginning | None = None):
     """Scores (answers, 4) on the device, by prompt position.
 
-    In smaller parts, from here on, when memory runs out. Raises RuntimeError, as
-    `out_of_memory_error` words it, where one question is too much.
+    Its prompts are behind the `beginning`, if there is one. In smaller parts, from here on, when
+    memory runs out. Raises RuntimeError, as `out_of_memory_error` words it, where one question is
+    too much.
     """
     while True:
         size = session.inference_batch_limit or len(batch["prompts"])
         try:
             scores = []
             for small_batch in split_batches(session, [batch], size):
-                scores.append(answer_scores(session, answer_hidden_states(session, small_batch)))
+                if beginning:
+                    states = states_behind_beginning(session, small_batch, beginning)
+                else:
+                    states = answer_hidden_states(session, small_batch)
+                scores.append(answer_scores(session, states))
             return torch.cat(scores)
         except torch.OutOfMemoryError as error:
             if size == 1:
                 raise out_of_memory_error(error) from error
-        scores = None  # they hold memory
+        scores = states = None  # they hold memory
         clear_memory(LOGGER)
         session.inference_batch_limit = math.ceil(size / 2)
         session.add_note(
@@ -13817,8 +14015,10 @@ def score_batch(session: Session, batch: Mapping):
         )
 
 
-def score_batches(session: Session, batches: Iterable[Mapping]) -> Iterator[np.ndarray]:
-    """Scores (answers, 4) of each batch, by prompt position.
+def score_batches(
+    session: Session, batches: Iterable[Mapping], beginning: Beginning | None = None
+) -> Iterator[np.ndarray]:
+    """Scores (answers, 4) of each batch, by prompt position; `beginning` as in `score_batch`.
 
     They are handed over while the GPU is at the next batch.
     """
@@ -13832,7 +14032,7 @@ def score_batches(session: Session, batches: Iterable[Mapping]) -> Iterator[np.n
         return scores.numpy()
 
     for batch in batches:
-        scores = score_batch(session, batch).to("cpu", non_blocking=True)
+        scores = score_batch(session, batch, beginning).to("cpu", non_blocking=True)
         copied = torch.cuda.current_stream().record_event() if on_gpu else None
         under_way.append((scores, copied))
         if len(under_way) > 1:
@@ -13946,9 +14146,12 @@ def score_planned(
     present = np.array([present_choices(row) for _, row in frame.iterrows()])
     prompts = [item.prompt for item in planned]
     start = time.perf_counter()
+    beginning = read_beginning(session, prompts)
+    if beginning:
+        prompts = [behind_beginning(prompt, beginning.length) for prompt in prompts]
     cost = 0.0  # of what has been scored since, in prompts with one answer
     loader = iterate_batches(session, prompts, batches[state.done :])
-    for scores in score_batches(session, loader):
+    for scores in score_batches(session, loader, beginning):
         shown = [planned[number] for number in batches[state.done]]
         store_scores(result, scores, shown, frame, present)
         state.done += 1

@@ -2,7 +2,9 @@
 
 import functools
 
+import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
 from qwen_vl_utils import process_vision_info
 
 import vqa_helpers as vqa
@@ -54,6 +56,28 @@ def huggingface_loss(session, model, frame):
         labels[0, position] = full["input_ids"][0, position]
         losses.append(model(**full, labels=labels).loss)
     return torch.stack(losses).mean()
+
+
+def use_pefts_layers(model):
+    """Take back `use_fast_lora` in the model's adapter."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and type(layer).__name__.startswith("Fast"):
+            layer.__class__ = type(layer).__bases__[0]
+
+
+@torch.no_grad()
+def huggingface_scores(session, frame, views):
+    """Scores (n, views, 4) by transformers' and PEFT's own layers, a prompt at a time."""
+    use_huggingfaces_forward(session)
+    use_pefts_layers(session.model)
+    scores = []
+    for _, row in frame.iterrows():
+        for view in views:
+            text = vqa.render_prompt(session.processor, vqa.build_messages(row, view.order))
+            logits = session.model(**own_inputs(session, text, row["image_path"])).logits
+            by_letter = vqa.choice_logits(logits[:, -1], session.letter_token_ids)[0]
+            scores.append(vqa.unpermute_scores(by_letter, view.order))
+    return np.reshape(scores, (len(frame), len(views), 4))
 
 
 def flat_gradients(model):

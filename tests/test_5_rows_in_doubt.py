@@ -385,8 +385,8 @@ def predict_until_killed(run, step):
     score_batches = vqa.score_batches
     score_views = vqa.StepScorer.score_views
 
-    def killing(session, batches):
-        for number, scores in enumerate(score_batches(session, batches)):
+    def killing(*arguments):
+        for number, scores in enumerate(score_batches(*arguments)):
             if number == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield scores

@@ -126,14 +126,15 @@ def test_gradients_that_overflow_at_every_scale_stop_the_fold_and_move_no_schedu
 
 def out_of_memory_above(size, monkeypatch):
     """Let the forward pass fail as a GPU's does for batches of more than `size` questions."""
-    forward = vqa.answer_hidden_states
+    for name in ("answer_hidden_states", "states_behind_beginning"):
+        forward = getattr(vqa, name)
 
-    def limited(session, batch):
-        if len(batch["prompts"]) > size:
-            raise torch.OutOfMemoryError("CUDA out of memory (a test)")
-        return forward(session, batch)
+        def limited(session, batch, *beginning, forward=forward):
+            if len(batch["prompts"]) > size:
+                raise torch.OutOfMemoryError("CUDA out of memory (a test)")
+            return forward(session, batch, *beginning)
 
-    monkeypatch.setattr(vqa, "answer_hidden_states", limited)
+        monkeypatch.setattr(vqa, name, limited)
 
 
 @pytest.mark.slow
