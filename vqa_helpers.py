@@ -10523,11 +10523,7 @@ def lora_forward(layer, x):
     As PEFT's own layer (Hu et al. 2021, LoRA), but without its fp32 copies of x.
     """
     dropped = layer.lora_dropout["default"](x) if dropout_rate(layer) else None
-    compute = lora_linear  # in scoring, where autograd has nothing to keep
-    if torch.compiler.is_compiling():
-        compute = torch.ops.vqa.lora_linear
-    elif torch.is_grad_enabled():
-        compute = direct_lora()
+    compute = torch.ops.vqa.lora_linear if torch.compiler.is_compiling() else direct_lora()
     result, _ = compute(x, dropped, *lora_operands(layer))
     return result
 
@@ -11558,6 +11554,29 @@ def read_beginning(session: Session, prompts: Sequence[Prompt]) -> Beginning | N
         nothing = [tensor[:, :, :0] for tensor in own]
         states = score_layer(layer, states, cos, sin, mask, nothing)
     return Beginning(length, padding, keys_and_values)
+
+
+@contextlib.contextmanager
+def merged_adapter(session: Session) -> Iterator[None]:
+    """Within, a CPU's layers multiply by W + scaling B A, computed once, not by all three.
+
+    Only weights in fp32: in 16 bits the sum would round the adapter away.
+    """
+    layers = []
+    if session.device.type == "cpu" and not session.compiled_scoring:
+        for layer in session.decoder_layers.modules():
+            is_plain = getattr(layer, "packed_shape", None) == []
+            if is_plain and layer.base_layer.weight.dtype == torch.float32:
+                layers.append(layer)
+    for layer in layers:
+        lora_a, lora_b, scaling, weight, bias, _, _ = lora_operands(layer)
+        merged = torch.addmm(weight, lora_b, lora_a, alpha=scaling)
+        layer.forward = functools.partial(torch.nn.functional.linear, weight=merged, bias=bias)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def places_of_answers(answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -14135,6 +14154,7 @@ def score_planned(
 
     `frame`: the rows of the part under way, which the prompts are of. What is done is reported
     as `label`, and kept in the `checkpoint`; Interrupted leaves there what was done till then.
+    What all prompts begin with is read once, see `read_beginning`.
     """
     batches = plan_inference_batches(session, planned)
     rank = process_rank()
@@ -14194,7 +14214,7 @@ def predict_logits(
     session.model.eval()
     if session.captured_passes is not None:
         session.captured_passes.drop()  # scoring needs the memory
-    with torch.inference_mode():
+    with torch.inference_mode(), merged_adapter(session):
         for number, part in enumerate(parts_of(frame)):
             if number * ROWS_PLANNED_TOGETHER < state.rows:
                 continue  # an earlier process has scored it

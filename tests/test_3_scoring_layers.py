@@ -108,6 +108,32 @@ def test_recurrent_layers_are_scored_as_in_training(family, open_tiny, demo_rows
     assert np.array_equal(scores, expected.numpy())
 
 
+def test_an_adapter_is_merged_for_a_pass_in_full_precision_only(open_tiny, demo_rows, monkeypatch):
+    session = open_tiny("qwen3_vl")
+    attach_adapter(session)
+    layer = session.decoder_layers[0].self_attn.q_proj
+    rows = torch.randn(3, 192)
+    expected = layer(rows).detach()
+    score_layer = vqa.score_layer
+    merged = []
+
+    def noting(scored, *arguments):
+        merged.append(scored.mlp.up_proj.forward.keywords["weight"])
+        return score_layer(scored, *arguments)
+
+    monkeypatch.setattr(vqa, "score_layer", noting)
+    vqa.predict_logits(session, demo_rows.test.head(2), ONE_VIEW)
+    assert len(merged) == 8  # the beginning and a batch, in four layers
+    assert merged[0] is merged[4]
+    with torch.inference_mode(), vqa.merged_adapter(session):
+        assert torch.allclose(layer(rows), expected, atol=1e-5)
+        assert not torch.allclose(layer.base_layer(rows), expected, atol=1e-2)
+    assert torch.equal(layer(rows), expected)
+    session.model.to(torch.bfloat16)
+    with vqa.merged_adapter(session):
+        assert layer.forward.__func__ is vqa.lora_forward
+
+
 @torch.inference_mode()
 def test_questions_with_one_and_with_four_orders_share_a_pass_that_waits_for_nothing(
     open_tiny, demo_rows
