@@ -16172,42 +16172,25 @@ def cross_fit(fit_and_predict, probabilities, labels, folds) -> np.ndarray:
     return predictions
 
 
-# A blend is a way to combine members: (members and labels to fit on, members) -> (n, choices).
+BLENDS = ("mean", "geometric mean", "vote", "weighted", "greedy", "stacked")
 
 
-def _blend_by_mean(fit_members, fit_labels, members) -> np.ndarray:
-    return average_probabilities(members)
+def _fit_weights(name: str, members: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
+    """(members,) weights that a blend fits to (members, n, choices); None where it fits none."""
+    if name == "weighted":
+        return optimize_ensemble_weights(members, labels)
+    return greedy_weights(members, labels) if name == "greedy" else None
 
 
-def _blend_by_geometric_mean(fit_members, fit_labels, members) -> np.ndarray:
-    return softmax(np.log(np.maximum(members, PROBABILITY_FLOOR)).mean(axis=0))
-
-
-def _blend_by_vote(fit_members, fit_labels, members) -> np.ndarray:
-    return np.eye(members.shape[2])[majority_vote(members)]  # all on the answer
-
-
-def _blend_by_optimized_weights(fit_members, fit_labels, members) -> np.ndarray:
-    weights = optimize_ensemble_weights(fit_members, fit_labels)
-    return average_probabilities(members, weights)
-
-
-def _blend_by_greedy_weights(fit_members, fit_labels, members) -> np.ndarray:
-    return average_probabilities(members, greedy_weights(fit_members, fit_labels))
-
-
-def _blend_by_stack(fit_members, fit_labels, members) -> np.ndarray:
-    return stack(fit_members, fit_labels).predict_proba(members)
-
-
-BLENDS = {
-    "mean": _blend_by_mean,
-    "geometric mean": _blend_by_geometric_mean,
-    "vote": _blend_by_vote,
-    "weighted": _blend_by_optimized_weights,
-    "greedy": _blend_by_greedy_weights,
-    "stacked": _blend_by_stack,
-}
+def apply_blend(name: str, fit_members, fit_labels, members) -> np.ndarray:
+    """(n, choices) of (members, n, choices) by one of BLENDS, fitted on `fit_members`."""
+    if name == "geometric mean":
+        return softmax(np.log(np.maximum(members, PROBABILITY_FLOOR)).mean(axis=0))
+    if name == "vote":
+        return np.eye(members.shape[2])[majority_vote(members)]  # all on the answer
+    if name == "stacked":
+        return stack(fit_members, fit_labels).predict_proba(members)
+    return average_probabilities(members, _fit_weights(name, fit_members, fit_labels))
 
 
 def fit_and_blend(
@@ -16219,11 +16202,11 @@ def fit_and_blend(
 ) -> np.ndarray:
     """(n, choices) predictions for (members, n, choices) by a blend and its temperature.
 
-    Both are fitted on `fit_members` and their labels. `name`: a key of BLENDS.
+    Both are fitted on `fit_members` and their labels. `name`: one of BLENDS.
     """
     n_fit = len(fit_labels)
     all_members = np.concatenate([fit_members, members], axis=1)
-    mixed = BLENDS[name](fit_members, fit_labels, all_members)
+    mixed = apply_blend(name, fit_members, fit_labels, all_members)
     if name == "vote" or not scaling:  # a vote has no probabilities to scale
         return mixed[n_fit:]
     # A mean of honest probabilities is too timid: unscaled, a blend could win by its confidence,
@@ -16243,13 +16226,8 @@ def count_fitted_parameters(name: str, members: np.ndarray, labels: np.ndarray) 
     """
     if name == "stacked":
         return stack(members, labels).fitted_parameters()
-    if name == "weighted":
-        weights = optimize_ensemble_weights(members, labels)
-    elif name == "greedy":
-        weights = greedy_weights(members, labels)
-    else:
-        return 0.0
-    return float((weights > 1e-6).sum() - 1)
+    weights = _fit_weights(name, members, labels)
+    return 0.0 if weights is None else float((weights > 1e-6).sum() - 1)
 
 
 @dataclass(frozen=True)
@@ -17396,7 +17374,7 @@ class BaseMixture:
     """A way to mix the base model's probabilities with the fine-tuned ones."""
 
     step: str  # its name in the ladder
-    blend: str  # a key of BLENDS
+    blend: str  # one of BLENDS
     in_doubt_only: bool  # whether the other rows keep the fine-tuned answer
 
 

@@ -54,7 +54,7 @@ def test_average_is_the_arithmetic_mean_of_probabilities():
 
 def test_the_geometric_mean_is_that_of_probabilities():
     members = np.array([[[0.8, 0.1, 0.1, 0.0]], [[0.1, 0.4, 0.5, 0.0]]])
-    mixed = vqa.BLENDS["geometric mean"](None, None, members)
+    mixed = vqa.apply_blend("geometric mean", None, None, members)
     expected = np.sqrt([0.08, 0.04, 0.05, 0.0])
     np.testing.assert_allclose(mixed, [expected / expected.sum()], atol=1e-9)
 
