@@ -17293,10 +17293,6 @@ LIKELY_BASE_ACCURACY = 0.75
 WITHOUT_BASE = "without"
 
 
-def _rows_out_of_fold(run: Run) -> int:
-    return int(run.train["fold"].isin(run.config.folds_to_train).sum())
-
-
 def _validated_accuracy(run: Run) -> float:
     """Accuracy of the selected weights on held-out rows, in one view; NaN where it is not known."""
     accuracies = []
@@ -17307,11 +17303,6 @@ def _validated_accuracy(run: Run) -> float:
         accuracies.append(np.mean(of_kinds))
         rows.append((run.train["fold"] == fold_of(run.config, member)).sum())
     return float(np.average(accuracies, weights=rows))
-
-
-def _zeroshot_accuracy(run: Run) -> float:
-    content = read_arrays(run.directory / "zeroshot.npz", run.fingerprint, SCORE_ARRAYS)
-    return accuracy(softmax(content["logits"][:, 0]), content["labels"])
 
 
 def is_base_near(base_accuracy: float, tuned_accuracy: float) -> tuple[bool, str]:
@@ -17344,12 +17335,14 @@ def wants_base_member(run: Run) -> tuple[bool, str]:
         return False, f"the folds share its test rows, and of these folds {missing} are not trained"
     if run.config.use_base_member == "on":
         return True, setting_name
-    rows = _rows_out_of_fold(run)
+    rows = int(run.train["fold"].isin(run.config.folds_to_train).sum())
     if rows < BASE_MEMBER_ROWS:
         return False, f"{rows} rows out of fold are too few to judge it; {BASE_MEMBER_ROWS} will do"
     if not run.is_done("zeroshot", 0):
         return False, "its zero-shot accuracy is not known"
-    is_near, figures = is_base_near(_zeroshot_accuracy(run), _validated_accuracy(run))
+    content = read_arrays(run.directory / "zeroshot.npz", run.fingerprint, SCORE_ARRAYS)
+    base_accuracy = accuracy(softmax(content["logits"][:, 0]), content["labels"])
+    is_near, figures = is_base_near(base_accuracy, _validated_accuracy(run))
     limit = "at most" if is_near else "over"
     return is_near, f"{figures}, {limit} {BASE_ERRORS_AT_MOST}"
 
@@ -17867,14 +17860,6 @@ def temperature_table(
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("fold")
 
 
-def _choose_calibration(scaled: Calibration, scores: np.ndarray, oof: OofLogits) -> Calibration:
-    """`scaled`, where it lowers the cross-fitted NLL; else every temperature at 1."""
-    plain = calibrate(scores, oof.labels, oof.folds, enabled=False)
-    plain_loss = negative_log_likelihood(plain.probabilities, oof.labels)
-    scaled_loss = negative_log_likelihood(scaled.probabilities, oof.labels)
-    return scaled if scaled_loss < plain_loss else plain
-
-
 def _view_candidates(
     run: Run,
     oof: OofLogits,
@@ -17923,35 +17908,25 @@ def _choose_method(
     return method, candidates[method].probabilities
 
 
-def _unfitted_views(oof: OofLogits, views: list[int]) -> ViewDecisions:
-    """The plain mean over the views, with every temperature at 1: nothing is fitted to labels."""
+def decide_views(run: Run, oof: OofLogits, views: list[int], has_skill: bool) -> ViewDecisions:
+    """With the admitted views, decide on the temperature and on the way to combine them.
+
+    Without skill nothing is fitted to labels: all temperatures stay at 1, the mean combines.
+    """
     scores = oof.scores(views)
     plain = calibrate(scores, oof.labels, oof.folds, enabled=False)
-    return ViewDecisions(
-        views=views,
-        scaled=None,
-        calibration=plain,
-        candidates={"mean": Candidate(plain.probabilities)},
-        method="mean",
-        probabilities=plain.probabilities,
-    )
-
-
-def decide_views(run: Run, oof: OofLogits, views: list[int]) -> ViewDecisions:
-    """With the admitted views, decide on the temperature and on the way to combine them."""
-    scores = oof.scores(views)
+    if not has_skill:
+        candidates = {"mean": Candidate(plain.probabilities)}
+        return ViewDecisions(views, None, plain, candidates, "mean", plain.probabilities)
     scaled = calibrate(scores, oof.labels, oof.folds, run.config.use_temperature_scaling)
-    calibration = _choose_calibration(scaled, scores, oof)
+
+    def loss(calibration: Calibration) -> float:
+        return negative_log_likelihood(calibration.probabilities, oof.labels)
+
+    calibration = min(plain, scaled, key=loss)
     candidates = _view_candidates(run, oof, views, calibration)
     method, probabilities = _choose_method(run, oof, candidates)
-    return ViewDecisions(
-        views=views,
-        scaled=scaled,
-        calibration=calibration,
-        candidates=candidates,
-        method=method,
-        probabilities=probabilities,
-    )
+    return ViewDecisions(views, scaled, calibration, candidates, method, probabilities)
 
 
 def _temperature_step(decisions: ViewDecisions, against: str) -> LadderStep:
@@ -18054,11 +18029,9 @@ def evaluate_run(run: Run) -> Evaluation:
     oof = read_oof(run)
     skill = measure_skill(oof, run.train["answer"])
     views, view_table = admit_views(oof, run.config.use_temperature_scaling and skill.has_skill)
-    if skill.has_skill:
-        decisions = decide_views(run, oof, views)
-    else:
+    if not skill.has_skill:
         LOGGER.warning("%s: %s", run.directory.name, lack_of_skill(skill))
-        decisions = _unfitted_views(oof, views)
+    decisions = decide_views(run, oof, views, skill.has_skill)
     steps = decision_ladder_steps(run, oof, view_table, decisions)
     probabilities = decisions.probabilities
     base_choice = None
