@@ -18553,6 +18553,14 @@ def learning_alarm(evaluation: Evaluation) -> str:
     return " ".join(sentence for sentence in (lack, gain, consequence) if sentence)
 
 
+def _box_html(colour: str, font_size: int, content: str) -> str:
+    """A text behind a bar of this colour, readable on a white and on a dark page."""
+    return (
+        f'<div style="border-left:10px solid {colour}; padding:8px 24px; max-width:860px; '
+        f'font-size:{font_size}px; line-height:1.5">{content}</div>'
+    )
+
+
 def learning_html(evaluation: Evaluation) -> str:
     """The learning alarm in large type, or a line that says that there is none."""
     skill = evaluation.skill
@@ -18563,12 +18571,8 @@ def learning_html(evaluation: Evaluation) -> str:
         f"guessing has {skill.guess_accuracy:.3f} ({skill.guess}), the base model {base:.3f}."
     )
     colour = ALARM_COLOUR if alarm else GOOD_COLOUR
-    size = 20 if alarm else 15
     title = "<b>Alarm · 경고</b><br>" if alarm else ""
-    return (
-        f'<div style="border-left:10px solid {colour}; padding:8px 24px; max-width:860px; '
-        f'font-size:{size}px; line-height:1.5">{title}{html.escape(text)}</div>'
-    )
+    return _box_html(colour, 20 if alarm else 15, f"{title}{html.escape(text)}")
 
 
 def _prediction_alarms(run: Run, evaluation: Evaluation) -> list[str]:
@@ -18755,7 +18759,7 @@ def _time_sentence(verdict: Verdict) -> str:
 
 
 def verdict_html(verdict: Verdict) -> str:
-    """The verdict in large type, readable on a white and on a dark page."""
+    """The verdict in large type."""
     colour = ALARM_COLOUR if verdict.alarms else GOOD_COLOUR
     rows = [
         ("Did training help? · 학습 효과", html.escape(_training_sentence(verdict))),
@@ -18766,8 +18770,6 @@ def verdict_html(verdict: Verdict) -> str:
     if verdict.base_member:
         rows.insert(1, ("Base model · 기반 모델", html.escape(verdict.base_member)))
     lines = [
-        f'<div style="border-left:10px solid {colour}; padding:8px 24px; max-width:860px; '
-        'font-size:17px; line-height:1.5">',
         "<div>Accuracy to expect on the leaderboard · 예상 정확도</div>",
         f'<div style="font-size:52px; font-weight:bold; line-height:1.2">{verdict.accuracy:.3f}'
         '<span style="font-size:26px; font-weight:normal"> &nbsp; '
@@ -18776,7 +18778,7 @@ def verdict_html(verdict: Verdict) -> str:
     ]
     for label, content in rows:
         lines.append(f'<div style="margin-top:12px"><i>{label}</i><br>{content}</div>')
-    return "\n".join([*lines, "</div>"])
+    return _box_html(colour, 17, "\n".join(lines))
 
 
 def _alarms_html(verdict: Verdict) -> str:
