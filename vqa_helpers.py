@@ -12806,6 +12806,15 @@ class Run:
         """The folder of a member's files, whether it exists or not."""
         return self.directory / fold_folder(self.config, member)
 
+    @property
+    def stage_records(self) -> list[dict]:
+        """The records of stages.jsonl."""
+        return read_json_lines(self.directory / "stages.jsonl", STAGE_RECORD)
+
+    def note(self, event: str) -> None:
+        """Add to events.jsonl what did not go to plan."""
+        MetricLogger(self.directory / "events.jsonl").log(event=event)
+
     @classmethod
     def open(cls, directory: str | Path) -> Run:
         """The run that `start_run` has written to this directory.
@@ -13027,7 +13036,7 @@ class Run:
 
     def seconds_per_question(self) -> float:
         """Seconds a question of the last inference that is logged; 0 before the first one."""
-        for record in reversed(read_json_lines(self.directory / "stages.jsonl", STAGE_RECORD)):
+        for record in reversed(self.stage_records):
             if record.get("seconds_per_question"):
                 return record["seconds_per_question"]
         return 0.0
@@ -13148,8 +13157,7 @@ def back_up(run: Run, fold: int | None = None) -> None:
             _back_up_file(path, place / path.relative_to(run.directory))
     except OSError as error:  # the disk is full, or Drive was taken away
         LOGGER.warning("Not backed up: %s", error)
-        events = MetricLogger(run.directory / "events.jsonl")
-        events.log(event=f"not backed up to {place}: {error}")
+        run.note(f"not backed up to {place}: {error}")
 
 
 def _back_up_file(path: Path, target: Path) -> None:
@@ -18623,7 +18631,7 @@ def _run_alarms(run: Run) -> list[str]:
 
 def _stage_seconds(run: Run) -> tuple[float, float]:
     """Seconds on the clock while any worker was at work, and of all workers together."""
-    records = read_json_lines(run.directory / "stages.jsonl", STAGE_RECORD)
+    records = run.stage_records
     spans = [(record["time"] - record["seconds"], record["time"]) for record in records]
     return covered_seconds(spans), sum(record["seconds"] for record in records)
 
@@ -19303,7 +19311,7 @@ SCORE_COLUMNS = [*SCORES, "seconds"]  # the numbers of experiments.csv
 
 def wrap_up_table(run: Run) -> pd.DataFrame:
     """Wall time in seconds and peak memory in GiB of each worker stage, as the workers log them."""
-    records = read_json_lines(run.directory / "stages.jsonl", STAGE_RECORD)
+    records = run.stage_records
     frame = pd.DataFrame(records, columns=None if records else ["label"]).set_index("label")
     return frame.filter(["seconds", "rss_gib", "gpu_peak_gib"])
 
@@ -19340,7 +19348,6 @@ def log_experiment(run: Run, evaluation: Evaluation) -> None:
     A copy in the run directory travels with it, so that a new session knows the runs of the old
     ones.
     """
-    stages = read_json_lines(run.directory / "stages.jsonl", STAGE_RECORD)
     row = {
         "run": run.directory.name,
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -19348,7 +19355,7 @@ def log_experiment(run: Run, evaluation: Evaluation) -> None:
         "folds": len(run.finished_folds),
         "rows": len(run.train),
         **score_row(evaluation.probabilities, evaluation.oof.labels),
-        "seconds": round(sum(stage["seconds"] for stage in stages), 1),
+        "seconds": round(sum(stage["seconds"] for stage in run.stage_records), 1),
         "settings": json.dumps(_changed_settings(run.config), ensure_ascii=False),
     }
     places = [
@@ -20091,7 +20098,6 @@ def _predict_run(run: Run, test_ids: pd.Series) -> RunPredictions:
     evaluation = evaluate_run(run)
     oof_ids = evaluation.oof.frame["id"]
     test = np.mean(list(predict_test(run, evaluation).values()), axis=0)
-    stages = read_json_lines(run.directory / "stages.jsonl", STAGE_RECORD)
     base = evaluation.base
     base_oof = None
     base_test = None
@@ -20102,7 +20108,7 @@ def _predict_run(run: Run, test_ids: pd.Series) -> RunPredictions:
     return RunPredictions(
         oof=pd.DataFrame(evaluation.probabilities, index=oof_ids),
         test=pd.DataFrame(test, index=run.test["id"]).loc[test_ids],
-        seconds=sum(record["seconds"] for record in stages),
+        seconds=sum(record["seconds"] for record in run.stage_records),
         has_skill=evaluation.skill.has_skill,
         base_oof=base_oof,
         base_test=base_test,
@@ -21177,8 +21183,7 @@ def delete_damaged_files(run: Run) -> int:
     damages += _alignment_damages(run)
     for damage in damages:
         LOGGER.warning("Made anew: %s", damage.problem)
-        event = f"made anew: {damage.problem}"
-        MetricLogger(run.directory / "events.jsonl").log(event=event)
+        run.note(f"made anew: {damage.problem}")
         delete_outputs(run, damage.files)
     for member in run.members_to_train:
         if run.is_done("train", member):
@@ -21850,14 +21855,14 @@ def write_notes(run: Run, session: Session) -> None:
         session.vision_cache.recomputed_in_fp32 = 0
     with contextlib.suppress(OSError):  # the disk may be full: the error to see is another one
         for text in session.notes:
-            MetricLogger(run.directory / "events.jsonl").log(event=text)
+            run.note(text)
     session.notes.clear()
 
 
 def stage_seconds(run: Run) -> defaultdict[str, float]:
     """Stage -> the most seconds that it has taken for a fold; 0 for one that was never done."""
     longest = defaultdict(float)
-    for record in read_json_lines(run.directory / "stages.jsonl", STAGE_RECORD):
+    for record in run.stage_records:
         stage = record["label"].split()[0]
         longest[stage] = max(longest[stage], record["seconds"])
     return longest
@@ -21869,8 +21874,7 @@ def can_rescore(run: Run) -> bool:
     LOGGER.info("Decision: scoring in 16 bits: %s", figures)
     if not any_process(not fits):
         return True
-    event = f"scoring in 16 bits was left out: {figures}"
-    MetricLogger(run.directory / "events.jsonl").log(event=event)
+    run.note(f"scoring in 16 bits was left out: {figures}")
     return False
 
 
@@ -22665,8 +22669,7 @@ def launch_alignment(run: Run) -> None:
     except Interrupted:
         if not is_time_up():
             raise  # somebody else has stopped it
-    event = "alignment was left out: the time budget ended before all rows had their scores"
-    MetricLogger(run.directory / "events.jsonl").log(event=event)
+    run.note("alignment was left out: the time budget ended before all rows had their scores")
 
 
 def run_folds(config: Config) -> list[FoldResult]:
