@@ -21032,13 +21032,15 @@ def _require_whole_scores(run: Run, path: Path, ids: Sequence[str], some: bool =
         raise DamagedFileError(path, error) from error
 
 
-def _scores_problem(run: Run, path: Path, ids: Sequence[str], some: bool = False) -> str:
-    """Why a file of scores of these rows is damaged; "" where it is not, or is not there.
+def _scores_problem(
+    run: Run, path: Path, ids: Sequence[str], some: bool = False, needed: bool = False
+) -> str:
+    """Why a file of scores of these rows is damaged; "" where it is not.
 
-    `some` is as in `_require_whole_scores`.
+    `some` is as in `_require_whole_scores`; `needed`: whether it has to be there.
     """
     if not path.exists():
-        return ""
+        return f"{path} is gone" if needed else ""
     return _problem_of(_require_whole_scores, run, path, ids, some)
 
 
@@ -21089,9 +21091,7 @@ def _score_damages(run: Run, fold: int) -> Iterator[_Damage]:
         last = folder / list(rows)[-1]
         for name, ids in rows.items():
             path = folder / name
-            problem = _scores_problem(run, path, ids)
-            if not path.exists() and last.exists():
-                problem = f"{path} is gone"
+            problem = _scores_problem(run, path, ids, needed=last.exists())
             if problem:
                 names = [item.relative_to(run.directory) for item in (path, last)]
                 yield _Damage(problem, tuple(names))
@@ -21115,9 +21115,7 @@ def _training_damages(run: Run, fold: int) -> Iterator[_Damage]:
             yield _Damage(problem, (name,))
     for kind in content.kinds:
         path = folder / f"validation_{kind}.npz"
-        problem = _scores_problem(run, path, _held_out_ids(run, fold))
-        if not path.exists():
-            problem = f"{path} is gone"
+        problem = _scores_problem(run, path, _held_out_ids(run, fold), needed=True)
         if problem:
             yield _Damage(problem, (path.relative_to(run.directory), name))
 
@@ -21153,10 +21151,8 @@ def _alignment_damages(run: Run) -> Iterator[_Damage]:
     rows = {"train": run.train["id"].tolist(), "test": run.test["id"].tolist()}
     for name, ids in rows.items():
         path = run.directory / ALIGNMENT_FILES[name]
-        problem = _scores_problem(run, path, ids)
-        if not path.exists() and run.is_done("alignment", 0):
-            problem = f"{path} is gone"
-        elif path.exists() and not problem:
+        problem = _scores_problem(run, path, ids, needed=run.is_done("alignment", 0))
+        if path.exists() and not problem:
             (model,) = read_arrays(path, run.fingerprint)["view_names"].tolist()
             if run.config.alignment_model not in (None, model):
                 problem = f"{path} has the scores of {model}"
