@@ -21526,31 +21526,6 @@ def read_pilot(run: Run, fold: int) -> Pilot:
     return Pilot(content["pilot_rows"], content["pilot_logits"])
 
 
-def score_rows(
-    session: Session,
-    run: Run,
-    fold: int,
-    name: str,
-    frame: pd.DataFrame,
-    views: Sequence[TTAView],
-    kind: str,
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """(scores (n, views, 4) with the adapter that is loaded, arrays to store beside them).
-
-    From where an earlier process stopped. `name` is of the scores' file (oof, test), `kind` of
-    the weights (raw, ema, swa).
-    """
-    directory = run.fold_dir(fold)
-    label = f"fold {member_name(run.config, fold)} {name}"
-    path = directory / f"{name}.{kind}.partial.npz"
-    checkpoint = open_inference_checkpoint(session, run, path)
-    if not run.config.doubt_steps:
-        return predict_logits(session, frame, views, label, checkpoint), {}
-    pilot = read_pilot(run, fold) if name == "test" else None
-    found = predict_in_steps(session, frame, views, label, checkpoint, pilot)
-    return found.logits, found.row_arrays() if name == "oof" else {}
-
-
 def kept_scores(
     run: Run,
     fold: int,
@@ -21598,17 +21573,15 @@ class ScoringTask:
     name: str  # of the file: oof or test, and "_16bit" where the base model is unquantised
     frame: pd.DataFrame  # the rows
     images: pd.DataFrame  # rows whose images are cached before, these among them
-    has_tokens: bool  # whether the prompts' lengths are stored, for the error analysis
 
 
 def scoring_tasks(run: Run, fold: int, ending: str) -> list[ScoringTask]:
     """The fold's held-out rows and all test rows."""
     is_held_out = run.train["fold"] == fold_of(run.config, fold)
     held_out = run.train[is_held_out].reset_index(drop=True)
-    oof_name = f"oof{ending}"
     return [
-        ScoringTask(oof_name, held_out, run.train, has_tokens=oof_name == "oof"),
-        ScoringTask(f"test{ending}", run.test, run.test, has_tokens=False),
+        ScoringTask(f"oof{ending}", held_out, run.train),
+        ScoringTask(f"test{ending}", run.test, run.test),
     ]
 
 
@@ -21620,14 +21593,25 @@ def score_task(
     views: Sequence[TTAView],
     kind: str,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """As `score_rows`; held-out rows that need no other view have their scores already."""
+    """(scores (n, views, 4) with the adapter that is loaded, arrays to store beside them).
+
+    From where an earlier process stopped; held-out rows that need no other view have their
+    scores already. `kind`: of the weights (raw, ema, swa).
+    """
     if task.name == "oof":
         kept = kept_scores(run, fold, kind, task.frame, views)
         if not any_process(kept is None):
             return kept, {}
     uses = len(members_of(run.config, run.config.folds_to_train))
     fill_vision_cache(session, task.images, uses=uses, passes=1)
-    return score_rows(session, run, fold, task.name, task.frame, views, kind)
+    label = f"fold {member_name(run.config, fold)} {task.name}"
+    path = run.fold_dir(fold) / f"{task.name}.{kind}.partial.npz"
+    checkpoint = open_inference_checkpoint(session, run, path)
+    if not run.config.doubt_steps:
+        return predict_logits(session, task.frame, views, label, checkpoint), {}
+    pilot = read_pilot(run, fold) if task.name == "test" else None
+    found = predict_in_steps(session, task.frame, views, label, checkpoint, pilot)
+    return found.logits, found.row_arrays() if task.name == "oof" else {}
 
 
 def stage_predict(session: Session, run: Run, fold: int, ending: str = "") -> None:
@@ -21676,7 +21660,7 @@ def write_task_scores(
     for view in views:
         view_names.append(view.name + SUFFIX_16_BIT if is_16_bit else view.name)
     row_facts = dict(facts)
-    if task.has_tokens:
+    if task.name == "oof":  # for the error analysis
         row_facts["tokens"] = prompt_tokens(session, task.frame)
     path = run.fold_dir(fold) / f"{task.name}.npz"
     write_logits(path, task.frame, logits, view_names, run.fingerprint, **row_facts)
@@ -21692,8 +21676,8 @@ def stage_base(session: Session, run: Run, fold: int) -> None:
     held_out = run.train[run.train["fold"] == fold].reset_index(drop=True)
     test_rows = run.base_test_rows(fold)
     tasks = [
-        ScoringTask("base_oof", held_out, held_out, has_tokens=False),
-        ScoringTask("base_test", test_rows, test_rows, has_tokens=False),
+        ScoringTask("base_oof", held_out, held_out),
+        ScoringTask("base_test", test_rows, test_rows),
     ]
     use_fast_layers(session, session.model, sum(len(task.frame) for task in tasks))
     for task in tasks:
