@@ -8814,6 +8814,15 @@ def encode_prompt(processor, messages: list[dict], grid: tuple[int, ...]) -> np.
     return np.array(processor.tokenizer(text)["input_ids"])
 
 
+def image_token_counts(processor, frame: pd.DataFrame, budget: tuple[int, int]) -> np.ndarray:
+    """(n,) tokens of each row's image within `budget` (min, max pixels), from its size."""
+    counts = []
+    for width, height in zip(frame["width"], frame["height"], strict=True):
+        grid = image_grid(width, height, processor, budget)
+        counts.append(grid_tokens(grid, processor))
+    return np.array(counts, dtype=int)
+
+
 # === Vision cache =================================================================================
 # What the features of an image are stored under: its pixel_hash, min_pixels, max_pixels.
 ImageKey = tuple[str, int, int]
@@ -21744,15 +21753,6 @@ def example_prompt(session: Session, row: Mapping) -> str:
     return render_prompt(session.processor, messages)
 
 
-def _count_cut_contexts_of(run: Run, session: Session) -> int:
-    """Rows of the run whose context is cut, logged."""
-    rows = pd.concat([run.train, run.test])
-    count = count_cut_contexts(run.config, session.processor, rows)
-    text = "Decision: context is cut to context_tokens=%d in %d of %d rows"
-    LOGGER.info(text, run.config.context_tokens, count, len(rows))
-    return count
-
-
 def check_run_prompt(run: Run, session: Session) -> None:
     """Keep the first training row's prompt in prompt.json, or compare it with the one there.
 
@@ -21778,7 +21778,11 @@ def check_run_prompt(run: Run, session: Session) -> None:
     options = template_options(session.processor)
     content = {"prompt": prompt, "chat_template": options_as_text(options)}
     if run.config.context_tokens:
-        content["cut_contexts"] = _count_cut_contexts_of(run, session)
+        rows = pd.concat([run.train, run.test])
+        cut = count_cut_contexts(run.config, session.processor, rows)
+        text = "Decision: context is cut to context_tokens=%d in %d of %d rows"
+        LOGGER.info(text, run.config.context_tokens, cut, len(rows))
+        content["cut_contexts"] = cut
     atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
@@ -22802,10 +22806,7 @@ def fill_transcripts(folder: Path, progress: Callable) -> None:
     images = read_table(folder / "images.csv", needed=_TRANSCRIPT_COLUMNS)
     session = open_session(config, images.iloc[0])
     budget = pixel_budget(config, session.processor)
-    tokens = []
-    for width, height in zip(images["width"], images["height"], strict=True):
-        grid = image_grid(width, height, session.processor, budget)
-        tokens.append(grid_tokens(grid, session.processor))
+    tokens = image_token_counts(session.processor, images, budget)
     images = images.iloc[np.argsort(tokens, kind="stable")[::-1]]  # like sizes need no padding
     size = config.infer_batch_size if config.use_batch_inference else 1
     batches = [images[start : start + size] for start in range(0, len(images), size)]
@@ -23664,15 +23665,6 @@ def text_token_counts(
         text_counts.append(count_tokens(processor, prompts))
         choice_counts.append(count_tokens(processor, choices))
     return np.concatenate(text_counts), np.concatenate(choice_counts)
-
-
-def image_token_counts(processor, frame: pd.DataFrame, budget: tuple[int, int]) -> np.ndarray:
-    """(n,) tokens of each row's image within `budget` (min, max pixels), from its size."""
-    counts = []
-    for width, height in zip(frame["width"], frame["height"], strict=True):
-        grid = image_grid(width, height, processor, budget)
-        counts.append(grid_tokens(grid, processor))
-    return np.array(counts, dtype=int)
 
 
 def prompt_lengths(config: Config, processor, competition: Competition) -> pd.DataFrame:
