@@ -24479,13 +24479,14 @@ def trial_facts(
     budget = pixel_budget(config, session.processor)
     digests = trial.sample["pixel_hash"]
     is_cached = session.vision_cache.has_all((digest, *budget) for digest in digests)
+    by_split = trial.lengths.groupby("split")
     facts = {
         "letter tokens": letters_as_text(session),
         "chat template": options_as_text(template_options(session.processor)),
         "prompt": example_prompt(session, trial.sample.iloc[0]),
         "tokens per prompt": f"at most {trial.lengths['longest'].max()}",
         "token_budget": budget[1] // pixels_per_token,
-        "token_counts": image_tokens_by_split(trial.lengths),
+        "token_counts": {split: part["image"].tolist() for split, part in by_split},
         "pixels_per_token": pixels_per_token,
         "trainable parameters": f"{result.trainable:,}",
         "seconds per training question": round(result.seconds.training, 3),
@@ -24504,11 +24505,6 @@ def trial_facts(
         cut = count_cut_contexts(config, session.processor, rows)
         facts["context"] = f"cut to {config.context_tokens} tokens in {cut} of {len(rows)} rows"
     return facts
-
-
-def image_tokens_by_split(lengths: pd.DataFrame) -> dict[str, list[int]]:
-    """Split -> tokens of each row's image, from `prompt_lengths`."""
-    return {split: part["image"].tolist() for split, part in lengths.groupby("split")}
 
 
 def feature_tokens(config: Config, trial: TrialRows) -> int:
@@ -24579,32 +24575,20 @@ def run_preflight(config: Config) -> dict:
     command += ["--config", json.dumps(dataclasses.asdict(config))]
     command += ["--devices", json.dumps(devices)]
     environment = device_environment(devices[0])  # timed on what a worker has
-    with tempfile.TemporaryDirectory() as place:
-        status, facts, said = _watch_preflight(config, command, environment, Path(place))
+    end_staying_process()  # the start of a process is timed, too
+    with tempfile.TemporaryDirectory() as folder:
+        progress = Path(folder) / "progress.json"
+        output = Path(folder) / "output"
+        errors = Path(folder) / "errors"
+        command += ["--progress", str(progress)]
+        process = start_process(command, output, errors, config, environment, stays=True)
+        status = watch_process(process, "preflight", progress, config)
+        facts = output.read_text("utf-8", "replace")
+        said = errors.read_text("utf-8", "replace")
     if status != 0:
         end = exit_in_words(status)
         raise RuntimeError(f"Preflight failed: its process {end}.\n{log_tail(facts + said)}")
     return json.loads(facts.splitlines()[-1])
-
-
-def _watch_preflight(
-    config: Config,
-    command: Sequence[str],
-    environment: Mapping[str, str],
-    place: Path,
-) -> tuple[int, str, str]:
-    """Run the process of `run_preflight` in `place` and show how far it is.
-
-    Returns its exit status, and what it wrote to its output and to its error output.
-    """
-    progress = place / "progress.json"
-    output = place / "output"
-    errors = place / "errors"
-    end_staying_process()  # the start of a process is timed, too
-    command = [*command, "--progress", str(progress)]
-    process = start_process(command, output, errors, config, environment, stays=True)
-    status = watch_process(process, "preflight", progress, config)
-    return status, output.read_text("utf-8", "replace"), errors.read_text("utf-8", "replace")
 
 
 # === Worker and command line ======================================================================
