@@ -23871,84 +23871,6 @@ def job_size(
     )
 
 
-def zeroshot_parts(config: Config, seconds: StepSeconds, size: JobSize) -> dict[str, float]:
-    """Seconds of the stage "zeroshot" by part: features of all training images, scores."""
-    rows = min(config.zeroshot_rows or size.train_rows, size.train_rows)
-    return {
-        "features": size.train_image_tokens * seconds.image_token,
-        "scoring": rows * seconds.zeroshot,
-    }
-
-
-def training_parts(
-    config: Config,
-    seconds: StepSeconds,
-    size: JobSize,
-    is_final: bool,
-) -> dict[str, float]:
-    """Seconds of the stage "train" of a fold, or of the final model, by part.
-
-    Without imports and the features of changed images, which are not of every fold.
-    Nothing is known of early stopping: all epochs count.
-    """
-    held_out = 0 if is_final else size.train_rows / config.n_folds
-    own_rows = size.train_rows - held_out + size.added_rows
-    all_rows = own_rows + size.related_rows
-    shown = config.num_epochs * all_rows
-    if config.pretrain_epochs:
-        shown = config.pretrain_epochs * size.related_rows + config.num_epochs * own_rows
-    epochs = config.all_epochs
-    kinds = 1 + config.use_ema + config.use_swa
-    training = shown * seconds.training
-    steps = shown / (config.batch_size * config.grad_accum_steps)
-    by_minutes = training / 60 / config.save_every_minutes
-    by_steps = steps / config.save_every_steps
-    checkpoints = epochs * config.save_every_epoch + int(max(by_minutes, by_steps))
-    return {
-        "adapter": seconds.adapter,
-        # Those of held-out rows serve all validations, an epoch's the memory plan, too.
-        "prompts": (shown + held_out) * seconds.prompt,
-        "training": training,
-        # Of the raw weights nothing is scored again: they are those of the best epoch.
-        "validation": (epochs + kinds - 1) * held_out * seconds.validation,
-        "checkpoints": checkpoints * seconds.checkpoint,
-    }
-
-
-def scoring_parts(
-    config: Config,
-    seconds: StepSeconds,
-    size: JobSize,
-    is_final: bool,
-    is_rescoring: bool,
-) -> dict[str, float]:
-    """Seconds of the stage "predict", or "rescore", of a fold or of the final model, by part.
-
-    Without imports and the features of the test images, which are not of every fold.
-    """
-    held_out = 0 if is_final else size.train_rows / config.n_folds
-    # With one view their validation has scored them.
-    scored = held_out if is_rescoring or not has_one_view(config) else 0
-    kinds = 1
-    if config.mix_weights:  # at most: OOF may prefer a single one
-        kinds = 1 + config.use_ema + config.use_swa
-    pilot = pilot_cost(config, held_out) * seconds.validation
-    return {
-        "adapter": kinds * seconds.adapter,
-        "held-out rows": kinds * scored * seconds.all_views + pilot,
-        "test rows": kinds * size.test_rows * seconds.all_views,
-        "prompt lengths": held_out * seconds.prompt,  # for the error analysis
-    }
-
-
-def base_parts(config: Config, seconds: StepSeconds, size: JobSize) -> dict[str, float]:
-    """Seconds of the stage "base" of a fold, by part: the folds share the test rows."""
-    return {
-        "held-out rows": size.train_rows / config.n_folds * seconds.first_views,
-        "test rows": size.test_rows / len(config.folds_to_train) * seconds.first_views,
-    }
-
-
 @dataclass(frozen=True)
 class TimeEstimate:
     """What a run takes, from the seconds of its steps and from its size."""
@@ -23958,18 +23880,81 @@ class TimeEstimate:
     size: JobSize
     devices: Sequence[str | None]
 
+    def zeroshot_parts(self) -> dict[str, float]:
+        """Seconds of the stage "zeroshot" by part: features of all training images, scores."""
+        rows = self.size.train_rows
+        return {
+            "features": self.size.train_image_tokens * self.seconds.image_token,
+            "scoring": min(self.config.zeroshot_rows or rows, rows) * self.seconds.zeroshot,
+        }
+
+    def training_parts(self, held_out: float) -> dict[str, float]:
+        """Seconds of the stage "train" by part, of a model that so many rows are held out for.
+
+        Without imports and the features of changed images, which are not of every fold.
+        Nothing is known of early stopping: all epochs count.
+        """
+        config = self.config
+        seconds = self.seconds
+        own_rows = self.size.train_rows - held_out + self.size.added_rows
+        related_rows = self.size.related_rows
+        shown = config.num_epochs * (own_rows + related_rows)
+        if config.pretrain_epochs:
+            shown = config.pretrain_epochs * related_rows + config.num_epochs * own_rows
+        kinds = 1 + config.use_ema + config.use_swa
+        training = shown * seconds.training
+        steps = shown / (config.batch_size * config.grad_accum_steps)
+        by_minutes = training / 60 / config.save_every_minutes
+        by_steps = steps / config.save_every_steps
+        at_ends = config.all_epochs * config.save_every_epoch
+        checkpoints = at_ends + int(max(by_minutes, by_steps))
+        return {
+            "adapter": seconds.adapter,
+            # Those of held-out rows serve all validations, an epoch's the memory plan, too.
+            "prompts": (shown + held_out) * seconds.prompt,
+            "training": training,
+            # Of the raw weights nothing is scored again: they are those of the best epoch.
+            "validation": (config.all_epochs + kinds - 1) * held_out * seconds.validation,
+            "checkpoints": checkpoints * seconds.checkpoint,
+        }
+
+    def scoring_parts(self, held_out: float, is_rescoring: bool) -> dict[str, float]:
+        """Seconds of the stage "predict", or "rescore", by part; `held_out`: rows, as above.
+
+        Without imports and the features of the test images, which are not of every fold.
+        """
+        config = self.config
+        seconds = self.seconds
+        # With one view their validation has scored them.
+        scored = held_out if is_rescoring or not has_one_view(config) else 0
+        kinds = 1
+        if config.mix_weights:  # at most: OOF may prefer a single one
+            kinds = 1 + config.use_ema + config.use_swa
+        pilot = pilot_cost(config, held_out) * seconds.validation
+        return {
+            "adapter": kinds * seconds.adapter,
+            "held-out rows": kinds * scored * seconds.all_views + pilot,
+            "test rows": kinds * self.size.test_rows * seconds.all_views,
+            "prompt lengths": held_out * seconds.prompt,  # for the error analysis
+        }
+
     def fold_parts(self, stage: str, fold: int) -> dict[str, float]:
-        """Seconds of a stage of one fold, by part."""
+        """Seconds of a stage of one fold, or of the final model, by part."""
         is_final = fold_of(self.config, fold) == self.config.n_folds
+        held_out = 0 if is_final else self.size.train_rows / self.config.n_folds
         if stage == "train":
-            return training_parts(self.config, self.seconds, self.size, is_final)
-        if stage == "rescore" and not self.size.is_rescored:
+            return self.training_parts(held_out)
+        if stage != "base":
+            is_rescoring = stage == "rescore"
+            is_left_out = is_rescoring and not self.size.is_rescored
+            return {} if is_left_out else self.scoring_parts(held_out, is_rescoring)
+        if fold not in self.config.folds_to_train:  # it is of a further seed
             return {}
-        if stage == "base":
-            is_of_first_seed = fold in self.config.folds_to_train
-            return base_parts(self.config, self.seconds, self.size) if is_of_first_seed else {}
-        is_rescoring = stage == "rescore"
-        return scoring_parts(self.config, self.seconds, self.size, is_final, is_rescoring)
+        test_rows = self.size.test_rows / len(self.config.folds_to_train)  # the folds share them
+        return {
+            "held-out rows": held_out * self.seconds.first_views,
+            "test rows": test_rows * self.seconds.first_views,
+        }
 
     def features_once(self) -> dict[str, float]:
         """Stage -> seconds of the features that its first worker computes for all others."""
@@ -24001,7 +23986,7 @@ class TimeEstimate:
         """Seconds of the whole run by "stage: part", all folds and processes added up."""
         totals = defaultdict(float)
         totals["processes: start"] += self.seconds.start  # of zero-shot
-        for part, seconds in zeroshot_parts(self.config, self.seconds, self.size).items():
+        for part, seconds in self.zeroshot_parts().items():
             totals[f"zeroshot: {part}"] += seconds
         for stage, seconds in self.features_once().items():
             totals[f"{stage}: features"] += seconds
@@ -24018,7 +24003,7 @@ class TimeEstimate:
     def wall_seconds(self) -> float:
         """Seconds on the clock, where the devices work side by side as `run_folds` lets them."""
         total = self.seconds.start
-        total += sum(zeroshot_parts(self.config, self.seconds, self.size).values())
+        total += sum(self.zeroshot_parts().values())
         total += sum(self.features_once().values())
         for launch in self.launches():
             jobs = [self.job_seconds(job, launch.stages) for job in launch.jobs]
