@@ -6136,11 +6136,21 @@ def _read_known_images(file: Path) -> dict[str, dict]:
     return content["images"] if content["decoder"] == _decoder_version() else {}
 
 
+def _facts_side_by_side(problems: Mapping[str, str]) -> dict[str, dict]:
+    """Path -> `_image_facts`; images are decoded on all cores."""
+    with (
+        warnings.catch_warnings(action="ignore"),  # of PIL, whose errors suffice
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        facts = pool.map(_image_facts, problems, problems.values())
+        return dict(zip(problems, facts, strict=True))
+
+
 def facts_of_images(problems: Mapping[str, str], file: Path) -> list[dict]:
     """`_image_facts` of each path, of which `problems` has what is wrong already, or "".
 
-    Images are decoded side by side on all cores, but those of which `file` has the facts and which
-    have not changed since. What is found out about usable images is kept there.
+    Images are decoded but those of which `file` has the facts and which have not changed since.
+    What is found out about usable images is kept there.
     """
     known = _read_known_images(file)
     states = {path: _file_state(path) for path, problem in problems.items() if not problem}
@@ -6150,12 +6160,7 @@ def facts_of_images(problems: Mapping[str, str], file: Path) -> list[dict]:
             facts[path] = known[path]["facts"]
     to_decode = {path: problem for path, problem in problems.items() if path not in facts}
     LOGGER.info("Images: %d to be decoded, %d known from before", len(to_decode), len(facts))
-    with (
-        warnings.catch_warnings(action="ignore"),  # of PIL, whose errors suffice
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):
-        decoded = pool.map(_image_facts, to_decode, to_decode.values())
-        facts.update(zip(to_decode, decoded, strict=True))
+    facts.update(_facts_side_by_side(to_decode))
     if to_decode:
         images = dict(known)  # those of other rows of the same table, too
         for path, state in states.items():
@@ -6602,12 +6607,7 @@ def _image_files(cells: Sequence, folder: Path) -> list[Path]:
             problem = "is neither the path of an image nor a PIL image; give one of them"
             raise _cell_error("table", line, "path", str(cell), problem)
         files.append(file)
-    paths = [*dict.fromkeys(map(str, files))]
-    with (
-        warnings.catch_warnings(action="ignore"),  # of PIL, whose errors suffice
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):
-        facts = dict(zip(paths, pool.map(_image_facts, paths), strict=True))
+    facts = _facts_side_by_side(dict.fromkeys(map(str, files), ""))
     for line, file in enumerate(files, start=1):
         if problem := facts[str(file)]["problem"]:
             raise _cell_error("table", line, "path", file.name, problem)
