@@ -3361,21 +3361,6 @@ def _on_one_line(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def _is_decomposed(text: str) -> bool:
-    """Whether Hangul or accents stand in it as parts, as in names of files from a Mac."""
-    return not unicodedata.is_normalized("NFC", text)
-
-
-def _has_line_break(text: str) -> bool:
-    """Whether it has more than one line, blank ones at its ends aside."""
-    return len(text.strip().splitlines()) > 1
-
-
-def _has_invisible(text: str) -> bool:
-    """Whether it has characters that show nothing and that `prompt_text` leaves out."""
-    return bool(_INVISIBLE.search(text))
-
-
 def comparable_text(text: str) -> str:
     """The text as a reader sees it, so that two texts that look alike are equal.
 
@@ -4521,6 +4506,13 @@ def _raise_for_first_row(
     raise _cell_error(file, line, column, value, problem)
 
 
+def _require_own_ids(file: str, frame: pd.DataFrame) -> None:
+    """Raise DataError about the first row whose id is blank, or that of an earlier row."""
+    wrong = frame["id"].duplicated() | frame["id"].map(shows_nothing)
+    problem = "is blank or repeats an earlier row's; give each row its own"
+    _raise_for_first_row(file, frame, wrong, "id", problem)
+
+
 def _decode_csv(path: Path, fallbacks: Counter) -> str:
     """A CSV file's text: UTF-8, else Korean cp949, which is counted; DataError for neither.
 
@@ -4679,10 +4671,7 @@ def _read_competition_table(
     texts = {name: [record.fields[place] for record in records] for name, place in places.items()}
     frame = pd.DataFrame(texts, dtype=object)
     frame = frame.assign(line=[record.line for record in records])
-    is_blank = frame["id"].map(shows_nothing)
-    wrong = frame["id"].duplicated() | is_blank
-    problem = "is blank or repeats an earlier row's; give each row its own"
-    _raise_for_first_row(file, frame, wrong, "id", problem)
+    _require_own_ids(file, frame)
     return frame, [name.strip() for name in header.fields]
 
 
@@ -4699,15 +4688,19 @@ def _check_questions(split: str, frame: pd.DataFrame, fallbacks: Counter) -> Non
     problem = "fewer than two choices are filled; complete the row"
     _raise_for_first_row(f"{split}.csv", frame, filled_count < 2, "id", problem)
     texts = frame[["question", *CHOICES]]
+
+    def occurs(is_odd: Callable) -> pd.Series:
+        return texts.map(is_odd).any(axis=1)
+
     in_prompt = texts.map(prompt_text)
     without_tokens = in_prompt.map(neutralise_special_tokens)
     odd_rows = {
         "repeated_choices": filled_count > distinct_count,
         "blank_question": frame["question"].map(shows_nothing),
         "special_tokens_neutralised": (without_tokens != in_prompt).any(axis=1),
-        "decomposed_text_composed": texts.map(_is_decomposed).any(axis=1),
-        "line_break_replaced": texts.map(_has_line_break).any(axis=1),
-        "invisible_characters_removed": texts.map(_has_invisible).any(axis=1),
+        "decomposed_text_composed": occurs(lambda text: not unicodedata.is_normalized("NFC", text)),
+        "line_break_replaced": occurs(lambda text: len(text.strip().splitlines()) > 1),
+        "invisible_characters_removed": occurs(lambda text: bool(_INVISIBLE.search(text))),
     }
     for name, rows in odd_rows.items():
         fallbacks[f"{split}_{name}"] += int(rows.sum())
@@ -5042,13 +5035,6 @@ def _read_answers(
     return labels, notation
 
 
-def _notations_of_sample(rows: pd.DataFrame) -> list[AnswerNotation]:
-    """The notations that the sample's filled answers may have; `rows` have a, b, c, d too."""
-    readings = _answer_readings(rows, of_sample=True)
-    fitting = [reading for reading in readings if not reading.fails.any()]
-    return [_notation_of(reading, rows)[0] for reading in fitting]
-
-
 def _choices_by_id(test: pd.DataFrame) -> pd.DataFrame:
     """The texts a, b, c, d of the test rows; the index is the id, as text."""
     rows = test.assign(id=test["id"].map(str)).drop_duplicates("id")
@@ -5081,7 +5067,9 @@ def decide_notation(
     if rows.empty:
         reason = "as in train.csv; the sample's answers are blank"
         return dataclasses.replace(of_train, reason=reason)
-    notations = _notations_of_sample(rows)
+    readings = _answer_readings(rows, of_sample=True)
+    fitting = [reading for reading in readings if not reading.fails.any()]
+    notations = [_notation_of(reading, rows)[0] for reading in fitting]
     shown = repr(rows["answer"].iloc[0][:40])
     same_kind = [notation for notation in notations if notation.kind == of_train.kind]
     # Nothing but 0 says little: it fills the samples of any competition.
@@ -6475,10 +6463,8 @@ def _use_context_column(
 
 def _require_context(config: Config, competition: Competition) -> None:
     """Raise DataError where the settings ask for context and a table has no column of it."""
-    without = []
-    for split in ("train", "test"):
-        if CONTEXT_COLUMN not in getattr(competition, split):
-            without.append(f"{split}.csv")
+    tables = {"train.csv": competition.train, "test.csv": competition.test}
+    without = [name for name, table in tables.items() if CONTEXT_COLUMN not in table]
     if without:
         raise DataError(
             f"context_tokens is {config.context_tokens}, but {' and '.join(without)} in "
@@ -6562,9 +6548,7 @@ def _checked_texts(frame: pd.DataFrame) -> pd.DataFrame:
         if column != "path":
             cells = zip(frame[column], texts["line"], strict=True)
             texts[column] = [_cell_as_text(cell, line, column) for cell, line in cells]
-    is_wrong = texts["id"].duplicated() | texts["id"].map(shows_nothing)
-    problem = "is blank or repeats an earlier row's; give each row its own"
-    _raise_for_first_row("table", texts, is_wrong, "id", problem)
+    _require_own_ids("table", texts)
     filled = ~texts[[*CHOICES]].map(shows_nothing)
     problem = "fewer than two choices are filled; complete the row"
     _raise_for_first_row("table", texts, filled.sum(axis=1) < 2, "id", problem)
@@ -7192,26 +7176,20 @@ def _change_images(
     `may_crop` (n,): whether the image of each row may be cropped. The change is a function
     of (seed, number, image): it is the same in all rows that show the image.
     """
-    widths = []
-    heights = []
-    image_paths = []
-    pixel_hashes = []
+    changed = []
     for row, row_may_crop in zip(frame.itertuples(), may_crop, strict=True):
         generator = seeded_generator(seed, number, row.pixel_hash)
         change = draw_image_change(generator, row.width, row.height, row_may_crop)
         left, top, right, bottom = change["box"]
         recipe = json.dumps(change)
-        widths.append(right - left)
-        heights.append(bottom - top)
-        image_paths.append(f"{row.image_path}{VARIANT_MARK}{recipe}")
-        pixel_hashes.append(f"{row.pixel_hash} {recipe}")
-    return frame.assign(
-        width=widths,
-        height=heights,
-        variant=number,
-        image_path=image_paths,
-        pixel_hash=pixel_hashes,
-    )
+        facts = {
+            "width": right - left,
+            "height": bottom - top,
+            "image_path": f"{row.image_path}{VARIANT_MARK}{recipe}",
+            "pixel_hash": f"{row.pixel_hash} {recipe}",
+        }
+        changed.append(facts)
+    return frame.assign(variant=number, **pd.DataFrame(changed, index=frame.index))
 
 
 def image_variants(frame: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
