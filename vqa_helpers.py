@@ -3401,12 +3401,12 @@ def prompt_text(text: str) -> str:
 
 # === Looks of choices =============================================================================
 def _alternatives(words: str) -> str:
-    """A regular expression's alternatives from words with spaces between them.
+    """A regular expression of words with spaces between them: any of these.
 
     >>> _alternatives("red green")
-    'red|green'
+    '(?:red|green)'
     """
-    return "|".join(words.split())
+    return f"(?:{'|'.join(words.split())})"
 
 
 _COLOR_NAMES = _alternatives(
@@ -3423,9 +3423,9 @@ _ANY_COLOR = r"\S{1,3}(?<![특검염탐수])[색빛]"
 _SHADES = _alternatives("연한 진한 짙은 밝은 어두운 옅은 light dark bright pale")
 _COLOR_ENDINGS = _alternatives("색 빛 불 색깔 색상 계열 light colou?r")
 _COLOR = re.compile(
-    rf"(?:(?:{_SHADES})\s?)?"
+    rf"(?:{_SHADES}\s?)?"
     rf"(?:{_COLOR_NAMES}|{_ANY_COLOR})"
-    rf"(?:\s?(?:{_COLOR_ENDINGS}))*"
+    rf"(?:\s?{_COLOR_ENDINGS})*"
     r"(?:이다|입니다|이에요|예요)?"
 )
 _BETWEEN_COLORS = re.compile(r"(?:와|과|및|\band\b)\s+|[,/·&]")
@@ -3446,8 +3446,8 @@ _NUMBER_WORDS = _alternatives(
 _COUNT = re.compile(
     r"(?:약\s?)?"
     r"(?:\d{1,3}|[영공일이삼사오육칠팔구십백]{1,3}"
-    rf"|(?:열|스물|서른)?\s?(?:{_NATIVE_NUMBERS})|{_NUMBER_WORDS})"
-    rf"\s?(?:{_COUNTERS})?(?:이다|입니다)?"
+    rf"|(?:열|스물|서른)?\s?{_NATIVE_NUMBERS}|{_NUMBER_WORDS})"
+    rf"\s?{_COUNTERS}?(?:이다|입니다)?"
 )
 _NUMBER = re.compile(r"\D{0,8}\d[\d,.:/~-]*.{0,12}")
 
@@ -3461,9 +3461,9 @@ _ENGLISH_SIDES = _alternatives(
     "left right center centre middle top bottom above below front back behind"
 )
 _SIDE = re.compile(
-    rf"(?:\S+의 )?(?:{_KOREAN_SIDES})(?: (?:위|아래|끝|모서리|구석))?(?:에 있다|에)?"
+    rf"(?:\S+의 )?{_KOREAN_SIDES}(?: (?:위|아래|끝|모서리|구석))?(?:에 있다|에)?"
     r"|(?:(?:on|in|at|to) )?(?:the )?(?:(?:upper|lower|top|bottom|far)[ -])?"
-    rf"(?:{_ENGLISH_SIDES})(?: side)?"
+    rf"{_ENGLISH_SIDES}(?: side)?"
 )
 
 _YES_WORDS = _alternatives(
@@ -3475,8 +3475,8 @@ _NO_WORDS = _alternatives(
     no false 거짓 x
     """
 )
-_YES = re.compile(rf"(?:{_YES_WORDS})(?:[,.].*)?")  # not "네 명", four people
-_NO = re.compile(rf"(?:{_NO_WORDS})(?:[,.].*)?")
+_YES = re.compile(rf"{_YES_WORDS}(?:[,.].*)?")  # not "네 명", four people
+_NO = re.compile(rf"{_NO_WORDS}(?:[,.].*)?")
 # What an answer to a yes/no question ends in: a predicate, or a word that is unsure.
 _PREDICATE = re.compile(
     r".*(?:다|요|음|함|됨|임|림|힘|김|짐|없|불가|불명|가능|모름)"
@@ -3598,9 +3598,9 @@ def _korean_noun_pattern(name: str) -> re.Pattern:
     """What matches a word that is a noun of this type, with or without a particle."""
     long_ending = rf"(?:{_SHORT_PARTICLES}|{_PARTICLES}|{_KOREAN_COPULA})?$"
     short_ending = rf"(?:{_SHORT_PARTICLES}|{_KOREAN_COPULA})?$"
-    pattern = rf"(?:{_KOREAN_NOUNS[name]}){long_ending}"
+    pattern = f"{_KOREAN_NOUNS[name]}{long_ending}"
     if name in _KOREAN_SHORT_NOUNS:
-        short = rf"^(?:{_BEFORE_SHORT_NOUN})?(?:{_KOREAN_SHORT_NOUNS[name]}){short_ending}"
+        short = f"^{_BEFORE_SHORT_NOUN}?{_KOREAN_SHORT_NOUNS[name]}{short_ending}"
         pattern = f"{pattern}|{short}"
     return re.compile(pattern)
 
@@ -3608,14 +3608,13 @@ def _korean_noun_pattern(name: str) -> re.Pattern:
 _KOREAN_NOUN_PATTERNS = {name: _korean_noun_pattern(name) for name in _KOREAN_NOUNS}
 # What has a name that is not written on it: the name of an animal is the animal.
 _NAMED_BY_LOOK = re.compile(
-    "(?:"
-    + _alternatives(
+    _alternatives(
         """
         동물 식물 꽃 나무 새 곤충 음식 요리 과일 채소 야채 간식 빵 물건 물체 사물 도구 기구 악기
         운동 스포츠 종목 탈것 교통수단 가구 캐릭터 인물 도형 기계 장비 놀이 옷
         """
     )
-    + ")의?$"
+    + "의?$"
 )
 _WRITTEN = re.compile(
     _alternatives(
@@ -3628,9 +3627,9 @@ _WRITTEN = re.compile(
 )
 # "written on it", but not "the place where something is written"
 _WRITTEN_ON = re.compile(
-    "에 (?:"
+    "에 "
     + _alternatives("적힌 쓰인 쓰여진 표시된 표기된 인쇄된 기재된 새겨진")
-    + ") (?!위치|곳|부분|자리)"
+    + " (?!위치|곳|부분|자리)"
 )
 # A thing without a name of its own, whose description says what is asked for.
 _KOREAN_THING = re.compile(r"것|건$|걸$|게$|(?:내용|말|표현|문장|정보|언어|일)(?:은|는|이|을|를)?$")
@@ -3869,11 +3868,6 @@ def _type_of_who(asked: _KoreanQuestion) -> str:
     return "ocr" if is_read else "general"
 
 
-def _type_of_why(asked: _KoreanQuestion) -> str:
-    """왜: a reason."""
-    return "general"
-
-
 def _type_of_which(asked: _KoreanQuestion) -> str | None:
     """무슨, 어떤, 어느: by the noun behind it; 어느 것 by the topic before it."""
     if not asked.after:
@@ -3948,7 +3942,7 @@ _KOREAN_RULES = {
     "언제|언젠": _type_of_when,
     "어디|어딘": _type_of_where,
     "누": _type_of_who,
-    "왜|어째": _type_of_why,
+    "왜|어째": lambda asked: "general",  # a reason
     "어떻게": _type_of_manner,
     "어떤(?=가|지)|어떠|어떻|어때|어떨": _type_of_quality,
     "무슨|어떤|어느|뭔$": _type_of_which,
@@ -4026,14 +4020,14 @@ _ENGLISH_UNIT = re.compile(
     )
 )
 _ENGLISH_LOOKS = re.compile(
-    r"\b(?:"
+    r"\b"
     + _alternatives(
         "looks? feels? feeling appear dressed posed cooked prepared weather arranged shaped"
     )
-    + r")\b"
+    + r"\b"
 )
 _SAYS = re.compile(
-    r"\b(?:" + _alternatives("says? reads? written spell spelled printed engraved costs?") + r")\b"
+    r"\b" + _alternatives("says? reads? written spell spelled printed engraved costs?") + r"\b"
 )
 _HAS_SIGN = re.compile(r"\b(?:shop|store|restaurant|hotel|cafe|street|road|company|station)\b")
 _MADE_OR_DOING = re.compile(r"\bmade (?:of|from|out of)\b|\bdoing\b|\blooks? like\b")
@@ -4042,9 +4036,9 @@ _NAMED_THING = re.compile(
 )
 # "The number of the bus" is read; "the number of chairs" is counted.
 _NUMBER_OF = re.compile(
-    r"\bnumber of (?!(?:the|this) (?:"
+    r"\bnumber of (?!(?:the|this) "
     + _alternatives("bus route room gate platform house player train flight page track exit car")
-    + r")\b)"
+    + r"\b)"
 )
 
 
@@ -4067,7 +4061,7 @@ def _type_of_english_noun(words: Sequence[str]) -> str | None:
     if _NAMED_THING.search(text):
         return None
     for name, nouns in _ENGLISH_NOUNS.items():
-        if re.fullmatch(rf"(?:{nouns})s?", head):
+        if re.fullmatch(f"{nouns}s?", head):
             return name
     return None
 
@@ -4131,7 +4125,7 @@ def _english_type(text: str) -> str | None:
     text = re.sub(r"\"[^\"]*\"|“[^”]*”|\([^)]*\)", " ", text)
     text = re.sub(r"\b(what|where|who|how|when|why)'s\b", r"\1 is", text)
     text = re.sub(r"\b(?:can|could) you (?:please )?(?:tell|say|name|read)(?: me)?\b", "", text)
-    interrogative = re.compile(rf"\b(?:{_ENGLISH_INTERROGATIVES})\b")
+    interrogative = re.compile(rf"\b{_ENGLISH_INTERROGATIVES}\b")
     sentence = _asking_sentence(text, interrogative)
     for clause in sentence.split(","):
         first = "".join(clause.split()[:1])
