@@ -2651,13 +2651,8 @@ def save_checkpoint(model, optimizer, scheduler, epoch, fold, metrics, path, log
     torch.save(content, buffer)
     atomic_write(path, buffer.getvalue())
     if logger is not None:
-        logger.info(
-            "Saved checkpoint %s (epoch %s, fold %s, %d bytes)",
-            path,
-            epoch,
-            fold,
-            buffer.tell(),
-        )
+        text = "Saved checkpoint %s (epoch %s, fold %s, %d bytes)"
+        logger.info(text, path, epoch, fold, buffer.tell())
     return Path(path)
 
 
@@ -2731,7 +2726,7 @@ def clear_memory(logger: logging.Logger | None = None) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def track_peak_memory(label: str, logger: logging.Logger = LOGGER) -> Iterator[dict]:
+def track_peak_memory(label: str) -> Iterator[dict]:
     """Yield a dict that the end of the block fills with what the block took, and log it.
 
     label: the given one; seconds: wall time; and what `memory_summary` has, whose
@@ -2745,7 +2740,7 @@ def track_peak_memory(label: str, logger: logging.Logger = LOGGER) -> Iterator[d
     report["seconds"] = round(time.perf_counter() - start, 1)
     report.update(memory_summary())
     measured = {name: value for name, value in report.items() if name != "label"}
-    logger.info("%s: %s", label, measured)
+    LOGGER.info("%s: %s", label, measured)
 
 
 def _allowed_memory_share(gpu: int) -> float:
