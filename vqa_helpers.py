@@ -426,9 +426,7 @@ def list_competitions(mounts: Mapping[str, int] | None) -> list[Path]:
         if set(files).issuperset(COMPETITION_FILES):
             competitions.append(folder.resolve())
             subfolders.clear()  # thousands of images, and no competition among them
-        for name in files:
-            if name.lower().endswith(ARCHIVE_ENDINGS):
-                archives.append(folder / name)
+        archives += [folder / name for name in files if name.lower().endswith(ARCHIVE_ENDINGS)]
     if competitions:
         return sorted(competitions)
     return sorted(filter(holds_competition, archives))
@@ -738,11 +736,10 @@ def decide_precision(precision: str, gpus: Sequence[Mapping]) -> tuple[str, str]
     >>> decide_precision("auto", [{"name": "A100", "capability": 8.0}])[0]
     'bf16'
     """
-    oldest = min(
+    capability, name = min(
         ((gpu["capability"], gpu["name"]) for gpu in gpus),
         default=(math.inf, ""),
     )
-    capability, name = oldest
     if capability < 7.0:
         raise RuntimeError(
             f"{name} is too old for torch (capability below 7.0); choose 'GPU T4 x2' instead"
@@ -2667,11 +2664,8 @@ def load_checkpoint(model, optimizer, scheduler, path, logger=None) -> tuple:
     differing = sorted(set(_checkpoint_weights(model)) ^ set(content["model"]))
     if differing:
         raise CheckpointError(f"{path} does not fit the model; differing keys: {differing}")
-    wanted = {}
-    if optimizer is not None:
-        wanted["optimizer"] = optimizer
-    if scheduler is not None:
-        wanted["scheduler"] = scheduler
+    wanted = {"optimizer": optimizer, "scheduler": scheduler}
+    wanted = {name: stateful for name, stateful in wanted.items() if stateful is not None}
     missing = [name for name in wanted if content[name] is None]
     if missing:
         raise CheckpointError(f"{path} was saved without {' and '.join(missing)}")
@@ -2743,14 +2737,6 @@ def track_peak_memory(label: str) -> Iterator[dict]:
     LOGGER.info("%s: %s", label, measured)
 
 
-def _allowed_memory_share(gpu: int) -> float:
-    """Share of a GPU's memory that this process may take; 1.0 where torch cannot tell."""
-    # torch 2.8 and later can.
-    if not hasattr(torch.cuda, "get_per_process_memory_fraction"):
-        return 1.0
-    return torch.cuda.get_per_process_memory_fraction(gpu)
-
-
 def memory_budget() -> float:
     """Bytes that this process may allocate on each of its GPUs, less 8 % for fragmentation.
 
@@ -2760,7 +2746,10 @@ def memory_budget() -> float:
     for gpu in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(gpu)
         reserved = torch.cuda.memory_reserved(gpu)
-        obtainable = min(free, total * _allowed_memory_share(gpu) - reserved)
+        share = 1.0
+        if hasattr(torch.cuda, "get_per_process_memory_fraction"):  # torch 2.8 and later
+            share = torch.cuda.get_per_process_memory_fraction(gpu)
+        obtainable = min(free, total * share - reserved)
         budgets.append(0.92 * (reserved + obtainable))
     return min(budgets)
 
@@ -2935,13 +2924,6 @@ def prefetch(batches: Iterator) -> Iterator:
 
 
 # === Results by batch =============================================================================
-def _end_last_line(path: Path) -> None:
-    """End a line that a kill has cut short: the next one would be lost with it."""
-    if path.exists() and not path.read_bytes().endswith(b"\n"):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")
-
-
 @dataclass(frozen=True)
 class KeptResults:
     """Results by key in a file of JSON lines, a line a batch: a kill loses one batch at most."""
@@ -2971,7 +2953,9 @@ class KeptResults:
         same.
         """
         known = self.read()
-        _end_last_line(self.path)
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n")  # ends a line that a kill has cut short
         total = sum(map(len, batches))
         done = 0
         for batch in batches:
@@ -16222,12 +16206,6 @@ class Candidate:
     fitted_parameters: float = 0.0  # numbers fitted to the labels, as in `bootstrap_interval`
 
 
-def _shows_every_choice(labels: np.ndarray, part: np.ndarray, n_choices: int) -> bool:
-    """Whether the labels of the rows outside each part still hold all choices."""
-    choices_outside = [len(np.unique(labels[part != number])) for number in np.unique(part)]
-    return all(count == n_choices for count in choices_outside)
-
-
 def cross_fitted_blends(
     members: np.ndarray,
     labels: np.ndarray,
@@ -16240,7 +16218,8 @@ def cross_fitted_blends(
     A stack is left out where it would not see every choice.
     """
     part = groups % CROSS_FIT_PARTS
-    if not _shows_every_choice(labels, part, members.shape[2]):
+    choices_outside = [len(np.unique(labels[part != number])) for number in np.unique(part)]
+    if min(choices_outside) < members.shape[2]:
         names = [name for name in names if name != "stacked"]
     candidates = {}
     for name in names:
@@ -16890,13 +16869,6 @@ def simulate_last_step(oof: OofLogits, share: float) -> OofLogits:
     return dataclasses.replace(oof, logits=logits, steps=("rotations",))
 
 
-def _without_16_bit_views(oof: OofLogits) -> OofLogits:
-    """The rows with the quantised model's views only; those in 16 bits stand behind them."""
-    names = [name for name in oof.view_names if not name.endswith(SUFFIX_16_BIT)]
-    logits = oof.logits[:, : len(names)]
-    return dataclasses.replace(oof, logits=logits, view_names=tuple(names))
-
-
 @dataclass(frozen=True)
 class CurvePoint:
     """Rows with the views that they have at a point of the curve."""
@@ -16963,7 +16935,10 @@ def doubt_curve(run: Run) -> pd.DataFrame:
     scoring the test rows so takes on one device. Temperatures are cross-fitted at each point; a
     model without skill gets none.
     """
-    oof = _without_16_bit_views(read_oof(run))
+    oof = read_oof(run)
+    names = tuple(name for name in oof.view_names if not name.endswith(SUFFIX_16_BIT))
+    # Those in 16 bits stand behind the others.
+    oof = dataclasses.replace(oof, logits=oof.logits[:, : len(names)], view_names=names)
     has_skill = measure_skill(oof, run.train["answer"]).has_skill
     views = list(range(len(oof.view_names)))
     points = _points_of_steps(oof) if oof.steps else _simulated_points(oof)
@@ -19295,11 +19270,12 @@ def wrap_up_table(run: Run) -> pd.DataFrame:
 def _changed_settings(config: Config) -> dict:
     """The settings that differ from their default and can change a result."""
     defaults = dataclasses.asdict(Config())
-    changed = {}
-    for name, value in dataclasses.asdict(config).items():
-        if value != defaults[name] and name not in BOOKKEEPING_FIELDS:
-            changed[name] = value
-    return changed
+    settings = dataclasses.asdict(config)
+    return {
+        name: value
+        for name, value in settings.items()
+        if value != defaults[name] and name not in BOOKKEEPING_FIELDS
+    }
 
 
 def _earlier_experiments(path: Path) -> pd.DataFrame:
@@ -20140,11 +20116,8 @@ def _shared_rows(train: pd.DataFrame, predictions: Mapping[str, RunPredictions])
             f"{', '.join(predictions)}: no training row is out of fold in all of them; "
             "train the same folds"
         )
-    LOGGER.info(
-        "Compared on the %d of %d training rows that all runs have scored",
-        len(rows),
-        len(train),
-    )
+    text = "Compared on the %d of %d training rows that all runs have scored"
+    LOGGER.info(text, len(rows), len(train))
     return rows
 
 
@@ -21631,10 +21604,8 @@ def write_task_scores(
     facts: Mapping[str, np.ndarray],
 ) -> None:
     """Write a task's logits (n, views, 4) and `facts` as <name>.npz into the fold's folder."""
-    is_16_bit = task.name.endswith("_16bit")
-    view_names = []
-    for view in views:
-        view_names.append(view.name + SUFFIX_16_BIT if is_16_bit else view.name)
+    ending = SUFFIX_16_BIT if task.name.endswith("_16bit") else ""
+    view_names = [f"{view.name}{ending}" for view in views]
     row_facts = dict(facts)
     if task.name == "oof":  # for the error analysis
         row_facts["tokens"] = prompt_tokens(session, task.frame)
@@ -24366,15 +24337,6 @@ def try_model(session: Session, trial: TrialRows, start_seconds: float) -> Trial
 
 
 # === Preflight ====================================================================================
-def open_trial_session(config: Config, example: Mapping, memory: MemoryForecast) -> Session:
-    """As `open_session`; where memory runs out the error says what was computed before."""
-    try:
-        return open_session(config, example)
-    except torch.OutOfMemoryError as error:
-        error.add_note(f"Memory: {memory.needed}")
-        raise
-
-
 def preflight(
     config: Config,
     rows: int = 64,
@@ -24399,7 +24361,11 @@ def preflight(
     looking_seconds = time.time() - looked  # a worker reads tables that are checked already
     LOGGER.info("Tables, and tokens of all rows: %.1f s", looking_seconds)
     memory = forecast_memory(config, trial)
-    session = open_trial_session(config, trial.sample.iloc[0], memory)
+    try:
+        session = open_session(config, trial.sample.iloc[0])
+    except torch.OutOfMemoryError as error:
+        error.add_note(f"Memory: {memory.needed}")
+        raise
     session.progress = progress
     progress("features", 0, 1)
     result = try_model(session, trial, time.time() - started - looking_seconds)
@@ -24471,21 +24437,18 @@ def time_facts(estimate: TimeEstimate) -> dict:
     """How long the run takes: on one device, here, and where the time goes."""
     one_device = dataclasses.replace(estimate, devices=estimate.devices[:1])
     parts = one_device.parts()
+    config = estimate.config
+    facts = seed_facts(one_device)
+    if config.alignment_model:
+        facts["alignment"] = (
+            f"not in the estimate: {config.alignment_model} scores last, in the time that is left"
+        )
     return {
-        **seed_facts(one_device),
-        **alignment_facts(estimate.config),
+        **facts,
         "estimated minutes on one device": round(sum(parts.values()) / 60, 1),
         "estimated minutes here": round(estimate.wall_seconds() / 60, 1),
         "estimated seconds by part": parts_as_text(parts),
     }
-
-
-def alignment_facts(config: Config) -> dict:
-    """That the stage "alignment" is not timed; nothing where there is none."""
-    if not config.alignment_model:
-        return {}
-    text = f"not in the estimate: {config.alignment_model} scores last, in the time that is left"
-    return {"alignment": text}
 
 
 def seed_facts(one_device: TimeEstimate) -> dict:
