@@ -350,7 +350,7 @@ def walk_mounts(
     """Yield each folder with the names of its subfolders and files, as os.walk does.
 
     `mounts` says which folders are searched, and how many levels deep; None takes MOUNTS. Copies
-    of our demo are left out. Who clears the list of subfolders keeps the walk out of them.
+    of our demo are left out.
     """
     if mounts is None:
         mounts = MOUNTS
@@ -388,7 +388,6 @@ def _open_archive(
 
 
 def _archive_members(opened: zipfile.ZipFile | tarfile.TarFile) -> Iterator[_ArchiveMember]:
-    """The members in their order, each read when it is asked for."""
     if isinstance(opened, tarfile.TarFile):
         for member in opened:
             is_plain = member.isfile() or member.isdir()
@@ -446,10 +445,9 @@ def named_folder(data_dir: str | Path) -> Path:
 def locate_competition(data_dir: str | Path | None = None) -> Path:
     """The competition's folder, or the archive that holds it.
 
-    With `data_dir` it is that archive, or is searched in that folder, or in that of a table;
-    else it is searched in MOUNTS, and the built-in demo takes its place where nothing is
-    attached. Raises ValueError where there are several, FileNotFoundError where there is none,
-    not even the demo.
+    `data_dir` is that archive, a folder to search, or a table in it. Without it MOUNTS are
+    searched, and the built-in demo stands in where nothing is attached. Raises ValueError for
+    several, FileNotFoundError for none, not even the demo.
     """
     if data_dir is not None:
         data_dir = named_folder(data_dir)
@@ -488,9 +486,8 @@ MINIMUM_VERSIONS = {
     "qwen-vl-utils": "0.0.14",
 }
 # Nothing here uses torchao. But where one is installed, as on Kaggle and Colab, peft imports it,
-# and refuses to work with one below 0.16; 0.17 and 0.18 import what older versions of torch lack,
-# without saying so in their requirements. Loading a model with LoRA was tried: 0.16 works with
-# torch 2.6 to 2.14, 0.17 from 2.7 on, 0.18 from 2.10 on. So 0.16 is what is asked for.
+# and refuses one below 0.16. 0.17 and 0.18 need a newer torch than they say; what works together
+# was found by loading a model with LoRA. So 0.16 is what is asked for.
 TORCHAO = "torchao>=0.16,<0.17"
 TORCHAO_BY_TORCH = (  # from this torch on, these versions work; the first row that fits
     (Version("2.10"), SpecifierSet(">=0.16")),
@@ -582,7 +579,6 @@ def _versions_of_loaded_packages() -> dict[str, str]:
 
 
 def _replaced_on_disk(before: Mapping[str, str]) -> list[ReplacedPackage]:
-    """The packages whose version on disk is no longer the one of `before`."""
     now = {name: _version_on_disk(name) for name in before}
     return [
         ReplacedPackage(name, version, now[name])
@@ -605,7 +601,6 @@ def _replaced_libraries() -> list[ReplacedPackage]:
 
 
 def _refuse_old_modules() -> None:
-    """Raises RuntimeError where a loaded library is older than what this module needs."""
     for name, version in MINIMUM_VERSIONS.items():
         module = sys.modules.get(name.replace("-", "_"))
         loaded = getattr(module, "__version__", version)  # what is not loaded cannot be too old
@@ -635,9 +630,8 @@ def _warn_of_replaced_packages(before: Mapping[str, str]) -> None:
 def install_requirements() -> list[str]:
     """pip install what is missing, and return its requirements.
 
-    A warning names the packages that are loaded in this process in another version than the one
-    that is installed now. Raises RuntimeError with the way out where pip fails, or where a loaded
-    one is too old.
+    Warns of packages that this process has loaded in another version than is installed now.
+    Raises RuntimeError with the way out where pip fails, or a loaded one is too old.
     """
     missing = missing_requirements()
     before = _versions_of_loaded_packages() if missing else {}
@@ -677,8 +671,8 @@ def _download_command(requirements: Sequence[str]) -> str:
 def pip_install(requirements: Sequence[str]) -> None:
     """Install from VQA_WHEELS or an attached folder `wheels`, else from the internet.
 
-    What pip says of other packages is logged: those that wanted another version of what was
-    installed. Raises RuntimeError with the ways to go on, and the last lines of what pip said.
+    Packages that wanted another version of what was installed are logged. Raises RuntimeError
+    with the ways to go on, and the last lines of what pip said.
     """
     wheels = _find_wheels()
     if wheels and not Path(wheels).is_dir():
@@ -782,11 +776,10 @@ KAGGLE_SESSION_HOURS = 12  # after which Kaggle ends a session, at the latest
 def session_start() -> float:
     """When this session began, in seconds since 1970.
 
-    On Kaggle the start of the first process of the container: a restarted kernel is younger than
-    its session, and Kaggle ends it by the session's age. (Not the boot of the machine, which may
-    have waited for a session.) Where that process is older than any session there can be, the
-    container is not Kaggle's own, and the start of this process counts. Elsewhere no session has
-    an end that is known, and the budget of hours is counted from now.
+    On Kaggle the start of the container's first process: a restarted kernel is younger than its
+    session, by whose age Kaggle ends it. (Not the machine's boot: it may have waited.) Where
+    that process is older than any session, the container is not Kaggle's own, and the start of
+    this process counts. Elsewhere no session has a known end: hours are counted from now.
     """
     if _detect_platform() != "kaggle":
         return time.time()
@@ -1001,9 +994,8 @@ def how_to_get_a_gpu() -> str:
 def detect_runtime(precision: str = "auto", attn_implementation: str = "auto") -> Runtime:
     """What this machine is, and the decisions that follow from it; CUDA stays uninitialised.
 
-    Raises RuntimeError or ValueError for what cannot run here, as decide_precision and
-    decide_attention do; ValueError for a name in CUDA_VISIBLE_DEVICES that no GPU has, and
-    RuntimeError for a GPU of which nvidia-smi does not say what is needed.
+    Raises what decide_precision and decide_attention raise; ValueError for a name in
+    CUDA_VISIBLE_DEVICES that no GPU has; RuntimeError for what nvidia-smi does not say of one.
     """
     gpus = _visible_gpus()
     dtype, why_dtype = decide_precision(precision, gpus)
@@ -1752,7 +1744,6 @@ def _expand_home(value):
 
 
 def _refuse(config: Config, name: str, needs: str) -> None:
-    """Raise the ValueError about a field's value."""
     value = getattr(config, name)
     raise ValueError(f"Config field {name!r} is {value!r}; it needs {needs}")
 
@@ -1863,7 +1854,6 @@ def _check_list_of_steps(config: Config) -> None:
 
 
 def _check_doubt_steps(config: Config) -> None:
-    """The rules between `doubt_steps` and other settings."""
     _check_list_of_steps(config)
     if not config.doubt_steps:
         return
@@ -2032,7 +2022,7 @@ class Config(
 
     @property
     def model_path(self) -> str:
-        """A local folder as an absolute path (also relative to this file), else the hub id."""
+        """`model_id` as a local folder's absolute path, else as it is."""
         return _model_place(self.model_id)
 
     @property
@@ -2145,7 +2135,6 @@ def _setting_text(item: dataclasses.Field, default) -> str:
 
 
 def _groups_text() -> str:
-    """All settings, group by group."""
     defaults = Config()
     groups = []
     for group in reversed(Config.__bases__):
@@ -2157,7 +2146,6 @@ def _groups_text() -> str:
 
 
 def _presets_text() -> str:
-    """In what each preset differs from the defaults."""
     lines = ["Presets, and in what they differ from the defaults"]
     for preset, changes in PRESETS.items():
         differences = [f"{name}={value!r}" for name, value in changes.items()]
@@ -2358,10 +2346,7 @@ def read_json(path: Path, needed: Sequence[str] = ()) -> dict:
 
 
 def require_kind(path: Path, content: Mapping, kind: type, keys: Sequence[str]) -> None:
-    """Raise DamagedFileError unless each of these keys of a JSON file has a value of that kind.
-
-    >>> require_kind(Path("config.json"), {"parts": {}}, dict, ["parts"])
-    """
+    """Raise DamagedFileError unless each of these keys of a JSON file has a value of that kind."""
     for key in keys:
         if not isinstance(content[key], kind):
             found = type(content[key]).__name__
@@ -2369,10 +2354,7 @@ def require_kind(path: Path, content: Mapping, kind: type, keys: Sequence[str]) 
 
 
 def require_same_run(path: Path, found: str, expected: str) -> None:
-    """Raise CheckpointError unless the fingerprint found in `path` is that of the run.
-
-    >>> require_same_run(Path("oof.npz"), found="538bc84b", expected="538bc84b")
-    """
+    """Raise CheckpointError unless the fingerprint found in `path` is that of the run."""
     if found != expected:
         raise CheckpointError(
             f"{path} belongs to another configuration or data set; choose a new run_name"
@@ -2620,17 +2602,15 @@ def _checkpoint_weights(model) -> dict:
 
 
 def _state_dict_or_none(stateful) -> dict | None:
-    """State of an optimizer or a scheduler; None where there is none."""
     return None if stateful is None else stateful.state_dict()
 
 
 def save_checkpoint(model, optimizer, scheduler, epoch, fold, metrics, path, logger=None) -> Path:
     """Save the state of a training in one file and return its path, for any torch module.
 
-    The file holds trainable weights and buffers, optimizer and scheduler (either
-    may be None), `epoch`, `fold` and `metrics` (name -> number). `load_checkpoint`
-    reads it. It is for your own training loops: no run uses it, because
-    `FoldState.save` writes what a fold continues from.
+    For your own training loops; a run's folds go on from what `FoldState.save` writes. It holds
+    trainable weights and buffers, optimizer and scheduler (either may be None), `epoch`, `fold`
+    and `metrics` (name -> number). `load_checkpoint` reads it.
     """
     plain_metrics = {}
     for name, value in metrics.items():
@@ -2706,10 +2686,7 @@ def reset_peak_memory() -> None:
 
 
 def clear_memory(logger: logging.Logger | None = None) -> dict[str, float]:
-    """Collect garbage, give cached GPU blocks back, and return the summary afterwards.
-
-    With a `logger` the summary is logged too.
-    """
+    """Collect garbage, give cached GPU blocks back, and return the summary, which a logger gets."""
     gc.collect()
     if _cuda_is_in_use():
         torch.cuda.empty_cache()
@@ -2859,18 +2836,16 @@ class ProgressFile:
     def request_stop(self, number: int, frame) -> None:
         """A signal handler: the work ends at the next call of `update` that may end it.
 
-        `update` is called at safe points only.
+        It is called at safe points only.
         """
         self.stop_reason = signal.Signals(number).name
 
     def update(self, stage: str, done: int, total: int, together: bool = False, **details) -> None:
         """Write that `done` of `total` steps of `stage` are done, with any `details` for JSON.
 
-        Raises Interrupted after a signal or the parent's death. A process that
-        works alone stops at any call. A group must stop at the same step, because
-        one that stopped earlier would leave the others waiting for it: so its
-        processes ask each other, and only in calls with `together`, which says that
-        every process of the process group makes this very call.
+        Raises Interrupted after a signal or the parent's death. The processes of a group must
+        stop at the same step, or some would wait for the others: so they ask each other, and
+        only in calls with `together`, which says that every one of them makes this very call.
         """
         if self.parent and os.getppid() != self.parent:
             self.stop_reason = "the end of the notebook's process"
@@ -3008,10 +2983,7 @@ def _check_end_of_tar(opened: tarfile.TarFile) -> None:
 def _check_members(
     opened: zipfile.ZipFile | tarfile.TarFile, packed_bytes: int, free_bytes: int
 ) -> None:
-    """Refuse an archive with a member that must not be unpacked.
-
-    Raises ValueError about the first such member.
-    """
+    """Raise ValueError about the first member that must not be unpacked."""
     limits = {
         free_bytes: "disk",
         max(MAX_RATIO * packed_bytes, 100 * 2**20): "decompression bomb",
@@ -3107,19 +3079,13 @@ def zip_name_encoding(archive: Path) -> str:
 
 
 def _open_with_names(archive: Path) -> zipfile.ZipFile | tarfile.TarFile:
-    """The archive, open for reading, with names in the encoding in which they were written.
-
-    Raises what `zip_name_encoding` raises.
-    """
+    """The archive, open for reading, with names in the encoding in which they were written."""
     encoding = zip_name_encoding(archive) if zipfile.is_zipfile(archive) else None
     return _open_archive(archive, encoding)
 
 
 def _extract(archive: Path, folder: Path) -> None:
-    """Unpack an archive into a folder once all its members are known to be harmless.
-
-    Raises what `zip_name_encoding`, `_check_members` and `_check_end_of_tar` raise.
-    """
+    """Unpack an archive into a folder once all its members are known to be harmless."""
     with _open_with_names(archive) as opened:
         packed_bytes = archive.stat().st_size
         free_bytes = shutil.disk_usage(folder).free
@@ -3204,7 +3170,6 @@ _FIELD_VARIABLES = {
 
 
 def _environment_overrides(environ: Mapping) -> dict:
-    """The JSON object in VQA_OVERRIDES, empty without one; ValueError for anything else."""
     text = environ.get("VQA_OVERRIDES") or "{}"
     try:
         overrides = json.loads(text)
@@ -3289,9 +3254,8 @@ def _least_weights_gib(config: Config, precision: str) -> float:
 def require_machine(config: Config) -> None:
     """Raise ValueError where these settings cannot run on this machine, and say what to do.
 
-    Nothing is downloaded or loaded: a model's size is what its name gives, so that preflight,
-    which computes it, may still find that it does not fit. Raises what `detect_runtime` raises,
-    too.
+    Nothing is downloaded: a model's size is what its name gives, and preflight, which computes
+    it, may still find that it does not fit. Raises what `detect_runtime` raises, too.
     """
     runtime = detect_runtime(config.precision, config.attn_implementation)
     where = f"Preset {config.preset_name!r} cannot run here"
@@ -3464,7 +3428,6 @@ _PREDICATE = re.compile(
 
 
 def _names_colors(text: str) -> bool:
-    """Whether the text is one colour or a few."""
     parts = _BETWEEN_COLORS.split(text)
     return all(_COLOR.fullmatch(part.strip()) for part in parts)
 
@@ -4046,7 +4009,6 @@ def _type_of_english_noun(words: Sequence[str]) -> str | None:
 
 
 def _type_of_english_how(rest: Sequence[str]) -> str:
-    """Of a question that begins "how ..."."""
     first = "".join(rest[:1])
     second = "".join(rest[1:2])
     text = " ".join(rest)
@@ -4129,7 +4091,6 @@ def _english_type(text: str) -> str | None:
 # === Questions ====================================================================================
 @functools.lru_cache(maxsize=65536)  # a prompt is built in every order, epoch and wording
 def _question_type(text: str, choices: tuple[str, ...]) -> str:
-    """What `question_type` returns."""
     look = look_of_choices(choices)
     if look == "yesno":
         return "yesno"
@@ -4461,7 +4422,6 @@ def _locate_columns(
 
 # === Tables =======================================================================================
 def _cell_error(file: str, line: int, column: str, value: str, problem: str) -> DataError:
-    """The error about one cell of a table."""
     return DataError(f"{file}, line {line}, column {column!r}, value {value[:80]!r}: {problem}")
 
 
@@ -4590,7 +4550,6 @@ def _read_csv_table(path: Path, columns: Mapping[str, str], fallbacks: Counter) 
 
 
 def _check_record_lengths(file: str, table: _CsvTable) -> None:
-    """Raise DataError about the first record without exactly one field for each column."""
     width = len(table.header.fields)
     separator = SEPARATORS[table.separator]
     for record in table.records:
@@ -4852,7 +4811,6 @@ class _AnswerReading:
 
 
 def _read_texts(choices: pd.DataFrame, answers: pd.Series) -> _AnswerReading:
-    """The answers as texts of the choices."""
     is_meant = choices.eq(answers, axis=0) & (choices != "")
     count = is_meant.sum(axis=1).to_numpy()
     labels = np.where(count == 1, is_meant.to_numpy().argmax(axis=1), -1)
@@ -4913,7 +4871,6 @@ def _notation_of(reading: _AnswerReading, frame: pd.DataFrame) -> tuple[AnswerNo
 
 
 def _raise_for_answer(file: str, frame: pd.DataFrame, wrong: np.ndarray, problem: str) -> None:
-    """Raise DataError about the first row where `wrong` is true."""
     row = frame[wrong].iloc[0]
     raise _cell_error(file, row["line"], row["column"], row["answer"], problem)
 
@@ -4973,14 +4930,6 @@ def _read_answers(
     and `column`, the answer's own in the file, too. Raises DataError where no kind fits, or where
     several fit and disagree.
 
-    >>> choices = {"a": "red", "b": "2", "c": "tea", "d": ""}
-    >>> for answers in (["B", "(c)"], ["3번", "1번"], ["red", "tea"]):
-    ...     frame = pd.DataFrame({"line": [2, 3], "column": "answer", "answer": answers, **choices})
-    ...     labels, notation = _read_answers(frame, "train.csv", Counter())
-    ...     print(labels.tolist(), notation)
-    [1, 2] letters (A, B, C, D)
-    [2, 0] numbers from 1 (1번, 2번, 3번, 4번)
-    [0, 2] texts of the choices
     """
     readings = _answer_readings(frame)
     fitting = [reading for reading in readings if not reading.fails.any()]
@@ -5432,7 +5381,7 @@ def _search(
     """The images of these rows, by number, that the finder finds.
 
     Nothing is left out of a relative path whose first folder is known to it, or to the `others`:
-    its image is missing there. Raises what `_find_by_tails` raises.
+    its image is missing there.
     """
     found = {row: finder.find_exactly(path) for row, path in paths.items()}
     for row, path in paths.items():
@@ -5448,8 +5397,6 @@ def _search(
 
 @dataclass(frozen=True)
 class _Archives:
-    """The archives beside the tables."""
-
     with_images: list[Path] = field(default_factory=list)  # with files of the names in question
     unread: dict[str, str] = field(default_factory=dict)  # name of another -> why it is not read
 
@@ -5514,13 +5461,12 @@ def _find_in_archives(
 def _find_images(
     frame: pd.DataFrame, root: Path, split: str, fallbacks: Counter
 ) -> list[_FoundImage]:
-    """Every row's image, looked for in `root`, its `images` and the split's folder.
+    """Every row's image, looked for in `_bases` of `root`.
 
-    Then in the split's folder of `images` and the `images` of the split's folder, in another
-    spelling, without its ending, by the end of a path of another machine, and in archives
-    beside the tables; what is found so is counted and logged. Links are followed: they are the
-    user's. Raises DataError for a URL, a path that leads out of `root`, and an end that may
-    mean several files.
+    Then in another spelling, without its ending, by the end of a path of another machine, and
+    in archives beside the tables; what is found so is counted and logged. Links are followed:
+    they are the user's. Raises DataError for a URL, a path that leads out of `root`, and an end
+    that may mean several files.
     """
     parsed = [_parse_image_path(text, str(root)) for text in frame["path"]]
     leads_out = pd.Series([path is None for path in parsed], index=frame.index)
@@ -5930,20 +5876,14 @@ def _repair_jpeg(path: str | Path, content: bytes, max_side: int, reason: str) -
 
 
 def _repair_png(content: bytes, reason: str) -> _Decoded:
-    """A PNG that PIL refuses for a `reason`, without blocks that are not needed.
-
-    Raises what PIL raises.
-    """
+    """A PNG that PIL refuses for a `reason`, without blocks that are not needed."""
     kept = _png_without_blocks(content)
     image = Image.open(io.BytesIO(kept), formats=["PNG"])
     return _finish_image(image, _blocks_left_out(content, kept, reason))
 
 
 def _repair_image(path: str | Path, max_side: int, error: Exception) -> _Decoded:
-    """What can be saved of an image that PIL refuses with `error`.
-
-    Raises ImageError for what cannot.
-    """
+    """What can be saved of an image that PIL refuses with `error`; ImageError for what cannot."""
     content = b""
     with contextlib.suppress(OSError), open(path, "rb") as file:  # PIL has met the error, too
         content = file.read(_LARGEST_IMAGE_FILE)
@@ -6395,7 +6335,6 @@ def _check_context_ids(
     root: Path,
     columns: Mapping[str, str],
 ) -> None:
-    """Raise DataError about the first id that is in neither table, or in both."""
     train_ids = _ids_of_table(root / "train.csv", columns)
     test_ids = _ids_of_table(root / "test.csv", columns)
     for row_id, content in texts.items():
@@ -6435,7 +6374,6 @@ def _use_context_column(
 
 
 def _require_context(config: Config, competition: Competition) -> None:
-    """Raise DataError where the settings ask for context and a table has no column of it."""
     tables = {"train.csv": competition.train, "test.csv": competition.test}
     without = [name for name, table in tables.items() if CONTEXT_COLUMN not in table]
     if without:
@@ -6449,10 +6387,9 @@ def _require_context(config: Config, competition: Competition) -> None:
 def add_context(config: Config, competition: Competition) -> Competition:
     """The competition with the context that the settings ask for in its rows' column context.
 
-    `start_run` and `preflight` call it. With context_tokens 0 the column is dropped. A file comes
-    before the tables' own column, and its bytes become part of the fingerprint. Rows without
-    context are counted. Raises DataError for ids that are unknown, doubled or in both tables, and
-    where there is no context at all.
+    With context_tokens 0 the column is dropped. A file comes before the tables' own column, and
+    its bytes become part of the fingerprint. Rows without context are counted. Raises DataError
+    for ids that are unknown, doubled or in both tables, and where there is no context at all.
     """
     fallbacks = Counter(competition.fallbacks)
     frames = {"train": competition.train, "test": competition.test}
@@ -6499,7 +6436,6 @@ def _cell_as_text(cell, line: int, column: str) -> str:
 
 
 def _require_columns(frame: pd.DataFrame) -> None:
-    """Raise DataError unless the table has rows and each of COLUMNS once."""
     counts = Counter(frame.columns)
     wrong = [name for name in COLUMNS if counts[name] != 1]
     if wrong:
@@ -6593,13 +6529,13 @@ def _collect_images(cells: Sequence, root: Path) -> list[str]:
 def write_competition(frame: pd.DataFrame, folder: str | Path) -> Path:
     """Write a table of one's own as a competition's folder, whole or not at all; its path.
 
-    `frame` has the columns id, path, question, a, b, c, d, answer, a row for each question.
-    `path` holds the path of an image file, which is copied, or a PIL image, which is written as
-    PNG, upright and in RGB. Rows with an answer, in any notation that `load_competition`
-    understands, make train.csv, with letters a to d; rows without one make test.csv. Other columns
-    are left out. `load_competition` reads all texts back verbatim; without a row for test.csv the
-    folder serves for the setting extra_train_dirs alone. Raises DataError about the first row that
-    cannot be used (line 1 is the table's first row), and where `folder` exists already.
+    `frame`: a row for each question, with the columns id, path, question, a, b, c, d, answer;
+    others are left out. `path` is that of an image file, which is copied, or a PIL image, which
+    is written as PNG, upright and in RGB. Rows with an answer, in any notation that
+    `load_competition` understands, make train.csv, with letters a to d; the others make
+    test.csv, without which the folder serves for extra_train_dirs alone. All texts are read back
+    verbatim. Raises DataError about the first row that cannot be used (line 1 is the table's
+    first), and where `folder` exists already.
     """
     folder = named_folder(folder).resolve()
     if folder.exists():
@@ -7108,11 +7044,8 @@ def draw_image_change(
 ) -> dict:
     """How one image of `width` x `height` pixels is changed: what `apply_image_change` takes.
 
-    box: left, top, right, bottom in pixels, at least 95 % of each side; the whole
-    image where it must not be cropped.
-    light, contrast, colour: shares in which the image is mixed with something else:
-    light (-0.1 to 0.1) with black below 0 and with white above, contrast (0 to 0.15)
-    with its mean grey, colour (0 to 0.2) with its own greys.
+    box: left, top, right, bottom in pixels, at least 95 % of each side; the whole image where it
+    must not be cropped. light (-0.1 to 0.1), contrast (0 to 0.15), colour (0 to 0.2): shares.
     quality: of the JPEG, 70 to 95.
 
     >>> change = draw_image_change(np.random.default_rng(0), 100, 80, may_crop=False)
@@ -7146,8 +7079,7 @@ def _change_images(
 ) -> pd.DataFrame:
     """A copy of `frame` in which every row shows its image in variant `number`.
 
-    `may_crop` (n,): whether the image of each row may be cropped. The change is a function
-    of (seed, number, image): it is the same in all rows that show the image.
+    `may_crop` (n,): whether the image of each row may be cropped.
     """
     changed = []
     for row, row_may_crop in zip(frame.itertuples(), may_crop, strict=True):
@@ -12697,12 +12629,11 @@ def read_config_file(path: Path) -> dict:
 class Run:
     """One run directory: the configuration, the rows with their folds, and all other files.
 
-    `start_run` makes it and `Run.open` reads it; a `Run` itself never changes. The
-    final model, on all rows, has a folder like a fold, under the first number that is
-    no fold's. fold_N is of the first seed; further ones have folders like fold_N_seed_7,
-    and where a model is meant a `fold` is a member's number (see Members), which for the
-    first seed is the fold's. KIND is raw, ema or swa. What writes each file, `start_run`
-    or a stage, and what is in it:
+    `start_run` makes it and `Run.open` reads it; a `Run` itself never changes. Where a model is
+    meant, a `fold` is a member's number (see Members), which for the first seed is the fold's.
+    Folders of the first seed are fold_N, of further ones fold_N_seed_7; the final model, on all
+    rows, has the first number that is no fold's. KIND is raw, ema or swa. What writes each file,
+    and what is in it:
 
     | file                           | written by    | content
     | ------------------------------ | ------------- | -----------------------------------------
@@ -12739,21 +12670,15 @@ class Run:
     | submission_NAME.csv            | notebook      | the answers
     """
 
-    # The settings, as config.json has them.
-    config: Config
-    # Where all of these files lie.
-    directory: Path
+    config: Config  # the settings, as config.json has them
+    directory: Path  # of all these files
     # Training rows: the columns of `Competition.train`, and `fold`, the one that
     # validates the row. With soft targets also target_a to target_d and teacher_fold.
     train: pd.DataFrame
-    # Test rows: the columns of `Competition.test`.
-    test: pd.DataFrame
-    # The sample submission's rows: id and answer.
-    sample: pd.DataFrame
-    # How often each fallback was taken while the tables were read.
-    fallbacks: dict[str, int]
-    # A hash of configuration, data, folds, model and targets together.
-    fingerprint: str
+    test: pd.DataFrame  # with the columns of `Competition.test`
+    sample: pd.DataFrame  # the sample submission's id and answer
+    fallbacks: dict[str, int]  # how often each was taken while the tables were read
+    fingerprint: str  # a hash of configuration, data, folds, model and targets together
     # Further training rows, filled by `add_soft_targets`: the columns of `train`,
     # `source` (dev, test, or extra_1, extra_2 for the folders of extra_train_dirs),
     # and `fold`, here the one that trains on the row.
@@ -12835,10 +12760,7 @@ class Run:
         return [fold for fold in self.config.folds_to_train if fold in trained]
 
     def unfinished_folds(self, stage: str, folds: Sequence[int]) -> list[int]:
-        """Those members of `folds` that wait for `stage`.
-
-        It is not done for them, and they are trained where the stage scores.
-        """
+        """Those members of `folds` that the stage is not done for; trained ones where it scores."""
         needs_training = stage not in ("zeroshot", "train")
         unfinished = []
         for fold in folds:
@@ -13038,12 +12960,7 @@ def _no_rows(train: pd.DataFrame) -> pd.DataFrame:
 
 
 def _differing_ids(rows: pd.DataFrame, others: pd.DataFrame) -> list[str]:
-    """Sorted ids of the rows that only one of two tables has, in just that form.
-
-    >>> rows = pd.DataFrame({"id": ["q1", "q2"], "label": [0, 1]})
-    >>> _differing_ids(rows, rows.assign(label=[0, 3]))
-    ['q2']
-    """
+    """Sorted ids of the rows that only one of two tables has, in just that form."""
     both = pd.concat([rows.astype(str), others.astype(str)])
     return sorted(set(both.drop_duplicates(keep=False)["id"]))
 
@@ -15829,10 +15746,7 @@ def image_groups(frame: pd.DataFrame) -> np.ndarray:
 
 
 def _group_draws(n_groups: int) -> np.ndarray:
-    """(RESAMPLES, n_groups) how often each group is in each resample; always the same numbers.
-
-    Groups are drawn with replacement.
-    """
+    """(RESAMPLES, n_groups) how often each is drawn, with replacement; always the same numbers."""
     even = np.full(n_groups, 1 / n_groups)
     return np.random.default_rng(0).multinomial(n_groups, even, size=RESAMPLES)
 
@@ -16269,9 +16183,8 @@ def _evidence_by_group(candidates: Mapping[str, Candidate], labels, groups) -> n
 def _choose(evidence: np.ndarray) -> np.ndarray:
     """The number of the candidate to use, from sums over groups.
 
-    `evidence` has shape (..., 6, candidates); the result keeps any axes before these two. It
-    is the candidate of least mean NLL among those that beat the first by more than one
-    standard error and lose no accuracy against it; without such a one it is the first.
+    `evidence` has shape (..., 6, candidates); the result keeps any axes before these two. The
+    rule is that of `choose_blend`.
 
     Let s be the NLL change of a group, n its rows and N all rows. The mean change is
     m = sum(s) / N, and a group departs from it by s - m n. Groups are independent, hence
@@ -16315,9 +16228,8 @@ def choose_blend(candidates: Mapping[str, Candidate], labels, groups) -> str:
 def choose_cross_fitted(candidates: Mapping[str, Candidate], labels, groups) -> np.ndarray:
     """(n, choices) probabilities of the automatic choice, made for each part by the others.
 
-    The groups are dealt into CROSS_FIT_PARTS parts; for each, the candidate is chosen on
-    the other parts. The candidates are not fitted again: they were cross-fitted once,
-    with all parts but the row's own.
+    Groups are dealt into CROSS_FIT_PARTS parts. The candidates are not fitted again: they were
+    cross-fitted once, with all parts but the row's own.
     """
     probabilities = [candidate.probabilities for candidate in candidates.values()]
     evidence = _evidence_by_group(candidates, labels, groups)
@@ -16337,9 +16249,7 @@ def _imaginary_changes(candidates: Mapping[str, Candidate]) -> np.ndarray:
     As in `bootstrap_interval`: sqrt(p / 2), with p = 1 for accuracy and the candidate's
     fitted_parameters for NLL. The first candidate is compared with itself: no change.
     """
-    squares = []
-    for candidate in candidates.values():
-        squares.append([0.5, candidate.fitted_parameters / 2])
+    squares = [[0.5, candidate.fitted_parameters / 2] for candidate in candidates.values()]
     imaginary = np.sqrt(squares)
     imaginary[0] = 0
     return imaginary
@@ -16401,10 +16311,7 @@ class OofLogits:
         return image_groups(self.frame)
 
     def cost(self, views: Sequence[int]) -> float:
-        """Mean time of scoring a row in those of the views that it has.
-
-        The unit is a question with one view.
-        """
+        """Mean time of a row in those of the views that it has, in questions with one view."""
         exists = ~np.isnan(self.logits).all(axis=2)  # (n, views)
         groups = defaultdict(list)  # of views that share a prompt in a pass
         for view in views:
@@ -16485,7 +16392,6 @@ def _read_member_scores(run: Run, member: int, name: str) -> dict[str, np.ndarra
 
 
 def _require_scored_folds(run: Run) -> None:
-    """Raise FileNotFoundError where no fold is trained, or a trained one is not scored."""
     unscored = run.unfinished_folds("predict", run.finished_members)
     names = [member_name(run.config, member) for member in unscored]
     problems = [f"fold {name} is trained, but not scored" for name in names]
@@ -16545,10 +16451,7 @@ def views_to_try(oof: OofLogits, decided: Mapping[str, bool]) -> dict[str, list[
     `decided`: set -> whether it was admitted, for the sets before. More orders are tried with all
     rotations.
     """
-    lost = []
-    for set_name, is_admitted in decided.items():
-        if not is_admitted:
-            lost.append(ADDED_KINDS.get(set_name, ""))
+    lost = [ADDED_KINDS.get(name, "") for name, is_admitted in decided.items() if not is_admitted]
     has_orders = decided.get("more orders", False)
     sets = {}
     for set_name, views in views_by_set(oof).items():
@@ -16770,10 +16673,7 @@ def _pooled_losses(run: Run) -> dict[str, float]:
 
 
 def score_files(run: Run) -> list[Path]:
-    """What the selected weights score in each fold and the final model, whether it exists or not.
-
-    Relative to the run directory.
-    """
+    """What the selected weights score in each fold and the final model; below the run directory."""
     paths = []
     final_members = members_of(run.config, [run.final_fold])
     for member in [*run.finished_members, *final_members]:
@@ -16851,8 +16751,7 @@ def _cross_fitted_margins(first_scores: np.ndarray, all_scores: np.ndarray) -> n
 def simulate_last_step(oof: OofLogits, share: float) -> OofLogits:
     """Rows that have all views, as if only that share of each fold's got the last step's.
 
-    The step is that of `split_views`. Nothing is fitted to labels, and the letters' preference
-    is measured on other rows than it is used for.
+    The step is that of `split_views`. Nothing is fitted to labels.
     """
     first, later = split_views(oof.view_names)
     first_scores = combine_views(oof.logits[:, first])
@@ -17081,10 +16980,7 @@ def set_choice_interval(
     groups,
     step: str = STEP_AUTOMATIC,
 ) -> None:
-    """Put the interval that knows of the choosing into the ladder.
-
-    It goes into the row of the automatic choice, `step`.
-    """
+    """Put the interval that knows of the choosing into the ladder's row `step`."""
     ends = choice_interval(candidates, labels, groups)
     table.loc[step, INTERVAL_COLUMNS] = ends.T.ravel()
 
@@ -17529,7 +17425,6 @@ def predict_base_test(
 
 
 def _why_base_is_missing(run: Run) -> str:
-    """Why the base model has not scored all rows, in words."""
     try:
         is_wanted, reason = wants_base_member(run)
     except (CheckpointError, FileNotFoundError) as error:  # no reason to go without a report
@@ -17560,10 +17455,7 @@ ALIGNMENT_FILES = {"train": "alignment_train.npz", "test": "alignment_test.npz"}
 
 
 def read_alignment(run: Run, name: str) -> pd.DataFrame | None:
-    """(rows, 4) scores by id of the train or test rows; None without `alignment_model`.
-
-    None, too, where they are not there yet.
-    """
+    """(rows, 4) scores by id of the train or test rows; None where the run has none (yet)."""
     if not run.config.alignment_model or not run.is_done("alignment", 0):
         return None
     path = run.directory / ALIGNMENT_FILES[name]
@@ -17889,7 +17781,6 @@ def decide_views(run: Run, oof: OofLogits, views: list[int], has_skill: bool) ->
 
 
 def _temperature_step(decisions: ViewDecisions, against: str) -> LadderStep:
-    """The step of temperature scaling the mean over the admitted views."""
     is_in_use = decisions.calibration is decisions.scaled
     return LadderStep(
         probabilities=decisions.scaled.probabilities,
@@ -18068,10 +17959,7 @@ def predict_test(run: Run, evaluation: Evaluation) -> dict[int, np.ndarray]:
 
 
 def best_fold(evaluation: Evaluation) -> int:
-    """The fold with the highest OOF accuracy, then the lowest NLL.
-
-    The test rows play no part.
-    """
+    """The fold with the highest OOF accuracy, then the lowest NLL; no test row plays a part."""
     ranking = evaluation.fold_table.sort_values(
         ["accuracy", "nll"],
         ascending=[False, True],
@@ -18685,7 +18573,6 @@ def make_verdict(
 
 
 def _interval_sentence(verdict: Verdict) -> str:
-    """What the interval of the accuracy means."""
     text = (
         f"90 of 100 such leaderboards, of {_count(verdict.test_rows, 'row')} each, are expected "
         f"to lie between {verdict.low:.3f} and {verdict.high:.3f}."
@@ -18696,7 +18583,6 @@ def _interval_sentence(verdict: Verdict) -> str:
 
 
 def _training_sentence(verdict: Verdict) -> str:
-    """Whether training helped, and by how much."""
     base = f"the base model, which has {verdict.zeroshot_accuracy:.3f}"
     if math.isnan(verdict.gain):
         return f"Not known: no row was scored by both the folds and {base}."
@@ -18709,7 +18595,6 @@ def _training_sentence(verdict: Verdict) -> str:
 
 
 def _time_sentence(verdict: Verdict) -> str:
-    """The time that the workers took."""
     wall = duration_in_words(verdict.wall_seconds)
     workers = duration_in_words(verdict.worker_seconds)
     if wall == workers:
@@ -18741,7 +18626,6 @@ def verdict_html(verdict: Verdict) -> str:
 
 
 def _alarms_html(verdict: Verdict) -> str:
-    """A list of the alarms, or that there is none."""
     if not verdict.alarms:
         return "No alarm."
     items = [f"<li>{html.escape(alarm)}</li>" for alarm in verdict.alarms]
@@ -19551,7 +19435,6 @@ def write_report(run: Run, evaluation: Evaluation, verdict: Verdict | None = Non
 
 # === Submission ===================================================================================
 def _refuse_rows(frame: pd.DataFrame, is_bad: pd.Series, path: Path, problem: str) -> None:
-    """Raise SubmissionError that names the first of the bad rows, if there is one."""
     if not is_bad.any():
         return
     row, name, answer = next(frame[is_bad].itertuples())
@@ -19763,10 +19646,7 @@ def read_submission(
 
 # === Submissions of a run =========================================================================
 def copy_to_kaggle_working(path: Path, config: Config) -> None:
-    """On Kaggle, copy a finished submission into the working folder.
-
-    From there it can be submitted.
-    """
+    """On Kaggle, copy a finished submission into the working folder, to be submitted."""
     if detect_runtime(config.precision).platform == "kaggle":
         atomic_write("submission.csv", path.read_bytes())
 
@@ -19959,13 +19839,11 @@ def propose_final_pick(run: Run, evaluation: Evaluation) -> pd.DataFrame:
 def write_submissions(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFrame]:
     """Write and check the run's two submissions, and return them by name.
 
-    They are written in the competition's notation; each frame's `attrs` have it as `notation`,
-    with `why`, `rows`, the count of each choice as `letters`, and a word on `known_answers`.
-
     `single`, the best fold by OOF, is submission_single.csv; `ensemble`, of all models,
-    is submission_ensemble.csv, which on Kaggle is also copied to the working folder. Which two
-    files to choose at a competition's end, of these and of the runs beside this one, is logged
-    and kept as tables/final_pick.csv: see `propose_final_pick`.
+    is submission_ensemble.csv, which on Kaggle is also copied to the working folder. Each frame's
+    `attrs` have the `notation` of the answers, with `why`, `rows`, the count of each choice as
+    `letters`, and a word on `known_answers`. Which two files to choose at a competition's end, of
+    these and of the runs beside this one, is logged: see `propose_final_pick`.
     """
     probabilities = predict_test(run, evaluation)
     members = np.stack(list(probabilities.values()))
@@ -19996,7 +19874,6 @@ class RunPredictions:
 
 
 def _require_same_rows(first: Run, other: Run) -> None:
-    """Raise ValueError that names the run and the rows that differ."""
     columns_by_table = {
         "test": ["id", "question", *CHOICES],
         "train": ["id", "question", *CHOICES, "label"],
@@ -20014,7 +19891,6 @@ def _require_same_rows(first: Run, other: Run) -> None:
 
 
 def _require_independent(run: Run, named_runs: Sequence[tuple[str, Run]]) -> None:
-    """Raise ValueError for a run that is named twice, or that learned from another one."""
     twins = [name for name, other in named_runs if other.fingerprint == run.fingerprint]
     if len(twins) > 1:
         raise ValueError(
@@ -20073,8 +19949,6 @@ BLENDS_WITH_BASE = ("mean", "geometric mean", "weighted")
 
 @dataclass(frozen=True)
 class _Members:
-    """Members of an ensemble of runs."""
-
     oof: np.ndarray  # (members, n, 4) probabilities of the shared rows
     test: np.ndarray  # (members, test rows, 4)
 
@@ -20129,8 +20003,7 @@ def _run_ladder(
 ) -> tuple[pd.DataFrame, str]:
     """The ladder of single runs, blends and the automatic choice, and the name that is chosen.
 
-    Everything is compared with the mean of the runs, and the mean with the best single
-    run.
+    Everything is compared with the mean of the runs, and that with the best single run.
     """
     candidates = {**blends, **single_runs}  # the first, which has to be beaten, is the mean
     chosen = choose_blend(candidates, labels, groups)
@@ -20160,12 +20033,11 @@ def ensemble_runs(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Compare ways to combine finished runs, and use the best on the test rows.
 
-    They are compared on the rows that all have scored out of fold. Writes
-    submission.csv and ladder.csv into `folder` and returns the table and the answers.
-    `seconds` is the workers' time of the runs behind a row. "automatic choice" is what
-    to expect: each twentieth of the images is answered by what would be chosen without
-    it. Runs of which none has skill are compared with their plain mean only. Where a run has
-    scored its rows by the base model, too, blends with that as a further member are compared.
+    They are compared on the rows that all have scored out of fold, with the plain mean only where
+    none has skill, and with base models as further members where a run has scored its rows by
+    its own. Writes submission.csv and ladder.csv into `folder` and returns the table and the
+    answers. `seconds` is the workers' time of the runs behind a row. "automatic choice" is what
+    to expect: each twentieth of the images is answered by what would be chosen without it.
 
     Raises ValueError for runs on other rows or with other notations, for one run named twice,
     for one that learned from another, and for runs that share no row.
@@ -20325,10 +20197,10 @@ def overlap_of_runs(directories: Iterable[str | Path]) -> pd.DataFrame:
     runs = {str(directory): Run.open(directory) for directory in directories}
     if len(runs) < 2:
         raise ValueError(f"{', '.join(runs) or 'no run'}: name two or more different finished runs")
-    test_ids = next(iter(runs.values())).test["id"]
+    first = next(iter(runs.values()))
     for run in runs.values():
-        _require_same_rows(next(iter(runs.values())), run)
-    predictions = {name: _predict_run(run, test_ids) for name, run in runs.items()}
+        _require_same_rows(first, run)
+    predictions = {name: _predict_run(run, first.test["id"]) for name, run in runs.items()}
     return _overlap_of(runs, predictions)
 
 
@@ -20444,7 +20316,6 @@ def _differences_by_type(letters: tuple[pd.Series, pd.Series], test: pd.DataFram
 
 
 def _require_same_ids(a: _Side, b: _Side, letters: tuple[pd.Series, pd.Series]) -> None:
-    """Raise SubmissionError with ids that only one of two files has."""
     ids_of_a, ids_of_b = (set(answers.index) for answers in letters)
     only_a = sorted(ids_of_a - ids_of_b)
     only_b = sorted(ids_of_b - ids_of_a)
@@ -20753,10 +20624,8 @@ def _open_teacher(run: Run, name: str) -> Run:
         raise ValueError(
             f"{where}: it was made from other texts, test rows or pixels; train it on these files"
         )
-    unfinished = []
-    for fold in teacher.config.folds_to_train:
-        if not teacher.is_done("predict", fold):
-            unfinished.append(fold)
+    folds = teacher.config.folds_to_train
+    unfinished = [fold for fold in folds if not teacher.is_done("predict", fold)]
     if unfinished:
         raise ValueError(
             f"{where}: its folds {unfinished} are not finished; run it to its end first"
@@ -20840,13 +20709,11 @@ def _row_keys(frame: pd.DataFrame) -> set[tuple[str, str]]:
 
 
 def _require_no_rows(fold: int, keys: set[tuple[str, str]], problem: str) -> None:
-    """Raise DataError about rows of a fold that have a problem."""
     if keys:
         raise DataError(f"Fold {fold}: {problem}: {len(keys)} rows, such as {sorted(keys)[:3]}")
 
 
 def _require_rows_to_pretrain(run: Run) -> None:
-    """Raise DataError where a fold has no row for the epochs of pretraining."""
     for fold in run.models_to_train:
         if not is_related(training_rows(run, fold)).any():
             raise DataError(
@@ -20938,10 +20805,7 @@ def add_soft_targets(run: Run, data_dir: Path) -> Run:
 
 
 def targets_sha256(run: Run) -> str:
-    """A hash of all soft targets and of the rows that are not in train.csv.
-
-    Wherever their images lie.
-    """
+    """A hash of all soft targets and of rows that are not in train.csv, wherever images lie."""
     targets = run.train.filter(like="target_").to_csv()
     extra_rows = run.extra_rows.drop(columns=["image_path", "line"]).to_csv()
     return hashlib.sha256((targets + extra_rows).encode()).hexdigest()
@@ -21292,7 +21156,6 @@ def _adopt_earlier_run(directory: Path, config: Config, fingerprint: str) -> Non
 
 
 def _differing_settings(before: Mapping, now: Mapping) -> list[str]:
-    """Each field of two configurations that differs, with both values."""
     differences = []
     for name, value in json.loads(json.dumps(now)).items():
         if before.get(name) != value:
@@ -22810,10 +22673,9 @@ def transcribe_images(source: Run | Config, types: Sequence[str] = ("ocr",)) -> 
     `source`: a run, or the config of one. The file, for the setting context_file, has id and
     context of each such row in train.csv and test.csv. It lies in the folder of texts that were
     read by this model at these pixels: an image is read once, and after an interruption only
-    those that are left. A worker reads, so that this process never touches the GPU. Raises
-    ValueError for an unknown type, DataError where no row is of these types or the two tables
-    share an id, RuntimeError with the end of the worker's log where that fails, and Interrupted
-    where it was asked to stop.
+    what is left. A worker reads, so that this process never touches the GPU. Raises ValueError
+    for an unknown type, DataError where no row is of these types or both tables share an id,
+    RuntimeError with the end of the worker's log, and Interrupted where it was asked to stop.
     """
     config = source.config if isinstance(source, Run) else source
     require_machine(config)
@@ -22846,11 +22708,10 @@ def alignment_scores(
     """(n, 4) how well each choice, as a statement with its question, fits the row's image.
 
     Logits of a SigLIP or CLIP model; -inf for a blank choice, and 0 throughout where the image
-    cannot be used. `rows`: of a competition or a run, or any table with their columns. Scores are
-    kept below the config's output_dir: what this model has scored is not scored again, and after
-    an interruption only what is left. A process of its own scores, so that this one never touches
-    the GPU. Raises RuntimeError with the end of its log where it fails, as for a model without a
-    tower for texts, and Interrupted where it was asked to stop.
+    cannot be used. `rows`: of a competition, a run, or any table with their columns. Scores are
+    kept below output_dir: what this model has scored is not scored again. A process of its own
+    scores, so that this one never touches the GPU. Raises RuntimeError with the end of its log,
+    as for a model without a tower for texts, and Interrupted where it was asked to stop.
     """
     require_machine(config)
     settings = dataclasses.replace(config, alignment_model=model_id)
