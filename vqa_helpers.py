@@ -2969,17 +2969,6 @@ _LETTERS_OF_NAMES = {
 }
 
 
-def _check_end_of_tar(opened: tarfile.TarFile) -> None:
-    """Raise EOFError unless the zeros that end a .tar follow the last member that was read.
-
-    tarfile takes a damaged member for the end. Reading on also compares a .gz with
-    its checksum.
-    """
-    opened.fileobj.seek(opened.offset)
-    if not opened.fileobj.read(2**20).startswith(bytes(512)):
-        raise EOFError("the end of the archive is missing, or a member is damaged")
-
-
 def _check_members(
     opened: zipfile.ZipFile | tarfile.TarFile, packed_bytes: int, free_bytes: int
 ) -> None:
@@ -3091,7 +3080,11 @@ def _extract(archive: Path, folder: Path) -> None:
         free_bytes = shutil.disk_usage(folder).free
         _check_members(opened, packed_bytes, free_bytes)
         if isinstance(opened, tarfile.TarFile):
-            _check_end_of_tar(opened)
+            # tarfile takes a damaged member for the end, which zeros mark. Reading on also
+            # compares a .gz with its checksum.
+            opened.fileobj.seek(opened.offset)
+            if not opened.fileobj.read(2**20).startswith(bytes(512)):
+                raise EOFError("the end of the archive is missing, or a member is damaged")
             opened.extractall(folder, filter="data")
         else:
             opened.extractall(folder)
@@ -5815,25 +5808,18 @@ class _Decoded:
     repairs: dict[str, str] = field(default_factory=dict)
 
 
-def _turn_upright(image: Image.Image, repairs: dict[str, str]) -> Image.Image:
-    """The image as its camera was held; as it is, and noted, where that cannot be read.
-
-    Unlike PIL's own function it does not write the EXIF block anew, which fails for one that is
-    too long or has a value of the wrong kind.
-    """
+def _finish_image(image: Image.Image, repairs: dict[str, str]) -> _Decoded:
+    """The image of an opened file, upright and in RGB."""
     image.load()
+    # PIL's own function writes the EXIF block anew, which fails for one that is too long or has a
+    # value of the wrong kind.
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception as error:  # a damaged block, in which PIL's parser may stumble anywhere
         repairs[ROTATION_IGNORED] = error_in_words(error)
-        return image
-    turn = _TURNS.get(orientation)
-    return image if turn is None else image.transpose(turn)
-
-
-def _finish_image(image: Image.Image, repairs: dict[str, str]) -> _Decoded:
-    """The image of an opened file, upright and in RGB."""
-    image = _turn_upright(image, repairs)
+    else:
+        turn = _TURNS.get(orientation)
+        image = image if turn is None else image.transpose(turn)
     if image.mode == "F" or image.mode == "I":
         lowest, highest = image.getextrema()
         if lowest < 0 or highest > 65535:
@@ -7074,29 +7060,6 @@ def draw_image_change(
     }
 
 
-def _change_images(
-    frame: pd.DataFrame, number: int, seed: int, may_crop: Iterable[bool]
-) -> pd.DataFrame:
-    """A copy of `frame` in which every row shows its image in variant `number`.
-
-    `may_crop` (n,): whether the image of each row may be cropped.
-    """
-    changed = []
-    for row, row_may_crop in zip(frame.itertuples(), may_crop, strict=True):
-        generator = seeded_generator(seed, number, row.pixel_hash)
-        change = draw_image_change(generator, row.width, row.height, row_may_crop)
-        left, top, right, bottom = change["box"]
-        recipe = json.dumps(change)
-        facts = {
-            "width": right - left,
-            "height": bottom - top,
-            "image_path": f"{row.image_path}{VARIANT_MARK}{recipe}",
-            "pixel_hash": f"{row.pixel_hash} {recipe}",
-        }
-        changed.append(facts)
-    return frame.assign(variant=number, **pd.DataFrame(changed, index=frame.index))
-
-
 def image_variants(frame: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
     """`frame`, then `count` copies of it that show mildly changed images.
 
@@ -7111,7 +7074,21 @@ def image_variants(frame: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
     is_read = asks_for_text.groupby(frame["pixel_hash"]).transform("any")
     variants = [frame.assign(variant=0)]
     for number in range(1, count + 1):
-        variants.append(_change_images(frame, number, seed, may_crop=~is_read))
+        changed = []
+        for row, may_crop in zip(frame.itertuples(), ~is_read, strict=True):
+            generator = seeded_generator(seed, number, row.pixel_hash)
+            change = draw_image_change(generator, row.width, row.height, may_crop)
+            left, top, right, bottom = change["box"]
+            recipe = json.dumps(change)
+            facts = {
+                "width": right - left,
+                "height": bottom - top,
+                "image_path": f"{row.image_path}{VARIANT_MARK}{recipe}",
+                "pixel_hash": f"{row.pixel_hash} {recipe}",
+            }
+            changed.append(facts)
+        columns = pd.DataFrame(changed, index=frame.index)
+        variants.append(frame.assign(variant=number, **columns))
     return pd.concat(variants, ignore_index=True)
 
 
