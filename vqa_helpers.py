@@ -16220,18 +16220,6 @@ def choose_cross_fitted(candidates: Mapping[str, Candidate], labels, groups) -> 
     return result
 
 
-def _imaginary_changes(candidates: Mapping[str, Candidate]) -> np.ndarray:
-    """(candidates, 2) changes in accuracy and NLL of the imaginary question that gains.
-
-    As in `bootstrap_interval`: sqrt(p / 2), with p = 1 for accuracy and the candidate's
-    fitted_parameters for NLL. The first candidate is compared with itself: no change.
-    """
-    squares = [[0.5, candidate.fitted_parameters / 2] for candidate in candidates.values()]
-    imaginary = np.sqrt(squares)
-    imaginary[0] = 0
-    return imaginary
-
-
 def choice_interval(candidates: Mapping[str, Candidate], labels, groups) -> np.ndarray:
     """(2, 2) ends of the 90 % intervals of what `choose_cross_fitted` gains on the first one.
 
@@ -16242,7 +16230,11 @@ def choice_interval(candidates: Mapping[str, Candidate], labels, groups) -> np.n
     """
     evidence = _evidence_by_group(candidates, labels, groups)
     part_of_group = np.unique(groups) % CROSS_FIT_PARTS
-    imaginary = _imaginary_changes(candidates)
+    # What an imaginary question gains, as in `bootstrap_interval`: sqrt(p / 2), with p = 1 for
+    # accuracy. The first candidate is compared with itself.
+    squares = [[0.5, candidate.fitted_parameters / 2] for candidate in candidates.values()]
+    imaginary = np.sqrt(squares)  # (candidates, 2)
+    imaginary[0] = 0
     draws = _group_draws(len(evidence) + 2)
     group_draws = draws[:, :-2]
     imaginary_draws = draws[:, -2:]  # of the two imaginary questions: one gains, one loses
@@ -16346,26 +16338,21 @@ def mean_over_members(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np
 def read_scores(run: Run, fold: int, name: str) -> dict[str, np.ndarray]:
     """The scores `name` (oof or test) of a fold or of the model on all rows: the mean over seeds.
 
-    The one place where the seeds of a run become one model.
+    The one place where the seeds of a run become one model. Views in 16 bits stand behind the
+    others, where all members have them.
     """
-    parts = [_read_member_scores(run, member, name) for member in run.members_behind(fold)]
+    parts = []
+    for member in run.members_behind(fold):
+        folder = run.fold_dir(member)
+        content = read_arrays(folder / f"{name}.npz", run.fingerprint, SCORE_ARRAYS)
+        if run.is_rescored:
+            rescored = read_arrays(folder / f"{name}_16bit.npz", run.fingerprint, SCORE_ARRAYS)
+            logits = [content["logits"], rescored["logits"]]
+            view_names = [content["view_names"], rescored["view_names"]]
+            content["logits"] = np.concatenate(logits, axis=1)
+            content["view_names"] = np.concatenate(view_names)
+        parts.append(content)
     return mean_over_members(parts)
-
-
-def _read_member_scores(run: Run, member: int, name: str) -> dict[str, np.ndarray]:
-    """What `write_logits` wrote as `name` (oof or test) for this member.
-
-    Views in 16 bits stand behind the others, where all members have them.
-    """
-    folder = run.fold_dir(member)
-    content = read_arrays(folder / f"{name}.npz", run.fingerprint, SCORE_ARRAYS)
-    if run.is_rescored:
-        rescored = read_arrays(folder / f"{name}_16bit.npz", run.fingerprint, SCORE_ARRAYS)
-        logits = [content["logits"], rescored["logits"]]
-        view_names = [content["view_names"], rescored["view_names"]]
-        content["logits"] = np.concatenate(logits, axis=1)
-        content["view_names"] = np.concatenate(view_names)
-    return content
 
 
 def _require_scored_folds(run: Run) -> None:
@@ -16586,15 +16573,6 @@ def fold_table(results: Sequence[FoldResult]) -> pd.DataFrame:
     return table.fillna("").rename_axis("fold")
 
 
-def _read_validation(run: Run, fold: int, kind: str, seeds: int | None) -> dict[str, np.ndarray]:
-    """A fold's held-out rows as its models scored them when training ended: the mean over seeds."""
-    parts = []
-    for member in run.members_behind(fold, seeds):
-        path = run.fold_dir(member) / f"validation_{kind}.npz"
-        parts.append(read_arrays(path, run.fingerprint))
-    return mean_over_members(parts)
-
-
 def validation_scores(
     run: Run,
     ids: pd.Series,
@@ -16603,12 +16581,17 @@ def validation_scores(
 ) -> np.ndarray:
     """(n, 4) mean over `kinds` of weights of what each scored held-out rows, in one view.
 
-    They were scored when training ended; the rows are those of `ids`, in that order. `seeds`: how
-    many seeds of each fold count; None: those that are selected.
+    They were scored when training ended, and are the mean over the first `seeds` of each fold;
+    None: those that are selected. The rows are those of `ids`, in that order.
     """
     scores = []
     for kind in kinds:
-        parts = [_read_validation(run, fold, kind, seeds) for fold in run.finished_folds]
+        parts = []
+        for fold in run.finished_folds:
+            folders = map(run.fold_dir, run.members_behind(fold, seeds))
+            paths = [folder / f"validation_{kind}.npz" for folder in folders]
+            scored = [read_arrays(path, run.fingerprint) for path in paths]
+            parts.append(mean_over_members(scored))
         logits = align_rows(ids, parts, "logits")
         scores.append(logits[:, 0])
     return np.mean(scores, axis=0)
@@ -16900,23 +16883,6 @@ def _step_intervals(
     return intervals
 
 
-def _describe_change(before: np.ndarray, after: np.ndarray, interval: np.ndarray) -> dict:
-    """A step's columns of the ladder that compare it with another one.
-
-    `before` and `after`: (n, 2) `row_scores`, NaN where a row was not predicted;
-    `interval`: (4,) as in INTERVAL_COLUMNS. Empty where no row was predicted by both: a
-    zero-shot sample may hold no row of the trained folds.
-    """
-    shared = np.isfinite(after[:, 0] - before[:, 0])
-    if not shared.any():
-        return {}
-    return {
-        **compare_paired(before[shared, 0], after[shared, 0]),
-        **dict(zip(INTERVAL_COLUMNS, interval, strict=True)),
-        "nll_change": (after - before)[shared, 1].mean(),
-    }
-
-
 def ladder_table(steps: Mapping[str, LadderStep], labels, groups) -> pd.DataFrame:
     """Scores of each step, and the paired changes against another with 90 % intervals.
 
@@ -16938,8 +16904,13 @@ def ladder_table(steps: Mapping[str, LadderStep], labels, groups) -> pd.DataFram
         if not np.isnan(step.probabilities).any():
             row.update(score_row(step.probabilities, labels))
         if step.against:
-            before = scores[step.against]
-            row.update(_describe_change(before, scores[name], intervals[name]))
+            change = changes[name]
+            shared = np.isfinite(change[:, 0])
+            if shared.any():  # a zero-shot sample may hold no row of the trained folds
+                before = scores[step.against][shared, 0]
+                row.update(compare_paired(before, scores[name][shared, 0]))
+                row.update(zip(INTERVAL_COLUMNS, intervals[name], strict=True))
+                row["nll_change"] = change[shared, 1].mean()
         rows[name] = row
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("step")
     table = table.reindex(columns=LADDER_COLUMNS)
@@ -17688,72 +17659,44 @@ def temperature_table(
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("fold")
 
 
-def _view_candidates(
-    run: Run,
-    oof: OofLogits,
-    views: Sequence[int],
-    calibration: Calibration,
-) -> dict[str, Candidate]:
-    """The ways to combine the views: their calibrated mean, then the blends of several.
-
-    The mean alone where rows in doubt have more views than others.
-    """
-    candidates = {"mean": Candidate(calibration.probabilities)}
-    if len(views) > 1 and not oof.steps:
-        blends = cross_fitted_blends(
-            _view_members(oof.logits, views),
-            oof.labels,
-            oof.groups,
-            VIEW_BLEND_STEPS,
-            run.config.use_temperature_scaling,
-        )
-        candidates.update(blends)
-    return candidates
-
-
 def _without_vote(candidates: Mapping[str, Candidate]) -> dict[str, Candidate]:
     """The candidates that may be chosen: folds vote, not views."""
     return {name: candidate for name, candidate in candidates.items() if name != "vote"}
 
 
-def _choose_method(
-    run: Run,
-    oof: OofLogits,
-    candidates: Mapping[str, Candidate],
-) -> tuple[str, np.ndarray]:
-    """The way to combine views, and its (n, 4) cross-fitted probabilities.
-
-    It is the setting `ensemble_method`, or with "auto" the evidence's choice. The mean
-    stands in for a vote, and for weights where there is one view only.
-    """
-    eligible = _without_vote(candidates)
-    if run.config.ensemble_method == "auto":
-        method = choose_blend(eligible, oof.labels, oof.groups)
-        return method, choose_cross_fitted(eligible, oof.labels, oof.groups)
-    method = run.config.ensemble_method
-    if method not in eligible:
-        method = "mean"
-    return method, candidates[method].probabilities
-
-
 def decide_views(run: Run, oof: OofLogits, views: list[int], has_skill: bool) -> ViewDecisions:
     """With the admitted views, decide on the temperature and on the way to combine them.
 
-    Without skill nothing is fitted to labels: all temperatures stay at 1, the mean combines.
+    The views are combined as the setting `ensemble_method` says, or with "auto" the evidence. The
+    mean stands in for a vote, and where there are no other views to combine; blends of views
+    whose rows in doubt have more than others are none. Without skill nothing is fitted to
+    labels: all temperatures stay at 1, the mean combines.
     """
     scores = oof.scores(views)
     plain = calibrate(scores, oof.labels, oof.folds, enabled=False)
     if not has_skill:
         candidates = {"mean": Candidate(plain.probabilities)}
         return ViewDecisions(views, None, plain, candidates, "mean", plain.probabilities)
-    scaled = calibrate(scores, oof.labels, oof.folds, run.config.use_temperature_scaling)
+    scaling = run.config.use_temperature_scaling
+    scaled = calibrate(scores, oof.labels, oof.folds, scaling)
 
     def loss(calibration: Calibration) -> float:
         return negative_log_likelihood(calibration.probabilities, oof.labels)
 
     calibration = min(plain, scaled, key=loss)
-    candidates = _view_candidates(run, oof, views, calibration)
-    method, probabilities = _choose_method(run, oof, candidates)
+    candidates = {"mean": Candidate(calibration.probabilities)}
+    if len(views) > 1 and not oof.steps:
+        members = _view_members(oof.logits, views)
+        blends = cross_fitted_blends(members, oof.labels, oof.groups, VIEW_BLEND_STEPS, scaling)
+        candidates.update(blends)
+    eligible = _without_vote(candidates)
+    method = run.config.ensemble_method
+    if method == "auto":
+        method = choose_blend(eligible, oof.labels, oof.groups)
+        probabilities = choose_cross_fitted(eligible, oof.labels, oof.groups)
+    else:
+        method = method if method in eligible else "mean"
+        probabilities = candidates[method].probabilities
     return ViewDecisions(views, scaled, calibration, candidates, method, probabilities)
 
 
