@@ -20408,37 +20408,12 @@ def find_related_competitions(config: Config, data_dir: Path) -> dict[str, Path]
     return folders
 
 
-def _without_test_images(
-    rows: pd.DataFrame, test: pd.DataFrame, source: str, fallbacks: Counter
-) -> pd.DataFrame:
-    """`rows` without those whose image is a copy of a test image, exact or near; counted."""
-    leakage = leakage_report(test[test["image_ok"]], rows)
-    is_copy = leakage.test_group.isin(leakage.image_group)
-    fallbacks[f"{source}_copies_of_test_images_left_out"] += int(is_copy.sum())
-    return rows[~is_copy].reset_index(drop=True)
-
-
-def _with_related_context(
-    config: Config, rows: pd.DataFrame, folder: Path, source: str, fallbacks: Counter
-) -> pd.DataFrame:
-    """`rows` with their column context: of context.csv in their own folder, else of their table.
-
-    Without the column where context_tokens is 0; blank where they have none, which is counted.
-    """
-    path = folder / CONTEXT_FILE
-    if config.context_tokens and path.is_file():
-        texts = _read_context_file(path, fallbacks)
-        _check_context_ids(path.name, texts, folder, config.columns)
-        nothing = _ContextText(line=0, text="")
-        rows = rows.assign(context=[texts.get(row_id, nothing).text for row_id in rows["id"]])
-    return _use_context_column(config, rows, source, fallbacks)
-
-
 def load_related_rows(run: Run, data_dir: Path, fallbacks: Counter) -> list[pd.DataFrame]:
     """The labelled rows of each folder in extra_train_dirs, with their `source`.
 
-    Tables and images are read as the competition's own. Ids get the source in front. Rows that
-    show a copy of a test image are left out; all losses are counted in `fallbacks`. Raises
+    Tables and images are read as the competition's own; context is that of context.csv in the
+    row's own folder, else of its table. Ids get the source in front. Rows that show a copy of a
+    test image, exact or near, are left out; all losses are counted in `fallbacks`. Raises
     DataError that names folder, file and row.
     """
     config = run.config
@@ -20454,8 +20429,17 @@ def load_related_rows(run: Run, data_dir: Path, fallbacks: Counter) -> list[pd.D
             raise DataError(f"Folder {folder} of extra_train_dirs: {error}") from error
         for name, count in (+counts).items():
             fallbacks[f"{source}_{name.removeprefix('train_')}"] += count
-        rows = _with_related_context(config, rows, folder, source, fallbacks)
-        rows = _without_test_images(rows, run.test, source, fallbacks)
+        path = folder / CONTEXT_FILE
+        if config.context_tokens and path.is_file():
+            texts = _read_context_file(path, fallbacks)
+            _check_context_ids(path.name, texts, folder, config.columns)
+            nothing = _ContextText(line=0, text="")
+            rows = rows.assign(context=[texts.get(row_id, nothing).text for row_id in rows["id"]])
+        rows = _use_context_column(config, rows, source, fallbacks)
+        leakage = leakage_report(run.test[run.test["image_ok"]], rows)
+        is_copy = leakage.test_group.isin(leakage.image_group)
+        fallbacks[f"{source}_copies_of_test_images_left_out"] += int(is_copy.sum())
+        rows = rows[~is_copy].reset_index(drop=True)
         frames.append(rows.assign(id=f"{source}/" + rows["id"], source=source))
     return frames
 
@@ -21013,7 +20997,8 @@ def start_run(config: Config, competition: Competition, folds: np.ndarray) -> Ru
 def _check_config(path: Path, content: Mapping, tables: Mapping[str, pd.DataFrame]) -> None:
     """Raise CheckpointError where the run of config.json `path` is another than `content` says.
 
-    A damaged one is written anew where the results in its directory are this run's.
+    A damaged one is written anew where the results in its directory are this run's. Another
+    version of a library is only a warning.
     """
     try:
         before = read_config_file(path)
@@ -21021,7 +21006,25 @@ def _check_config(path: Path, content: Mapping, tables: Mapping[str, pd.DataFram
         require_results_of(path.parent, content["fingerprint"], error.problem)
         LOGGER.warning("Written anew: %s", error.problem)
         return
-    _check_same_run(before, content, path.parent, tables)
+    for name, version in content["libraries"].items():
+        earlier = before["libraries"].get(name, "of an unknown version")
+        if earlier != version:
+            LOGGER.warning("This run was started with %s %s; now %s", name, earlier, version)
+    parts = content["parts"]
+    changed = [name for name in parts if before["parts"].get(name, "") != parts[name]]
+    if not changed:
+        return
+    config = content["config"]
+    differences = _differing_settings(before["config"], config)
+    differences += _differing_rows(path.parent, tables)
+    if "model" in changed:
+        names = [config["model_id"], config["score_model_id"]]
+        differences.append(f"files in {' or '.join(filter(None, names))}")
+    what = "; ".join(differences) or "same settings"
+    raise CheckpointError(
+        f"{path.parent} was made with other {' and '.join(changed)} ({what}); "
+        "choose a new run_name, or delete that folder"
+    )
 
 
 def _find_earlier_runs(directory: Path, config: Config, fingerprint: str) -> dict[Path, tuple]:
@@ -21105,38 +21108,6 @@ def _differing_rows(directory: Path, tables: Mapping[str, pd.DataFrame]) -> list
             more = max(0, len(ids) - 3)
             differences.append(f"rows {shown} and {more} more of {name}.csv")
     return differences
-
-
-def _check_same_run(
-    before: Mapping,
-    now: Mapping,
-    directory: Path,
-    tables: Mapping[str, pd.DataFrame],
-) -> None:
-    """Raise CheckpointError with what differs between two contents of config.json.
-
-    Another version of a library is only a warning.
-    """
-    for name, version in now["libraries"].items():
-        earlier = before["libraries"].get(name, "of an unknown version")
-        if earlier != version:
-            LOGGER.warning("This run was started with %s %s; now %s", name, earlier, version)
-    changed = []
-    for name, value in now["parts"].items():
-        if before["parts"].get(name, "") != value:
-            changed.append(name)
-    if not changed:
-        return
-    differences = _differing_settings(before["config"], now["config"])
-    differences += _differing_rows(directory, tables)
-    if "model" in changed:
-        names = [now["config"]["model_id"], now["config"]["score_model_id"]]
-        differences.append(f"files in {' or '.join(filter(None, names))}")
-    what = "; ".join(differences) or "same settings"
-    raise CheckpointError(
-        f"{directory} was made with other {' and '.join(changed)} ({what}); "
-        "choose a new run_name, or delete that folder"
-    )
 
 
 # ======= 8. Running ===============================================================================
