@@ -3236,14 +3236,6 @@ def billion_parameters(model_id: str) -> float | None:
     return max(map(float, sizes), default=None)
 
 
-def _least_weights_gib(config: Config, precision: str) -> float:
-    """GiB that the base model's weights take at least; 0 where its name does not give its size."""
-    if Path(config.model_path).is_dir():
-        return 0.0  # preflight computes it from the shapes
-    kind = precision if config.quantization == "none" else config.quantization
-    return (billion_parameters(config.model_id) or 0.0) * _GIB_A_BILLION[kind]
-
-
 def require_machine(config: Config) -> None:
     """Raise ValueError where these settings cannot run on this machine, and say what to do.
 
@@ -3272,7 +3264,10 @@ def require_machine(config: Config) -> None:
         memory = psutil.virtual_memory().total / 2**30
         place = "this computer"
         remedy = f"{how_to_get_a_gpu()}, or choose another preset: {_CPU_PRESETS}"
-    weights = _least_weights_gib(config, runtime.precision)
+    weights = 0.0  # of a local folder preflight computes it from the shapes
+    if not Path(config.model_path).is_dir():
+        kind = runtime.precision if config.quantization == "none" else config.quantization
+        weights = (billion_parameters(config.model_id) or 0.0) * _GIB_A_BILLION[kind]
     if weights and weights + _LEAST_ROOM_GIB > memory:
         raise ValueError(
             f"{where}: {config.model_id} takes {weights:.0f} GiB at least, and {place} has "
@@ -3463,12 +3458,6 @@ def look_of_choices(choices: Sequence[str]) -> str:
         if count >= needed:
             return look
     return ""
-
-
-def _can_answer_yes_or_no(choices: Sequence[str]) -> bool:
-    """Whether some choice is a predicate or unsure, as answers to a yes/no question are."""
-    texts = _filled_texts(choices)
-    return not texts or any(map(_PREDICATE.fullmatch, texts))
 
 
 # === Words of Korean questions ====================================================================
@@ -3853,22 +3842,17 @@ def _type_of_what(asked: _KoreanQuestion) -> str | None:
         return _type_of_korean_topic(asked.before)
     if _WRITTEN.search(rest):
         return "ocr"
-    if word.endswith("로"):
-        return _type_of_made_of(rest)
+    if word.endswith("로"):  # paint, the material of a thing, or neither
+        if re.match(r"칠|염색|물들", rest):
+            return "color"
+        is_made = re.match(r"만들|만든|지어|지은|제작|이루|이뤄|구성|되어|돼|됐|된|덮|포장", rest)
+        return "attribute" if is_made else None
     if re.fullmatch(r"무엇|무엇의|뭐", word) and re.match(r"위|아래|밑|옆|앞|뒤|안|속|사이", rest):
         return "location"
     if re.fullmatch(r"(?:무엇|뭐|뭘|무얼)[을를]?", word) and rest.startswith("하"):
         is_purpose = re.match(r"하는 (?!중|모습|것|상황|동작|사람들)|하기|하려|하러|할 때", rest)
         return None if is_purpose else "attribute"
     return None
-
-
-def _type_of_made_of(rest: str) -> str | None:
-    """무엇으로: the colour of paint, the material of a thing, or neither."""
-    if re.match(r"칠|염색|물들", rest):
-        return "color"
-    is_made = re.match(r"만들|만든|지어|지은|제작|이루|이뤄|구성|되어|돼|됐|된|덮|포장", rest)
-    return "attribute" if is_made else None
 
 
 _KOREAN_RULES = {
@@ -4093,7 +4077,8 @@ def _question_type(text: str, choices: tuple[str, ...]) -> str:
     texts = _filled_texts(choices)
     if found == "color" and texts and not any(map(_names_colors, texts)):
         found = None  # the choices rule it out
-    if found == "yesno" and (look or not _can_answer_yes_or_no(choices)):
+    can_be_yes_or_no = not texts or any(map(_PREDICATE.fullmatch, texts))
+    if found == "yesno" and (look or not can_be_yes_or_no):
         found = None
     by_look = {"": "general", "number": "ocr"}.get(look, look)
     return found or by_look
@@ -4956,14 +4941,6 @@ def _choices_by_id(test: pd.DataFrame) -> pd.DataFrame:
     return rows.set_index("id")[[*CHOICES]]
 
 
-def _sample_rows(sample: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
-    """The sample's rows that have an answer, with the choices of the test row."""
-    answers = ["" if pd.isna(answer) else str(answer) for answer in sample.iloc[:, 1]]
-    choices = _choices_by_id(test).reindex(sample.iloc[:, 0].map(str), fill_value="")
-    rows = choices.assign(answer=answers)
-    return rows[~rows["answer"].map(shows_nothing)]
-
-
 def decide_notation(
     of_train: AnswerNotation, sample: pd.DataFrame, test: pd.DataFrame, fallbacks: Counter
 ) -> AnswerNotation:
@@ -4978,7 +4955,10 @@ def decide_notation(
     >>> print(f"{notation}: {notation.reason}")
     letters (A, B, C, D): as in the sample, such as 'A'; train.csv has letters (a, b, c, d)
     """
-    rows = _sample_rows(sample, test)
+    answers = ["" if pd.isna(answer) else str(answer) for answer in sample.iloc[:, 1]]
+    choices = _choices_by_id(test).reindex(sample.iloc[:, 0].map(str), fill_value="")
+    rows = choices.assign(answer=answers)
+    rows = rows[~rows["answer"].map(shows_nothing)]
     if rows.empty:
         reason = "as in train.csv; the sample's answers are blank"
         return dataclasses.replace(of_train, reason=reason)
@@ -5861,13 +5841,6 @@ def _repair_jpeg(path: str | Path, content: bytes, max_side: int, reason: str) -
     return _finish_image(image, repairs)
 
 
-def _repair_png(content: bytes, reason: str) -> _Decoded:
-    """A PNG that PIL refuses for a `reason`, without blocks that are not needed."""
-    kept = _png_without_blocks(content)
-    image = Image.open(io.BytesIO(kept), formats=["PNG"])
-    return _finish_image(image, _blocks_left_out(content, kept, reason))
-
-
 def _repair_image(path: str | Path, max_side: int, error: Exception) -> _Decoded:
     """What can be saved of an image that PIL refuses with `error`; ImageError for what cannot."""
     content = b""
@@ -5881,7 +5854,9 @@ def _repair_image(path: str | Path, max_side: int, error: Exception) -> _Decoded
         if content.startswith(b"\xff\xd8\xff"):
             return _repair_jpeg(path, content, max_side, reason)
         if content.startswith(b"\x89PNG"):
-            return _repair_png(content, reason)
+            kept = _png_without_blocks(content)
+            image = Image.open(io.BytesIO(kept), formats=["PNG"])
+            return _finish_image(image, _blocks_left_out(content, kept, reason))
     except ImageError:
         raise
     except Exception as second_error:
@@ -6938,16 +6913,6 @@ def _question_keys(frame: pd.DataFrame) -> list[tuple]:
     return keys
 
 
-def _answered_copies(train: pd.DataFrame) -> dict[tuple, list[_AnsweredCopy]]:
-    """The training rows of each of `_question_keys`."""
-    choices = train[[*CHOICES]].map(comparable_text).to_numpy()
-    answers = choices[np.arange(len(train)), train["label"]]
-    copies = defaultdict(list)
-    for key, train_id, answer in zip(_question_keys(train), train["id"], answers, strict=True):
-        copies[key].append(_AnsweredCopy(train_id, answer))
-    return copies
-
-
 def _letter_of_answer(copies: Sequence[_AnsweredCopy], choices: list[str]) -> tuple[str, str]:
     """The letter under which the copies' answer stands in `choices`, or else why there is none."""
     answers = {copy.answer for copy in copies}
@@ -6972,7 +6937,11 @@ def known_answers(train: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
     >>> known_answers(train, test).to_dict("records")
     [{'id': 't1', 'train_id': 'q1', 'answer': 'a', 'problem': ''}]
     """
-    copies = _answered_copies(train)
+    all_choices = train[[*CHOICES]].map(comparable_text).to_numpy()
+    answers = all_choices[np.arange(len(train)), train["label"]]
+    copies = defaultdict(list)  # by `_question_keys`
+    for key, train_id, answer in zip(_question_keys(train), train["id"], answers, strict=True):
+        copies[key].append(_AnsweredCopy(train_id, answer))
     test = test[test["pixel_hash"].isin(train["pixel_hash"])]  # of a large table a few rows
     choices_of_row = test[[*CHOICES]].map(comparable_text).to_numpy().tolist()
     rows = []
