@@ -15546,8 +15546,12 @@ class TemperatureScaler:
         """
         logits = combine_views(logits)
         labels = _as_labels(labels, logits.shape)
-        self._refuse_masked_labels(logits, labels)
         rows = np.arange(len(labels))
+        masked = np.isneginf(logits[rows, labels])  # no temperature makes it likely
+        if masked.any():
+            raise ValueError(
+                f"row {masked.argmax()} is labelled with a masked choice: drop the row or unmask it"
+            )
 
         def loss(log_temperature: float) -> float:  # convex in 1 / T: it has one valley
             scaled = logits / math.exp(log_temperature)
@@ -15571,15 +15575,6 @@ class TemperatureScaler:
             advice = "temperature %.2g is at its bound: %s"
             (logger or LOGGER).warning(advice, self.temperature, self.bound_reason)
         return self
-
-    @staticmethod
-    def _refuse_masked_labels(logits: np.ndarray, labels: np.ndarray) -> None:
-        """Raise ValueError where the label's logit is -inf: no temperature makes it likely."""
-        masked = np.isneginf(logits[np.arange(len(labels)), labels])
-        if masked.any():
-            raise ValueError(
-                f"row {masked.argmax()} is labelled with a masked choice: drop the row or unmask it"
-            )
 
     def transform(self, logits) -> np.ndarray:
         """(n, choices) calibrated probabilities of (n, choices) or (n, views, choices) logits.
@@ -16902,21 +16897,16 @@ def set_choice_interval(
     table.loc[step, INTERVAL_COLUMNS] = ends.T.ravel()
 
 
-def _validated_kinds(run: Run) -> list[str]:
-    """The kinds of weights (ema, raw, swa) with which every trained model scored held-out rows."""
-    kinds_by_fold = []
-    for member in run.finished_members:
-        paths = run.fold_dir(member).glob("validation_*.npz")
-        kinds_by_fold.append({path.stem.removeprefix("validation_") for path in paths})
-    return sorted(set.intersection(*kinds_by_fold))
-
-
 def weight_ladder_steps(run: Run, oof: OofLogits) -> dict[str, LadderStep]:
     """Steps of the kinds of weights that were not selected, in one view, against what was.
 
     Each of raw, EMA and SWA, and all of them together where they may be mixed.
     """
-    kinds = _validated_kinds(run)
+    kinds_by_model = []  # with which it scored held-out rows
+    for member in run.finished_members:
+        paths = run.fold_dir(member).glob("validation_*.npz")
+        kinds_by_model.append({path.stem.removeprefix("validation_") for path in paths})
+    kinds = sorted(set.intersection(*kinds_by_model))
     mixtures = {}
     for kind in kinds:
         label = kind if kind == "raw" else kind.upper()
@@ -16957,20 +16947,6 @@ def seed_ladder_step(run: Run, oof: OofLogits) -> dict[str, LadderStep]:
     return {name: step}
 
 
-def _step_costs(run: Run, oof: OofLogits, steps: Iterable[LadderStep]) -> list[float]:
-    """Cost of scoring a row for each step.
-
-    The unit is a question with one view, one kind of weights and one seed.
-    """
-    n_selected = max(1, len(run.selected_weights))
-    costs = []
-    for step in steps:
-        weight_kinds = n_selected if step.weight_kinds is None else step.weight_kinds
-        models = run.members_per_fold() if step.models is None else step.models
-        costs.append(oof.cost(step.views) * weight_kinds * models + step.extra_cost)
-    return costs
-
-
 def build_ladder(run: Run, oof: OofLogits, steps: Mapping[str, LadderStep]) -> pd.DataFrame:
     """What each step is worth on OOF rows against the step named in `against`.
 
@@ -16991,8 +16967,14 @@ def build_ladder(run: Run, oof: OofLogits, steps: Mapping[str, LadderStep]) -> p
     ladder = ladder_table(ordered_steps, oof.labels, oof.groups)
     base_scores = score_row(base_probabilities.to_numpy(), base["labels"])
     ladder.loc[STEP_ZERO_SHOT, list(base_scores)] = base_scores
+    selected = max(1, len(run.selected_weights))
+    costs = []
+    for step in ordered_steps.values():
+        weight_kinds = selected if step.weight_kinds is None else step.weight_kinds
+        models = run.members_per_fold() if step.models is None else step.models
+        costs.append(oof.cost(step.views) * weight_kinds * models + step.extra_cost)
     behind_scores = len(SCORES)
-    ladder.insert(behind_scores, "cost", _step_costs(run, oof, ordered_steps.values()))
+    ladder.insert(behind_scores, "cost", costs)
     ladder.insert(behind_scores + 1, "seconds", ladder["cost"].map(run.scoring_seconds))
     ladder.loc[STEP_ZERO_SHOT, "seconds"] /= len(run.submission_models)  # it is one model
     return ladder
@@ -17747,16 +17729,6 @@ def training_shortfall(ladder: pd.DataFrame) -> str:
     return NOT_ABOVE_ZEROSHOT if tuned["gain_low"] <= 0 else ""
 
 
-def _mark_used_steps(ladder: pd.DataFrame, skill: Skill) -> None:
-    """Say beside the steps of the submission that they have not earned their place.
-
-    The column `alarm` is there only where training has not helped.
-    """
-    mark = training_shortfall(ladder) if skill.has_skill else "not above guessing"
-    if mark:
-        ladder["alarm"] = np.where(ladder["used"].astype(bool), mark, "")
-
-
 @each_warning_once()
 def evaluate_run(run: Run) -> Evaluation:
     """Take every decision on OOF rows, and say what each step is worth, all from saved logits.
@@ -17789,7 +17761,10 @@ def evaluate_run(run: Run) -> Evaluation:
     if base_choice:
         candidates = base_choice.candidates
         set_choice_interval(ladder, candidates, oof.labels, oof.groups, STEP_BASE_CHOICE)
-    _mark_used_steps(ladder, skill)
+    # Steps of the submission that have not earned their place.
+    mark = training_shortfall(ladder) if skill.has_skill else "not above guessing"
+    if mark:
+        ladder["alarm"] = np.where(ladder["used"].astype(bool), mark, "")
     scores = oof.scores(views)
     temperatures = decisions.calibration.temperatures
     bound_reasons = reasons_at_bounds(oof, scores) if skill.has_skill else {}
@@ -18331,12 +18306,6 @@ def _missing_folds(run: Run) -> list[str]:
     return [member_name(run.config, member) for member in missing]
 
 
-def _is_of_other_weights(run: Run, event: str) -> bool:
-    """Whether this is `FoldTrainer.save_weights`' note on weights that are not in use."""
-    kind = re.match(r"fold \d+(?: seed \d+)?, (\w+) weights: ", event)
-    return bool(kind and run.selected_weights and kind[1] not in run.selected_weights)
-
-
 def _run_alarms(run: Run) -> list[str]:
     """Sentences about what the run has lost or taken a fallback for."""
     alarms = []
@@ -18352,16 +18321,11 @@ def _run_alarms(run: Run) -> list[str]:
     if run.config.distill_from:
         alarms.append(f"Do not trust these figures: {DISTILLED_WARNING}.")
     for event in dict.fromkeys(record["event"] for record in unplanned_events(run)):
-        if not _is_of_other_weights(run, event):
+        # Not the note of `FoldTrainer.save_weights` on weights that are not in use.
+        kind = re.match(r"fold \d+(?: seed \d+)?, (\w+) weights: ", event)
+        if not (kind and run.selected_weights and kind[1] not in run.selected_weights):
             alarms.append(f"{event[:1].upper()}{event[1:]}.")
     return alarms
-
-
-def _stage_seconds(run: Run) -> tuple[float, float]:
-    """Seconds on the clock while any worker was at work, and of all workers together."""
-    records = run.stage_records
-    spans = [(record["time"] - record["seconds"], record["time"]) for record in records]
-    return covered_seconds(spans), sum(record["seconds"] for record in records)
 
 
 def _next_step(run: Run, verdict: Verdict, results: Sequence[FoldResult], share_cut: float) -> str:
@@ -18433,7 +18397,8 @@ def make_verdict(
     interval = accuracy_interval(correct, oof.groups)
     low, high = widen_for_leaderboard(accuracy, interval, len(correct), len(run.test))
     tuned = evaluation.ladder.loc[STEP_ONE_VIEW]
-    wall_seconds, worker_seconds = _stage_seconds(run)
+    records = run.stage_records
+    spans = [(record["time"] - record["seconds"], record["time"]) for record in records]
     verdict = Verdict(
         accuracy=accuracy,
         low=low,
@@ -18447,8 +18412,8 @@ def make_verdict(
         test_rows=len(run.test),
         models=len(run.submission_members),
         alarms=(),
-        wall_seconds=wall_seconds,
-        worker_seconds=worker_seconds,
+        wall_seconds=covered_seconds(spans),
+        worker_seconds=sum(record["seconds"] for record in records),
         next_step="",
         base_member=describe_base_member(run, evaluation) if evaluation.base else "",
     )
@@ -18575,13 +18540,6 @@ def _two_axes(axes):
 def _whole_numbers(axis) -> None:
     """Let an axis have ticks at whole numbers only: there is no epoch 1.5."""
     axis.set_major_locator(matplotlib_ticker.MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def _show_at_least(ax, span: float) -> None:
-    """Widen the vertical axis to `span`: one row more or less must not look like a cliff."""
-    low, high = ax.get_ylim()
-    missing = max(0.0, span - (high - low)) / 2
-    ax.set_ylim(low - missing, high + missing)
 
 
 def spread_apart(heights: Sequence[float], gap: float, top: float) -> list[float]:
@@ -18819,7 +18777,10 @@ def plot_doubt_curve(curve: pd.DataFrame, axes=None):
         for name, cost, value in ends_of_steps[["cost", column]].itertuples():
             text = name.removesuffix(", 100%")
             ax.annotate(text, (cost, value), (0, height), textcoords="offset points", ha="center")
-        _show_at_least(ax, 0.2)
+        # One row more or less must not look like a cliff.
+        low, high = ax.get_ylim()
+        missing = max(0.0, 0.2 - (high - low)) / 2
+        ax.set_ylim(low - missing, high + missing)
     ax.legend(frameon=False)
     return axes
 
