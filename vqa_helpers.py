@@ -21152,13 +21152,6 @@ def open_inference_checkpoint(session: Session, run: Run, path: Path) -> Inferen
     return InferenceCheckpoint(path, fingerprint, run.config)
 
 
-def read_pilot(run: Run, fold: int) -> Pilot:
-    """The fold's pilot, which was scored with its held-out rows."""
-    path = run.fold_dir(fold) / "oof.npz"
-    content = read_arrays(path, run.fingerprint, ["pilot_rows", "pilot_logits"])
-    return Pilot(content["pilot_rows"], content["pilot_logits"])
-
-
 def kept_scores(
     run: Run,
     fold: int,
@@ -21208,16 +21201,6 @@ class ScoringTask:
     images: pd.DataFrame  # rows whose images are cached before, these among them
 
 
-def scoring_tasks(run: Run, fold: int, ending: str) -> list[ScoringTask]:
-    """The fold's held-out rows and all test rows."""
-    is_held_out = run.train["fold"] == fold_of(run.config, fold)
-    held_out = run.train[is_held_out].reset_index(drop=True)
-    return [
-        ScoringTask(f"oof{ending}", held_out, run.train),
-        ScoringTask(f"test{ending}", run.test, run.test),
-    ]
-
-
 def score_task(
     session: Session,
     run: Run,
@@ -21242,7 +21225,11 @@ def score_task(
     checkpoint = open_inference_checkpoint(session, run, path)
     if not run.config.doubt_steps:
         return predict_logits(session, task.frame, views, label, checkpoint), {}
-    pilot = read_pilot(run, fold) if task.name == "test" else None
+    pilot = None
+    if task.name == "test":  # it was scored with the held-out rows
+        needed = ["pilot_rows", "pilot_logits"]
+        content = read_arrays(run.fold_dir(fold) / "oof.npz", run.fingerprint, needed)
+        pilot = Pilot(content["pilot_rows"], content["pilot_logits"])
     found = predict_in_steps(session, task.frame, views, label, checkpoint, pilot)
     return found.logits, found.row_arrays() if task.name == "oof" else {}
 
@@ -21255,7 +21242,12 @@ def stage_predict(session: Session, run: Run, fold: int, ending: str = "") -> No
     """
     directory = run.fold_dir(fold)
     views = all_views(run.config, session.processor)
-    tasks = scoring_tasks(run, fold, ending)
+    is_held_out = run.train["fold"] == fold_of(run.config, fold)
+    held_out = run.train[is_held_out].reset_index(drop=True)
+    tasks = [
+        ScoringTask(f"oof{ending}", held_out, run.train),
+        ScoringTask(f"test{ending}", run.test, run.test),
+    ]
     kinds = run.selected_weights
     for kind in kinds:
         ensure_adapter(session, run, fold, kind, retrain=not ending)
@@ -23754,18 +23746,6 @@ class TrialTraining:
             return time.perf_counter() - start
 
 
-def start_trial_training(session: Session, parameters: Mapping) -> TrialTraining:
-    """What a fold's training has beside the model, for `parameters` by name."""
-    is_fp16 = session.runtime.precision == "fp16"
-    return TrialTraining(
-        session=session,
-        parameters=parameters,
-        optimizer=make_optimizer(session, parameters),
-        scaler=torch.amp.GradScaler(session.device.type, enabled=is_fp16),
-        averagers=make_averagers(session.config, parameters),
-    )
-
-
 def try_training_pass(session: Session, prompts: Sequence[Prompt]) -> None:
     """A forward and backward pass; FloatingPointError for gradients that are not finite."""
     batch = collate(session, prompts)
@@ -23999,7 +23979,14 @@ def try_model(session: Session, trial: TrialRows, start_seconds: float) -> Trial
     try_longest_rows(session, trial, plan)
     session.progress("training steps", 0, 1)
     start = time.perf_counter()
-    training = start_trial_training(session, parameters)
+    is_fp16 = session.runtime.precision == "fp16"
+    training = TrialTraining(
+        session=session,
+        parameters=parameters,
+        optimizer=make_optimizer(session, parameters),
+        scaler=torch.amp.GradScaler(session.device.type, enabled=is_fp16),
+        averagers=make_averagers(config, parameters),
+    )
     first_optimizer = time.perf_counter() - start
     seconds = StepSeconds(
         start=start_seconds,
