@@ -2183,10 +2183,7 @@ def setup_logging(
         Path(log_dir).mkdir(parents=True, exist_ok=True)
         path = Path(log_dir) / "run.log"
         LOGGER.addHandler(logging.FileHandler(path, encoding="utf-8"))
-    formatter = logging.Formatter(
-        "%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     for handler in LOGGER.handlers:
         handler.setFormatter(formatter)
     LOGGER.setLevel(level)
@@ -6241,44 +6238,27 @@ class _ContextText:
     text: str  # verbatim
 
 
-def _context_path(config: Config, root: Path) -> Path | None:
-    """The context file of these settings; None where there is none. DataError if it is gone."""
-    if not config.context_file:
-        path = root / CONTEXT_FILE
-        return path if path.is_file() else None
-    path = Path(config.context_file)
-    if not path.is_file():
-        raise DataError(f"context_file {path}: no such file; correct the setting, or leave it out")
-    return path
-
-
-def _context_places(file: str, header: _CsvRecord) -> tuple[int, int]:
-    """Places of the ids and of the texts. Raises DataError unless there is one column of each."""
-    names = [_own_name(name) for name in header.fields]
-    texts = [place for place, name in enumerate(names) if name in _CONTEXT_NAMES]
-    if names.count("id") != 1 or len(texts) != 1:
-        raise DataError(
-            f"{file}, line {header.line}: it needs a column id and a column context (or text), "
-            f"one of each, with a comma between them; correct the header "
-            f"{str(header.fields)[:200]}"
-        )
-    return names.index("id"), texts[0]
-
-
 def _read_context_file(path: Path, fallbacks: Counter) -> dict[str, _ContextText]:
     """Id -> text. Raises DataError for a wrong header or row, and for an id that comes twice."""
     file = path.name
     records = [*_csv_records(file, _decode_csv(path, fallbacks), ",")]
     header, *rows = records or [_CsvRecord(line=1, fields=[])]
-    id_place, text_place = _context_places(file, header)
+    names = [_own_name(name) for name in header.fields]
+    text_places = [place for place, name in enumerate(names) if name in _CONTEXT_NAMES]
+    if names.count("id") != 1 or len(text_places) != 1:
+        raise DataError(
+            f"{file}, line {header.line}: it needs a column id and a column context (or text), "
+            f"one of each, with a comma between them; correct the header "
+            f"{str(header.fields)[:200]}"
+        )
     _check_record_lengths(file, _CsvTable(header, rows, ","))
     texts = {}
     for record in _without_blank_rows(file, rows, fallbacks):
-        row_id = record.fields[id_place]
+        row_id = record.fields[names.index("id")]
         if row_id in texts:
             problem = f"line {texts[row_id].line} has it, too; leave one row for each id"
             raise _cell_error(file, record.line, "id", row_id, problem)
-        texts[row_id] = _ContextText(record.line, record.fields[text_place])
+        texts[row_id] = _ContextText(record.line, record.fields[text_places[0]])
     return texts
 
 
@@ -6355,8 +6335,11 @@ def add_context(config: Config, competition: Competition) -> Competition:
     fallbacks = Counter(competition.fallbacks)
     frames = {"train": competition.train, "test": competition.test}
     fingerprint = competition.fingerprint
-    path = _context_path(config, competition.data_dir) if config.context_tokens else None
-    if path is not None:
+    path = Path(config.context_file or competition.data_dir / CONTEXT_FILE)
+    is_there = path.is_file()
+    if config.context_tokens and config.context_file and not is_there:
+        raise DataError(f"context_file {path}: no such file; correct the setting, or leave it out")
+    if config.context_tokens and is_there:
         texts = _read_context_file(path, fallbacks)
         _check_context_ids(path.name, texts, competition.data_dir, config.columns)
         LOGGER.info("Decision: context of %d rows comes from %s", len(texts), path)
@@ -18458,10 +18441,15 @@ def _time_sentence(verdict: Verdict) -> str:
 
 def verdict_html(verdict: Verdict) -> str:
     """The verdict in large type."""
-    colour = ALARM_COLOUR if verdict.alarms else GOOD_COLOUR
+    colour = GOOD_COLOUR
+    alarms = "No alarm."
+    if verdict.alarms:
+        colour = ALARM_COLOUR
+        items = [f"<li>{html.escape(alarm)}</li>" for alarm in verdict.alarms]
+        alarms = f'<ul style="margin:0; padding-left:24px">{"".join(items)}</ul>'
     rows = [
         ("Did training help? · 학습 효과", html.escape(_training_sentence(verdict))),
-        ("Alarms · 경고", _alarms_html(verdict)),
+        ("Alarms · 경고", alarms),
         ("Time · 걸린 시간", html.escape(_time_sentence(verdict))),
         ("Try next · 다음에 할 일", f"<b>{html.escape(verdict.next_step)}</b>"),
     ]
@@ -18477,13 +18465,6 @@ def verdict_html(verdict: Verdict) -> str:
     for label, content in rows:
         lines.append(f'<div style="margin-top:12px"><i>{label}</i><br>{content}</div>')
     return _box_html(colour, 17, "\n".join(lines))
-
-
-def _alarms_html(verdict: Verdict) -> str:
-    if not verdict.alarms:
-        return "No alarm."
-    items = [f"<li>{html.escape(alarm)}</li>" for alarm in verdict.alarms]
-    return f'<ul style="margin:0; padding-left:24px">{"".join(items)}</ul>'
 
 
 def verdict_markdown(verdict: Verdict) -> str:
@@ -18872,15 +18853,6 @@ def save_figure(ax, run: Run, name: str) -> FigureImage:
 
 
 # === Tables for people ============================================================================
-def thumbnail_html(path: str, description: str, side: int = 120) -> str:
-    """An <img> tag with the image inside it, at most `side` pixels wide and high."""
-    image = load_image(path)
-    image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return _image_tag(buffer.getvalue(), "jpeg", description)
-
-
 def _question_text(row: Mapping, note: str) -> str:
     """Id, type, question and choices of a row as HTML, the answer in bold; all text is escaped."""
     choices = {choice: f"{choice}. {html.escape(row[choice])}" for choice in CHOICES}
@@ -18903,9 +18875,13 @@ def question_cards(frame: pd.DataFrame, notes: Sequence[str] | None = None) -> s
     """
     cards = []
     for place, (_, row) in enumerate(frame.iterrows()):
-        image = thumbnail_html(row["image_path"], row["id"])
+        image = load_image(row["image_path"])
+        image.thumbnail((120, 120))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=85)
+        thumbnail = _image_tag(buffer.getvalue(), "jpeg", row["id"])
         text = _question_text(row, notes[place] if notes is not None else "")
-        cards.append(f'<tr><td>{image}</td><td style="text-align:left">{text}</td></tr>')
+        cards.append(f'<tr><td>{thumbnail}</td><td style="text-align:left">{text}</td></tr>')
     return f"<table>{''.join(cards)}</table>"
 
 
@@ -19943,7 +19919,6 @@ def ensemble_runs(
 
 # === Comparing submissions ========================================================================
 MOST_POINTS_BEHIND = 0.01  # accuracy that a run worth mixing may lack of the best one
-_SIDE_WORDS = {"a": "first", "b": "second"}
 _OVERLAP_COLUMNS = [
     "a",
     "b",
@@ -20279,11 +20254,11 @@ def _disagreement_notes(differing: pd.DataFrame) -> list[str]:
     notes = []
     for _, row in differing.iterrows():
         parts = []
-        for side in "ab":
+        for side, word in {"a": "first", "b": "second"}.items():
             confidence = row[f"confidence_{side}"]
             answer = row[f"answer_{side}"]
             sure = "" if math.isnan(confidence) else f" (probability {confidence:.2f})"
-            parts.append(f"the {_SIDE_WORDS[side]} answers {answer}{sure}")
+            parts.append(f"the {word} answers {answer}{sure}")
         notes.append(", ".join(parts))
     return notes
 
@@ -20638,13 +20613,6 @@ def add_soft_targets(run: Run, data_dir: Path) -> Run:
     return run
 
 
-def targets_sha256(run: Run) -> str:
-    """A hash of all soft targets and of rows that are not in train.csv, wherever images lie."""
-    targets = run.train.filter(like="target_").to_csv()
-    extra_rows = run.extra_rows.drop(columns=["image_path", "line"]).to_csv()
-    return hashlib.sha256((targets + extra_rows).encode()).hexdigest()
-
-
 # === Damaged files ================================================================================
 def _problem_of(read: Callable, *arguments) -> str:
     """What `read(*arguments)` finds damaged; "" where it reads the file."""
@@ -20855,12 +20823,14 @@ def require_results_of(directory: Path, fingerprint: str, problem: str) -> None:
 def run_fingerprints(run: Run, competition: Competition) -> dict[str, str]:
     """What a run is continued by, as a hash or text each: config, data, folds, model, targets."""
     assignment = run.train[["id", "fold"]].to_csv()
+    targets = run.train.filter(like="target_").to_csv()
+    targets += run.extra_rows.drop(columns=["image_path", "line"]).to_csv()
     return {
         "config": run.config.fingerprint,
         "data": competition.fingerprint,
         "folds": hashlib.sha256(assignment.encode()).hexdigest(),
         "model": run.config.model_files,
-        "targets": targets_sha256(run),
+        "targets": hashlib.sha256(targets.encode()).hexdigest(),
     }
 
 
@@ -21597,13 +21567,6 @@ class WorkerJob(NamedTuple):
     folds: tuple[int, ...]
 
 
-def is_small_model(config: Config) -> bool:
-    """Whether several workers on a CPU may hold a copy each; False where its size is unknown."""
-    weights = list(Path(config.model_path).glob("*.safetensors"))
-    size = sum(path.stat().st_size for path in weights)
-    return 0 < size <= SMALL_MODEL_GIB * 2**30
-
-
 def worker_devices(config: Config) -> list[str | None]:
     """What each worker sees: one GPU, by its number, or a part of one, or all GPUs.
 
@@ -21613,7 +21576,9 @@ def worker_devices(config: Config) -> list[str | None]:
     gpus = detect_runtime(config.precision, config.attn_implementation).gpus
     numbers = [str(gpu["index"]) for gpu in gpus]
     if not numbers:
-        if is_small_model(config):
+        weights = Path(config.model_path).glob("*.safetensors")
+        size = sum(path.stat().st_size for path in weights)  # 0: not known
+        if 0 < size <= SMALL_MODEL_GIB * 2**30:
             return [CPU_CORE] * cpu_worker_count(len(config.folds_to_train))
         return [None]
     if config.spread_model:
@@ -22016,9 +21981,8 @@ def _end_broken_groups(
     return is_running
 
 
-def _wait_for_an_end(groups: Sequence[Sequence[subprocess.Popen]]) -> None:
+def _wait_for_an_end(processes: Sequence[subprocess.Popen]) -> None:
     """Return when a process has ended that was running, after a second at the latest."""
-    processes = list(itertools.chain.from_iterable(groups))
     running = [process for process in processes if process.poll() is None]
     deadline = time.monotonic() + 1
     while time.monotonic() < deadline and all(process.poll() is None for process in running):
@@ -22037,16 +22001,16 @@ def _show_progress(
     """
     live_text = LiveText()
     downloads = [DownloadWatch(path) for path in run.config.model_paths]
-    count = sum(len(processes) for processes in groups)
-    paths = {f"worker {number}": _progress_path(run, number) for number in range(count)}
+    processes = list(itertools.chain.from_iterable(groups))
+    paths = {f"worker {n}": _progress_path(run, n) for n in range(len(processes))}
     started = time.monotonic()
     is_running = True
     while is_running and not stop():
         is_running = _end_broken_groups(groups, killed)
-        _let_waiting_workers_go_on(run, list(itertools.chain.from_iterable(groups)))
+        _let_waiting_workers_go_on(run, processes)
         live_text.show(progress_lines(paths, downloads, time.monotonic() - started))
         if is_running:
-            _wait_for_an_end(groups)
+            _wait_for_an_end(processes)
 
 
 def progress_lines(
@@ -24067,8 +24031,9 @@ def trial_facts(
     digests = trial.sample["pixel_hash"]
     is_cached = session.vision_cache.has_all((digest, *budget) for digest in digests)
     by_split = trial.lengths.groupby("split")
+    letters = zip(CHOICES, session.letter_token_ids, strict=True)
     facts = {
-        "letter tokens": letters_as_text(session),
+        "letter tokens": " ".join(f"{letter}={list(ids)}" for letter, ids in letters),
         "chat template": options_as_text(template_options(session.processor)),
         "prompt": example_prompt(session, trial.sample.iloc[0]),
         "tokens per prompt": f"at most {trial.lengths['longest'].max()}",
@@ -24129,12 +24094,6 @@ def seed_facts(one_device: TimeEstimate) -> dict:
     minutes = (sum(one_device.parts().values()) - sum(without.parts().values())) / 60
     text = f"{members_in_words(config)}; all but the first seed add {minutes:.1f} minutes"
     return {"seeds": f"{text} on one device"}
-
-
-def letters_as_text(session: Session) -> str:
-    """Each letter with its token ids, the plain letter's first."""
-    pairs = zip(CHOICES, session.letter_token_ids, strict=True)
-    return " ".join(f"{letter}={list(ids)}" for letter, ids in pairs)
 
 
 def plan_as_text(session: Session, plan: MemoryPlan) -> str:
