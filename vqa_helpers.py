@@ -317,10 +317,7 @@ class Interrupted(RuntimeError):
 
 
 class OutOfTime(Interrupted):
-    """The time budget ends in the training of the model on all rows.
-
-    A later session continues it.
-    """
+    """The time budget ends in the training of the model on all rows; a later session goes on."""
 
 
 def error_in_words(error: Exception) -> str:
@@ -399,10 +396,7 @@ def _archive_members(opened: zipfile.ZipFile | tarfile.TarFile) -> Iterator[_Arc
 
 
 def holds_competition(archive: Path) -> bool:
-    """Whether the competition's files, and not those of our demo, are in this archive.
-
-    Raises DataError where it cannot be read.
-    """
+    """Whether the competition's files, not those of our demo, are in it; DataError if damaged."""
     try:
         with _open_archive(archive) as opened:
             LOGGER.info("Looking for the competition in %s", archive)
@@ -415,10 +409,7 @@ def holds_competition(archive: Path) -> bool:
 
 
 def list_competitions(mounts: Mapping[str, int] | None) -> list[Path]:
-    """Folders that hold the competition's three files, sorted.
-
-    Only where there is no such folder: the archives that hold them. `mounts` is as in walk_mounts.
-    """
+    """Folders in `mounts` (see walk_mounts) with the three files, else archives of them; sorted."""
     competitions = []
     archives = []
     for folder, subfolders, files in walk_mounts(mounts):
@@ -643,10 +634,7 @@ def install_requirements() -> list[str]:
 
 
 def _find_wheels() -> str | None:
-    """The folder that VQA_WHEELS names, else the first attached one that is called `wheels`.
-
-    None where there is neither; an attached one without wheels in it does not count.
-    """
+    """The folder in VQA_WHEELS, else the first attached `wheels` that holds wheels, or None."""
     named = os.environ.get("VQA_WHEELS")
     if named:
         return os.path.expanduser(named)
@@ -965,10 +953,7 @@ def _describe_gpu(device: _Device, row: Sequence[str]) -> dict:
 
 
 def _visible_gpus() -> tuple[dict, ...]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves to this process; all where it is not set.
-
-    Of a GPU that is divided into parts (MIG) the parts.
-    """
+    """The GPUs, or their parts (MIG), that CUDA_VISIBLE_DEVICES leaves to this process, or all."""
     rows = _query_gpus()
     if not rows:
         return ()
@@ -2082,10 +2067,7 @@ class Config(
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def table(self) -> pd.DataFrame:
-        """Every field with its value, the default where it differs, and what it is.
-
-        Those that differ from their default come first.
-        """
+        """Every field: value, default where it differs, what it is; those that differ first."""
         settings = self._described()
         is_default = settings["value"] == settings["default"]
         settings["default"] = settings["default"].mask(is_default, "")
@@ -2281,10 +2263,7 @@ def _fsync_folder(path: Path) -> None:
 
 
 def _write_file(path: Path, content: bytes, durable: bool = True) -> None:
-    """Write a new file, and sync it where it is `durable`.
-
-    Raises CheckpointError for a full disk, with the bytes needed and free.
-    """
+    """Write a new file, synced where it is `durable`; CheckpointError for a full disk."""
     try:
         with path.open("wb") as file:
             file.write(content)
@@ -2519,10 +2498,7 @@ class CheckpointManager:
         return None
 
     def latest_verified(self) -> Path | None:
-        """The newest checkpoint whose manifest verifies, or None.
-
-        The ones passed over are logged with the reason.
-        """
+        """The newest checkpoint that verifies, or None; why newer ones do not is logged."""
         for path in sorted(self.directory.glob("step_*"), reverse=True):
             problem = self.problem(path)
             if problem is None:
@@ -2548,7 +2524,6 @@ class CheckpointManager:
 
     @staticmethod
     def _stamp(path: Path) -> list[tuple]:
-        """Name, bytes and time of the last change of each file of a checkpoint."""
         files = []
         for file in sorted(path.iterdir()):
             status = file.stat()
@@ -2556,10 +2531,7 @@ class CheckpointManager:
         return files
 
     def _still_verifies(self, path: Path) -> bool:
-        """Whether every hash is right; files unchanged since they were are not read again.
-
-        To read and hash a large model's checkpoint takes seconds.
-        """
+        """Whether every hash is right; unchanged files are not read again, which takes seconds."""
         stamp = self._stamp(path)
         if self.verified.get(path) == stamp:
             return True
@@ -2585,10 +2557,7 @@ class CheckpointManager:
 
 
 def _checkpoint_weights(model) -> dict:
-    """Trainable parameters and buffers of the state dict, by name.
-
-    Where two names share one tensor, it is there under both.
-    """
+    """Trainable parameters and buffers of the state dict, by name; a shared one under each name."""
     names = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
@@ -2831,10 +2800,7 @@ class ProgressFile:
     last_write: float = 0.0  # time.monotonic() of it in seconds, set by `update`
 
     def request_stop(self, number: int, frame) -> None:
-        """A signal handler: the work ends at the next call of `update` that may end it.
-
-        It is called at safe points only.
-        """
+        """A signal handler: the work ends at the next call of `update` that may end it."""
         self.stop_reason = signal.Signals(number).name
 
     def update(self, stage: str, done: int, total: int, together: bool = False, **details) -> None:
@@ -3139,10 +3105,7 @@ def unpack_competition(archive: Path) -> Path:
 
 
 def find_competition(data_dir: str | Path | None = None) -> Path:
-    """The competition's folder, unpacked first where an archive holds it.
-
-    `locate_competition` says where it is looked for, and what is raised.
-    """
+    """As `locate_competition`, but unpacked first where an archive holds it."""
     found = locate_competition(data_dir)
     if found.is_file():
         return unpack_competition(found)
@@ -4188,7 +4151,6 @@ def _plain_name(name: str) -> str:
 
 
 def _own_name(name: str) -> str:
-    """A column's name without case and without spaces around it."""
     return unicodedata.normalize("NFC", name).strip().casefold()
 
 
@@ -4223,10 +4185,7 @@ def _alias_places(fields: Sequence[str]) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class _ColumnReading:
-    """Where the columns of ours stand in a header, by their place from 0 on.
-
-    A name may have several places, which is then an error.
-    """
+    """Where our columns stand in a header, from 0 on; several places of one name are an error."""
 
     by_setting: dict[str, list[int]]  # as the setting `columns` says
     by_name: dict[str, list[int]]  # under our own name
@@ -4403,10 +4362,7 @@ def _cell_error(file: str, line: int, column: str, value: str, problem: str) -> 
 def _raise_for_first_row(
     file: str, frame: pd.DataFrame, wrong: pd.Series, column: str, problem: str
 ) -> None:
-    """Raise DataError about the first row of `frame` where `wrong` is true, if there is one.
-
-    The message has the file, the row's line, and its text in `column`.
-    """
+    """Raise DataError about the first row of `frame` where `wrong` is true, if there is one."""
     wrong_rows = frame.loc[wrong, ["line", column]]
     if wrong_rows.empty:
         return
@@ -4539,10 +4495,7 @@ def _check_record_lengths(file: str, table: _CsvTable) -> None:
 def _without_blank_rows(
     file: str, records: Sequence[_CsvRecord], fallbacks: Counter
 ) -> list[_CsvRecord]:
-    """The records with any text; spreadsheets leave rows of separators alone behind the last.
-
-    The others are counted and logged.
-    """
+    """The records with any text; others, which spreadsheets leave behind the last, are counted."""
     filled = []
     blank_lines = []
     for record in records:
@@ -6155,10 +6108,7 @@ def _load_test(
 def _load_sample(
     root: Path, test: pd.DataFrame, columns: Mapping[str, str], fallbacks: Counter
 ) -> pd.DataFrame:
-    """The sample submission, under its own column names.
-
-    Raises DataError unless its columns are id and answer, and its ids the test's.
-    """
+    """The sample submission, under its own column names; DataError unless it has the test's ids."""
     path = root / "sample_submission.csv"
     sample, header = _read_competition_table(path, columns, fallbacks)
     unknown = ~sample["id"].isin(test["id"])
@@ -12766,10 +12716,7 @@ class Run:
         return bool(members) and all(self.is_done("rescore", member) for member in members)
 
     def base_test_rows(self, fold: int) -> pd.DataFrame:
-        """The test rows that the stage "base" scores for this fold.
-
-        The base model is the same for all folds: they share the test rows.
-        """
+        """The test rows that the stage "base" scores for this fold: all folds share its model."""
         folds = self.config.folds_to_train
         return self.test.iloc[folds.index(fold) :: len(folds)].reset_index(drop=True)
 
@@ -12819,10 +12766,7 @@ class Run:
         return len(members_of(self.config, self.config.folds_to_train)) * (epochs + 2)
 
     def seconds_left(self) -> float:
-        """Seconds of the time budget that remain; infinite without one.
-
-        Without a setting it is 11 hours on Kaggle, and unlimited elsewhere.
-        """
+        """Seconds left of the time budget; by default it is 11 hours on Kaggle, else infinite."""
         hours = self.config.time_budget_hours
         if not hours:
             hours = 11 if _detect_platform() == "kaggle" else math.inf
@@ -12908,11 +12852,7 @@ def all_rows(run: Run) -> pd.DataFrame:
 
 
 def training_rows(run: Run, fold: int, rows: pd.DataFrame | None = None) -> pd.DataFrame:
-    """The rows that a fold trains on.
-
-    Of `all_rows`, or of `rows`, which has the same columns. They are the training rows
-    of other folds, and the extra rows for this one.
-    """
+    """The training rows of other folds, and the fold's extra ones: of `rows`, else `all_rows`."""
     rows = all_rows(run) if rows is None else rows
     is_training_row = rows["source"] == "train"
     is_of_this_fold = rows["fold"] == fold
@@ -16316,10 +16256,7 @@ def _require_scored_folds(run: Run) -> None:
 
 
 def read_oof(run: Run) -> OofLogits:
-    """The trained folds' oof.npz put together.
-
-    Raises FileNotFoundError where no fold is trained, or a trained one is not scored.
-    """
+    """The trained folds' oof.npz in one; FileNotFoundError if none is trained, or one unscored."""
     _require_scored_folds(run)
     parts = [read_scores(run, fold, "oof") for fold in run.finished_folds]
     ids = np.concatenate([part["ids"] for part in parts])
@@ -16507,10 +16444,7 @@ def lack_of_skill(skill: Skill) -> str:
 
 # === Selected weights =============================================================================
 def fold_table(results: Sequence[FoldResult]) -> pd.DataFrame:
-    """Held-out accuracy and NLL of each fold, seed and kind of weights.
-
-    The last two rows are the mean and the standard deviation of those above.
-    """
+    """Held-out accuracy and NLL by fold, seed and kind of weights; then mean and deviation."""
     scores = pd.json_normalize([result.kinds for result in results], sep=" ")
     scores.index = [result.name for result in results]
     summary = scores.agg(["mean", "std"]).rename({"std": "sd"})
@@ -16566,10 +16500,7 @@ def is_mixing_better(run: Run, kinds: Sequence[str]) -> bool:
 
 
 def _pooled_losses(run: Run) -> dict[str, float]:
-    """Kind of weights -> NLL over the held-out rows of all finished folds and seeds.
-
-    Only the kinds that each of them has.
-    """
+    """Kind of weights -> NLL over all held-out rows, of the kinds that each fold and seed has."""
     results = [read_fold_result(run, member) for member in run.finished_members]
     rows = [(run.train["fold"] == result.fold).sum() for result in results]
     fold_losses = []
@@ -18193,7 +18124,6 @@ def duration_in_words(seconds: float) -> str:
 
 
 def _count(number: int, noun: str) -> str:
-    """The number with its noun, in the plural unless it is 1."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
@@ -18512,7 +18442,6 @@ def _axes(ax, title: str, xlabel: str, ylabel: str, figsize=(6, 3.2), **settings
 
 
 def _two_axes(axes):
-    """The given pair of axes, or a new one side by side."""
     if axes is not None:
         return axes
     return matplotlib_figure.Figure(figsize=(10, 3.4), layout="constrained").subplots(1, 2)
@@ -19075,10 +19004,7 @@ def experiment_table(output_dir: str | Path) -> pd.DataFrame:
 
 
 def plot_experiments(table: pd.DataFrame):
-    """Bars of OOF accuracy and of minutes for the runs in `experiment_table`.
-
-    Grey: not to be compared.
-    """
+    """Bars of OOF accuracy and minutes of `experiment_table`; grey: not to be compared."""
     size = (10, 1.2 + 0.6 * len(table))
     figure = matplotlib_figure.Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, 2, width_ratios=[2, 1])
@@ -19197,10 +19123,7 @@ def _report_introduction(run: Run, evaluation: Evaluation) -> list[str]:
 
 
 def final_pick_table(run: Run) -> pd.DataFrame:
-    """The two files to choose at the end, and the others, each with its reason; as texts.
-
-    That is what `write_submissions` has written; without a row before that.
-    """
+    """`pick_two` of the files that `write_submissions` has written, as texts; no row before."""
     path = run.directory / "tables" / "final_pick.csv"
     if not path.exists():
         return pd.DataFrame(columns=["pick", "file"])
@@ -19585,10 +19508,7 @@ def describe_pick(table: pd.DataFrame) -> list[str]:
 
 
 def _candidate_of_another_run(run: Run, folder: Path) -> SubmissionCandidate | str:
-    """The ensemble of the finished run in `folder`, or else why it cannot be chosen.
-
-    Its accuracy is what its own final_pick.csv says.
-    """
+    """The ensemble of the finished run in `folder`, with its own figures, or why it is none."""
     other = Run.open(folder)
     for name in ("train", "test"):
         columns = ["id", "question", *CHOICES]
@@ -20015,10 +19935,7 @@ def _overlap_of(runs: Mapping[str, Run], predictions: Mapping[str, RunPrediction
 
 @each_warning_once()
 def overlap_of_runs(directories: Iterable[str | Path]) -> pd.DataFrame:
-    """`error_overlaps` of two or more finished runs, on the rows that all have scored out of fold.
-
-    Raises ValueError as `ensemble_runs` does.
-    """
+    """`error_overlaps` of finished runs, on shared OOF rows; ValueError as in `ensemble_runs`."""
     runs = {str(directory): Run.open(directory) for directory in directories}
     if len(runs) < 2:
         raise ValueError(f"{', '.join(runs) or 'no run'}: name two or more different finished runs")
@@ -20411,10 +20328,7 @@ def _load_dev(
 
 
 def _open_teacher(run: Run, name: str) -> Run:
-    """The finished run that config field `name` points to.
-
-    Raises ValueError unless its rows, labels and images are this run's.
-    """
+    """The finished run in config field `name`; ValueError for other rows, labels or images."""
     directory = Path(getattr(run.config, name))
     where = f"Config field {name!r} is {str(directory)!r}"
     if not (directory / "config.json").is_file():
@@ -20499,10 +20413,7 @@ def _pseudo_labelled_rows(run: Run, teacher: Run) -> Iterator[pd.DataFrame]:
 
 
 def _without_copies(run: Run, rows: pd.DataFrame, fallbacks: Counter) -> pd.DataFrame:
-    """`rows` without those whose image is a copy of one that validates their fold; counted.
-
-    Exact copies and near ones.
-    """
+    """`rows` without copies, exact or near, of an image that validates their fold; counted."""
     leakage = leakage_report(run.train, rows)
     held_out = set(zip(run.train["fold"], leakage.image_group, strict=True))
     images = zip(rows["fold"], leakage.test_group, strict=True)
@@ -21029,10 +20940,7 @@ def final_epochs(run: Run) -> int:
 
 
 class FinalTrainer(FoldTrainer):
-    """One more model, on all rows.
-
-    Nothing is held out, so that nothing about it is measured or chosen.
-    """
+    """One more model, on all rows; so nothing about it is measured or chosen."""
 
     def __init__(self, session: Session, run: Run, member: int):
         super().__init__(session, run, member)
@@ -21902,10 +21810,7 @@ def log_tail(text: str, lines: int = 25) -> str:
 
 
 def process_group_environments(devices: Sequence[str | None]) -> list[dict[str, str]]:
-    """Environment variables of one process per device.
-
-    Its device and, where there are several, how the processes find each other.
-    """
+    """Variables of one process per device: the device, and how several find each other."""
     environments = [device_environment(device) for device in devices]
     if len(devices) == 1:
         return environments
@@ -22018,10 +21923,7 @@ def progress_lines(
     downloads: Sequence[DownloadWatch],
     elapsed: float,
 ) -> list[str]:
-    """A line for each process, from its progress file, and one for each model that arrives.
-
-    `paths`: name -> progress file.
-    """
+    """A line for each process, by its progress file, and one for each model that arrives."""
     lines = [_progress_line(path, name, elapsed) for name, path in paths.items()]
     lines += [download.line() for download in downloads]
     return [line for line in lines if line]
@@ -23289,10 +23191,7 @@ def row_in_words(row: Mapping, competition: Competition) -> str:
 
 
 def long_rows_error(rows: pd.DataFrame, competition: Competition, problem: str) -> DataError:
-    """The error that names the `rows` (of `prompt_lengths`) that are too long, and says what to do.
-
-    `problem` says for what they are too long.
-    """
+    """The error that names these `rows` of `prompt_lengths`, why they are too long, what to do."""
     by_length = rows.sort_values("longest", ascending=False)
     lines = [f"{len(rows)} rows are too long: {problem}."]
     if len(rows) == 1:
@@ -23781,10 +23680,7 @@ class TrialRows:
 
 
 def draw_trial_rows(config: Config, processor, rows: int) -> TrialRows:
-    """Load the competition, count all tokens and draw `rows` training rows.
-
-    Raises DataError for rows that are longer than the model takes.
-    """
+    """Load the competition, count all tokens, draw training rows; DataError for rows too long."""
     competition = load_competition(
         config.data_dir,
         config.max_fallback_share,
@@ -23846,10 +23742,7 @@ def cache_longest_rows(session: Session, trial: TrialRows) -> None:
 
 
 def try_longest_rows(session: Session, trial: TrialRows, plan: MemoryPlan) -> None:
-    """Train on the longest training row, and score the longest row of all in all views.
-
-    Each among others, as in a run: they are padded to it. An error names the row.
-    """
+    """Train on the longest training row and score the longest of all, padded as in a run."""
     config = session.config
     order = [(0, 1, 2, 3)]
     longest, text = trial.longest("tokens", ["train"])
