@@ -2175,10 +2175,7 @@ def setup_logging(
 
 @contextlib.contextmanager
 def each_warning_once() -> Iterator[None]:
-    """Log a warning that repeats within it once, at its end, with its count.
-
-    It also decorates a function: `@each_warning_once()`.
-    """
+    """Log a warning that repeats within it once, at its end, with its count; also a decorator."""
     counts = Counter()
 
     def count(record: logging.LogRecord) -> bool:
@@ -2374,10 +2371,7 @@ def library_versions() -> dict[str, str]:
 
 
 def _other_versions(saved: Mapping[str, str], remedy: str) -> str:
-    """The libraries that had another version when something was saved, and what to do.
-
-    Where none had, or `saved` is empty, only the `remedy` is left.
-    """
+    """The libraries that had another version when it was saved, if any, and the `remedy`."""
     if not saved:
         return (
             f"an earlier version of this module saved it, without its libraries' versions; {remedy}"
@@ -2789,10 +2783,7 @@ def all_reduce_gradients(parameters: Iterable) -> None:
 
 @dataclass
 class ProgressFile:
-    """What a worker is doing now, in a small JSON file that the notebook polls.
-
-    It is written at most twice a second, apart from the end of a stage.
-    """
+    """What a worker does now, in a small JSON file; written at most twice a second but for ends."""
 
     path: Path
     parent: int = 0  # id of the process that started this one; 0: its end does not matter
@@ -4460,10 +4451,7 @@ def _find_separator(file: str, text: str, columns: Mapping[str, str]) -> str:
 
 
 def _read_csv_table(path: Path, columns: Mapping[str, str], fallbacks: Counter) -> _CsvTable:
-    """The header and every record; another separator than a comma is logged and counted.
-
-    Raises DataError for a missing file, an unknown encoding or wrong quotes.
-    """
+    """The header and every record, another separator counted; DataError for an unreadable file."""
     if not path.is_file():
         raise DataError(
             f"{path}: no such file; set data_dir to the folder with {', '.join(COMPETITION_FILES)}"
@@ -5114,10 +5102,7 @@ def _bases(top: str, split: str) -> list[_Base]:
 
 
 def _bases_in_archive(archive: Path, split: str) -> list[_Base]:
-    """The folders of an archive, which is unpacked, in which images are looked for, in this order.
-
-    They are those of `_bases`, also below the one folder that all in it may be in.
-    """
+    """`_bases` of an unpacked archive, and below the one folder that all in it may be in."""
     top = str(unpack_once(archive))
     stem = re.sub(r"\.(zip|tar|tgz|tar\.gz)$", "", archive.name, flags=re.IGNORECASE)
     bases = [_Base(top, prefix=f"{stem}/"), *_bases(top, split)]
@@ -5454,10 +5439,7 @@ def _unread_format(content: bytes) -> str:
 
 
 def _png_without_blocks(content: bytes) -> bytes:
-    """A PNG of those blocks that make the picture and its rotation, if they are undamaged.
-
-    Texts, colour profiles and further frames are left out, and whatever is between blocks.
-    """
+    """A PNG of the undamaged blocks that make the picture and its rotation, nothing between."""
     kept = [content[:8]]
     for match in re.finditer(b"IHDR|PLTE|tRNS|IDAT|eXIf|IEND", content):
         start = match.start() - 4  # a block: its length, name, data and checksum
@@ -5767,10 +5749,7 @@ def _blocks_left_out(content: bytes, kept: bytes, reason: str) -> dict[str, str]
 
 
 def _repair_jpeg(path: str | Path, content: bytes, max_side: int, reason: str) -> _Decoded:
-    """A JPEG that PIL refuses for a `reason`: cut off, or without blocks that are not needed.
-
-    Raises ImageError where less than MIN_DECODED_SHARE decodes, else what PIL raises.
-    """
+    """A JPEG that PIL refuses for a `reason`; ImageError for less than MIN_DECODED_SHARE of it."""
     kept = _jpeg_without_blocks(content)
     repairs = {}
     try:
@@ -5922,10 +5901,7 @@ def _decoder_version() -> str:
 
 
 def _file_state(path: str) -> list[int] | None:
-    """Numbers that change with a file: size, and the times of its last changes in nanoseconds.
-
-    None for what is no file, and for one that was changed just now.
-    """
+    """Size and times of the last changes (ns) of a file; None for none, or one just changed."""
     try:
         status = os.stat(path)
     except OSError:
@@ -16280,10 +16256,7 @@ def read_oof(run: Run) -> OofLogits:
 
 
 def views_by_set(oof: OofLogits) -> dict[str, list[int]]:
-    """`view_sets` of the views that any row has: name of the set -> numbers of its views.
-
-    Questions that read text, for one, have no smaller scale.
-    """
+    """`view_sets` of the views that any row has: name of the set -> numbers of its views."""
     is_scored = ~np.isnan(oof.logits).all(axis=(0, 2))
     scored_views = np.flatnonzero(is_scored).tolist()
     sets = view_sets([oof.view_names[view] for view in scored_views])
@@ -16479,10 +16452,7 @@ def validation_scores(
 
 
 def is_mixing_better(run: Run, kinds: Sequence[str]) -> bool:
-    """Whether the mean over all kinds of weights has a lower held-out NLL than each alone.
-
-    All are temperature-scaled, as is what is submitted, and the mean over all seeds.
-    """
+    """Whether all kinds of weights together have a lower held-out NLL, scaled, than each alone."""
     rows = run.train[run.train["fold"].isin(run.finished_folds)]
     labels = rows["label"].to_numpy()
     folds = rows["fold"].to_numpy()
@@ -16895,10 +16865,7 @@ def build_ladder(run: Run, oof: OofLogits, steps: Mapping[str, LadderStep]) -> p
 
 
 def _view_members(logits: np.ndarray, views: Sequence[int]) -> np.ndarray:
-    """(views, n, 4) probabilities of these views, from (n, all views, 4) logits.
-
-    In place of a view that a row lacks stands the row's mean.
-    """
+    """(views, n, 4) probabilities from (n, all views, 4) logits; a row's mean for what it lacks."""
     scores = logits[:, list(views)]
     mean = combine_views(scores)[:, None]
     probabilities = softmax(np.where(np.isnan(scores), mean, scores))
@@ -17507,10 +17474,7 @@ def temperature_table(
     temperatures: Mapping[int, float],
     folds_at_bound: Iterable[int],
 ) -> pd.DataFrame:
-    """Each fold's temperature, and its scores before it.
-
-    `scores`: (n, 4) combined over views; `folds_at_bound`: those of `reasons_at_bounds`.
-    """
+    """Each fold's temperature, and scores before it; `scores`: (n, 4) combined over views."""
     rows = {}
     for fold, temperature in temperatures.items():
         inside = oof.folds == fold
@@ -17633,10 +17597,7 @@ NOT_ABOVE_ZEROSHOT = "not above zero-shot"
 
 
 def training_shortfall(ladder: pd.DataFrame) -> str:
-    """Where training is not better than the base model beyond chance: one of the texts above.
-
-    "" where it is better, and where no row was scored by both.
-    """
+    """One of the texts above where training is not better beyond chance; "" else, or if unknown."""
     tuned = ladder.loc[STEP_ONE_VIEW]
     if tuned["gain_high"] < 0:
         return WORSE_THAN_ZEROSHOT
@@ -18013,10 +17974,7 @@ def _suspect_rows(evaluation: Evaluation) -> pd.DataFrame:
 def write_error_tables(
     run: Run, evaluation: Evaluation, image_group: Sequence[int]
 ) -> dict[str, pd.DataFrame]:
-    """Every table of the error analysis by name; each is also tables/<name>.csv.
-
-    `image_group`: of each training row, as `leakage_report` numbers them.
-    """
+    """The tables of the error analysis, also as CSV; `image_group`: as `leakage_report` has it."""
     oof = evaluation.oof
     probabilities = evaluation.probabilities
     predicted = probabilities.argmax(axis=1)
@@ -19191,10 +19149,7 @@ def _refuse_rows(frame: pd.DataFrame, is_bad: pd.Series, path: Path, problem: st
 
 
 def _check_ids(frame: pd.DataFrame, sample: pd.DataFrame, path: Path) -> None:
-    """Raise SubmissionError unless the rows are the sample's, in its order.
-
-    Both frames hold ids in their first column and answers in their second.
-    """
+    """SubmissionError unless the first column has the sample's ids, in its order."""
     ids = sample.iloc[:, 0].map(str)
     names = frame.iloc[:, 0]
     unknown = "this id is not in the sample; remove the row"
@@ -19340,10 +19295,7 @@ def make_submission(
 
 
 def _choices_of_ids(ids: pd.Series, test: pd.DataFrame | None, path: Path) -> pd.DataFrame:
-    """The texts a, b, c, d of these test rows; stand-ins that nobody writes without `test`.
-
-    Raises SubmissionError for ids that are not the test rows'.
-    """
+    """The texts a, b, c, d of these test rows, else SubmissionError; stand-ins without `test`."""
     if test is None:
         stand_ins = {choice: f"the text of choice {choice}" for choice in CHOICES}
         return pd.DataFrame(stand_ins, index=range(len(ids)))
@@ -20357,10 +20309,7 @@ def _open_teacher(run: Run, name: str) -> Run:
 
 
 def _add_distilled_targets(run: Run, teacher: Run) -> pd.DataFrame:
-    """The training rows with the teacher's calibrated OOF probabilities in their targets.
-
-    Raises ValueError where a row that is trained on has none.
-    """
+    """Training rows with the teacher's calibrated OOF probabilities; ValueError if one has none."""
     ids = run.train["id"]
     evaluation = evaluate_run(teacher)
     probabilities = pd.DataFrame(evaluation.probabilities, index=evaluation.oof.frame["id"])
@@ -21961,10 +21910,7 @@ def _start_worker(
     environment: Mapping[str, str],
     waits: bool,
 ) -> subprocess.Popen | StayingProcess:
-    """Start worker number `number` of the run; its output goes to worker_<number>.log.
-
-    With `waits` it predicts when all workers are ready to, see `wait_for_other_workers`.
-    """
+    """Start worker `number`, logging to worker_<number>.log; `waits`: for others, to predict."""
     command = ["worker"]
     command += ["--run", str(run.directory)]
     command += ["--name", str(number)]
@@ -22240,10 +22186,7 @@ def transcript_messages(image_path: str) -> list[dict]:
 
 
 def read_images(session: Session, images: pd.DataFrame) -> list[str]:
-    """What the model reads in each image, on one line: greedily, all of them in one batch.
-
-    In halves where memory runs out; RuntimeError where one image is too much.
-    """
+    """What the model reads in each image, on one line; greedily, in halves as memory demands."""
     return in_halves(functools.partial(_read_batch, session), images)
 
 
@@ -22607,10 +22550,7 @@ def run_trial(
 
 
 def write_search(trials: Sequence, folder: Path) -> pd.DataFrame:
-    """Write trials.csv and best_overrides.json into `folder`; returns the table.
-
-    The best trial comes first; a pruned one has the NLL of its last epoch.
-    """
+    """Write trials.csv, the best trial first, and best_overrides.json; returns the table."""
     rows = []
     for trial in trials:
         row = {
@@ -24042,10 +23982,7 @@ def leave_out_what_is_not_needed(config: Config) -> None:
 
 
 def _copy_for_fold(directory: Path, place: Path, folds: Sequence[int]) -> Path:
-    """A copy of the run directory in `place`; of other folds than `folds` only their results.
-
-    These are what all weights and seeds are selected by.
-    """
+    """A copy of the run directory; of folds not in `folds` the results, which decide on weights."""
     content = read_json(directory / "config.json", CONFIG_KEYS)
     config = Config(**content["config"])
     wanted = {fold_folder(config, fold) for fold in folds}
