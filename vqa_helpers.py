@@ -11046,16 +11046,21 @@ class CapturedPasses:
         places = zip(self.places, tensors, strict=True)
         return [place[: tensor.numel()].view(tensor.shape) for place, tensor in places]
 
-    def run(self, states, tables: Sequence, features: Sequence):
+    def run(self, states, tables: Sequence, is_image, features: Sequence):
         """The last hidden states (questions, length, hidden), from those before the first layer.
 
-        `tables`: cosine and sine of rotary positions. `features`: what is added behind the first
-        layers, as large as the states.
+        `tables`: cosine and sine of rotary positions. `features`, (image tokens, hidden) each, are
+        added behind the first layers, where `is_image` (questions, length).
         """
-        inputs = [states, *tables, *features]
-        *places, output, gradient = self.fixed_places([*inputs, states, states])
-        for place, tensor in zip(places, inputs, strict=True):
+        inputs = [states, *tables]
+        as_states = [states] * (len(features) + 2)
+        *places, output, gradient = self.fixed_places([*inputs, *as_states])
+        for place, tensor in zip(places, inputs, strict=False):
             place.copy_(tensor)
+        if features:
+            rows = is_image.flatten().nonzero()[:, 0]  # waits for the GPU
+        for place, feature in zip(places[len(inputs) :], features, strict=True):
+            place.zero_().flatten(0, 1).index_copy_(0, rows, feature.to(states.dtype))
         recomputed = sum(layer.recompute for layer in self.language_model.layers)
         key = (*states.shape[:2], recomputed)
         if key not in self.passes:
@@ -11145,19 +11150,6 @@ def _replay_step() -> type:
     return type("Replay", (torch.autograd.Function,), members)
 
 
-def _dense_features(states, is_image, features: Sequence) -> list:
-    """Features of image tokens, (tokens, hidden) each, as large as `states`; zero elsewhere."""
-    if not features:
-        return []
-    places = is_image.flatten().nonzero()[:, 0]  # waits for the GPU
-    dense = []
-    for feature in features:
-        zeros = torch.zeros_like(states)
-        zeros.flatten(0, 1).index_copy_(0, places, feature.to(states.dtype))
-        dense.append(zeros)
-    return dense
-
-
 @contextlib.contextmanager
 def replacing_decoder(passes: CapturedPasses) -> Iterator[None]:
     """Within, the language model without a mask is computed by `passes`."""
@@ -11167,8 +11159,7 @@ def replacing_decoder(passes: CapturedPasses) -> Iterator[None]:
         inputs_embeds, position_ids, visual_pos_masks=None, deepstack_visual_embeds=(), **_
     ):
         tables = model.rotary_emb(inputs_embeds, position_ids)
-        features = _dense_features(inputs_embeds, visual_pos_masks, deepstack_visual_embeds)
-        states = passes.run(inputs_embeds, tables, features)
+        states = passes.run(inputs_embeds, tables, visual_pos_masks, deepstack_visual_embeds)
         return transformers.modeling_outputs.BaseModelOutputWithPast(last_hidden_state=states)
 
     own = vars(model).get("forward")  # accelerate's, where it is one
@@ -11219,12 +11210,11 @@ def sees_all_before(layer) -> bool:
 def beginning_length(session: Session, prompts: Sequence[Prompt]) -> int:
     """How many tokens before the image all prompts have in common.
 
-    0 where there are few, or where these layers' pass is not known. On a GPU also where each is
-    in one order: these need no mask, see `collate`, which is faster.
+    0 where there are few, or where these layers' pass is not known, and on a GPU: there questions
+    in one order go without a mask, see `collate`, and four orders took an 8B 1.2 times as long.
     """
-    if len(prompts) < 2 or not session.shares_prefixes:
-        return 0
-    if session.device.type == "cuda" and all(len(prompt.orders) == 1 for prompt in prompts):
+    is_on_gpu = session.device.type == "cuda"
+    if len(prompts) < 2 or is_on_gpu or not session.shares_prefixes:
         return 0
     if not all(sees_all_before(layer) for layer in session.decoder_layers):
         return 0
@@ -11819,21 +11809,41 @@ class PassPlanner:
         prompts = [self.longest] * questions
         return measure_pass(self.session, prompts, stored, self.is_captured)
 
-    def try_to_capture(self) -> None:
-        """Capture passes from here on, if the GPU waits for Python; fills `times` anew."""
-        waits = self.times.seconds[4] <= WAITS * self.times.seconds[2]
+    def second_pass(self, questions: int, stored: int) -> tuple[float, float]:
+        """Seconds and peak bytes of a second pass; of a captured one the peak of its capture."""
+        first, first_peak = self.run_pass(questions, stored)
+        seconds, peak = self.run_pass(questions, stored)
+        self.first_pass = max(self.first_pass, first - seconds)
+        return seconds, max(first_peak, peak) if self.is_captured else peak
+
+    def measure_peaks(self, stored: int) -> tuple[float, float, float]:
+        """Peak bytes of two questions, of four, and of two with `stored` layers; fills `times`."""
+        # Each first one compiles, and fills the workspaces of the libraries.
+        seconds_of_two, peak_of_two = self.second_pass(2, 0)
+        seconds_of_four, peak_of_four = self.second_pass(4, 0)
+        _, peak_of_stored = self.run_pass(2, stored)
+        self.times.seconds = {2: seconds_of_two, 4: seconds_of_four}
+        return peak_of_two, peak_of_four, peak_of_stored
+
+    def capture_peaks(self, stored: int) -> tuple[float, float, float] | None:
+        """As `measure_peaks`, if the GPU waits for Python; passes are captured from here on."""
+        computed = self.times.seconds
+        waits = computed[4] <= WAITS * computed[2] < math.inf
         if self.session.captured_passes is None or not waits:
-            return
+            return None
         self.is_captured = True
+        reason = "out of memory"
         try:
-            for questions in (2, 4):
-                self.run_pass(questions, 0)
-                self.times.seconds[questions], _ = self.run_pass(questions, 0)
+            peaks = self.measure_peaks(stored)
+            if math.isfinite(sum(peaks)):
+                return peaks
         except RuntimeError as error:
-            LOGGER.warning("Decision: passes are not captured: %s", error)
-            self.is_captured = False
-            self.session.captured_passes = None
-            return
+            reason = error
+        LOGGER.warning("Decision: passes are not captured: %s", reason)
+        self.is_captured = False
+        self.session.captured_passes = None
+        self.times.seconds = computed
+        return None
 
     def is_worth_capturing(self, trial: PassTrial) -> bool:
         """Whether a pass takes so much longer without a graph that capturing each shape pays."""
@@ -11861,12 +11871,9 @@ class PassPlanner:
         """
         config = self.session.config
         stored = max(2, self.layers // 4)
-        # The first pass compiles, and fills the workspaces of the libraries.
-        first_pass, _ = self.run_pass(2, 0)
-        seconds_of_two, peak_of_two = self.run_pass(2, 0)
-        self.run_pass(4, 0)  # another number of questions may compile, too
-        seconds_of_four, peak_of_four = self.run_pass(4, 0)
-        _, peak_of_stored = self.run_pass(2, stored)
+        peaks = self.measure_peaks(stored)
+        self.spent = 2 * sum(self.times.seconds.values())
+        peak_of_two, peak_of_four, peak_of_stored = self.capture_peaks(stored) or peaks
         # Two more questions, while one layer at a time holds what it has computed again.
         question = (peak_of_four - peak_of_two) / 2
         # Per question and per stored layer beyond the one that is held anyway. At least one
@@ -11881,10 +11888,6 @@ class PassPlanner:
             most_stored = 1
         if not math.isfinite(peak_of_two + peak_of_four + stored_layer):
             return None
-        self.first_pass = max(0.0, first_pass - seconds_of_two)
-        self.times.seconds = {2: seconds_of_two, 4: seconds_of_four}
-        self.spent = 2 * seconds_of_two + 2 * seconds_of_four
-        self.try_to_capture()
         costs = PassCosts(
             # The peak of two questions, less what these two add.
             fixed=2 * peak_of_two - peak_of_four + self.state_bytes,
