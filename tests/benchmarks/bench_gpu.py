@@ -22,7 +22,6 @@ memory, as on a T4, except where "no cap" is said.
 import argparse
 import contextlib
 import dataclasses
-import functools
 import gc
 import importlib.util
 import os
@@ -54,7 +53,6 @@ import vqa_helpers as vqa  # noqa: E402
 CAP_GIB = 13.0  # that a process may allocate, as on a T4
 TEXT = 110  # text tokens of a question
 SUFFIX = 45  # those of them that differ between choice orders
-BEGINNING = 15  # those of them before the image; they and one more begin all questions
 # Batch, checkpointing; what runs out of memory comes last, because it leaves some of its memory
 # behind.
 TRL_SETTINGS = {
@@ -238,11 +236,10 @@ def make_prompts(session: vqa.Session, count: int, pixels: int, orders: int) -> 
     def text(length: int) -> np.ndarray:
         return random.integers(vocabulary // 3, vocabulary // 2, length)  # no special token
 
-    beginning = text(BEGINNING)
     prompts = []
     for row in range(count):
-        # Two tokens stand around the image, and the rest behind it.
-        prefix = np.concatenate([beginning, image, text(TEXT - SUFFIX - BEGINNING - 2)])
+        # 15 tokens before the image, 2 around it, and the rest behind it.
+        prefix = np.concatenate([text(15), image, text(TEXT - SUFFIX - 17)])
         before = vqa.rope_positions(session, prefix, grid)
         after = before.max() + 1 + np.tile(np.arange(SUFFIX), (3, orders))
         prompt = vqa.Prompt(
@@ -479,20 +476,6 @@ def question_flops(text, length: int, training: bool) -> float:
     forward = text.num_hidden_layers * length * (2 * weights + attention)
     backward = text.num_hidden_layers * length * (2 * weights + 2 * attention)
     return forward + backward if training else forward
-
-
-def scoring_flops(forward: Callable, tokens: int, beginning: int, text) -> float:
-    """FLOP of scoring a question where `forward(tokens)` are those of the whole pass.
-
-    The beginning is computed once for all questions; of the last layer keys and values of all
-    tokens are, and the rest at the answers only. `text` is the language model's config.
-    """
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    keys_and_values = 2 * head_dim * text.num_key_value_heads
-    queries_and_output = 2 * head_dim * text.num_attention_heads
-    widths = keys_and_values + queries_and_output + 3 * text.intermediate_size
-    left_out = (1 - keys_and_values / widths) / text.num_hidden_layers
-    return (forward(tokens) - forward(beginning)) * (1 - left_out)
 
 
 @dataclasses.dataclass
@@ -806,11 +789,7 @@ def print_share_of_rate(bench: Bench, name: str, speed: float, rate: float) -> N
     """Print the share of `rate`, in FLOP/s, that training or scoring reaches at that speed."""
     text_config = bench.session.model.config.text_config
     length = len(bench.one[0].input_ids)
-    if name == "training":
-        flops = question_flops(text_config, length, training=True)
-    else:
-        forward = functools.partial(question_flops, text_config, training=False)
-        flops = scoring_flops(forward, length, BEGINNING + 1, text_config)
+    flops = question_flops(text_config, length, training=name == "training")
     sys.stdout.write(f"share of that rate in {name}: {100 * speed * flops / rate:.1f} %\n")
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 import transformers
 from memory_plan import SHAPES, Row, memory_row
-from rehearsal import A100, T4, RealCompetition, bench_gpu, tower_flops, vqa
+from rehearsal import A100, T4, RealCompetition, scoring_flops, tower_flops, vqa
 
 COMPETITION = RealCompetition(rows=4000)
 TFLOPS = {"T4": T4.tflops, "A100 80 GB": A100.tflops}  # of matrix products, assumed
@@ -103,9 +103,7 @@ def question_work(shapes, stored_layers: int) -> Work:
     def scored_flops(tokens: int) -> float:
         if vqa.FAMILIES[shapes.model_type].recurrent_mixer:
             return forward_flops(tokens)
-        return bench_gpu.scoring_flops(
-            forward_flops, tokens, COMPETITION.beginning, shapes.text_config
-        )
+        return scoring_flops(forward_flops, tokens, COMPETITION.beginning, shapes.text_config)
 
     forward = forward_flops(one)
     recomputed = forward * (1 - stored_layers / shapes.text_config.num_hidden_layers)

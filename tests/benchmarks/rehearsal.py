@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,6 +210,20 @@ def tower_flops(vision, competition: RealCompetition) -> float:
     return vision.depth * patches * (2 * weights + attention)
 
 
+def scoring_flops(forward: Callable, tokens: int, beginning: int, text) -> float:
+    """FLOP of scoring a question where `forward(tokens)` are those of the whole pass.
+
+    The beginning is computed once for all questions; of the last layer keys and values of all
+    tokens are, and the rest at the answers only. `text` is the language model's config.
+    """
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    keys_and_values = 2 * head_dim * text.num_key_value_heads
+    queries_and_output = 2 * head_dim * text.num_attention_heads
+    widths = keys_and_values + queries_and_output + 3 * text.intermediate_size
+    left_out = (1 - keys_and_values / widths) / text.num_hidden_layers
+    return (forward(tokens) - forward(beginning)) * (1 - left_out)
+
+
 def stage_work(machine: Machine, config: vqa.Config, competition: RealCompetition) -> dict:
     """Stage -> (questions, FLOP of each), of the 8B."""
     shapes = bench_gpu.qwen3_8b({})
@@ -219,10 +234,8 @@ def stage_work(machine: Machine, config: vqa.Config, competition: RealCompetitio
     tower = tower_flops(shapes.vision_config, competition)
     forward_flops = functools.partial(bench_gpu.question_flops, text_config, training=False)
     forward = forward_flops(one_order)
-    scored = bench_gpu.scoring_flops(forward_flops, one_order, competition.beginning, text_config)
-    rotated = bench_gpu.scoring_flops(
-        forward_flops, four_orders, competition.beginning, text_config
-    )
+    scored = scoring_flops(forward_flops, one_order, competition.beginning, text_config)
+    rotated = scoring_flops(forward_flops, four_orders, competition.beginning, text_config)
     recomputed = forward * (1 - machine.stored_layers / text_config.num_hidden_layers)
     training = bench_gpu.question_flops(text_config, one_order, training=True) + recomputed
     rows = competition.rows
