@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 import transformers
 from memory_plan import SHAPES, Row, memory_row
-from rehearsal import A100, T4, RealCompetition, scoring_flops, tower_flops, vqa
+from rehearsal import A100, T4, RealCompetition, tower_flops, vqa
 
 COMPETITION = RealCompetition(rows=4000)
 TFLOPS = {"T4": T4.tflops, "A100 80 GB": A100.tflops}  # of matrix products, assumed
@@ -47,8 +47,7 @@ class Work:
     """FLOP of one question: the vision tower's and the language model's."""
 
     image: float
-    forward: float  # of training
-    scored: float  # in one choice order
+    forward: float  # in one choice order
     rotated: float  # in four, behind one prefix
     backward: float
 
@@ -96,22 +95,12 @@ def question_work(shapes, stored_layers: int) -> Work:
     image_tokens, image = image_work(shapes)
     one = image_tokens + COMPETITION.text
     four = one + 3 * COMPETITION.suffix
-
-    def forward_flops(tokens: int) -> float:
-        return tokens * (2 * weights + 2 * tokens * width)
-
-    def scored_flops(tokens: int) -> float:
-        if vqa.FAMILIES[shapes.model_type].recurrent_mixer:
-            return forward_flops(tokens)
-        return scoring_flops(forward_flops, tokens, COMPETITION.beginning, shapes.text_config)
-
-    forward = forward_flops(one)
+    forward = one * (2 * weights + 2 * one * width)
     recomputed = forward * (1 - stored_layers / shapes.text_config.num_hidden_layers)
     return Work(
         image=image,
         forward=forward,
-        scored=scored_flops(one),
-        rotated=scored_flops(four),
+        rotated=four * (2 * weights + 2 * four * width),
         backward=one * (2 * weights + 4 * one * width) + recomputed,
     )
 
@@ -127,10 +116,10 @@ def job_flops(config: vqa.Config, work: Work) -> float:
     in_all_views = rows * folds
     if not vqa.has_one_view(config):  # in which validation has scored the held-out rows
         in_all_views += held_out
-    all_views = work.rotated if config.use_tta else work.scored
+    all_views = work.rotated if config.use_tta else work.forward
     return (
         trained * (work.image + work.forward + work.backward)
-        + in_one_order * (work.image + work.scored)
+        + in_one_order * (work.image + work.forward)
         + in_all_views * (work.image + all_views)
     )
 

@@ -13,7 +13,6 @@ in matrix products.
 """
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -21,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,7 +193,6 @@ class RealCompetition:
     rows: int = 3887  # training rows, and as many test rows
     text: int = 110  # text tokens of a question
     suffix: int = 45  # those of them that differ between choice orders
-    beginning: int = 31  # those of them before the image, the same in all questions
     height: int = 540  # of the usual image, in pixels
     width: int = 720
 
@@ -210,20 +207,6 @@ def tower_flops(vision, competition: RealCompetition) -> float:
     return vision.depth * patches * (2 * weights + attention)
 
 
-def scoring_flops(forward: Callable, tokens: int, beginning: int, text) -> float:
-    """FLOP of scoring a question where `forward(tokens)` are those of the whole pass.
-
-    The beginning is computed once for all questions; of the last layer keys and values of all
-    tokens are, and the rest at the answers only. `text` is the language model's config.
-    """
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    keys_and_values = 2 * head_dim * text.num_key_value_heads
-    queries_and_output = 2 * head_dim * text.num_attention_heads
-    widths = keys_and_values + queries_and_output + 3 * text.intermediate_size
-    left_out = (1 - keys_and_values / widths) / text.num_hidden_layers
-    return (forward(tokens) - forward(beginning)) * (1 - left_out)
-
-
 def stage_work(machine: Machine, config: vqa.Config, competition: RealCompetition) -> dict:
     """Stage -> (questions, FLOP of each), of the 8B."""
     shapes = bench_gpu.qwen3_8b({})
@@ -232,19 +215,17 @@ def stage_work(machine: Machine, config: vqa.Config, competition: RealCompetitio
     one_order = competition.text + image
     four_orders = one_order + 3 * competition.suffix
     tower = tower_flops(shapes.vision_config, competition)
-    forward_flops = functools.partial(bench_gpu.question_flops, text_config, training=False)
-    forward = forward_flops(one_order)
-    scored = scoring_flops(forward_flops, one_order, competition.beginning, text_config)
-    rotated = scoring_flops(forward_flops, four_orders, competition.beginning, text_config)
+    forward = bench_gpu.question_flops(text_config, one_order, training=False)
+    rotated = bench_gpu.question_flops(text_config, four_orders, training=False)
     recomputed = forward * (1 - machine.stored_layers / text_config.num_hidden_layers)
     training = bench_gpu.question_flops(text_config, one_order, training=True) + recomputed
     rows = competition.rows
     trained_rows = rows * (config.n_folds - 1)
     return {
-        "zero-shot": (config.zeroshot_rows, scored + tower),
+        "zero-shot": (config.zeroshot_rows, forward + tower),
         "training": (trained_rows * config.num_epochs, training + tower),
         # Of the raw weights that are kept nothing is scored again: their epoch has.
-        "validation": (rows * (config.num_epochs + config.use_ema), scored + tower),
+        "validation": (rows * (config.num_epochs + config.use_ema), forward + tower),
         "OOF, four rotations": (rows, rotated + tower),
         "test, four rotations, every fold": (rows * config.n_folds, rotated + tower),
     }
