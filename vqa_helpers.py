@@ -71,8 +71,8 @@ above it.
    LoRA layers                         LoRA without fp32 copies
    Remade activations                  what a decoder layer keeps, and what it makes again
    Frugal layers                       their pass in three steps, for autograd
-   Scoring layers                      a pass behind what all prompts begin with, to the answers
    Captured passes                     all launches of a pass at once
+   Scoring layers                      a pass behind what all prompts begin with, to the answers
    Fast layers                         compiled decoder layers
    Memory plan                         how a training step is spread over passes
    Timing of passes                    what plans are expected to take, and what they took
@@ -9460,8 +9460,6 @@ class Session:
     # The table of the plans among which it was chosen; filled by `plan_memory`, moved into
     # stages.jsonl by `run_stage`.
     passes_tried: list[dict] = field(default_factory=list)
-    # `score_layer` compiled; set by `use_fast_layers` where it compiles the layers.
-    compiled_scoring: Callable | None = None
     # (bytes of the token ids to the end of the image, its grid) -> their positions; filled by
     # `rope_positions`.
     head_positions: dict[tuple, np.ndarray] = field(default_factory=dict)
@@ -11185,11 +11183,11 @@ def training_states(session: Session, batch: Mapping):
 
 
 # === Scoring layers ===============================================================================
-# In scoring nothing is kept for a backward pass, and the adapter is the same for a whole table. So
-# the keys and values of what all its prompts begin with are computed once, and the last layer
-# computes all but its own keys and values only where letters are predicted.
+# In scoring the adapter is the same for a whole table. So the keys and values of what all its
+# prompts begin with are computed once, and the last layer computes all but its own keys and values
+# only where letters are predicted. On a CPU: on a GPU questions in one order go without a mask, see
+# `collate`, which gains more, and four orders took an 8B 1.2 times as long this way.
 LEAST_BEGINNING = 8  # tokens; fewer are no pass of their own worth
-BEGINNING_MULTIPLE = 16  # attention kernels want the rows of a mask aligned
 
 
 @dataclass(frozen=True)
@@ -11197,9 +11195,7 @@ class Beginning:
     """The tokens that all prompts of a pass begin with, as attention sees them."""
 
     length: int  # tokens
-    padding: int  # empty places in front of them, which no mask shows
-    # Of each layer, on its device: keys and values (1, heads, padding + length, size).
-    keys_and_values: Sequence[tuple]
+    keys_and_values: Sequence[tuple]  # of each layer, (1, heads, length, size) each
 
 
 def sees_all_before(layer) -> bool:
@@ -11210,11 +11206,10 @@ def sees_all_before(layer) -> bool:
 def beginning_length(session: Session, prompts: Sequence[Prompt]) -> int:
     """How many tokens before the image all prompts have in common.
 
-    0 where there are few, or where these layers' pass is not known, and on a GPU: there questions
-    in one order go without a mask, see `collate`, and four orders took an 8B 1.2 times as long.
+    0 where there are few, where these layers' pass is not known, and on a GPU.
     """
-    is_on_gpu = session.device.type == "cuda"
-    if len(prompts) < 2 or is_on_gpu or not session.shares_prefixes:
+    is_on_cpu = session.device.type == "cpu"
+    if len(prompts) < 2 or not (is_on_cpu and session.shares_prefixes):
         return 0
     if not all(sees_all_before(layer) for layer in session.decoder_layers):
         return 0
@@ -11273,24 +11268,19 @@ def read_beginning(session: Session, prompts: Sequence[Prompt]) -> Beginning | N
     length = beginning_length(session, prompts)
     if not length:
         return None
-    padding = -length % BEGINNING_MULTIPLE
-    token_ids = torch.from_numpy(prompts[0].input_ids[None, :length]).to(session.device)
+    token_ids = torch.from_numpy(prompts[0].input_ids[None, :length])
     # (3, 1, length), or (1, length) where a position is one number.
     positions = torch.from_numpy(prompts[0].position_ids[:, None, :length]).squeeze(0)
     states = session.model.get_input_embeddings()(token_ids)
-    rotary = session.model.model.language_model.rotary_emb
-    cos, sin = rotary(states, positions.to(states.device))
+    cos, sin = session.language_model.rotary_emb(states, positions)
     mask = shared_prefix_mask(torch.zeros_like(token_ids))
     keys_and_values = []
     for layer in session.decoder_layers:
-        device = layer.input_layernorm.weight.device
-        states, cos, sin, mask = (tensor.to(device) for tensor in (states, cos, sin, mask))
         own = _own_keys_and_values(layer, layer.input_layernorm(states), cos, sin)
-        padded = [torch.nn.functional.pad(tensor, (0, 0, padding, 0)) for tensor in own]
-        keys_and_values.append(tuple(padded))
+        keys_and_values.append(own)
         nothing = [tensor[:, :, :0] for tensor in own]
         states = score_layer(layer, states, cos, sin, mask, nothing)
-    return Beginning(length, padding, keys_and_values)
+    return Beginning(length, keys_and_values)
 
 
 @contextlib.contextmanager
@@ -11300,7 +11290,7 @@ def merged_adapter(session: Session) -> Iterator[None]:
     Only weights in fp32: in 16 bits the sum would round the adapter away.
     """
     layers = []
-    if session.device.type == "cpu" and not session.compiled_scoring:
+    if session.device.type == "cpu":
         for layer in session.decoder_layers.modules():
             is_plain = getattr(layer, "packed_shape", None) == []
             if is_plain and layer.base_layer.weight.dtype == torch.float32:
@@ -11349,35 +11339,24 @@ def states_behind_beginning(session: Session, batch: Mapping, beginning: Beginni
     encoded = session.vision_cache.encoder_outputs(batch)
     _check_image_tokens(session, batch, encoded.pooler_output)
     columns, places = places_of_answers(batch["answers"].numpy())
-    tensors = {
-        "columns": torch.from_numpy(columns),
-        "places": torch.from_numpy(places),
-        "rows": torch.arange(len(columns))[:, None],
-        **{name: batch[name] for name in ("input_ids", "segments", "position_ids")},
-    }
-    for name, tensor in tensors.items():
-        tensors[name] = tensor.to(session.device, non_blocking=True)
-    states, is_image = _with_images(session, tensors["input_ids"], encoded.pooler_output)
-    language_model = session.model.model.language_model
-    cos, sin = language_model.rotary_emb(states, tensors["position_ids"])
-    mask = shared_prefix_mask(tensors["segments"])
+    states, is_image = _with_images(session, batch["input_ids"], encoded.pooler_output)
+    language_model = session.language_model
+    cos, sin = language_model.rotary_emb(states, batch["position_ids"])
+    mask = shared_prefix_mask(batch["segments"])
     mask = torch.nn.functional.pad(mask, (beginning.length, 0), value=True)
-    mask = torch.nn.functional.pad(mask, (beginning.padding, 0), value=False)
     deepstack = getattr(encoded, "deepstack_features", [])
-    compute = session.compiled_scoring or score_layer
     answers = None
     for number, layer in enumerate(session.decoder_layers):
-        device = layer.input_layernorm.weight.device
-        states, cos, sin, mask = (tensor.to(device) for tensor in (states, cos, sin, mask))
         if number == len(session.decoder_layers) - 1:
-            answers = (tensors["rows"].to(device), tensors["columns"].to(device))
+            rows = torch.arange(len(columns))[:, None]
+            answers = (rows, torch.from_numpy(columns))
         before = beginning.keys_and_values[number]
-        states = compute(layer, states, cos, sin, mask, before, answers)
+        states = score_layer(layer, states, cos, sin, mask, before, answers)
         if number < len(deepstack):
             images = torch.cat(deepstack[number])
             states = language_model._deepstack_process(states, is_image, images)
     states = language_model.norm(states).flatten(0, 1)
-    return states[tensors["places"].to(states.device)].to(session.device)
+    return states[torch.from_numpy(places)]
 
 
 # === Fast layers ==================================================================================
@@ -11469,7 +11448,6 @@ def _compile_step(step: Callable) -> Callable:
 def use_fast_layers(session: Session, adapted, questions: int):
     """`adapted`, the PEFT model, computing `lora_forward` in compiled decoder layers.
 
-        session.compiled_scoring = _compile_forward(score_layer)
     They are compiled only where `decide_compile` says that it pays for `questions` questions to
     come. All layers keep their activations until `recompute_layers` says otherwise.
     """

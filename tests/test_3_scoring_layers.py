@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from references import huggingface_scores, perturb_adapter
-from running import ONE_VIEW, ROTATIONS, count_compilations, plain_prompts
+from running import ONE_VIEW, ROTATIONS, plain_prompts
 from test_3_scores_and_loss import Waits
 
 import vqa_helpers as vqa
@@ -182,21 +182,3 @@ def test_scoring_that_an_older_version_has_begun_goes_on(
         continued = vqa.predict_logits(session, frame, ONE_VIEW, checkpoint=partial)
     assert len(shapes) == 2 * len(session.decoder_layers)  # the beginning, and the last batch
     assert np.allclose(continued, expected, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_compiled_scoring_layers_are_compiled_once_for_all_batches(
-    open_tiny, demo_rows, monkeypatch
-):
-    session = open_tiny("qwen3_vl", infer_batch_size=3)
-    frame = demo_rows.test
-    attach_adapter(session)
-    plain = vqa.predict_logits(session, frame.head(6), ROTATIONS)
-    compiled = count_compilations(monkeypatch)
-    monkeypatch.setattr(vqa, "decide_compile", lambda *_: (True, ""))
-    vqa.use_fast_layers(session, session.model, questions=3)
-    scores = vqa.predict_logits(session, frame.head(6), ROTATIONS)
-    assert np.allclose(scores, plain, atol=1e-5)
-    assert len(compiled) == 2  # all layers but the last, and that one
-    vqa.predict_logits(session, frame.iloc[6:14], ROTATIONS)  # of other lengths
-    assert len(compiled) == 2
