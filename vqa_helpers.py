@@ -45,6 +45,7 @@ above it.
    Competition                         all tables of one competition, validated
    Context                             words beside the image: a column, or a file by id
    Writing a competition               a table of one's own as a folder like a competition's
+   Near copies                         different images that look alike
    Leakage and folds                   copies of images, and folds that keep them together
    Known answers                       test rows that equal a training row
    Augmentation                        mildly changed copies of training images
@@ -6436,30 +6437,7 @@ def write_competition(frame: pd.DataFrame, folder: str | Path) -> Path:
     return folder
 
 
-# === Leakage and folds ============================================================================
-COPY_PLACES = ("across train and test", "inside train", "inside test")
-
-
-@dataclass(frozen=True)
-class LeakageReport:
-    """Copies of images within train, within test and between them."""
-
-    # Every row that shares its group with another one, those of groups across train and test
-    # first: what `count_copies` counts. Columns: where (one of COPY_PLACES), kind ("exact": the
-    # group's pixels are all equal; else "near"), group (as in `image_group`), split, id, image
-    # (rows with the same number have the same pixels), image_path.
-    groups: pd.DataFrame
-    # Each row is a pair of rows that show copies. Columns: split_a, id_a, image_path_a of the
-    # first one, split_b, id_b, image_path_b of the second one, kind ("exact" or "near"),
-    # difference (mean over the thumbnails, in grey levels of 255; 0 for exact copies).
-    copies: pd.DataFrame
-    # Group number of each training row, with the index of train; rows in one group show copies.
-    image_group: pd.Series
-    # The same of each test row that has a usable image; the numbers are those of `image_group`.
-    test_group: pd.Series
-    alarm: str  # why near copies were not used for grouping; "" where they were
-
-
+# === Near copies ==================================================================================
 @dataclass(frozen=True)
 class _NearCopies:
     """Pairs of different images that look alike."""
@@ -6470,6 +6448,14 @@ class _NearCopies:
 
 
 HASHES_COMPARED_TOGETHER = 1024  # with all that agree with them in a part
+# Among so many images that look alike each pair is compared and listed.
+IMAGES_COMPARED_IN_PAIRS = 64
+
+
+def _hash_bits(dhashes: Sequence[str]) -> np.ndarray:
+    """The bits (n, 64) of these hashes, as numbers that can be multiplied."""
+    codes = np.frombuffer(bytes.fromhex("".join(dhashes)), dtype=np.uint8)
+    return np.unpackbits(codes.reshape(-1, 8), axis=1).astype(np.float32)
 
 
 def _near_pairs_among(bits: np.ndarray, members: np.ndarray, max_bits: int) -> Iterator[np.ndarray]:
@@ -6494,10 +6480,8 @@ def _near_pairs_by_hash(dhashes: pd.Series, max_bits: int) -> np.ndarray:
     Of a hash that is cut into `max_bits` + 1 parts at least one is left as it is. So only hashes
     that agree in a part are compared: of 100,000 images each with a few dozen others.
     """
-    codes = np.frombuffer(bytes.fromhex("".join(dhashes)), dtype=np.uint8)
-    bits = np.unpackbits(codes.reshape(-1, 8), axis=1).astype(np.float32)
+    bits = _hash_bits(dhashes)
     found = [np.empty((0, 2), dtype=np.int64)]
-    numbers_before = []  # by part: hashes that agree in it have one number
     for part in np.array_split(np.arange(64), max_bits + 1):
         texts = np.packbits(bits[:, part] > 0, axis=1)
         _, numbers, counts = np.unique(texts, axis=0, return_inverse=True, return_counts=True)
@@ -6505,23 +6489,8 @@ def _near_pairs_by_hash(dhashes: pd.Series, max_bits: int) -> np.ndarray:
         in_order = np.argsort(numbers, kind="stable")  # those that agree side by side
         for members in np.split(in_order, np.cumsum(counts)[:-1]):
             if len(members) > 1:
-                for pairs in _near_pairs_among(bits, members, max_bits):
-                    found.append(_without_pairs_of(numbers_before, pairs))
-        numbers_before.append(numbers)
-    pairs = np.concatenate(found)
-    return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
-
-
-def _without_pairs_of(parts: Sequence[np.ndarray], pairs: np.ndarray) -> np.ndarray:
-    """Those of the pairs (pairs, 2) that agree in none of the `parts`, numbers (n,) of each row.
-
-    The others were found there. Thousands of blank images, which agree in all parts, are so many
-    pairs that keeping each several times would take gigabytes.
-    """
-    is_new = np.ones(len(pairs), dtype=bool)
-    for numbers in parts:
-        is_new &= numbers[pairs[:, 0]] != numbers[pairs[:, 1]]
-    return pairs[is_new]
+                found.extend(_near_pairs_among(bits, members, max_bits))
+    return np.unique(np.concatenate(found), axis=0)
 
 
 def _thumbnail(path: str) -> np.ndarray:
@@ -6529,25 +6498,112 @@ def _thumbnail(path: str) -> np.ndarray:
     return np.asarray(load_image(path).resize((32, 32)), dtype=np.int16)
 
 
-def _find_near_copies(images: pd.DataFrame, max_bits: int, max_difference: float) -> _NearCopies:
-    """Pairs of rows of `images` whose hashes agree, and the pixels of their thumbnails too."""
-    pairs = _near_pairs_by_hash(images["dhash"], max_bits)
-    involved = np.unique(pairs)
-    paths = images["image_path"].iloc[involved]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        thumbnails = dict(zip(involved, pool.map(_thumbnail, paths), strict=True))
-    differences = np.array(
-        [np.abs(thumbnails[first] - thumbnails[second]).mean() for first, second in pairs]
-    )
-    is_near = differences <= max_difference
-    return _NearCopies(pairs[is_near], differences[is_near])
-
-
 def _linked_groups(pairs: np.ndarray, count: int) -> np.ndarray:
     """Group number (count,) of each image, where the images of a pair belong together."""
     links = coo_matrix((np.ones(len(pairs)), pairs.T), shape=(count, count))
     _, group_of_image = connected_components(links, directed=False)
     return group_of_image
+
+
+@dataclass(frozen=True)
+class _Looks:
+    """What images look like, by position, and when two are near copies."""
+
+    bits: np.ndarray  # (n, 64): of the perceptual hashes
+    thumbnails: np.ndarray  # (n, 32, 32, 3)
+    sums: np.ndarray  # (n, 48): of the thumbnails' 4 x 4 squares, by colour
+    max_bits: int
+    max_difference: float
+
+    def differences(self, image: int, others: np.ndarray) -> np.ndarray:
+        """Mean differences of the image's thumbnail from those of others."""
+        return np.abs(self.thumbnails[others] - self.thumbnails[image]).mean(axis=(1, 2, 3))
+
+    def links(self, image: int, others: np.ndarray) -> list[tuple[int, int, float]]:
+        """(first, second, difference) of the image and each of `others` that is its near copy."""
+        # Squares differ by no more than their pixels, and are quickly compared.
+        at_least = np.abs(self.sums[others] - self.sums[image]).sum(axis=1)
+        near = others[at_least <= self.max_difference * self.thumbnails[0].size]
+        differing = np.abs(self.bits[near] - self.bits[image]).sum(axis=1)
+        near = near[differing <= self.max_bits]
+        differences = self.differences(image, near)
+        pairs = zip(np.minimum(image, near), np.maximum(image, near), differences, strict=True)
+        return [pair for pair in pairs if pair[2] <= self.max_difference]
+
+    def pairs(self, members: np.ndarray) -> list[tuple[int, int, float]]:
+        """As `links`, of all near copies among `members`, which are in rising order.
+
+        Of a group of more than IMAGES_COMPARED_IN_PAIRS only what holds it together. An image is
+        compared with those alone that no other one has found: thousands of white pages that look
+        alike take one comparison each.
+        """
+        pairs = []
+        waiting = members
+        while len(waiting):
+            group = waiting[:1].tolist()
+            waiting = waiting[1:]
+            links = []
+            for image in group:  # it grows
+                found = self.links(image, waiting)
+                is_found = np.isin(waiting, [pair[:2] for pair in found])
+                group.extend(waiting[is_found])
+                waiting = waiting[~is_found]
+                links.extend(found)
+            if len(group) <= IMAGES_COMPARED_IN_PAIRS:
+                group.sort()
+                links = []
+                for number, image in enumerate(group, 1):
+                    links.extend(self.links(image, np.array(group[number:], dtype=int)))
+            pairs.extend(links)
+        return pairs
+
+
+def _find_near_copies(images: pd.DataFrame, max_bits: int, max_difference: float) -> _NearCopies:
+    """Pairs of rows of `images` whose hashes agree, and the pixels of their thumbnails too.
+
+    Of more than IMAGES_COMPARED_IN_PAIRS copies of one image not all pairs.
+    """
+    codes, hashes = pd.factorize(images["dhash"])
+    alike = _linked_groups(_near_pairs_by_hash(hashes, max_bits), len(hashes))[codes]
+    involved = np.flatnonzero(pd.Series(alike).duplicated(keep=False))
+    if not len(involved):
+        return _NearCopies(np.empty((0, 2), dtype=np.int64), np.empty(0))
+    chosen = images.iloc[involved]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        thumbnails = np.stack([*pool.map(_thumbnail, chosen["image_path"])])
+    squares = thumbnails.reshape(-1, 4, 8, 4, 8, 3).sum(axis=(2, 4), dtype=np.int32)
+    sums = squares.reshape(len(squares), -1)
+    looks = _Looks(_hash_bits(chosen["dhash"]), thumbnails, sums, max_bits, max_difference)
+    found = []
+    for members in pd.Series(alike[involved]).groupby(alike[involved]).indices.values():
+        found.extend(looks.pairs(members))
+    found.sort()
+    pairs = np.array([pair[:2] for pair in found], dtype=np.int64).reshape(-1, 2)
+    return _NearCopies(involved[pairs], np.array([pair[2] for pair in found]))
+
+
+# === Leakage and folds ============================================================================
+COPY_PLACES = ("across train and test", "inside train", "inside test")
+
+
+@dataclass(frozen=True)
+class LeakageReport:
+    """Copies of images within train, within test and between them."""
+
+    # Every row that shares its group with another one, those of groups across train and test
+    # first: what `count_copies` counts. Columns: where (one of COPY_PLACES), kind ("exact": the
+    # group's pixels are all equal; else "near"), group (as in `image_group`), split, id, image
+    # (rows with the same number have the same pixels), image_path.
+    groups: pd.DataFrame
+    # Each row is a pair of rows that show copies. Columns: split_a, id_a, image_path_a of the
+    # first one, split_b, id_b, image_path_b of the second one, kind ("exact" or "near"),
+    # difference (mean over the thumbnails, in grey levels of 255; 0 for exact copies).
+    copies: pd.DataFrame
+    # Group number of each training row, with the index of train; rows in one group show copies.
+    image_group: pd.Series
+    # The same of each test row that has a usable image; the numbers are those of `image_group`.
+    test_group: pd.Series
+    alarm: str  # why near copies were not used for grouping; "" where they were
 
 
 def _alarm_about_groups(pixel_hash: pd.Series, group: np.ndarray) -> str:

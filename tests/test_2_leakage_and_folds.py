@@ -355,20 +355,54 @@ def test_comparing_hashes_does_not_grow_with_the_square_of_the_images(monkeypatc
     assert sum(compared) < 0.01 * len(hashes) ** 2
 
 
-def test_each_pair_of_hashes_that_agree_in_all_parts_is_kept_once(monkeypatch):
-    """A thousand white pages are half a million pairs."""
-    kept = []
-    without = vqa._without_pairs_of
+def white_pages(contents, seed=0):
+    """Images of one perceptual hash, and their thumbnails by path: white, with dark spots."""
+    random = np.random.default_rng(seed)
+    pages = {}
+    for number, size in enumerate(contents):
+        page = random.integers(253, 256, (32, 32, 3), dtype=np.int16)
+        row, column = random.integers(0, 32 - size, 2)
+        page[row : row + size, column : column + size] = random.integers(0, 100)
+        pages[str(number)] = page
+    return pd.DataFrame({"dhash": "00" * 8, "image_path": [*pages]}), pages
 
-    def counted(parts, pairs):
-        new = without(parts, pairs)
-        kept.append(len(new))
-        return new
 
-    monkeypatch.setattr(vqa, "_without_pairs_of", counted)
-    hashes = pd.Series(["00" * 8] * 30 + ["01" * 8])
-    pairs = vqa._near_pairs_by_hash(hashes, 4)
-    assert len(pairs) == sum(kept) == 30 * 29 // 2
-    # In whatever part they agree: this one differs in the first part alone.
-    pairs = vqa._near_pairs_by_hash(pd.Series(["00" * 8, "80" + "00" * 7]), 4)
-    assert pairs.tolist() == [[0, 1]]
+def near_by_comparing_all(images, pages):
+    return [
+        (first, second, np.abs(pages[str(first)] - pages[str(second)]).mean())
+        for first in range(len(images))
+        for second in range(first + 1, len(images))
+        if np.abs(pages[str(first)] - pages[str(second)]).mean() <= 3
+    ]
+
+
+@pytest.mark.parametrize("in_pairs", [0, 4, 64])
+def test_white_pages_are_grouped_as_by_comparing_all(in_pairs, monkeypatch):
+    monkeypatch.setattr(vqa, "IMAGES_COMPARED_IN_PAIRS", in_pairs)
+    images, pages = white_pages([0] * 9 + [2] * 6 + [5] * 25)
+    monkeypatch.setattr(vqa, "_thumbnail", pages.get)
+    expected = near_by_comparing_all(images, pages)
+    groups = vqa._linked_groups(np.array([pair[:2] for pair in expected]), len(images))
+    assert np.bincount(groups).max() == 15  # pages with larger spots stay apart
+    near = vqa._find_near_copies(images, 4, 3.0)
+    assert np.array_equal(vqa._linked_groups(near.pairs, len(images)), groups)
+    found = [(*pair, value) for pair, value in zip(near.pairs, near.differences, strict=True)]
+    assert found == expected if in_pairs == 64 else set(found) <= set(expected)
+
+
+def test_hundreds_of_white_pages_take_few_comparisons_each(monkeypatch):
+    images, pages = white_pages([0] * 350 + [6] * 250)
+    monkeypatch.setattr(vqa, "_thumbnail", pages.get)
+    compared = []
+    differences = vqa._Looks.differences
+
+    def counted(looks, image, others):
+        compared.append(len(others))
+        return differences(looks, image, others)
+
+    monkeypatch.setattr(vqa._Looks, "differences", counted)
+    near = vqa._find_near_copies(images, 4, 3.0)
+    groups = vqa._linked_groups(near.pairs, len(images))
+    assert np.bincount(groups).max() == 350
+    assert sum(compared) < 20 * len(images)
+    assert len(near.pairs) < 20 * len(images)
