@@ -9427,22 +9427,30 @@ def settings_without_places(config: Config) -> dict:
     return {name: value for name, value in settings.items() if name not in PLACE_SETTINGS}
 
 
+def model_identity(config: Config) -> dict:
+    """What a loaded model is known by: settings without places, its files' sizes and times."""
+    files = {}
+    for path in Path(config.model_path).glob("*"):
+        facts = path.stat()
+        files[path.name] = (facts.st_size, facts.st_mtime_ns)
+    return {**settings_without_places(config), "files": files}
+
+
 @dataclass
 class KeptModel:
     """The base model of this process between two of its commands, see `main`."""
 
     is_wanted: bool = False  # whether a further command may need the model; set by `main`
-    settings: dict | None = None  # that it was loaded with
+    identity: dict | None = None  # `model_identity`, taken before loading
     model: object = None
     device: object = None  # where it computes
     # Of each decoder layer what `_LAYER_FORWARDS` names, as it was after loading.
     forwards: Sequence[dict] = ()
 
-    def keep(self, config: Config, model) -> None:
-        """Keep a model that was just loaded, where it is wanted."""
+    def keep(self, model) -> None:
+        """Keep a model that was loaded because `take` had none, where it is wanted."""
         if not self.is_wanted:
             return
-        self.settings = settings_without_places(config)
         self.model = model
         self.device = model.device
         self.forwards = []
@@ -9451,15 +9459,17 @@ class KeptModel:
             self.forwards.append(own)
 
     def take(self, config: Config):
-        """The model as it was after loading, where it was loaded with these settings; else None.
+        """The model as after loading, where settings and files are still the same; else None.
 
         It stays here only where it is wanted once more: one that is not takes memory.
         """
         model = self.model
         forwards = self.forwards
-        is_same = self.settings == settings_without_places(config)
+        identity = model_identity(config)
+        is_same = self.identity == identity
+        self.identity = identity
         if not (is_same and self.is_wanted):
-            self.model = self.settings = None
+            self.model = None
             self.forwards = ()  # those of a quantised model hold its layers
         if model is None or not is_same:
             return None
@@ -9609,7 +9619,7 @@ def open_session(config: Config, example: Mapping) -> Session:
         model = KEPT_MODEL.take(config)
         if model is None:
             model = _load_session_model(config, runtime)
-            KEPT_MODEL.keep(config, model)
+            KEPT_MODEL.keep(model)
     _check_processor(config, processor, model)
     device = model.device
     vision_cache = VisionCache(model, processor, config.cache_dir)
@@ -12460,6 +12470,23 @@ def members_of(config: Config, folds: Sequence[int]) -> list[int]:
     return [seed * (config.n_folds + 1) + fold for seed in range(count) for fold in folds]
 
 
+def uses_per_image(config: Config, is_pretraining: bool = False) -> int:
+    """How often a training image is needed, about.
+
+    In each fold's epochs, in its validations and in its final scores; with `is_pretraining`, an
+    image of a related round, in the epochs before these.
+
+    >>> config = Config(n_folds=3, num_epochs=4, extra_train_dirs=("round1",), pretrain_epochs=2)
+    >>> uses_per_image(config), uses_per_image(config, is_pretraining=True)
+    (18, 6)
+    """
+    versions = 1 + config.augment_images  # the other epochs show a variant of it
+    uses = config.num_epochs // versions + 2
+    if is_pretraining:
+        uses = max(1, config.pretrain_epochs // versions)
+    return len(members_of(config, config.folds_to_train)) * uses
+
+
 def member_name(config: Config, member: int) -> str:
     """The member in words, behind "fold": its fold, and its seed where that is not the first.
 
@@ -12767,16 +12794,6 @@ class Run:
         if self.members_behind(self.final_fold):
             return [*folds, self.final_fold]
         return folds
-
-    @property
-    def uses_per_image(self) -> int:
-        """How often a training image is needed, about.
-
-        In each fold's epochs, in its validations and in its final scores.
-        """
-        versions = 1 + self.config.augment_images
-        epochs = self.config.num_epochs // versions  # the others show a variant of it
-        return len(members_of(self.config, self.config.folds_to_train)) * (epochs + 2)
 
     def seconds_left(self) -> float:
         """Seconds left of the time budget; by default it is 11 hours on Kaggle, else infinite."""
@@ -20951,15 +20968,23 @@ class FinalTrainer(FoldTrainer):
         return super().finish()
 
 
-def training_images(run: Run) -> list[pd.DataFrame]:
-    """The frames whose images are cached before training: train, extra rows, changed images."""
-    frames = [run.train]
+def training_images(run: Run) -> list[tuple[pd.DataFrame, int]]:
+    """Frames whose images are cached before training, and how often each image is needed.
+
+    Train, extra rows, changed images.
+    """
+    config = run.config
+    pretrains = config.pretrain_epochs > 0
+    frames = [(run.train, uses_per_image(config))]
     for source, rows in run.extra_rows.groupby("source"):
         # Of the test images all, although only some are trained on: they are scored later.
-        frames.append(run.test if source == "test" else rows)
-    if run.config.augment_images:
-        variants = image_variants(all_rows(run), run.config.augment_images, run.config.seed)
-        frames.append(variants)
+        images = run.test if source == "test" else rows
+        is_pretraining = pretrains and source.startswith(RELATED_SOURCE)
+        frames.append((images, uses_per_image(config, is_pretraining)))
+    if config.augment_images:
+        variants = image_variants(all_rows(run), config.augment_images, config.seed)
+        for is_pretraining, rows in variants.groupby(is_related(variants) & pretrains):
+            frames.append((rows, uses_per_image(config, is_pretraining)))
     return frames
 
 
@@ -20974,8 +20999,8 @@ def train_fold(config: Config, fold: int, session: Session | None = None) -> Fol
         return read_fold_result(run, fold)
     if session is None:
         session = open_session(run.config, run.train.iloc[0])
-    for frame in training_images(run):
-        fill_vision_cache(session, frame, uses=run.uses_per_image, passes=3)
+    for frame, uses in training_images(run):
+        fill_vision_cache(session, frame, uses, passes=3)
     if fold_of(run.config, fold) == run.final_fold:
         trainer = FinalTrainer(session, run, fold)
     else:
@@ -20993,7 +21018,7 @@ def stage_zeroshot(session: Session, run: Run, fold: int) -> None:
     count = min(run.config.zeroshot_rows or len(run.train), len(run.train))
     sample = run.train.sample(count, random_state=run.config.seed)
     frame = sample.sort_index().reset_index(drop=True)
-    fill_vision_cache(session, run.train, uses=run.uses_per_image, passes=3)
+    fill_vision_cache(session, run.train, uses_per_image(run.config), passes=3)
     unfinished = run.directory / "zeroshot.partial.npz"
     checkpoint = open_inference_checkpoint(session, run, unfinished)
     view = TTAView("rotation 0")
@@ -23794,8 +23819,7 @@ def try_model(session: Session, trial: TrialRows, start_seconds: float) -> Trial
     config = session.config
     sample = trial.sample
     plain = [TTAView("rotation 0")]
-    uses = len(members_of(config, config.folds_to_train)) * (config.num_epochs + 2)
-    image_token = measure_features(session, sample, uses)
+    image_token = measure_features(session, sample, uses_per_image(config))
     if image_token:
         cache_longest_rows(session, trial)
     start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import shutil
 import weakref
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_a_layer_gets_the_forward_back_that_loading_gave_it(keeping, demo_rows):
     layer = session.decoder_layers[0]
     of_loading = functools.partial(layer.forward)
     layer.forward = of_loading
-    keeping.keep(config, session.model)
+    keeping.keep(session.model)
     change_the_model(session)
     assert layer.forward is not of_loading
     keeping.take(config)
@@ -84,7 +85,7 @@ def test_a_model_that_is_not_wanted_again_leaves_the_memory(next_settings, keepi
     session = vqa.open_session(config, demo_rows.train.iloc[0])
     layer = session.decoder_layers[0]
     layer.forward = functools.partial(layer.forward)
-    keeping.keep(config, session.model)
+    keeping.keep(session.model)
     is_there = weakref.ref(layer)
     keeping.is_wanted = False
     taken = keeping.take(vqa.Config.preset("demo", **next_settings))
@@ -100,3 +101,15 @@ def test_a_model_of_other_settings_is_loaded_and_the_kept_one_goes(keeping, demo
     second = vqa.open_session(vqa.Config.preset("demo", lora_r=4), example)
     assert second.model is not first.model
     assert keeping.model is second.model
+
+
+def test_a_model_whose_files_were_replaced_is_loaded_anew(keeping, demo_rows, tmp_path):
+    folder = shutil.copytree(vqa.Config.preset("demo").model_path, tmp_path / "model")
+    config = vqa.Config.preset("demo", model_id=str(folder))
+    session = vqa.open_session(config, demo_rows.train.iloc[0])
+    assert keeping.take(config) is session.model
+    weights = folder / "model.safetensors"
+    shutil.copyfile(weights, tmp_path / "new")  # as many bytes
+    (tmp_path / "new").replace(weights)
+    assert keeping.take(config) is None
+    assert keeping.model is None

@@ -332,6 +332,20 @@ def test_pretraining_needs_rows_to_pretrain_on(mini_run, mini_data, earlier_roun
         mini_run(extra_train_dirs=(str(earlier_round.root),), pretrain_epochs=1)
 
 
+def test_images_are_used_in_the_epochs_that_show_them(pretrained_run):
+    """By this the vision cache is filled, or not."""
+    run = pretrained_run(pretrain_epochs=8, augment_images=1)
+    frames = vqa.training_images(run)
+    uses = {"train": set(), "extra_1": set()}
+    for frame, count in frames:
+        for source in set(frame.get("source", ["train"])):
+            uses[source].add(count)
+    assert uses == {"train": {3}, "extra_1": {4}}
+    images = pd.concat([frame for frame, _ in frames])["pixel_hash"]
+    rows = vqa.image_variants(vqa.all_rows(run), run.config.augment_images, run.config.seed)
+    assert set(images) == set(rows["pixel_hash"])
+
+
 def test_a_search_does_not_judge_by_epochs_of_pretraining(pretrained_run):
     run = pretrained_run()
     history = pd.DataFrame({"epoch": [1, 2, 3, 4], "nll": [9.0, 8.0, 0.9, 0.8]})
