@@ -1,5 +1,6 @@
 """The benchmarks that need a GPU, or minutes, run at a tiny size: the figures mean nothing."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import bench_gpu
 import pytest
+import start_up
 
 # Options, and what is printed at the end.
 SCRIPTS = {
@@ -74,3 +76,21 @@ def test_the_readme_has_what_a_t4_should_take():
     assert best in (4, 6)
     all_recomputed = table.iloc[-1]
     assert table.loc[best, "questions/s"].max() / all_recomputed["questions/s"] > 1.35
+
+
+def test_packages_without_metadata_are_known_by_their_own_version(tmp_path, monkeypatch):
+    """Where they were only unpacked, no start shall try to install them."""
+    version = importlib.metadata.version
+    in_pip = {"peft": "0.1", "bitsandbytes": None, "accelerate": version("accelerate")}
+
+    def known(name):
+        if in_pip.get(name, "0") is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return in_pip.get(name) or version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", known)
+    start_up.write_metadata(tmp_path)
+    written = {
+        found.name: found.version for found in importlib.metadata.distributions(path=[tmp_path])
+    }
+    assert written == {"peft": version("peft"), "bitsandbytes": version("bitsandbytes")}

@@ -8,12 +8,15 @@ Runs the notebook's code cells up to training, with the module that is given, in
 with nothing compiled or cached before, and stops at the first optimizer step. The model is on
 the disk and, where the system lets us, not in memory. Prints every mark as it comes, then a table
 of phases. The marks are lines of the run's own logs, stamped by this process as they appear
-(every 10 ms), and the times of its files; installing is not counted. With several modules these
-take turns.
+(every 10 ms), and the times of its files; nothing is installed. A start that takes more than
+--limit seconds is ended there, and its table has what it did until then. With several modules
+these take turns.
 """
 
 import argparse
 import contextlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -33,9 +36,9 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "Kaggle_AllInOne.ipynb"
 POLL_SECONDS = 0.01
-LIMIT_SECONDS = 500  # that one start may take
 CELL_MARK = "@cell "  # begins a line of the notebook's process: a cell begins
 TOTAL = "from start to the first step"
+LIMIT = "(ended by --limit)"
 CPU = "CPU seconds until then, all processes"
 # Of a real-size run; so many epochs that layers are compiled, as in a real job.
 OVERRIDES = {"n_folds": 2, "train_folds": [0], "num_epochs": 20, "max_fallback_share": 0.5}
@@ -48,6 +51,7 @@ def pretend_ipython() -> None:
     display.HTML = str
     display.display = lambda *_: None
     package = types.ModuleType("IPython")
+    package.version_info = (9, 0)  # matplotlib asks
     package.get_ipython = lambda: None
     package.display = display
     sys.modules.update({"IPython": package, "IPython.display": display})
@@ -103,6 +107,7 @@ PHASES = (
     (r"MemoryPlan\(", "first passes, compiling, first plan tried"),
     (r"Decision: of \d+ questions", "other plans tried"),
     (r"@first step", "prompts and first optimizer step"),
+    (re.escape(LIMIT), LIMIT),
 )
 
 
@@ -203,9 +208,11 @@ def forget_files(folder: Path) -> None:
 
 
 def family_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """A process and those that it has started."""
-    first = psutil.Process(process.pid)
-    return [first, *first.children(recursive=True)]
+    """A process and those that it has started; none where it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        first = psutil.Process(process.pid)
+        return [first, *first.children(recursive=True)]
+    return []
 
 
 def cpu_seconds(process: subprocess.Popen) -> float:
@@ -227,6 +234,32 @@ def end_all(process: subprocess.Popen) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     process.wait()
+
+
+def write_metadata(folder: Path) -> None:
+    """Write down for pip the versions of required packages that it does not know as they are.
+
+    A package that was unpacked into a folder of PYTHONPATH without its metadata counts as missing
+    else, or as the version that another folder has, and the notebook would install it.
+    """
+    for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines():
+        requirement = re.match(r"([\w-]+)>=([\d.]+)", line)
+        spec = requirement and importlib.util.find_spec(requirement[1].replace("-", "_"))
+        if not spec:
+            continue
+        name, lowest = requirement.groups()
+        known = None
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            known = importlib.metadata.version(name)
+        source = Path(spec.origin).read_text("utf-8")
+        said = re.search(r"""^__version__ = ["'](.+)["']""", source, re.M)
+        version = said[1] if said else known or lowest
+        if version != known:
+            sys.stdout.write(f"metadata written: {name} {version}, which pip knows as {known}\n")
+            metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+            metadata.mkdir()
+            text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+            (metadata / "METADATA").write_text(text)
 
 
 def environment_of(folder: Path, options: argparse.Namespace) -> dict[str, str]:
@@ -254,6 +287,7 @@ def measure_start(module: Path, options: argparse.Namespace) -> dict[str, float]
     (folder / "code").mkdir()  # the notebook takes the module of its working folder
     shutil.copy(module, folder / "code/vqa_helpers.py")
     (folder / "code/data").symlink_to(ROOT / "data")
+    write_metadata(folder / "code")
     forget_files(Path(options.model))
     with (folder / "notebook.log").open("wb") as log:
         watch = Watch(folder, time.time())
@@ -269,8 +303,9 @@ def measure_start(module: Path, options: argparse.Namespace) -> dict[str, float]
             if process.poll() is not None:
                 sys.stdout.write((folder / "notebook.log").read_text("utf-8", "replace")[-5000:])
                 raise RuntimeError(f"the notebook's process ended, status {process.returncode}")
-            if time.time() - watch.started > LIMIT_SECONDS:
-                raise TimeoutError(f"no optimizer step in {LIMIT_SECONDS} s")
+            if time.time() - watch.started > options.limit:
+                watch.add(watch.source, LIMIT)
+                break
             time.sleep(POLL_SECONDS)
         cpu = cpu_seconds(process)
     finally:
@@ -349,6 +384,7 @@ def parse_arguments() -> argparse.Namespace:
         help="files of vqa_helpers to be compared, the older one first",
     )
     parser.add_argument("--repeats", type=int, default=1, help="starts of each module")
+    parser.add_argument("--limit", type=float, default=220, help="seconds that a start may take")
     parser.add_argument("--layers", type=int, default=36, help="of the 8B")
     parser.add_argument("--rows", type=int, default=256, help="training rows of a real-size run")
     parser.add_argument("--place", type=Path, help="folder for model and runs")
@@ -371,7 +407,7 @@ def main() -> None:
     starts = {}
     for repeat in range(options.repeats):
         for number, module in enumerate(options.modules):
-            name = f"{number + 1}: {module.parent.name}/{module.name}"
+            name = f"{number + 1}: {module.resolve().parent.name}/{module.name}"
             sys.stdout.write(f"start {repeat + 1} of {name}\n")
             starts.setdefault(name, []).append(measure_start(module, options))
             print_table({name: starts[name][-1:]})
