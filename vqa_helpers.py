@@ -8321,16 +8321,14 @@ IN_MEMORY_RATE = 3 * 2**30  # bytes a second that no disk has: the files are in 
 def read_ahead(paths: Sequence[Path]) -> int:
     """Read files one after the other, so that the system has them in memory; bytes read.
 
-    Loading maps weights and reads them in small pieces, which is slow on a network disk. Nothing
-    is read where they would take half of the free memory; it ends where a file cannot be read
-    (loading says so), and where the files were in memory before.
+    Loading maps weights and reads them in small pieces, which is slow on any disk. No more is read
+    than half of the free memory; it ends where a file cannot be read (loading says so), and where
+    the files were in memory before.
     """
     buffer = bytearray(READ_AHEAD_BYTES)
     done = 0
     with contextlib.suppress(OSError):
-        sizes = [path.stat().st_size for path in paths]
-        if sum(sizes) > psutil.virtual_memory().available / 2:
-            return 0
+        limit = psutil.virtual_memory().available / 2
         begin = time.perf_counter()
         for path in paths:
             with path.open("rb", buffering=0) as file:
@@ -8338,7 +8336,7 @@ def read_ahead(paths: Sequence[Path]) -> int:
                     done += count
                     is_enough = done >= 16 * READ_AHEAD_BYTES
                     rate = done / (time.perf_counter() - begin)
-                    if is_enough and rate > IN_MEMORY_RATE:
+                    if done >= limit or (is_enough and rate > IN_MEMORY_RATE):
                         return done
     return done
 
