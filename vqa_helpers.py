@@ -9436,10 +9436,11 @@ def model_identity(config: Config) -> dict:
 
 @dataclass
 class KeptModel:
-    """The base model of this process between two of its commands, see `main`."""
+    """Processor and base model of this process between two of its commands, see `main`."""
 
-    is_wanted: bool = False  # whether a further command may need the model; set by `main`
+    is_wanted: bool = False  # whether a further command may need them; set by `main`
     identity: dict | None = None  # `model_identity`, taken before loading
+    processor: object = None
     model: object = None
     device: object = None  # where it computes
     # Of each decoder layer what `_LAYER_FORWARDS` names, as it was after loading.
@@ -9456,20 +9457,36 @@ class KeptModel:
             own = {name: vars(layer)[name] for name in _LAYER_FORWARDS if name in vars(layer)}
             self.forwards.append(own)
 
+    def look_at(self, config: Config) -> None:
+        """Let go of what was loaded with other settings, or from other files."""
+        identity = model_identity(config)
+        if self.identity != identity:
+            self.identity = identity
+            self.processor = None
+            self.forget_model()
+
+    def forget_model(self) -> None:
+        self.model = None
+        self.forwards = ()  # those of a quantised model hold its layers
+
+    def load_processor(self, config: Config):
+        """As the function, which takes more than a second for a large vocabulary; kept, too."""
+        self.look_at(config)
+        processor = self.processor or load_processor(config)
+        self.processor = processor if self.is_wanted else None
+        return processor
+
     def take(self, config: Config):
         """The model as after loading, where settings and files are still the same; else None.
 
         It stays here only where it is wanted once more: one that is not takes memory.
         """
+        self.look_at(config)
         model = self.model
         forwards = self.forwards
-        identity = model_identity(config)
-        is_same = self.identity == identity
-        self.identity = identity
-        if not (is_same and self.is_wanted):
-            self.model = None
-            self.forwards = ()  # those of a quantised model hold its layers
-        if model is None or not is_same:
+        if not self.is_wanted:
+            self.forget_model()
+        if model is None:
             return None
         for layer, own in zip(model.model.language_model.layers, forwards, strict=True):
             for name in _LAYER_FORWARDS:
@@ -9605,7 +9622,7 @@ def open_session(config: Config, example: Mapping) -> Session:
     for reason in runtime.reasons:
         LOGGER.info("Decision: %s", reason)
     seed_everything(config.seed, config.deterministic, config.strict_determinism)
-    processor = load_processor(config)
+    processor = KEPT_MODEL.load_processor(config)
     budget = pixel_budget(config, processor)
     LOGGER.info("Decision: %s", image_inputs(processor).budget_in_words(processor, budget))
     letter_token_ids = _check_wordings(processor, config, example)
@@ -23072,7 +23089,7 @@ def expected_memory(config: Config, frame: pd.DataFrame) -> MemoryCosts:
 
     Raises ValueError where the model's family is not known here.
     """
-    processor = load_processor(config)
+    processor = KEPT_MODEL.load_processor(config)
     runtime = detect_runtime(config.precision, config.attn_implementation)
     shapes = _read_model_config(config)
     budget = pixel_budget(config, processor)
@@ -23879,7 +23896,7 @@ def preflight(
     """
     started = started or time.time()
     check_score_model(config)
-    processor = load_processor(config)
+    processor = KEPT_MODEL.load_processor(config)
     looked = time.time()
     LOGGER.info("Libraries and processor: %.1f s after the start", looked - started)
     trial = draw_trial_rows(config, processor, rows)

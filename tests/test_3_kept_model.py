@@ -43,6 +43,7 @@ def test_a_kept_model_is_as_after_loading_until_it_is_not_wanted(keeping, demo_r
 
     second = vqa.open_session(vqa.Config.preset("demo", run_name="second"), example)
     assert second.model is first.model
+    assert second.processor is first.processor
     assert "forward" not in vars(layers[0])
     assert not second.model.training
     assert not vqa.trainable_parameters(second.model)
@@ -52,7 +53,7 @@ def test_a_kept_model_is_as_after_loading_until_it_is_not_wanted(keeping, demo_r
     keeping.is_wanted = False  # the last command: a stage may load another model after this one
     third = vqa.open_session(config, example)
     assert third.model is first.model
-    assert keeping.model is None
+    assert keeping.model is keeping.processor is None
 
 
 def test_a_layer_gets_the_forward_back_that_loading_gave_it(keeping, demo_rows):
@@ -111,5 +112,5 @@ def test_a_model_whose_files_were_replaced_is_loaded_anew(keeping, demo_rows, tm
     weights = folder / "model.safetensors"
     shutil.copyfile(weights, tmp_path / "new")  # as many bytes
     (tmp_path / "new").replace(weights)
+    assert keeping.load_processor(config) is not session.processor
     assert keeping.take(config) is None
-    assert keeping.model is None
