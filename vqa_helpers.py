@@ -6559,10 +6559,7 @@ class _Looks:
 
 
 def _find_near_copies(images: pd.DataFrame, max_bits: int, max_difference: float) -> _NearCopies:
-    """Pairs of rows of `images` whose hashes agree, and the pixels of their thumbnails too.
-
-    Of more than IMAGES_COMPARED_IN_PAIRS copies of one image not all pairs.
-    """
+    """Pairs of rows of `images` whose hashes agree, and the pixels of their thumbnails too."""
     codes, hashes = pd.factorize(images["dhash"])
     alike = _linked_groups(_near_pairs_by_hash(hashes, max_bits), len(hashes))[codes]
     involved = np.flatnonzero(pd.Series(alike).duplicated(keep=False))
@@ -6597,7 +6594,8 @@ class LeakageReport:
     groups: pd.DataFrame
     # Each row is a pair of rows that show copies. Columns: split_a, id_a, image_path_a of the
     # first one, split_b, id_b, image_path_b of the second one, kind ("exact" or "near"),
-    # difference (mean over the thumbnails, in grey levels of 255; 0 for exact copies).
+    # difference (mean over the thumbnails, in grey levels of 255; 0 for exact copies). Of more
+    # than IMAGES_COMPARED_IN_PAIRS near copies in a group not all pairs are listed.
     copies: pd.DataFrame
     # Group number of each training row, with the index of train; rows in one group show copies.
     image_group: pd.Series
