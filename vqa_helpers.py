@@ -9426,7 +9426,7 @@ def settings_without_places(config: Config) -> dict:
 def model_identity(config: Config) -> dict:
     """What a loaded model is known by: settings without places, its files' sizes and times."""
     files = {}
-    for path in Path(config.model_path).glob("*"):
+    for path in filter(Path.is_file, Path(config.model_path).glob("*")):
         facts = path.stat()
         files[path.name] = (facts.st_size, facts.st_mtime_ns)
     return {**settings_without_places(config), "files": files}
