@@ -8313,29 +8313,27 @@ def load_model(config: Config, runtime: Runtime, attempts: int = 3):
 
 # === Reading ahead ================================================================================
 READ_AHEAD_BYTES = 2**24  # at a time
-IN_MEMORY_RATE = 3 * 2**30  # bytes a second that no disk has: the files are in memory already
 
 
 def read_ahead(paths: Sequence[Path]) -> int:
-    """Read files one after the other, so that the system has them in memory; bytes read.
+    """Let the system read files into memory, one after the other; bytes that it was told to read.
 
     Loading maps weights and reads them in small pieces, which is slow on any disk. No more is read
-    than half of the free memory; it ends where a file cannot be read (loading says so), and where
-    the files were in memory before.
+    than half of the free memory, and nothing where the system cannot be told so, or a file
+    cannot be opened: loading says so.
     """
-    buffer = bytearray(READ_AHEAD_BYTES)
+    limit = psutil.virtual_memory().available / 2
     done = 0
-    with contextlib.suppress(OSError):
-        limit = psutil.virtual_memory().available / 2
-        begin = time.perf_counter()
+    with contextlib.suppress(OSError, AttributeError):  # a Mac has no such call
         for path in paths:
-            with path.open("rb", buffering=0) as file:
-                while count := file.readinto(buffer):
-                    done += count
-                    is_enough = done >= 16 * READ_AHEAD_BYTES
-                    rate = done / (time.perf_counter() - begin)
-                    if done >= limit or (is_enough and rate > IN_MEMORY_RATE):
+            with path.open("rb") as file:
+                size = path.stat().st_size
+                for start in range(0, size, READ_AHEAD_BYTES):
+                    count = min(READ_AHEAD_BYTES, size - start)
+                    if done + count > limit:
                         return done
+                    os.posix_fadvise(file.fileno(), start, count, os.POSIX_FADV_WILLNEED)
+                    done += count
     return done
 
 

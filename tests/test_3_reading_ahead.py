@@ -1,5 +1,6 @@
 """Part 3, Reading ahead: a model's files come into memory while a process does something else."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -9,22 +10,26 @@ import vqa_helpers as vqa
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """Two files of 5,000 bytes, read 100 bytes at a time from a disk that is slower than memory."""
+    """Two files of 5,000 bytes, read 100 bytes at a time."""
     monkeypatch.setattr(vqa, "READ_AHEAD_BYTES", 100)
-    monkeypatch.setattr(vqa, "IN_MEMORY_RATE", 10**15)
     paths = [tmp_path / f"model-{number}.safetensors" for number in range(2)]
     for path in paths:
         path.write_bytes(b"x" * 5000)
     return paths
 
 
-def test_all_files_are_read(files):
+def test_the_system_is_told_of_each_part_of_all_files(files, monkeypatch):
+    told = []
+
+    def tell(number, start, count, advice):
+        told.append((os.readlink(f"/proc/self/fd/{number}"), start, count, advice))
+
+    monkeypatch.setattr(os, "posix_fadvise", tell)
     assert vqa.read_ahead(files) == 10000
-
-
-def test_files_that_were_in_memory_are_left_soon(files, monkeypatch):
-    monkeypatch.setattr(vqa, "IN_MEMORY_RATE", 0)
-    assert vqa.read_ahead(files) == 1600
+    starts = [(str(path), start) for path in files for start in range(0, 5000, 100)]
+    assert told == [(*start, 100, os.POSIX_FADV_WILLNEED) for start in starts]
+    monkeypatch.delattr(os, "posix_fadvise")
+    assert vqa.read_ahead(files) == 0
 
 
 @pytest.mark.parametrize(("available", "bytes_read"), [(10**6, 10000), (14000, 7000)])
