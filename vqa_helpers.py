@@ -11075,9 +11075,15 @@ def record_graph(launch: Callable, pool=None):
     `pool`: the memory of an earlier graph, that it may write over.
     """
     graph = torch.cuda.CUDAGraph()
+    problem = None
     # By thread: others prepare batches meanwhile.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        launch()
+        try:
+            launch()
+        except torch.OutOfMemoryError as error:  # else the end of the capture would hide it
+            problem = error
+    if problem is not None:
+        raise problem
     return graph
 
 
@@ -11139,7 +11145,14 @@ class CapturedPasses:
         recomputed = sum(layer.recompute for layer in self.language_model.layers)
         key = (*states.shape[:2], recomputed)
         if key not in self.passes:
-            self.passes[key] = self.capture(places, output, gradient)
+            try:
+                self.passes[key] = self.capture(places, output, gradient)
+            except torch.OutOfMemoryError:
+                if not self.passes:
+                    raise
+                self.passes.clear()  # the other graphs are captured again when they are needed
+                clear_memory()
+                self.passes[key] = self.capture(places, output, gradient)
         # Tells autograd that there is a gradient to compute. A weight would be bound to this
         # stream, and the next capture is on another one.
         asking = torch.zeros((), requires_grad=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from references import flat_gradients, perturb_adapter
-from running import plain_prompts
+from running import plain_prompts, raising
 
 import vqa_helpers as vqa
 
@@ -132,6 +132,29 @@ def test_few_graphs_are_kept(training, demo_rows, monkeypatch):
     assert torch.equal(replayed[1], computed[1])
     assert len(passes.passes) == 1
     assert Recording.made == 6
+
+
+def test_graphs_make_room_for_another_one_where_memory_runs_out(training, demo_rows, monkeypatch):
+    session = training()
+    large = padded_behind(session, demo_rows.train, range(4))
+    small = padded_behind(session, demo_rows.train, range(2))
+    computed = train(session, [large, small])
+    passes = session.captured_passes
+    passes.is_wanted = True
+
+    def alone(launch, pool=None):
+        if passes.passes:
+            raise torch.OutOfMemoryError("a test")
+        return Recording(launch, pool)
+
+    monkeypatch.setattr(vqa, "record_graph", alone)
+    replayed = train(session, [large, small])
+    assert torch.equal(replayed[1], computed[1])
+    assert len(passes.passes) == 1
+    monkeypatch.setattr(passes, "capture", raising(torch.OutOfMemoryError("a test")))
+    passes.drop()
+    with pytest.raises(torch.OutOfMemoryError):
+        train(session, [small])
 
 
 def test_scoring_and_another_plan_free_the_graphs(training, demo_rows):
