@@ -7093,10 +7093,7 @@ class PatchGrids:
     def grid(
         self, width: int, height: int, processor, budget: tuple[int, int]
     ) -> tuple[int, int, int]:
-        """The grid of an image of that size in pixels.
-
-        The aspect ratio is kept, but for the rounding to whole image tokens.
-        """
+        """The grid of an image of that size in pixels, its sides rounded to whole image tokens."""
         patch_size = processor.image_processor.patch_size
         resized_width, resized_height = resized_size(width, height, processor, budget)
         return 1, resized_height // patch_size, resized_width // patch_size
@@ -7116,10 +7113,7 @@ class PatchGrids:
         return processor.image_token * count
 
     def prepare(self, image, processor, budget: tuple[int, int]):
-        """(pixel_values (patches, values), grid) of a PIL image.
-
-        The image is resized once; the processor does not resize it again.
-        """
+        """(pixel_values (patches, values), grid) of a PIL image, which is resized only once."""
         size = resized_size(image.width, image.height, processor, budget)
         if min(size) ** 2 == self.pixels_per_token(processor):
             # A strip, of which process_vision_info may leave nothing.
@@ -7230,10 +7224,7 @@ class Tiles:
         }
 
     def grid(self, width: int, height: int, processor, budget: tuple[int, int]) -> tuple[int]:
-        """The grid of an image of that size in pixels.
-
-        The tiles are laid out as its aspect ratio wants it, however small the image is.
-        """
+        """The grid of an image of that size in pixels, as its aspect ratio wants it."""
         images = processor.image_processor
         tiling = self.tiling(processor, budget)
         return (images.get_number_of_image_patches(height, width, tiling),)
@@ -7408,10 +7399,7 @@ def vision_tower(model):
 
 
 def remove_gpu_syncs(model) -> None:
-    """Replace those places of the forward pass at which the CPU would wait for the GPU.
-
-    The sums stay the same.
-    """
+    """Replace those places of the forward pass at which the CPU would wait for the GPU."""
     FAMILIES[model.config.model_type].images.remove_gpu_syncs(model)
 
 
@@ -7496,10 +7484,7 @@ def plain_context(row: Mapping) -> str:
 
 
 def shown_context(config: Config, processor, row: Mapping) -> str:
-    """What the prompt shows of the row's context: at most `context_tokens`, cut at a word.
-
-    "" where the row has none, or the setting is 0.
-    """
+    """What the prompt shows of the row's context: at most `context_tokens`, at whole words."""
     if not config.context_tokens:
         return ""
     return _cut_context(processor.tokenizer, plain_context(row), config.context_tokens)
@@ -7518,9 +7503,8 @@ def build_messages(
 ) -> list[dict]:
     """Chat messages of one question: system, image, context, hint, instruction, question, choices.
 
-    The choices come in `order`, without those that are blank. The letters stay with their
-    positions, so that a blank choice leaves its letter out. `context` is what `shown_context`
-    returns; "" leaves its line out.
+    The choices come in `order`. A blank one is left out with its letter. `context` is what
+    `shown_context` returns; "" leaves its line out.
 
     >>> row = {"image_path": "1.png", "question": "How many dogs?"}
     >>> row |= {"a": "1", "b": "2", "c": " ", "d": "4"}
@@ -7633,19 +7617,15 @@ def _find_options(processor, template: str) -> dict:
 def template_options(processor) -> dict:
     """Options for `apply_chat_template` with which prompt and training text agree.
 
-    They are found by rendering, never by the model's name: the first way for which
-    "prompt + letter" begins the answered conversation. A template that thinks by default is
-    thus told not to, by whatever switch it has. {}: the template as it is, also where no way
-    agrees; `check_template` then says so.
+    They are found by rendering, never by the model's name, so that a template that thinks by
+    default is told not to, by whatever switch it has. {}: the template as it is, also where no
+    way agrees; `check_template` then says so.
     """
     return dict(_find_options(processor, str(processor.chat_template)))
 
 
 def render_prompt(processor, messages: list[dict]) -> str:
-    """The chat prompt that ends where the answer's letter belongs.
-
-    It is the one text for training and inference, rendered with `template_options`.
-    """
+    """The prompt up to the answer's letter: the one text for training and inference."""
     options = template_options(processor)
     return processor.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, **options
@@ -7670,10 +7650,9 @@ def _single_token_ids(processor, prompt: str, letter: str) -> tuple[int, ...]:
 
 
 def choice_token_ids(processor, prompt: str) -> tuple[tuple[int, ...], ...]:
-    """Ids of each letter's single-token variants (`a`, `A`, ` a`) after `prompt`.
+    """Ids of each letter's single-token variants (`a`, `A`, ` a`) after `prompt`, the plain first.
 
-    The plain letter's id comes first. Raises TemplateError where a plain letter is not one
-    token, or where two letters share one.
+    Raises TemplateError where a plain letter is not one token, or where two letters share one.
 
     >>> characters = SimpleNamespace(
     ...     tokenizer=lambda text: {"input_ids": [ord(character) for character in text]}
@@ -7706,9 +7685,8 @@ def _explain_renderings(processor, messages: list[dict]) -> TemplateError:
 def check_template(processor, messages: list[dict]) -> tuple[tuple[int, ...], ...]:
     """The letters' token ids, of a template that training and inference can share.
 
-    Raises TemplateError, with both texts of every way to render it, unless "prompt + letter"
-    begins the text of the conversation in which the assistant has answered with that letter,
-    and where the template leaves out the question.
+    Raises TemplateError unless, in one way to render it, "prompt + letter" begins the answered
+    conversation for every letter, and where the template leaves out the question.
     """
     options = template_options(processor)
     if _rendering_problem(processor, messages, options):
@@ -7726,10 +7704,9 @@ def check_template(processor, messages: list[dict]) -> tuple[tuple[int, ...], ..
 
 # === Stored formats ===============================================================================
 def stored_quantization(model_config) -> dict:
-    """What a model's config.json says about weights that are quantised already.
+    """What a model's config.json says about weights that are quantised already; else {}.
 
-    Empty where they are not. `model_config`: as AutoConfig reads it, or that of a loaded model,
-    whose own way of quantising counts.
+    `model_config`: as AutoConfig reads it, or that of a loaded model.
     """
     for part in (model_config, model_config.get_text_config()):
         stored = getattr(part, "quantization_config", None)
@@ -7879,10 +7856,7 @@ def unpack_all_but_the_language_model(model, dtype) -> None:
 
 # === Models over several GPUs =====================================================================
 def _bytes_by_place(model, config: Config, number_bytes: int) -> dict[str, float]:
-    """Name of a module -> bytes of its weights when loaded, in the order in which they are used.
-
-    Decoder layers are not taken apart; `model` may have shapes only.
-    """
+    """Name of a module (decoder layers are whole) -> bytes of its weights, in the order of use."""
     of_matrices = {"4bit": 0.52, "8bit": 1, "none": number_bytes}[config.quantization]
     language = model.model.language_model
     before = {}
@@ -7995,8 +7969,8 @@ def _check_family(config: Config) -> None:
 def load_processor(config: Config):
     """The model's processor, padding on the left: the last position is every row's answer.
 
-    Raises ValueError for an unknown family and for a folder with Python code of its own that
-    the config does not trust, and OSError, with what to check, where there is no processor.
+    Raises ValueError for an unknown family and for a folder with Python code that the config does
+    not trust, and OSError, with what to check, where there is no processor.
     """
     try:
         _check_family(config)
@@ -8078,10 +8052,7 @@ def _expert_quantizer_class(pattern: str, plain_quantizer: type) -> type:
 
 @contextlib.contextmanager
 def quantising_experts(pattern: str) -> Iterator[None]:
-    """Let transformers load parameters that match `pattern` in 4-bit, too.
-
-    By itself it takes linear layers only, and the experts of a mixture are none.
-    """
+    """Let transformers load not only linear layers in 4-bit, but all that matches `pattern`."""
     quantizers_by_name = quantizers.AUTO_QUANTIZER_MAPPING
     plain_quantizer = quantizers_by_name["bitsandbytes_4bit"]
     quantizers_by_name["bitsandbytes_4bit"] = _expert_quantizer_class(pattern, plain_quantizer)
@@ -8131,10 +8102,7 @@ def _loading_options(config: Config, runtime: Runtime) -> dict:
 
 
 def _quantization_options(config: Config, model_config, precision: str) -> dict:
-    """Options of from_pretrained about quantisation: the checkpoint's own, ours, or none.
-
-    Raises ValueError for a stored format that cannot be used with these settings.
-    """
+    """Options of from_pretrained about quantisation: the checkpoint's own, ours, or none."""
     stored = stored_quantization(model_config)
     check_stored_format(config, model_config)
     if is_stored_in_nf4(stored):
@@ -8209,10 +8177,7 @@ def _adapted_shapes(model_config) -> dict[str, tuple[int, int]]:
 
 
 def _why_adapters_do_not_fit(trained, scoring) -> str:
-    """What keeps an adapter that was trained on one model from another; "" where it fits.
-
-    Both as AutoConfig reads their config.json.
-    """
+    """What keeps an adapter of one config.json's model from another's; "" where it fits."""
     if scoring.model_type != trained.model_type:
         return f"it is of the family {scoring.model_type!r} instead of {trained.model_type!r}"
     their_shapes = _adapted_shapes(scoring)
@@ -8278,10 +8243,7 @@ def _refuse_quantisation_without_gpu(config: Config, runtime: Runtime) -> None:
 
 
 def load_patiently(config: Config, load: Callable, attempts: int = 3):
-    """What `load()` returns, tried again where a download breaks off.
-
-    Raises after `attempts` an OSError that says what to do.
-    """
+    """What `load()` returns, tried again where a download breaks off; else OSError."""
     for attempt in range(attempts):
         time.sleep(2 * attempt)
         try:
@@ -8301,9 +8263,9 @@ def load_patiently(config: Config, load: Callable, attempts: int = 3):
 def load_model(config: Config, runtime: Runtime, attempts: int = 3):
     """The frozen base model on this process's GPU, its GPUs or the CPU.
 
-    Raises ValueError for a family, quantisation or stored format that cannot be used
-    here, RuntimeError for a checkpoint that is not whole or does not fit into the GPUs,
-    and after `attempts` an OSError that says what to do.
+    Raises ValueError for a family, quantisation or stored format that cannot be used here,
+    RuntimeError for a checkpoint that is not whole or does not fit into the GPUs, and OSError as
+    `load_patiently` does.
     """
     _refuse_quantisation_without_gpu(config, runtime)
     check_score_model(config)
@@ -8363,10 +8325,7 @@ def hub_cache_folder(model_id: str) -> Path:
 
 
 def _stored_bytes(path: Path) -> int:
-    """Bytes of a file that are on the disk; 0 for one that has just been renamed.
-
-    Some downloads set a file's size first and fill it later.
-    """
+    """Bytes of a file that some downloads fill after setting its size; 0 once it is renamed."""
     with contextlib.suppress(FileNotFoundError):
         status = path.stat()
         blocks = getattr(status, "st_blocks", None)  # Windows does not tell
@@ -8395,10 +8354,7 @@ class DownloadWatch:
         return None
 
     def is_downloading(self) -> bool:
-        """Whether a file of the model is being filled.
-
-        One that has not grown since long before the watch began was left by an earlier session.
-        """
+        """Whether a file of the model is being filled, not one that an earlier session left."""
         if Path(self.model_path).is_dir():
             return False
         oldest = self.began - STALLED_SECONDS
@@ -8411,7 +8367,7 @@ class DownloadWatch:
     def line(self) -> str:
         """How much has arrived, and how fast; "" while nothing is being downloaded.
 
-        A warning is logged, once, when no byte has come for STALLED_SECONDS.
+        A single warning is logged when no byte has come for STALLED_SECONDS.
         """
         now = time.monotonic()
         if not self.is_downloading():
@@ -8488,10 +8444,7 @@ def attach_lora(model, config: Config, seed: int):
 
 
 def load_adapter(model, folder: Path):
-    """The base model with a saved adapter.
-
-    Raises CheckpointError unless every stored weight arrived unchanged.
-    """
+    """The base model with a saved adapter; CheckpointError unless all weights arrived unchanged."""
     adapted = peft.PeftModel.from_pretrained(model, str(folder))
     stored = safetensors_torch.load_file(folder / "adapter_model.safetensors")
     loaded = peft.get_peft_model_state_dict(adapted)
@@ -8560,9 +8513,9 @@ def pixel_budget(config: Config, processor, scale: float = 1.0) -> tuple[int, in
 
 
 def image_grid(width: int, height: int, processor, budget: tuple[int, int]) -> tuple[int, ...]:
-    """The grid, in the family's own way, of an image of that size in pixels.
+    """The grid, in the family's own way, of an image of that size in pixels and that budget.
 
-    `budget` is (min_pixels, max_pixels). Images of equal grids look alike to the model.
+    Images of equal grids look alike to the model.
 
     >>> qwen = SimpleNamespace(image_processor=SimpleNamespace(patch_size=16, merge_size=2))
     >>> image_grid(640, 320, qwen, budget=(4096, 786432))
@@ -8593,10 +8546,7 @@ def place_image_tokens(processor, prompt: str, count: int) -> str:
 
 
 def encode_prompt(processor, messages: list[dict], grid: tuple[int, ...]) -> np.ndarray:
-    """Token ids (length,) of a prompt whose image takes `grid`.
-
-    They are what the processor returns, without the work on the pixels.
-    """
+    """Token ids (length,) of a prompt whose image takes `grid`, without the work on the pixels."""
     prompt = render_prompt(processor, messages)
     text = place_image_tokens(processor, prompt, grid_tokens(grid, processor))
     return np.array(processor.tokenizer(text)["input_ids"])
@@ -8640,8 +8590,8 @@ def _image_batches(
 ) -> list[_ImageBatch]:
     """All images of `frame`, each once, in batches of at most `batch_size`.
 
-    The last bits of a feature may depend on its batch. So the batches are fixed:
-    they depend neither on where an earlier process stopped nor on other variants.
+    The last bits of a feature may depend on its batch. So batches depend neither on where an
+    earlier process stopped nor on other variants.
     """
     rows = frame.drop_duplicates("pixel_hash")
     # Images of one size lie beside each other.
@@ -8663,10 +8613,7 @@ def _map_features(function: Callable, features: Iterable[tuple]) -> list[tuple]:
 
 
 def vision_cache_place(cache_dir: str | None) -> Path:
-    """The folder in which each vision tower has its cache; it need not exist.
-
-    `cache_dir` is the setting; without it a folder for temporary files.
-    """
+    """The folder of all caches, which need not exist; a temporary one without the setting."""
     if cache_dir:
         return Path(cache_dir)
     user = os.getuid() if hasattr(os, "getuid") else 0  # Windows has no such number
@@ -8701,8 +8648,8 @@ def describe_vision_cache(config: Config) -> str:
 def delete_vision_cache(config: Config) -> str:
     """Delete the cached vision features of this run and of others in its place; what went.
 
-    They are computed again where they are needed. Files that this module has not written stay.
-    Raises CheckpointError, and deletes nothing of that cache, while a worker fills it.
+    Other files stay. Raises CheckpointError, and deletes nothing of that cache, while a worker
+    fills it.
     """
     files = vision_cache_files(config.cache_dir)
     text = f"deleted {_size_as_text(files)} in {vision_cache_place(config.cache_dir)}"
@@ -8725,11 +8672,10 @@ def delete_vision_cache(config: Config) -> str:
 
 
 class VisionCache:
-    """Features of the frozen vision tower, once per image and pixel budget.
+    """Features of the frozen vision tower, once per image and pixel budget, on disk or in RAM.
 
-    They lie on disk, where later processes find them, or in RAM. The features of one
-    image are a tuple of tensors: (tokens, hidden), or (tiles, tokens, hidden), and for a
-    model with DeepStack one of the same shape for each of its layers.
+    Of one image they are a tuple of tensors: (tokens, hidden), or (tiles, tokens, hidden), and
+    for a model with DeepStack one of the same shape for each of its layers.
     """
 
     def __init__(self, model, processor, cache_dir: str | None = None):
@@ -8750,8 +8696,7 @@ class VisionCache:
     def folder_hash(self) -> str:
         """The hash that names the cache folder: 16 hexadecimal digits.
 
-        It covers what features depend on besides image and budget: the tower's
-        weights, the processor's settings, torch's version and the kind of device.
+        It covers the tower's weights, the processor's settings, torch's version and kind of device.
         """
         settings = self.processor.image_processor.to_json_string()
         environment = f"{settings} {torch.__version__} {self.device.type}"
@@ -8849,11 +8794,10 @@ class VisionCache:
     def add(
         self, keys: Sequence[ImageKey], features: Sequence[tuple], expected_bytes: float
     ) -> bool:
-        """Store the features of images on disk, else in RAM.
+        """Store the features of images on disk, else in RAM; False, with a warning, for no room.
 
-        `expected_bytes` is what these and all that will follow take. Returns False,
-        with a warning, where that is more than half of the free disk and more than a
-        quarter of the free RAM.
+        `expected_bytes`, of these and all that will follow, must be at most half of the free disk
+        or a quarter of the free RAM.
         """
         free_disk = shutil.disk_usage(self.folder).free
         free_memory = psutil.virtual_memory().available
@@ -8888,8 +8832,7 @@ class VisionCache:
     def register_shard(self, path: Path, keys: Sequence[ImageKey]) -> None:
         """Note that the shard holds the images of these keys, in this order.
 
-        Where two shards hold an image, the first by name counts: every process then
-        reads the same one.
+        Of two shards with an image, every process reads the first by name.
         """
         for number, key in enumerate(keys):
             entry = ShardEntry(path, number)
@@ -8908,9 +8851,8 @@ class VisionCache:
     def compute_features(self, pixel_values: Sequence, grids: Sequence) -> list[tuple]:
         """Features of each image, finite, on the device, in the tower's number format.
 
-        pixel_values, grids: of each image, as `prepare_image` returns them.
-        After an overflow all are computed again in fp32, and clamped to what the format
-        can hold.
+        pixel_values, grids: of each image, as `prepare_image` returns them. After an overflow all
+        are computed again in fp32, and clamped to what the format can hold.
         """
         tower = self.vision_tower.to(self.device)
         dtype = next(tower.parameters()).dtype
@@ -8941,10 +8883,7 @@ class VisionCache:
         return self.compute_features(batch["pixel_values"], grids)
 
     def encoder_outputs(self, batch: Mapping) -> SimpleNamespace:
-        """What `mm_encoder_outputs["image"]` takes for `batch`, on the device.
-
-        They are the batch's cached features, or fresh ones from its pixels.
-        """
+        """What `mm_encoder_outputs["image"]` takes, on the device: cached or fresh features."""
         features = batch.get("features") or self.compute_for_batch(batch)
         layers = []
         for layer in zip(*features, strict=True):
@@ -9296,15 +9235,11 @@ def decide_recurrent_kernels(gpus: Sequence[Mapping], strict: bool = False) -> t
 
 
 def hide_recurrent_kernels() -> None:
-    """Let `import fla` fail in this process, so that transformers goes without these kernels.
-
-    It would choose them by the package alone, also for a CPU, where they fail.
-    """
+    """Let `import fla` fail here: transformers would take its kernels on a CPU, too."""
     sys.modules["fla"] = None
 
 
 def _rule_by_kernels(query, key, value, g, beta, initial_state=None) -> tuple:
-    """`gated_delta_rule` by flash-linear-attention."""
     return fla_rules.chunk_gated_delta_rule(
         query,
         key,
@@ -9320,8 +9255,7 @@ def _rule_by_kernels(query, key, value, g, beta, initial_state=None) -> tuple:
 def _difference_of_kernels(mixer) -> float:
     """Largest relative difference between the kernels and `gated_delta_rule`, NaN included.
 
-    Of outputs, states and gradients of random numbers in the shapes of a recurrent `mixer`, on
-    its device and in its number format.
+    Of outputs, states and gradients of random numbers in the `mixer`'s shapes and number format.
     """
     generator = torch.Generator().manual_seed(0)
     length = 2 * CHUNK_TOKENS + 1
@@ -9366,8 +9300,8 @@ def _fault_of_kernels(mixer) -> str:
 def check_recurrent_kernels(mixer, are_chosen: bool, why: str) -> bool:
     """Whether the kernels that `are_chosen` compute what they should for a recurrent `mixer`.
 
-    Tried on a few random numbers, because versions of Triton have broken them on one kind of
-    card or another. Logs how the layers compute, and `why`.
+    Versions of Triton have broken them on one kind of card or another. Logs how the layers
+    compute, and `why`.
     """
     fault = _fault_of_kernels(mixer) if are_chosen else ""
     if not fault:
@@ -9501,8 +9435,7 @@ KEPT_MODEL = KeptModel()
 class Session:
     """What a worker process loads once and shares between its stages and folds.
 
-    `open_session` fills everything up to `device`; the rest is state with a default, and
-    each entry says who changes it.
+    `open_session` fills everything up to `device`; the rest says who changes it.
     """
 
     config: Config  # the run's settings; without quantisation in stage "rescore"
@@ -9611,8 +9544,8 @@ def _load_session_model(config: Config, runtime: Runtime):
 def open_session(config: Config, example: Mapping) -> Session:
     """A session with processor and model loaded and every decision logged with its reason.
 
-    `example` is a row of train or test. Raises TemplateError where the processor's chat
-    template does not suit it, and what `load_processor` and `load_model` raise.
+    `example`: a row of train or test. Raises TemplateError where the chat template does not suit
+    it, and what `load_processor` and `load_model` raise.
     """
     runtime = detect_runtime(config.precision, config.attn_implementation)
     for reason in runtime.reasons:
@@ -9696,10 +9629,9 @@ def make_prompt(
     orders: Sequence[tuple[int, ...]],
     scale: float = 1.0,
 ) -> Prompt:
-    """Row number `row` of `frame` as one `Prompt` in these choice orders.
+    """Row number `row` of `frame` in these choice orders; `scale` multiplies the pixel budget.
 
-    `scale` multiplies the pixel budget. Raises DataError naming the row's id and image
-    where it cannot be prepared.
+    Raises DataError naming the row's id and image where it cannot be prepared.
     """
     # A dict: everything below asks it for single cells, which takes pandas ten times as long.
     record = frame.iloc[row].to_dict()
@@ -9736,9 +9668,9 @@ def make_prompt(
 
 
 def shared_prefix_length(sequences: Sequence[np.ndarray]) -> int:
-    """How many tokens all sequences (length,) begin with, at most all but the last one.
+    """How many tokens all sequences (length,) begin with.
 
-    The last token of each stays out of the prefix: its letter is predicted there.
+    The last token of each stays out: its letter is predicted there.
 
     >>> shared_prefix_length([np.array([7, 8, 1, 2]), np.array([7, 8, 2, 1])])
     2
@@ -9764,7 +9696,7 @@ def behind_beginning(prompt: Prompt, length: int) -> Prompt:
 def text_positions(before: np.ndarray, length: int) -> np.ndarray:
     """Positions (dimensions, length) of text behind tokens with the positions `before`.
 
-    Behind the image, text counts up by one in every dimension.
+    It counts up by one in every dimension.
 
     >>> text_positions(np.array([[0, 1, 1], [0, 1, 2]]), length=2).tolist()
     [[3, 4], [3, 4]]
@@ -9776,8 +9708,8 @@ def text_positions(before: np.ndarray, length: int) -> np.ndarray:
 def rope_positions(session: Session, input_ids: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
     """The model's own positions (dimensions, length) of one sequence.
 
-    `input_ids` (length,) hold one image of that grid. The model is asked once for each kind of
-    beginning, to the end of the image: most rows begin alike.
+    `input_ids` (length,) hold one image of that grid. The model is asked once for each beginning
+    up to the end of the image: most rows begin alike.
     """
     is_image = input_ids == session.processor.image_token_id
     head_length = len(input_ids) - int(is_image[::-1].argmax())
@@ -9793,9 +9725,7 @@ def rope_positions(session: Session, input_ids: np.ndarray, grid: tuple[int, ...
 
 
 def pad(arrays: Sequence[np.ndarray], length: int, value: int, behind: bool = False):
-    """One tensor (arrays, length, ...) of shorter arrays, filled up with `value` in front.
-
-    Or behind them.
+    """One tensor (arrays, length, ...) of shorter arrays; `value` fills up in front, or `behind`.
 
     >>> pad([np.array([1, 2]), np.array([3])], length=3, value=0).tolist()
     [[0, 1, 2], [0, 0, 3]]
@@ -9862,10 +9792,7 @@ def collate(session: Session, prompts: Sequence[Prompt]) -> dict:
 
 
 def _load_pixels(session: Session, prompt: Prompt):
-    """Pixel values of a prompt's image, as `prepare_image` returns them.
-
-    Raises DataError where they form another grid than the prompt has room for.
-    """
+    """Pixel values of a prompt's image; DataError for another grid than the prompt has room for."""
     image = load_image(prompt.image_path)
     budget = prompt.image_key[1:]
     pixels, grid = prepare_image(image, session.processor, budget)
@@ -9890,10 +9817,9 @@ def split_batches(session: Session, batches: Iterable[Mapping], size: int) -> It
 def iterate_batches(
     session: Session, prompts: Sequence[Prompt], batches: Sequence[Sequence[int]]
 ) -> Iterator[dict]:
-    """Collated batches in order, prepared ahead of the GPU.
+    """Collated batches in order, each of the prompts of these numbers, prepared ahead of the GPU.
 
-    `batches` holds the numbers of the prompts of each. Images that are not in the
-    vision cache are decoded by `num_workers` processes.
+    Images that are not in the vision cache are decoded by `num_workers` processes.
     """
     is_cached = session.vision_cache.has_all(prompt.image_key for prompt in prompts)
     # Only a forked process shares the session; another kind would pickle the model.
@@ -9917,9 +9843,8 @@ def iterate_batches(
 def shared_prefix_mask(segments):
     """Attention mask (batch, 1, length, length): no order of a question sees another one.
 
-    True where the position of a row may look at the position of a column: at no later
-    one, and only at the common prefix and at its own order. `segments` (batch, length)
-    is -1 in padding, 0 in the prefix, then the number of the order.
+    True where a row's position may look at a column's: at no later one, and only at the common
+    prefix and its own order. `segments` (batch, length): as in `Prompt`, -1 in padding.
 
     >>> shared_prefix_mask(torch.tensor([[0, 1, 2]])).int().tolist()
     [[[[1, 0, 0], [1, 1, 0], [1, 0, 1]]]]
@@ -9974,10 +9899,7 @@ def _model_inputs(session: Session, batch: Mapping) -> dict:
 
 
 def _check_image_tokens(session: Session, batch: Mapping, features: Sequence) -> None:
-    """Raise DataError, naming the images, unless there is a feature for each image token.
-
-    `features`: one tensor (tokens, hidden) an image or a tile.
-    """
+    """Raise DataError, naming the images, unless there is a feature for each image token."""
     image_token = session.processor.image_token_id
     token_count = sum(
         np.count_nonzero(prompt.input_ids == image_token) for prompt in batch["prompts"]
@@ -9991,10 +9913,9 @@ def _check_image_tokens(session: Session, batch: Mapping, features: Sequence) ->
 
 
 def answer_hidden_states(session: Session, batch: Mapping):
-    """Last hidden states (answers, hidden) where the letters are predicted.
+    """Last hidden states (answers, hidden) where the letters are predicted, of a `collate`d batch.
 
-    With the adapter, if one is attached. `batch` comes from `collate`. Raises DataError
-    where image tokens and features differ in number.
+    Raises DataError where image tokens and features differ in number.
     """
     inputs = _model_inputs(session, batch)
     encoded = session.vision_cache.encoder_outputs(batch)
@@ -10025,10 +9946,7 @@ def choice_logits(logits, letters: Sequence[Sequence[int]]):
 
 
 def answer_scores(session: Session, states):
-    """Scores (answers, 4) in prompt positions, from hidden states (answers, hidden).
-
-    Only the letters' rows of the model's head are multiplied, in fp32.
-    """
+    """Scores (answers, 4) in prompt positions, in fp32, from hidden states (answers, hidden)."""
     # The weights hold a row for each variant of a, then of b, and so on.
     letters = []
     first = 0
@@ -10042,8 +9960,8 @@ def answer_scores(session: Session, states):
 def choice_loss(scores, targets, present, label_smoothing: float = 0.0):
     """Mean cross-entropy of the scores (batch, 4) with target probabilities (batch, 4).
 
-    Smoothed over the choices that are `present` (batch, 4); the others take no part. A
-    hard label is a target of ones and zeros. Everything is in prompt positions.
+    Smoothed over the choices that are `present` (batch, 4); the others take no part. Everything
+    is in prompt positions.
 
     >>> scores = torch.zeros(1, 4)
     >>> targets = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
@@ -10062,8 +9980,8 @@ def choice_loss(scores, targets, present, label_smoothing: float = 0.0):
 def training_loss(session: Session, states, batch: Mapping):
     """The configured loss of a batch, from its answers' hidden states (answers, hidden).
 
-    "choices": cross-entropy over the letters' scores, see `choice_loss`. "vocabulary":
-    over all tokens, with the plain letter of the most probable choice as the label.
+    "choices": see `choice_loss`. "vocabulary": cross-entropy over all tokens, with the plain
+    letter of the most probable choice as the label.
     """
     targets = batch["targets"].to(session.device, non_blocking=True)
     present = batch["present"].to(session.device, non_blocking=True)
@@ -10085,10 +10003,7 @@ def out_of_memory_error(cause: Exception) -> RuntimeError:
 
 
 def in_halves(work: Callable, rows: pd.DataFrame) -> list:
-    """`work(rows)`, a list with a result for each row; in halves where memory runs out.
-
-    RuntimeError where one row is too much.
-    """
+    """A result for each row by `work(rows)`, in halves where memory runs out; or RuntimeError."""
     try:
         return work(rows)
     except torch.OutOfMemoryError as error:
@@ -10239,7 +10154,7 @@ def _input_gradients(ctx, gradient, compute: Callable) -> tuple:
 
 
 def _run_lora_backward(ctx, gradient, _):
-    """The backward pass of the operator vqa::lora_linear."""
+    """The backward pass of vqa::lora_linear."""
     return _input_gradients(ctx, gradient, torch.ops.vqa.lora_backward)
 
 
@@ -10253,8 +10168,8 @@ def _run_direct_backward(ctx, gradient, _):
 def direct_lora() -> Callable:
     """`lora_linear` with its gradients, for layers that are not compiled.
 
-    Only torch.compile needs an operator. To call one and its backward pass takes a third of a
-    millisecond of Python: a tenth of a training step on the demo, and on a GPU it waits for that.
+    Only torch.compile needs an operator, whose call and backward pass take a third of a millisecond
+    of Python: a tenth of a training step on the demo, and on a GPU it waits for that.
     """
     members = {
         "forward": staticmethod(lora_linear),
@@ -10276,7 +10191,7 @@ LORA_BACKWARD_SCHEMA = (
 
 
 def _empty_lora_outputs(x, dropped, lora_a, lora_b, scaling, weight, bias, scales, shape):
-    """Outputs of `lora_linear` by shape only, for torch.compile to plan with."""
+    """Outputs of `lora_linear` by shape only, for torch.compile."""
     row_count = math.prod(x.shape[:-1])
     result = x.new_empty(*x.shape[:-1], len(lora_b))
     inner = x.new_empty(row_count, len(lora_a))
@@ -10286,7 +10201,7 @@ def _empty_lora_outputs(x, dropped, lora_a, lora_b, scaling, weight, bias, scale
 def _empty_lora_gradients(
     gradient, used, inner, lora_a, lora_b, scaling, weight, scales, shape, dropout
 ):
-    """Outputs of `lora_backward` by shape only, for torch.compile to plan with."""
+    """Outputs of `lora_backward` by shape only, for torch.compile."""
     to_dropped = torch.empty_like(used) if dropout else used.new_empty(0)
     to_a = torch.empty_like(lora_a, dtype=torch.float32)
     to_b = torch.empty_like(lora_b, dtype=torch.float32)
@@ -10340,10 +10255,7 @@ def dropout_rate(layer) -> float:
 
 
 def lora_forward(layer, x):
-    """W x + bias + scaling * B A dropout(x), (..., out), of a PEFT layer and x (..., in).
-
-    As PEFT's own layer (Hu et al. 2021, LoRA), but without its fp32 copies of x.
-    """
+    """W x + bias + scaling * B A dropout(x), (..., out), of a PEFT layer; PEFT copies x in fp32."""
     dropped = layer.lora_dropout["default"](x) if dropout_rate(layer) else None
     compute = torch.ops.vqa.lora_linear if torch.compiler.is_compiling() else direct_lora()
     result, _ = compute(x, dropped, *lora_operands(layer))
@@ -10352,10 +10264,7 @@ def lora_forward(layer, x):
 
 @functools.cache
 def fast_lora_class(kind: type) -> type:
-    """The subclass of a PEFT layer's class that computes `lora_forward`.
-
-    One class for all layers of a kind, because torch.compile then traces it once.
-    """
+    """The subclass of a PEFT layer's class, one for torch.compile, that computes `lora_forward`."""
     return type(f"Fast{kind.__name__}", (kind,), {"forward": lora_forward})
 
 
@@ -10388,10 +10297,9 @@ def _add_packed_weight(layer, state, unpack_scales: bool) -> None:
 
 
 def use_fast_lora(adapted) -> None:
-    """Let all LoRA layers of a PEFT model compute `lora_forward`, each by its own kind.
+    """Let all LoRA layers of a PEFT model compute `lora_forward`; their files stay PEFT's.
 
-    Their weights and files stay PEFT's. Layers of another kind than NF4 and unquantised
-    stay as they are, and the log says so.
+    Layers of another kind than NF4 and unquantised stay as they are, and the log says so.
     """
     register_lora_operators()
     kind = peft.tuners.lora.LoraLayer
@@ -11294,9 +11202,9 @@ def sees_all_before(layer) -> bool:
 
 
 def beginning_length(session: Session, prompts: Sequence[Prompt]) -> int:
-    """How many tokens before the image all prompts have in common.
+    """How many tokens before the image all prompts have in common; 0 for few, or unknown layers.
 
-    0 where there are few, where these layers' pass is not known, and on a GPU.
+    0 on a GPU, too.
     """
     is_on_cpu = session.device.type == "cpu"
     if len(prompts) < 2 or not (is_on_cpu and session.shares_prefixes):
@@ -11351,10 +11259,7 @@ def score_layer(layer, states, cos, sin, mask, before: Sequence, answers=None):
 
 
 def read_beginning(session: Session, prompts: Sequence[Prompt]) -> Beginning | None:
-    """What all prompts begin with, read once with the adapter as it is; None where it is nothing.
-
-    See `beginning_length`.
-    """
+    """What all prompts begin with (`beginning_length`), read with the adapter as it is, or None."""
     length = beginning_length(session, prompts)
     if not length:
         return None
@@ -11377,7 +11282,7 @@ def read_beginning(session: Session, prompts: Sequence[Prompt]) -> Beginning | N
 def merged_adapter(session: Session) -> Iterator[None]:
     """Within, a CPU's layers multiply by W + scaling B A, computed once, not by all three.
 
-    Only weights in fp32: in 16 bits the sum would round the adapter away.
+    Only in fp32: 16 bits would round the adapter away.
     """
     layers = []
     if session.device.type == "cpu":
@@ -11399,8 +11304,8 @@ def merged_adapter(session: Session) -> Iterator[None]:
 def places_of_answers(answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Columns (questions, most answers of one), and the place of each answer in there.
 
-    `answers` (2, answers): question and column of each. Places count through the columns row by
-    row. Behind fewer answers stand zeros.
+    `answers` (2, answers): question and column of each. Places count row by row; behind fewer
+    answers stand zeros.
 
     >>> columns, places = places_of_answers(np.array([[0, 1, 1], [7, 8, 9]]))
     >>> columns.tolist(), places.tolist()
@@ -11614,8 +11519,7 @@ def use_plan(session: Session, plan: MemoryPlan) -> None:
 def pass_sizes(step: int) -> list[int]:
     """Questions a pass in which a step of so many may be taken, the most first.
 
-    The step and its halves, and all others whose passes have room for at most an eighth more
-    questions than the step has.
+    The step, its halves, and all others that leave room for at most an eighth more questions.
 
     >>> pass_sizes(32)
     [32, 16, 11, 8, 7, 6, 5, 4, 3, 2, 1]
@@ -11636,9 +11540,8 @@ def candidate_plans(
 ) -> list[tuple[int, int]]:
     """(micro_batch, stored_layers) of the plans that fit into `budget` bytes.
 
-    The `step` questions of an optimizer step are taken in passes of `pass_sizes`, each
-    with as many of the `layers` stored as there is room for. Without `recompute` all
-    have to be.
+    The `step` questions of an optimizer step are taken in passes of `pass_sizes`, each with as
+    many of the `layers` stored as there is room for; without `recompute` all have to be.
 
     >>> costs = PassCosts(fixed=10.0, question=1.0, stored_layer=0.5)
     >>> candidate_plans(costs, budget=60, layers=36, step=8, recompute=True)
@@ -11662,8 +11565,8 @@ def measure_pass(
 ) -> tuple[float, float]:
     """Seconds, and peak bytes on the fullest GPU, of one forward and backward pass.
 
-    All decoder layers but the last `stored` recompute; with `is_captured` the pass is captured,
-    or replayed. Where memory runs out, seconds and bytes are infinite. No gradient stays behind.
+    All decoder layers but the last `stored` recompute; with `is_captured` the pass is captured, or
+    replayed. Both are infinite where memory runs out. No gradient stays behind.
     """
     recompute_layers(session, stored)
     if session.captured_passes is not None:
@@ -11798,10 +11701,9 @@ class PassTrial:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Seconds a question of its fastest and its slowest pass.
+        """Seconds a question of its fastest and its slowest pass, moved outwards by UNSURE for few.
 
-        Of four passes they hold the true median between them with a probability of 0.875, of
-        six 0.97. With fewer both are moved outwards by UNSURE.
+        Of four passes they hold the true median with a probability of 0.875, of six 0.97.
         """
         margin = UNSURE if len(self.seconds) < 4 else 0.0
         fastest = self.per_question(min(self.seconds)) * (1 - margin)
@@ -11934,8 +11836,8 @@ class PassPlanner:
     def measure_costs(self) -> tuple[PassCosts, int] | None:
         """What passes take, and the most layers that may be stored; fills `times`.
 
-        From passes over two and four copies of the longest prompt. None where memory does not
-        hold them (with gradient_checkpointing: those that recompute every layer).
+        From passes over two and four copies of the longest prompt. None where memory does not hold
+        them (with gradient_checkpointing: those that recompute every layer).
         """
         config = self.session.config
         stored = max(2, self.layers // 4)
@@ -12121,9 +12023,8 @@ def plan_memory(
     """The fastest of the plans that fit, by trying them on the longest prompt.
 
     The optimizer will add `state_bytes` to every peak. `job`: questions that this process will
-    train on, which bound the time that is taken, see `PassPlanner`; 0 for a trial. Nothing is
-    measured, and the config's plan is taken, on a CPU, or with memory_plan="config", or with
-    strict_determinism.
+    train on, which bound the time that is taken, see `PassPlanner`; 0 for a trial. The config's
+    plan is taken on a CPU, with memory_plan="config", and with strict_determinism.
     """
     config = session.config
     layers = len(session.decoder_layers)
@@ -12218,9 +12119,7 @@ ALIGNMENT_COLUMNS = ("key", "id", "type", "question", *CHOICES, "image_path", "p
 
 
 def alignment_statements(row: Mapping) -> list[str]:
-    """The text of each choice of a question, in lower case; "" for a blank choice.
-
-    SigLIP 2 was trained on texts in lower case.
+    """The text of each choice of a question, in lower case, as SigLIP 2 was trained; "" for none.
 
     >>> row = {"type": "color", "question": "Which color?", "a": "Red", "b": "", "c": "", "d": ""}
     >>> alignment_statements(row)
@@ -12339,8 +12238,8 @@ def open_alignment_model(config: Config) -> AlignmentModel:
 def align_rows_with_images(aligner: AlignmentModel, rows: pd.DataFrame) -> list[list]:
     """For each row the scores of its choices beside its image; None for a blank choice.
 
-    Each distinct image is encoded once, in halves where memory runs out. Raises
-    FloatingPointError naming a row whose score is not finite.
+    Each image is encoded once, in halves where memory runs out. Raises FloatingPointError naming
+    a row whose score is not finite.
     """
     return in_halves(functools.partial(_align_batch, aligner), rows)
 
@@ -12441,10 +12340,7 @@ def prepare_alignment(rows: pd.DataFrame, config: Config) -> bool:
 
 
 def kept_alignment_scores(rows: pd.DataFrame, config: Config) -> np.ndarray:
-    """(n, 4) scores of rows that are all done: -inf for a blank choice.
-
-    A row whose image cannot be used has the same score, 0, for each of its choices.
-    """
+    """(n, 4) scores of rows that are all done: -inf for a blank choice, 0 for unusable images."""
     kept = _kept_alignment(alignment_folder(config)).read()
     scores = np.full((len(rows), len(CHOICES)), -np.inf)
     for place, row in enumerate(rows.to_dict("records")):
