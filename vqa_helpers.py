@@ -12980,10 +12980,8 @@ def combine_views(logits) -> np.ndarray:
 
     `logits`: (n, views, choices), or (n, choices) for one view. A view of NaN does not count;
     -inf masks a choice. Raises ValueError, naming the row, where a row has no view, where a view
-    is partly NaN, and where a choice is masked in some views only.
-
-    Over all four rotations this cancels any additive letter preference: each choice has then
-    met each letter once.
+    is partly NaN, and where a choice is masked in some views only. Over all four rotations any
+    additive letter preference cancels.
 
     >>> view_1 = np.log([0.6, 0.2, 0.1, 0.1])
     >>> view_2 = np.log([0.2, 0.6, 0.1, 0.1])
@@ -13007,9 +13005,7 @@ def combine_views(logits) -> np.ndarray:
 
 
 def negative_log_likelihood(probabilities, labels) -> float:
-    """Mean -log p(label): the score that calibration is judged by; 0 is best.
-
-    A probability of zero counts as PROBABILITY_FLOOR.
+    """Mean -log p(label), 0 is best; a probability of zero counts as PROBABILITY_FLOOR.
 
     >>> round(negative_log_likelihood([[0.5, 0.5, 0, 0], [1, 0, 0, 0]], [0, 0]), 4)
     0.3466
@@ -13021,9 +13017,7 @@ def negative_log_likelihood(probabilities, labels) -> float:
 
 
 def brier_score(probabilities, labels) -> float:
-    """Mean squared distance of probabilities and truth, summed over choices (Brier 1950).
-
-    0 is best, 2 is worst.
+    """Mean squared distance of probabilities and truth (Brier 1950): 0 is best, 2 is worst.
 
     >>> brier_score([[1, 0, 0, 0], [0.5, 0.5, 0, 0]], [0, 0])
     0.25
@@ -13055,8 +13049,8 @@ def _confidence_bins(confidence: np.ndarray, n_bins: int) -> np.ndarray:
 def reliability_curve(probabilities, labels, n_bins=15) -> pd.DataFrame:
     """Mean confidence, accuracy and count of rows in `n_bins` equal bins of confidence.
 
-    One row per bin. Confidence is the probability of the answer. An empty bin has count 0 and
-    NaN elsewhere.
+    One row per bin; an empty one has count 0 and NaN elsewhere. Confidence is the probability of
+    the answer.
 
     >>> probabilities = [[0.9, 0.1], [0.9, 0.1], [0.6, 0.4]]
     >>> curve = reliability_curve(probabilities, labels=[0, 1, 0], n_bins=5)
@@ -13096,8 +13090,7 @@ def expected_calibration_error(probabilities, labels, n_bins=ECE_BINS) -> float:
 def calibration_error_null(probabilities) -> np.ndarray:
     """(3,) calibration error that chance alone gives to honest probabilities.
 
-    The expected calibration error under 200 draws of labels from these very probabilities: its
-    mean, its 5 % and its 95 % quantile.
+    Under 200 draws of labels from these very probabilities: its mean, 5 % and 95 % quantile.
 
     >>> mean, low, high = calibration_error_null(np.full((100, 4), 0.25))
     >>> bool(0 <= low < mean < high < 0.2)
@@ -13136,9 +13129,8 @@ def score_row(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]
 def calibration_row(probabilities, labels) -> dict[str, float]:
     """`score_row`, and by how much its ECE exceeds `calibration_error_null`.
 
-    The excess over what chance alone gives to honest probabilities comes with its 90 % interval.
-    An interval above zero says that the probabilities are not honest; one that holds zero, that
-    these rows cannot tell.
+    The excess comes with its 90 % interval. An interval above zero says that the probabilities
+    are not honest; one that holds zero, that these rows cannot tell.
     """
     scores = score_row(probabilities, labels)
     null_mean, null_low, null_high = calibration_error_null(probabilities)
@@ -13184,10 +13176,8 @@ def prediction_diversity(predictions, validation_labels) -> dict:
     of the predicted letters, 1 where they are even and 0 for a single one; `label_share` is the
     top letter's share of the labels, `top_rows` of `rows` predictions have it.
 
-    `collapsed` needs both an effect and evidence: at least 30 predictions, a top letter with at
-    least 1.5 times and 20 points more than its share of the labels, and p < 0.001 in a one-sided
-    binomial test of that share. A model that always answers a letter which most labels have
-    is none: such a model is not above guessing, which `measure_skill` says.
+    `collapsed` needs both an effect and evidence, see COLLAPSE_ROWS and what follows it, with p of
+    a one-sided binomial test. It is no collapse where most labels have that letter.
 
     >>> alarm = prediction_diversity(["b"] * 50, ["a", "b", "c", "d"] * 10)
     >>> alarm["top_letter"], alarm["top_share"], alarm["label_share"], alarm["collapsed"]
@@ -13247,8 +13237,8 @@ def balanced_orders(count: int) -> list[tuple[int, ...]]:
 
     order[position] = original choice. They are Latin squares of four orders; each set begins with
     the smaller ones, the rotations first. In 24 orders each choice also stands right before each
-    other one equally often. In 8 and in 12 these counts differ by at most 2, the least that is
-    possible beside the rotations. Raises ValueError for another count.
+    other one equally often; in 8 and 12 these counts differ by at most 2, the least possible
+    beside the rotations. Raises ValueError for another count.
 
     >>> balanced_orders(4)
     [(0, 1, 2, 3), (1, 2, 3, 0), (2, 3, 0, 1), (3, 0, 1, 2)]
@@ -13296,9 +13286,7 @@ class TTAView:
 
 
 def view_kind(name: str) -> str:
-    """What a view changes, by the first word of its name.
-
-    That is rotation or order (of the choices), scale or pixels (of the image), or base (model).
+    """By its name, what a view changes: rotation or order, scale or pixels, or base (model).
 
     >>> view_kind("rotation 0"), view_kind("scale 0.9 in 16 bits")
     ('rotation', 'scale')
@@ -13355,8 +13343,8 @@ def rotated_views(config: Config) -> list[TTAView]:
 def all_views(config: Config, processor) -> list[TTAView]:
     """Every view the configuration asks for, the plain one first.
 
-    `infer_max_pixels` adds one more scale. `doubt_steps` adds more orders, and rotations at that
-    scale and of the base model. Raises ValueError where its step 'pixels' would enlarge no image.
+    `infer_max_pixels` adds a scale; `doubt_steps` adds orders, and rotations at that scale and of
+    the base model. Raises ValueError where its step 'pixels' would enlarge no image.
     """
     if not config.use_tta:
         return [TTAView("rotation 0")]
@@ -13413,8 +13401,6 @@ def views_of_all_rows(config: Config, processor) -> list[TTAView]:
 def tta_views(row: Mapping, views: Sequence[TTAView]) -> list[TTAView]:
     """The views that make sense for one question: no scale below 1 where text is read.
 
-    No view ever flips or turns an image.
-
     >>> views = [TTAView("rotation 0"), TTAView("scale 0.5", scale=0.5)]
     >>> [view.name for view in tta_views({"type": "ocr"}, views)]
     ['rotation 0']
@@ -13434,10 +13420,10 @@ ADDED_KINDS = {
 
 
 def view_sets(view_names: Sequence[str]) -> dict[str, list[int]]:
-    """The candidate sets of views by name, as positions in `view_names`.
+    """The candidate sets of views by name, as positions in `view_names`, each wider than the last.
 
-    Each is wider than the one before: one view, all rotations, scales, and what `doubt_steps`
-    adds; then the same in 16 bits. A set that is empty, or equal to an earlier one, is left out.
+    One view, all rotations, scales, and what `doubt_steps` adds; then the same in 16 bits. A set
+    that is empty, or equal to an earlier one, is left out.
 
     >>> view_sets(["rotation 0", "rotation 2", "scale 1.5"])
     {'single view': [0], 'rotations': [0, 1], 'rotations and scales': [0, 1, 2]}
@@ -13462,9 +13448,9 @@ def view_sets(view_names: Sequence[str]) -> dict[str, list[int]]:
 
 
 def split_views(view_names: Sequence[str]) -> tuple[list[int], list[int]]:
-    """(the views before the last step of `view_sets`, the views that this step adds).
+    """Positions of the views before the last step of `view_sets`, and of those that it adds.
 
-    Both are positions in `view_names`; the second list is empty where there is one step only.
+    The second list is empty where there is one step only.
 
     >>> split_views(["rotation 0", "rotation 2", "scale 1.5"])
     ([0, 1], [2])
@@ -13480,8 +13466,7 @@ def combine_steps(logits: np.ndarray, view_names: Sequence[str]) -> np.ndarray:
 
     `combine_views` over orders and scales; half and half with that over larger images, where a
     row has any; and all this half and half with the base model's. So a step weighs the same
-    behind 4 orders and behind 24. All means are of log-probabilities: as over rotations, what a
-    model adds for a letter cancels, and one view's certainty outweighs another's doubt.
+    behind 4 orders and behind 24. By means of log-probabilities a letter's preference cancels.
 
     >>> names = ["rotation 0", "rotation 2", "base rotation 0"]
     >>> scores = combine_steps(np.log([[[0.8, 0.2], [0.8, 0.2], [0.2, 0.8]]]), names)
@@ -13515,10 +13500,7 @@ def scoring_cost(prompts: int, answers: int) -> float:
 
 
 def views_cost(session: Session, views: Sequence[TTAView]) -> float:
-    """Time to score a question in all `views` and each kind of weights.
-
-    The unit is a question with one view and one kind.
-    """
+    """Time for a question in all `views` and each kind of weights, in questions with one view."""
     config = session.config
     kinds = 1
     if config.mix_weights:  # at most: OOF may prefer a single one
@@ -13534,10 +13516,7 @@ PILOT_ROWS = 64  # held-out rows of a fold that are scored in every choice order
 
 
 def pilot_cost(config: Config, held_out: float) -> float:
-    """Time to score a fold's pilot rows in further orders, in questions with one view.
-
-    0 where no step of `doubt_steps` adds orders.
-    """
+    """Time to score a fold's pilot rows in `doubt_steps`' orders, in questions with one view."""
     steps = dict(config.doubt_steps)
     orders = 0
     if "rotations" in steps:
@@ -13563,10 +13542,7 @@ def cost_in_steps(session: Session, views: Sequence[TTAView]) -> float:
 
 
 def base_questions(run: Run, session: Session) -> float:
-    """What the stage "base" scores for a fold, in questions with one view.
-
-    The fold's held-out rows and its share of the test rows.
-    """
+    """What the stage "base" scores of a fold, and its test rows, in questions with one view."""
     held_out = len(run.train) / run.config.n_folds
     test_rows = len(run.test) / len(run.config.folds_to_train)
     views = views_of_all_rows(run.config, session.processor)
@@ -13588,9 +13564,8 @@ def inference_seconds(
 ) -> float:
     """Estimated seconds of the inference that is still to be done by this worker, with margin.
 
-    It is to validate `training` folds that are being trained, and to score these and the
-    worker's folds that wait for it, on their held-out rows and the test rows.
-    `seconds_per_question` is for a question with one view.
+    It validates the `training` folds that are being trained, and scores these and the folds that
+    wait for it. `seconds_per_question` is for a question with one view.
     """
     waiting = 0
     trained = run.finished_members
@@ -13626,9 +13601,9 @@ def parts_of(frame: pd.DataFrame) -> list[pd.DataFrame]:
 
 @dataclass
 class ScoringState:
-    """How far the scoring of a table is: whole parts of it, and some batches of the next part.
+    """How far a table's scoring is: whole parts of ROWS_PLANNED_TOGETHER rows, and some batches.
 
-    A part has ROWS_PLANNED_TOGETHER rows; `batches` and `done` count those of this process.
+    `batches` and `done` count those of this process.
     """
 
     logits: np.ndarray  # (n, views, 4), NaN where nothing is scored yet
@@ -13645,7 +13620,7 @@ class ScoringState:
     def total(self, rows: int, batches: int) -> int:
         """Batches of the whole table, where the part under way has so many rows and batches.
 
-        Parts that are still to come are taken to have as many batches a row as those before.
+        Parts to come are taken to have as many batches a row as those before.
 
         >>> ScoringState(np.zeros((10, 1, 4)), rows=4, batches=2).total(rows=4, batches=2)
         5
@@ -13698,9 +13673,7 @@ class InferenceCheckpoint:
 
 # === Prediction ===================================================================================
 def unpermute_scores(scores, order: Sequence[int]) -> np.ndarray:
-    """Scores (..., 4) by prompt position, moved to the original choices.
-
-    result[..., order[position]] = scores[..., position]
+    """Scores (..., 4) of prompt positions, moved to the choices: position p to order[p].
 
     >>> unpermute_scores([9, 0, 0, 0], order=(2, 0, 3, 1)).tolist()
     [0, 0, 9, 0]
@@ -13709,11 +13682,10 @@ def unpermute_scores(scores, order: Sequence[int]) -> np.ndarray:
 
 
 def score_batch(session: Session, batch: Mapping, beginning: Beginning | None = None):
-    """Scores (answers, 4) on the device, by prompt position.
+    """Scores (answers, 4) on the device, by prompt position, of prompts behind any `beginning`.
 
-    Its prompts are behind the `beginning`, if there is one. In smaller parts, from here on, when
-    memory runs out. Raises RuntimeError, as `out_of_memory_error` words it, where one question is
-    too much.
+    In smaller parts, from here on, when memory runs out. Raises RuntimeError, as
+    `out_of_memory_error` words it, where one question is too much.
     """
     while True:
         size = session.inference_batch_limit or len(batch["prompts"])
@@ -13741,10 +13713,7 @@ def score_batch(session: Session, batch: Mapping, beginning: Beginning | None = 
 def score_batches(
     session: Session, batches: Iterable[Mapping], beginning: Beginning | None = None
 ) -> Iterator[np.ndarray]:
-    """Scores (answers, 4) of each batch, by prompt position; `beginning` as in `score_batch`.
-
-    They are handed over while the GPU is at the next batch.
-    """
+    """Scores (answers, 4) of each batch, by prompt position, while the GPU is at the next one."""
     on_gpu = session.device.type == "cuda"
     under_way = deque()  # (scores on the CPU, event that says when they have arrived)
 
@@ -13829,8 +13798,8 @@ def store_scores(
 ) -> None:
     """Write the scores (answers, 4) of `planned` prompts into `result` (n, views, 4).
 
-    Columns of `result` are the original choices; one that is not `present` (n, 4) gets -inf.
-    Raises FloatingPointError naming the row of a score that is not finite.
+    By original choice; one that is not `present` (n, 4) gets -inf. Raises FloatingPointError
+    naming the row of a score that is not finite.
     """
     answers = [
         (item.prompt.row, order, view)
@@ -13856,9 +13825,8 @@ def score_planned(
 ) -> None:
     """Score this process's batches of `planned` prompts, but those that are done, into `state`.
 
-    `frame`: the rows of the part under way, which the prompts are of. What is done is reported
-    as `label`, and kept in the `checkpoint`; Interrupted leaves there what was done till then.
-    What all prompts begin with is read once, see `read_beginning`.
+    `frame`: the rows of the part under way. What is done is reported as `label`, and kept in the
+    `checkpoint`, also where Interrupted ends it. What all prompts begin with is read once.
     """
     batches = plan_inference_batches(session, planned)
     rank = process_rank()
@@ -13903,11 +13871,10 @@ def predict_logits(
 ) -> np.ndarray:
     """Scores (n, views, 4) of the rows of `frame` in `views`; columns are the original a-d.
 
-    float32. A blank choice gets -inf. NaN stands where a row has no such view (see
-    `tta_views`), where a view shows the same as an earlier one, and in `scored_views`, those
-    that are scored already. With a `checkpoint` the scores continue where an earlier process
-    stopped. `planned`: what `plan_prompts` gives for each of `parts_of` these rows, where it was
-    asked before.
+    float32. A blank choice gets -inf. NaN stands where a row has no such view (see `tta_views`),
+    where a view shows the same as an earlier one, and in `scored_views`, which are scored already.
+    With a `checkpoint` the scores continue where an earlier process stopped. `planned`: what
+    `plan_prompts` gave for each of `parts_of` these rows.
     Raises FloatingPointError naming the row of a score that is not finite.
     """
     state = checkpoint.read() if checkpoint else None
@@ -13936,10 +13903,7 @@ def predict_logits(
 
 
 def gather_scores(session: Session, scores: np.ndarray) -> np.ndarray:
-    """The scores of all processes of a group, from each one's own.
-
-    Where one process has a number, the others have NaN.
-    """
+    """The scores of all processes of a group: where one has a number, the others have NaN."""
     is_scored = ~np.isnan(scores)
     total = torch.from_numpy(np.where(is_scored, scores, 0.0)).to(session.device)
     count = torch.from_numpy(is_scored * 1.0).to(session.device)
@@ -13961,10 +13925,7 @@ def parse_letter(text: str) -> str | None:
 def generate_baseline(
     session: Session, frame: pd.DataFrame, max_new_tokens: int = 4
 ) -> list[str | None]:
-    """The usual baseline: greedy generation with a strict parser.
-
-    For each row the letter, or None where the text is anything else, see `parse_letter`.
-    """
+    """The usual baseline, greedy generation: of each row the letter by `parse_letter`, or None."""
     session.model.get_output_embeddings().to(session.device)
     vision_tower(session.model).to(session.device)
     answers: list[str | None] = []
@@ -14012,10 +13973,9 @@ def write_logits(
     fingerprint: str,
     **row_arrays,
 ) -> None:
-    """Save logits in the run's schema.
+    """Save logits in the run's schema, with further `row_arrays` of what is known of each row.
 
-    That is ids (n,), logits (n, views, 4), labels (n,) or -1, view_names (views,) and the
-    fingerprint. `row_arrays`: further arrays of what is known of each row.
+    That is ids (n,), logits (n, views, 4), labels (n,) or -1, view_names (views,), fingerprint.
     """
     labels = np.full(len(frame), -1)
     if "label" in frame:
@@ -14035,8 +13995,7 @@ def write_logits(
 def letter_preference(first_scores: np.ndarray, all_scores: np.ndarray) -> np.ndarray:
     """(4,) how much more the first views like each choice, on average, than all views do.
 
-    Both arguments: (n, 4) scores as `combine_views` gives them. A masked choice (-inf) does not
-    count.
+    Both: (n, 4) scores as `combine_views` gives them. A masked choice (-inf) does not count.
 
     >>> first_scores = np.array([[3.0, 0.0, 0.0, 0.0], [5.0, 0.0, 0.0, -np.inf]])
     >>> all_scores = np.array([[2.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, -np.inf]])
@@ -14072,8 +14031,7 @@ def answer_margins(scores: np.ndarray, preference: np.ndarray) -> np.ndarray:
 def rows_in_doubt(margins: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
     """Sorted numbers of the rows of smallest margin that together cost at most `budget`.
 
-    `margins` and `costs`: (n,), the latter and `budget` in one unit. Rows that cost 0 are left
-    out.
+    `margins` and `costs`: (n,), the latter in the unit of `budget`. Rows that cost 0 are left out.
 
     >>> margins = np.array([0.3, 0.1, 0.0])
     >>> rows_in_doubt(margins, costs=np.array([1.0, 2.0, 0.0]), budget=2.5).tolist()
@@ -14091,10 +14049,10 @@ def step_costs(
     views: Sequence[TTAView],
     added: Sequence[TTAView],
 ) -> np.ndarray:
-    """(n,) time of each row in the `added` views, which are among `views`.
+    """(n,) time of each row in the `added` ones of `views`, in prompts with one answer.
 
-    The unit is a prompt with one answer; an image that is so many times as large counts so many
-    times. A row that has such views pays for its prefix again; one that has none costs 0.
+    An image that is so many times as large counts so many times. A row that has such views pays
+    for its prefix again; one that has none costs 0.
     """
     shapes = frame[["type", "width", "height"]]  # all that the views of a row depend on
     cost_of_shape = {}
@@ -14110,10 +14068,7 @@ def step_costs(
 
 @dataclass(frozen=True)
 class Pilot:
-    """Held-out rows that are scored in every choice order, whether they are in doubt or not.
-
-    They show which letters the model prefers in fewer orders.
-    """
+    """Held-out rows scored in every choice order: which letters does the model prefer in fewer?"""
 
     rows: np.ndarray  # (pilot rows,) their numbers among the fold's held-out rows
     logits: np.ndarray  # (pilot rows, views, 4), NaN in what is no choice order
@@ -14130,8 +14085,8 @@ def letter_preferences(
 ) -> np.ndarray:
     """(n, 4) by how much the orders that a row has favour each choice, against all orders.
 
-    `logits`: (n, views, 4) of the rows so far. With `is_held_out` the pilot's rows are among them;
-    the preference for a row of the pilot is then measured on other rows.
+    `logits`: (n, views, 4) of the rows so far. With `is_held_out` the pilot's rows are among them,
+    for which the preference is measured on other rows.
     """
     orders = [number for number, name in enumerate(view_names) if view_kind(name) in ORDER_KINDS]
     larger = step_views(view_names, "pixels")
@@ -14228,8 +14183,7 @@ def score_in_steps(
 def adapter_switched_off(model) -> Iterator[None]:
     """Let the block compute with the base model alone, while an adapter is in it.
 
-    The adapter's B, of which its update is a product, is zero meanwhile: that is exact, in
-    PEFT's layers and in fast and compiled ones, which are not compiled again.
+    Its B is zero meanwhile: that is exact, also in fast and compiled layers.
     """
     outputs = {}
     for name, weight in model.named_parameters():
@@ -14242,7 +14196,7 @@ def adapter_switched_off(model) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class StepScorer:
-    """Scores rows of one table in the views of a step, each kept in a file of its own."""
+    """Scores rows of a table in the views of a step, each kept in a file of its own."""
 
     session: Session
     frame: pd.DataFrame
@@ -14290,10 +14244,7 @@ def _checkpoint_of_rows(
 
 
 def score_pilot(scorer: StepScorer, first_logits: np.ndarray, steps: Iterable[str]) -> Pilot:
-    """The pilot among the scorer's rows, the held-out ones of a fold, in every choice order.
-
-    `first_logits`: (n, views, 4) in the first views.
-    """
+    """The pilot among a fold's held-out rows, from their `first_logits` (n, views, 4)."""
     names = [view.name for view in scorer.views]
     count = min(PILOT_ROWS, len(first_logits))
     rows = np.linspace(0, len(first_logits) - 1, count).astype(np.int64)
@@ -14318,8 +14269,8 @@ def predict_in_steps(
 ) -> ScoresInDoubt:
     """As predict_logits, but with the views of `doubt_steps` for the rows in doubt only.
 
-    Without a `pilot` the rows are a fold's held-out ones, among which it is chosen and scored; they
-    then take the very steps that test rows take, and no row is chosen by its own pilot scores.
+    Without a `pilot` the rows are a fold's held-out ones, among which it is chosen; they take the
+    very steps that test rows take, and no row is chosen by its own pilot scores.
     """
     steps = session.config.doubt_steps
     names = [view.name for view in views]
@@ -14341,8 +14292,8 @@ def predict_in_steps(
 class EarlyStopping:
     """Says when a value has not improved for `patience` calls: `if early_stopping(acc): break`.
 
-    Improved is better by more than `min_delta`; better is larger with mode="max", smaller with
-    mode="min". Raises ValueError for any other mode.
+    Improved is better by more than `min_delta`: larger with mode="max", smaller with "min". Raises
+    ValueError for any other mode.
 
     >>> early_stopping = EarlyStopping(patience=2, min_delta=0.01)
     >>> [early_stopping(value) for value in (0.5, 0.6, 0.605, 0.6)]
@@ -14397,8 +14348,8 @@ class EarlyStopping:
 class WeightAverager:
     """Average of parameters over optimizer steps, by torch.optim.swa_utils.
 
-    kind="ema": the exponential moving average with `decay`. kind="swa": the plain mean
-    (stochastic weight averaging). Raises ValueError for any other kind.
+    kind="ema": the exponential moving average with `decay`; "swa": the plain mean (stochastic
+    weight averaging). Raises ValueError for any other kind.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
     >>> averager = WeightAverager("swa", {"weight": weight})
@@ -14481,9 +14432,9 @@ def padding_share(lengths: Sequence[int], batches: Iterable[Sequence[int]]) -> f
 
 
 def training_order(config: Config, epoch: int, sample_id: str) -> tuple[int, ...]:
-    """The choice order in which one question is shown in one epoch.
+    """The choice order of one question in one epoch, a function of (seed, epoch, sample id).
 
-    order[position] = original choice; a function of (seed, epoch, sample id).
+    order[position] = original choice.
 
     >>> training_order(Config.preset("demo", shuffle_choices=False), 0, "train_0001")
     (0, 1, 2, 3)
@@ -14497,9 +14448,7 @@ def training_order(config: Config, epoch: int, sample_id: str) -> tuple[int, ...
 
 
 def training_variant(config: Config, epoch: int, sample_id: str) -> tuple[int, int]:
-    """(variant of the image, wording of the instruction) of one question in one epoch.
-
-    A function of (seed, epoch, sample id).
+    """(image variant, wording) of a question in an epoch, a function of (seed, epoch, sample id).
 
     >>> config = Config.preset("demo", augment_images=0, paraphrases=1)
     >>> training_variant(config, 0, "train_0001")
@@ -14512,11 +14461,10 @@ def training_variant(config: Config, epoch: int, sample_id: str) -> tuple[int, i
 
 
 def plan_epoch(lengths: Sequence[int], step_size: int, seed_keys: Sequence) -> list[np.ndarray]:
-    """The row numbers of each optimizer step of an epoch.
+    """The row numbers of each optimizer step of an epoch, shuffled by `seed_keys`.
 
-    A shuffle seeded by `seed_keys`: every row once, `step_size` rows a step, and the short tail
-    kept. `lengths`: tokens of each row. Within a window of WINDOW_STEPS steps, rows of similar
-    length share a step and stand in order, so that little is padded.
+    Every row once, `step_size` rows a step, and the short tail kept. `lengths`: tokens of each
+    row. Within WINDOW_STEPS steps, rows of similar length share a step, so that little is padded.
 
     >>> steps = plan_epoch([9, 5, 8, 4], step_size=2, seed_keys=(42, 0, 1))
     >>> sorted(step.tolist() for step in steps)
@@ -14541,7 +14489,7 @@ def split_steps(
 ) -> list[list[np.ndarray]]:
     """For each optimizer step the rows of this process, at most `micro_batch` to a forward pass.
 
-    Each process takes every n-th row of a step, so that all have about the same lengths.
+    Each process takes every n-th row of a step: all have about the same lengths.
 
     >>> [first_step] = split_steps([np.arange(6)], micro_batch=2, rank=1, world_size=2)
     >>> [rows.tolist() for rows in first_step]
@@ -14557,10 +14505,7 @@ def split_steps(
 
 @dataclass(frozen=True)
 class TrainingPhase:
-    """Epochs that train on the same rows, and their place in a fold's training.
-
-    Epochs and steps count from 0, through all phases.
-    """
+    """Epochs that train on the same rows, and their place in a fold's training, counted from 0."""
 
     variants: pd.DataFrame  # its rows, all with one variant of the images, then the next
     rows: pd.DataFrame  # its rows with the original images
@@ -14616,9 +14561,8 @@ class TrainingSchedule:
 def plan_training(config: Config, variants: pd.DataFrame) -> TrainingSchedule:
     """What each epoch of a fold trains on.
 
-    `variants`: all rows that the fold trains on (columns of `all_rows`, and `variant`), all with
-    one variant of their images, then the next. With `pretrain_epochs` the rows of
-    extra_train_dirs come in the first epochs, and in these alone.
+    `variants`: all rows that the fold trains on (columns of `all_rows`, and `variant`), variant by
+    variant. With `pretrain_epochs` the rows of extra_train_dirs come in the first epochs alone.
     """
     parts = [(False, config.num_epochs, variants)]
     if config.pretrain_epochs:
@@ -14654,9 +14598,8 @@ def training_prompts(
 ) -> list[Prompt]:
     """Every training row as the epoch shows it: image, wording and choice order.
 
-    `config`: the session's, with the seed to draw with. `variants`: the `n_rows` training rows,
-    once for each variant of their images: all rows of the originals first, then all of the next
-    variant.
+    `config`: with the seed to draw with. `variants`: the `n_rows` training rows, once for each
+    variant of their images, the originals first.
     """
     ids = variants["id"].iloc[:n_rows]
     drawn = [training_variant(config, epoch, sample_id) for sample_id in ids]
@@ -14722,10 +14665,9 @@ class ReplayableBatches:
 
 
 def smaller_memory_plan(plan: MemoryPlan, may_recompute: bool) -> MemoryPlan | None:
-    """The plan to go on with when memory has run out: half the questions in a forward pass.
+    """The plan to go on with when memory has run out: half the questions in a pass, or None.
 
-    With `may_recompute` (gradient checkpointing) no layer keeps its activations any more. None
-    where nothing is left to give up.
+    With `may_recompute` (gradient checkpointing) no layer keeps its activations any more.
 
     >>> smaller_memory_plan(MemoryPlan(micro_batch=8, stored_layers=2), may_recompute=True)
     MemoryPlan(micro_batch=4, stored_layers=0, peak_gib=0.0, is_captured=False)
@@ -14740,10 +14682,7 @@ def smaller_memory_plan(plan: MemoryPlan, may_recompute: bool) -> MemoryPlan | N
 
 # === Fold state ===================================================================================
 class FoldState:
-    """What one fold's training has in memory, and its checkpoints.
-
-    A fresh adapter, its optimizer, and how far the training is. Epochs and steps count from 0.
-    """
+    """A fold's training: a fresh adapter, its optimizer, its checkpoints and how far it is."""
 
     # Given to the constructor.
     session: Session  # base model, processor, letter tokens
@@ -14889,8 +14828,7 @@ class FoldState:
     def resume(self) -> tuple[int, int]:
         """The (epoch, step) to do next, by the newest verified checkpoint.
 
-        Raises CheckpointError for a checkpoint of another run, and for one whose weights are
-        not the model's.
+        Raises CheckpointError for a checkpoint of another run, or with weights of another model.
         """
         path = self.checkpoints.latest_verified()
         if path is None:
@@ -14917,8 +14855,8 @@ class FoldState:
     def _resume_scaler(self, state: Mapping, before: str | None) -> None:
         """Go on with the scale of the loss; with a fresh one where another format was used.
 
-        `before` is the number format of the training until here; None where an earlier version
-        did not note it. Formats differ between cards where precision is "auto".
+        `before`: the number format until here (it differs between cards where precision is "auto");
+        None where an earlier version did not note it.
         """
         now = self.session.runtime.precision
         if before is None:  # only a scaler that was in use has a state
@@ -14939,7 +14877,7 @@ class FoldState:
 
     @functools.cached_property
     def plan(self) -> MemoryPlan:
-        """The checkpoint's, else the session's, measured by its first fold.
+        """The checkpoint's, else the session's, which its first fold measures.
 
         `use_smaller_plan` replaces it when memory runs out.
         """
@@ -14970,10 +14908,7 @@ class FoldState:
         )
 
     def epoch_prompts(self, epoch: int) -> list[Prompt]:
-        """Every row of that epoch as it shows it, see `training_prompts`.
-
-        Those of the last call are kept: the memory plan asks for an epoch that begins then.
-        """
+        """Every row as the epoch shows it; the last call's are kept: the memory plan asks first."""
         if self.kept_prompts is None or self.kept_prompts[0] != epoch:
             self.kept_prompts = None  # not two epochs' in memory
             phase = self.schedule.phase(epoch)
@@ -15011,8 +14946,7 @@ class FoldResult:
 def read_fold_result(run: Run, member: int) -> FoldResult:
     """The result.json of a finished fold, or of one of its models with further seeds.
 
-    Raises DamagedFileError where it is not as it was written, CheckpointError where it is
-    another run's.
+    DamagedFileError where it is not as it was written, CheckpointError where it is another run's.
     """
     path = run.fold_dir(member) / "result.json"
     names = [item.name for item in dataclasses.fields(FoldResult) if item.name != "seed"]
@@ -15043,10 +14977,7 @@ class FoldTrainer(FoldState):
     """
 
     def fit(self) -> FoldResult:
-        """Train from the newest checkpoint to the end and write what a finished fold has.
-
-        That is adapters, validation logits and result.json.
-        """
+        """Train from the newest checkpoint on; write adapters, validation logits, result.json."""
         epoch, step = self.resume()
         use_plan(self.session, self.plan)
         while epoch < self.epochs and not self.has_stopped_early():
@@ -15075,10 +15006,7 @@ class FoldTrainer(FoldState):
         return self.early_stopping.waited >= self.early_stopping.patience
 
     def time_is_up(self, speed: float) -> bool:
-        """Whether the time left is needed for inference.
-
-        `speed` of the training in questions per second.
-        """
+        """Whether the time left is needed for inference; `speed`: trained questions per second."""
         seconds = self.session.seconds_per_question
         if not seconds:  # unknown: scoring is three times as fast as training
             seconds = 1 / max(3 * speed, 1e-9)
@@ -15086,10 +15014,7 @@ class FoldTrainer(FoldState):
         return self.run.seconds_left() < needed
 
     def train_epoch(self, epoch: int, first_step: int) -> float:
-        """Do the optimizer steps from `first_step` on of one epoch; questions per second.
-
-        There is none to do where only the epoch's validation is left.
-        """
+        """Do an epoch's optimizer steps from `first_step` on, if any; questions per second."""
         self.model.train()
         phase = self.schedule.phase(epoch)
         prompts = self.epoch_prompts(epoch)
@@ -15271,7 +15196,7 @@ class FoldTrainer(FoldState):
     def end_epoch(self, epoch: int, speed: float) -> None:
         """Validate, keep the best weights, and record the epoch in history.csv and the log.
 
-        What the held-out rows say of pretraining is recorded, and decides nothing.
+        What the held-out rows say of pretraining decides nothing.
         """
         phase = self.schedule.phase(epoch)
         logits = self.held_out_logits()
@@ -15347,10 +15272,9 @@ class FoldTrainer(FoldState):
         tensors: Mapping,
         known_logits: np.ndarray | None,
     ) -> tuple[dict, str]:
-        """Write an adapter, in PEFT's format, and its validation logits.
+        """Write an adapter, in PEFT's format, and its validation logits, computed where unknown.
 
-        These are computed where they are not known yet. Returns its scores on the held-out rows
-        and the SHA-256 of its weights.
+        Returns its scores on the held-out rows and the SHA-256 of its weights.
         """
         folder = self.run.fold_dir(self.member)
         adapter = folder / f"adapter_{kind}"
