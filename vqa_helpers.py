@@ -7081,8 +7081,7 @@ class PatchGrids:
     A grid is (1, rows, columns), in patches; merge_size times merge_size of them are one token.
     """
 
-    # Classes of processors that prepare images so.
-    processors = ("Qwen2_5_VLProcessor", "Qwen3VLProcessor")
+    processors = ("Qwen2_5_VLProcessor", "Qwen3VLProcessor")  # that prepare images so
     without_mask = {}  # without a mask the language model asks nothing on the GPU
 
     def pixels_per_token(self, processor) -> int:
@@ -7192,8 +7191,7 @@ class Tiles:
     A grid is (tiles,), the thumbnail among them; each takes as many tokens.
     """
 
-    # Classes of processors that prepare images so.
-    processors = ("InternVLProcessor",)
+    processors = ("InternVLProcessor",)  # that prepare images so
     # A mask that says nothing. Without any, the language model would ask on the GPU whether the
     # positions are those of several texts behind each other.
     without_mask = {"attention_mask": {"full_attention": None}}
@@ -7298,19 +7296,16 @@ TILES = Tiles()
 class Family:
     """What differs between families of models and cannot be read from the model itself."""
 
-    # How images come in: tokens, pixel inputs, positions, features.
-    images: PatchGrids | Tiles = PATCH_GRIDS
+    images: PatchGrids | Tiles = PATCH_GRIDS  # how they come in
     # Names inside the model of what turns pixels into image features: it stays as it was
     # pretrained, in 16 bits, and rests on the CPU while the features are cached.
     vision_parts: tuple[str, ...] = ("visual",)
-    # transformers' model_types of language models that it may have; None: it has one of its own.
+    # model_types of language models that it may have; None: it has one of its own.
     text_models: tuple[str, ...] | None = None
-    # Name of the part of a decoder layer that reads one token after the other, where some
-    # layers have one instead of attention: see the section Recurrent layers.
+    # Name of what some decoder layers have instead of attention: see Recurrent layers.
     recurrent_mixer: str | None = None
     is_compiled: bool = True  # torch.compile is used for its decoder layers
-    # Regular expression for the parameters that hold all experts of a layer in one tensor.
-    experts: str | None = None
+    experts: str | None = None  # regular expression for parameters with all experts of a layer
 
 
 # transformers' model_type -> what to know about it; all others are refused. One more takes
@@ -7403,15 +7398,6 @@ def remove_gpu_syncs(model) -> None:
     FAMILIES[model.config.model_type].images.remove_gpu_syncs(model)
 
 
-def _unquantised_modules() -> list[str]:
-    """Names of the modules of all families that stay in 16 bits: vision parts, gates, the head."""
-    names = []
-    for family in FAMILIES.values():
-        for part in family.vision_parts:
-            names += [part, f"model.{part}"]
-    return [*dict.fromkeys(names), *GATE_LAYERS, "lm_head"]
-
-
 # === Prompt =======================================================================================
 SYSTEM_PROMPT = (
     "당신은 이미지를 보고 객관식 질문에 답하는 전문가입니다. 정답의 글자 하나만 답합니다."
@@ -7454,7 +7440,8 @@ def permute_choices(values, order):
     return [values[original] for original in order]
 
 
-def _cut_to_tokens(tokenizer, text: str, limit: int) -> str:
+@functools.lru_cache(maxsize=2**16)  # each epoch and view asks
+def _cut_context(tokenizer, text: str, limit: int) -> str:
     """The text, or as many of its words as `limit` tokens hold; of a longer word its beginning."""
 
     def is_too_long(end: int) -> bool:
@@ -7469,9 +7456,6 @@ def _cut_to_tokens(tokenizer, text: str, limit: int) -> str:
         ends = range(1, ends[0] if ends else len(text))
     fitting = bisect.bisect_left(ends, True, key=is_too_long)
     return text[: ends[fitting - 1]] if fitting else ""
-
-
-_cut_context = functools.lru_cache(maxsize=2**16)(_cut_to_tokens)  # each epoch and view asks
 
 
 def plain_context(row: Mapping) -> str:
@@ -7492,10 +7476,8 @@ def shown_context(config: Config, processor, row: Mapping) -> str:
 
 def count_cut_contexts(config: Config, processor, frame: pd.DataFrame) -> int:
     """Rows of which the prompt does not show the whole context."""
-    count = 0
-    for row in frame.to_dict("records"):
-        count += shown_context(config, processor, row) != plain_context(row)
-    return count
+    rows = frame.to_dict("records")
+    return sum(shown_context(config, processor, row) != plain_context(row) for row in rows)
 
 
 def build_messages(
@@ -7553,11 +7535,8 @@ def renderings_to_try(template: str) -> list[dict]:
     >>> renderings_to_try("{% if enable_thinking %}<think>{% endif %}")
     [{}, {'enable_thinking': False}]
     """
-    ways = []
-    for options in _RENDERINGS:
-        if all(re.search(rf"\b{name}\b", template) for name in options):
-            ways.append(options)
-    return ways
+    words = re.findall(r"\w+", template)
+    return [options for options in _RENDERINGS if set(options) <= set(words)]
 
 
 def options_as_text(options: Mapping) -> str:
@@ -7572,14 +7551,6 @@ def options_as_text(options: Mapping) -> str:
     return f"with {', '.join(values)}"
 
 
-def _render_answered(processor, messages: list[dict], letter: str, options: Mapping) -> str:
-    """The conversation in which the assistant has answered with that letter."""
-    answered = [*messages, {"role": "assistant", "content": letter}]
-    return processor.apply_chat_template(
-        answered, tokenize=False, add_generation_prompt=False, **options
-    )
-
-
 def _rendering_problem(processor, messages: list[dict], options: Mapping) -> str:
     """How prompt and answered conversation differ when they are rendered so; "" if they agree.
 
@@ -7589,7 +7560,13 @@ def _rendering_problem(processor, messages: list[dict], options: Mapping) -> str
         prompt = processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **options
         )
-        answered = [_render_answered(processor, messages, letter, options) for letter in CHOICES]
+        answered = []
+        for letter in CHOICES:
+            conversation = [*messages, {"role": "assistant", "content": letter}]
+            text = processor.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=False, **options
+            )
+            answered.append(text)
     except Exception as error:  # a template's own raise_exception, or a type that it cannot join
         return f"The template refuses to be rendered so: {error}"
     for letter, training_text in zip(CHOICES, answered, strict=True):
@@ -7668,29 +7645,23 @@ def choice_token_ids(processor, prompt: str) -> tuple[tuple[int, ...], ...]:
     return letter_token_ids
 
 
-def _explain_renderings(processor, messages: list[dict]) -> TemplateError:
-    """The error that shows every way to render the template that was tried."""
-    lines = [
-        "The chat template puts something between the prompt and the answer, so that "
-        "a model trained on one would be read at the other. Take a model whose template "
-        "can leave thinking out: an Instruct model, or one with a switch for it.",
-    ]
-    for options in renderings_to_try(str(processor.chat_template)):
-        problem = _rendering_problem(processor, messages, options)
-        if problem:
-            lines.append(f"Tried {options_as_text(options)}.\n{problem}")
-    return TemplateError("\n".join(lines))
-
-
 def check_template(processor, messages: list[dict]) -> tuple[tuple[int, ...], ...]:
     """The letters' token ids, of a template that training and inference can share.
 
     Raises TemplateError unless, in one way to render it, "prompt + letter" begins the answered
     conversation for every letter, and where the template leaves out the question.
     """
-    options = template_options(processor)
-    if _rendering_problem(processor, messages, options):
-        raise _explain_renderings(processor, messages)
+    if _rendering_problem(processor, messages, template_options(processor)):
+        lines = [
+            "The chat template puts something between the prompt and the answer, so that "
+            "a model trained on one would be read at the other. Take a model whose template "
+            "can leave thinking out: an Instruct model, or one with a switch for it.",
+        ]
+        for options in renderings_to_try(str(processor.chat_template)):
+            problem = _rendering_problem(processor, messages, options)
+            if problem:
+                lines.append(f"Tried {options_as_text(options)}.\n{problem}")
+        raise TemplateError("\n".join(lines))
     prompt = render_prompt(processor, messages)
     question = messages[-1]["content"][-1]["text"]
     if question not in prompt:
@@ -7837,8 +7808,7 @@ def unpack_all_but_the_language_model(model, dtype) -> None:
                 f"The checkpoint holds the 4-bit weight of {name} without its scales: "
                 "download it again, or set model_id to the 16-bit original"
             )
-        in_tower = name.startswith(tower_names)
-        if state is None or in_tower or layer is head:
+        if state is None or name.startswith(tower_names) or layer is head:
             model.set_submodule(name, _plain_linear(layer, dtype))
             unpacked.append(name)
     for parameter in model.parameters():
@@ -7916,23 +7886,14 @@ def spread_over_gpus(model, config: Config, number_bytes: int, gpus: Sequence[Ma
 
 
 # === Loading ======================================================================================
-def _attached_model_folders() -> list[str]:
-    """Folders among the attached data that hold a model's config.json and safetensors."""
+def explain_missing_model(config: Config, cause: Exception) -> OSError:
+    """The error about a model that was not loaded, with what to check and the attached models."""
     folders = []
     for folder, _, files in walk_mounts():
         endings = {Path(name).suffix for name in files}
         if "config.json" in files and ".safetensors" in endings:
             folders.append(str(folder))
-    return folders
-
-
-def explain_missing_model(config: Config, cause: Exception) -> OSError:
-    """The error about a model that was not loaded, with what to check.
-
-    It names the model folders that are attached.
-    """
     advice = "attach the model and give its folder"
-    folders = _attached_model_folders()
     if folders:
         advice = f"set model_id (or VQA_MODEL) to one of {folders}"
     return OSError(
@@ -7977,8 +7938,7 @@ def load_processor(config: Config):
         if not config.trust_remote_code:
             _refuse_python_code(config.model_path)
         processor = transformers.AutoProcessor.from_pretrained(
-            config.model_path,
-            trust_remote_code=config.trust_remote_code,
+            config.model_path, trust_remote_code=config.trust_remote_code
         )
     except OSError as error:
         raise explain_missing_model(config, error) from error
@@ -7994,13 +7954,17 @@ def quantization_config(quantization: str, precision: str):
     """
     if quantization == "none":
         return None
+    vision_parts = []
+    for family in FAMILIES.values():
+        for part in family.vision_parts:
+            vision_parts += [part, f"model.{part}"]
     return transformers.BitsAndBytesConfig(
         load_in_4bit=quantization == "4bit",
         load_in_8bit=quantization == "8bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,  # quantises the scales too
         bnb_4bit_compute_dtype=getattr(torch, DTYPES[precision]),
-        llm_int8_skip_modules=_unquantised_modules(),
+        llm_int8_skip_modules=[*dict.fromkeys(vision_parts), *GATE_LAYERS, "lm_head"],
     )
 
 
@@ -8062,8 +8026,13 @@ def quantising_experts(pattern: str) -> Iterator[None]:
         quantizers_by_name["bitsandbytes_4bit"] = plain_quantizer
 
 
-def _check_text_model(config: Config, model_config) -> None:
-    """ValueError for a language model that the family's masks would not suit."""
+def _read_model_config(config: Config):
+    """The model's own config.json; ValueError where family or language model do not suit."""
+    _check_family(config)
+    model_config = transformers.AutoConfig.from_pretrained(
+        config.model_path,
+        trust_remote_code=config.trust_remote_code,
+    )
     text = model_config.get_text_config()
     known = FAMILIES[model_config.model_type].text_models
     if known and text.model_type not in known:
@@ -8077,16 +8046,6 @@ def _check_text_model(config: Config, model_config) -> None:
             "(sliding_attention in its config.json), and choice orders behind one prefix lie "
             "further apart: choose another model_id"
         )
-
-
-def _read_model_config(config: Config):
-    """The model's own config.json. Raises ValueError where its family is not known here."""
-    _check_family(config)
-    model_config = transformers.AutoConfig.from_pretrained(
-        config.model_path,
-        trust_remote_code=config.trust_remote_code,
-    )
-    _check_text_model(config, model_config)
     return model_config
 
 
@@ -8155,9 +8114,7 @@ def _load_model_once(config: Config, runtime: Runtime):
         loading = quantising_experts(experts)
     with loading:
         model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-            config.model_path,
-            **options,
-            output_loading_info=True,
+            config.model_path, **options, output_loading_info=True
         )
     _check_weight_names(config, report)
     if is_stored_in_4_bit:
@@ -8169,11 +8126,8 @@ def _adapted_shapes(model_config) -> dict[str, tuple[int, int]]:
     """Name -> (out, in) of a model's layers that get an adapter; no weight is loaded."""
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(model_config)
-    shapes = {}
-    for name, layer in model.named_modules():
-        if re.fullmatch(LORA_TARGETS, name):
-            shapes[name] = tuple(layer.weight.shape)
-    return shapes
+    layers = [item for item in model.named_modules() if re.fullmatch(LORA_TARGETS, item[0])]
+    return {name: tuple(layer.weight.shape) for name, layer in layers}
 
 
 def _why_adapters_do_not_fit(trained, scoring) -> str:
@@ -8185,20 +8139,6 @@ def _why_adapters_do_not_fit(trained, scoring) -> str:
         if their_shapes.get(name) != shape:
             return f"its {name} has the shape {their_shapes.get(name)} instead of {shape}"
     return ""
-
-
-def _check_score_prompts(config: Config) -> None:
-    """ValueError where score_model_id would read other prompts than model_id is trained on."""
-    base = config.rescoring
-    trained = render_prompt(load_processor(config), _example_messages())
-    scored = render_prompt(load_processor(base), _example_messages())
-    if scored != trained:
-        raise ValueError(
-            f"score_model_id {base.model_path} has another chat template than {config.model_path}, "
-            "and would score other prompts than those of training: give one of the two, in a "
-            "folder, the chat template of the other, or set score_precision='trained'\n"
-            f"--- training:\n{trained}\n--- scoring:\n{scored}"
-        )
 
 
 def check_score_model(config: Config) -> None:
@@ -8231,7 +8171,16 @@ def check_score_model(config: Config) -> None:
             f"{problem}. Set score_model_id to the 16-bit original of {config.model_path}"
         )
     if config.score_model_id:
-        _check_score_prompts(config)
+        trained_prompt = render_prompt(load_processor(config), _example_messages())
+        scored_prompt = render_prompt(load_processor(base), _example_messages())
+        if scored_prompt != trained_prompt:
+            raise ValueError(
+                f"score_model_id {base.model_path} has another chat template than "
+                f"{config.model_path}, and would score other prompts than those of training: give "
+                "one of the two, in a folder, the chat template of the other, or set "
+                "score_precision='trained'\n"
+                f"--- training:\n{trained_prompt}\n--- scoring:\n{scored_prompt}"
+            )
     LOGGER.info("Decision: scoring in 16 bits uses %s", base.model_path)
 
 
@@ -8316,9 +8265,7 @@ STALLED_SECONDS = 60  # without a byte, after which a download is said to be sta
 
 def hub_cache_folder(model_id: str) -> Path:
     """Where the hub's library keeps a model, by the variables that it reads itself."""
-    cache = Path.home() / ".cache"
-    if os.environ.get("XDG_CACHE_HOME"):
-        cache = Path(os.environ["XDG_CACHE_HOME"])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     home = Path(os.environ.get("HF_HOME") or cache / "huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     return hub.expanduser() / f"models--{model_id.replace('/', '--')}"
@@ -8344,14 +8291,6 @@ class DownloadWatch:
         self.first_look: tuple[float, int] | None = None  # its time, and the bytes of then
         self.last_growth = time.monotonic()  # seconds of that clock, when `arrived` last grew
         self.has_warned = False  # that nothing arrives
-
-    def total_bytes(self) -> int | None:
-        """Bytes of all weights by their index, which arrives before them; None without one."""
-        for path in self.folder.glob("snapshots/*/model.safetensors.index.json"):
-            # Of an index that cannot be read the process that loads the model will speak.
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                return int(json.loads(path.read_text(encoding="utf-8"))["metadata"]["total_size"])
-        return None
 
     def is_downloading(self) -> bool:
         """Whether a file of the model is being filled, not one that an earlier session left."""
@@ -8381,7 +8320,16 @@ class DownloadWatch:
             self.last_growth = now
         silent_seconds = now - self.last_growth
         if silent_seconds >= STALLED_SECONDS:
-            self._warn(silent_seconds)
+            if not self.has_warned:
+                LOGGER.warning(
+                    "No byte of %s has arrived for %.0f s. If this goes on, interrupt the cell, "
+                    "put os.environ['HF_HUB_DISABLE_XET'] = '1' into a cell above it and run it "
+                    "again: what has arrived is kept. Or do without the hub: see 'Without "
+                    "internet' in the README.",
+                    self.model_path,
+                    silent_seconds,
+                )
+            self.has_warned = True
             return f"{self._amount()}, no byte for {silent_seconds:.0f} s"
         first_time, first_bytes = self.first_look
         megabytes = (arrived - first_bytes) / 1e6
@@ -8389,21 +8337,15 @@ class DownloadWatch:
         return f"{self._amount()}, {speed:.1f} MB/s"
 
     def _amount(self) -> str:
-        total = self.total_bytes()
-        of_total = f" of {total / 1e9:.2f}" if total else ""
+        of_total = ""
+        # The index arrives before the weights.
+        for path in self.folder.glob("snapshots/*/model.safetensors.index.json"):
+            # Of an index that cannot be read the process that loads the model will speak.
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                total = int(json.loads(path.read_text(encoding="utf-8"))["metadata"]["total_size"])
+                of_total = f" of {total / 1e9:.2f}" if total else ""
+                break
         return f"downloading {self.model_path}: {self.arrived / 1e9:.2f}{of_total} GB"
-
-    def _warn(self, silent_seconds: float) -> None:
-        if self.has_warned:
-            return
-        self.has_warned = True
-        LOGGER.warning(
-            "No byte of %s has arrived for %.0f s. If this goes on, interrupt the cell, put "
-            "os.environ['HF_HUB_DISABLE_XET'] = '1' into a cell above it and run it again: what "
-            "has arrived is kept. Or do without the hub: see 'Without internet' in the README.",
-            self.model_path,
-            silent_seconds,
-        )
 
 
 # === Adapters =====================================================================================
@@ -8554,11 +8496,9 @@ def encode_prompt(processor, messages: list[dict], grid: tuple[int, ...]) -> np.
 
 def image_token_counts(processor, frame: pd.DataFrame, budget: tuple[int, int]) -> np.ndarray:
     """(n,) tokens of each row's image within `budget` (min, max pixels), from its size."""
-    counts = []
-    for width, height in zip(frame["width"], frame["height"], strict=True):
-        grid = image_grid(width, height, processor, budget)
-        counts.append(grid_tokens(grid, processor))
-    return np.array(counts, dtype=int)
+    sizes = zip(frame["width"], frame["height"], strict=True)
+    grids = [image_grid(width, height, processor, budget) for width, height in sizes]
+    return np.array([grid_tokens(grid, processor) for grid in grids], dtype=int)
 
 
 # === Vision cache =================================================================================
@@ -8571,22 +8511,19 @@ class ShardEntry:
     """Where on disk the features of one image lie."""
 
     path: Path  # the shard: a safetensors file, named by the hash of its content
-    # Of the image in the shard, from 0. Image 3 has the tensors "3.00", "3.01", ...
-    number: int
+    number: int  # of the image in the shard: image 3 has the tensors "3.00", "3.01", ...
 
 
 @dataclass(frozen=True)
 class _ImageBatch:
     """Images that go through the vision tower together."""
 
-    keys: list[ImageKey]  # of each image
-    paths: list[str]  # image_path of each image
+    keys: list[ImageKey]
+    paths: list[str]
 
 
 def _image_batches(
-    frame: pd.DataFrame,
-    budget: tuple[int, int],
-    batch_size: int,
+    frame: pd.DataFrame, budget: tuple[int, int], batch_size: int
 ) -> list[_ImageBatch]:
     """All images of `frame`, each once, in batches of at most `batch_size`.
 
@@ -8620,18 +8557,15 @@ def vision_cache_place(cache_dir: str | None) -> Path:
     return Path(tempfile.gettempdir()) / f"vqa_features_{user}"
 
 
-def _is_cache_file(path: Path) -> bool:
-    """Whether a file in `vision_cache_place` is one that this module wrote."""
-    name = path.name.removeprefix(".")  # an unfinished one begins with a dot
-    is_shard = re.match(r"[0-9a-f]{64}\.safetensors", name) is not None
-    is_in_a_cache = re.fullmatch(r"[0-9a-f]{16}", path.parent.name) is not None
-    return is_in_a_cache and (is_shard or name == "lock")
-
-
 def vision_cache_files(cache_dir: str | None) -> list[Path]:
     """The files of all vision caches in that place, of this run and of others."""
-    files = sorted(vision_cache_place(cache_dir).glob("*/*"))
-    return [path for path in files if path.is_file() and _is_cache_file(path)]
+    files = []
+    for path in sorted(vision_cache_place(cache_dir).glob("*/*")):
+        name = path.name.removeprefix(".")  # an unfinished one begins with a dot
+        is_ours = name == "lock" or re.match(r"[0-9a-f]{64}\.safetensors", name)
+        if is_ours and re.fullmatch(r"[0-9a-f]{16}", path.parent.name) and path.is_file():
+            files.append(path)
+    return files
 
 
 def _size_as_text(files: Sequence[Path]) -> str:
@@ -8683,10 +8617,8 @@ class VisionCache:
         self.processor = processor  # the model's
         self.images = FAMILIES[model.config.model_type].images  # how they come into the model
         self.device = model.device  # where features are computed and used
-        # Of the shards; `fill` makes it.
-        self.folder = vision_cache_place(cache_dir) / self.folder_hash()
-        # Where the features of each image on disk lie; filled by `register_shard`.
-        self.shards: dict[ImageKey, ShardEntry] = {}
+        self.folder = vision_cache_place(cache_dir) / self.folder_hash()  # `fill` makes it
+        self.shards: dict[ImageKey, ShardEntry] = {}  # filled by `register_shard`
         # Features, on the CPU, where the disk is too small; filled by `add`.
         self.features_in_memory: dict[ImageKey, tuple] = {}
         # Images whose features overflowed; counted by `compute_features`, set back to 0 by
@@ -8738,14 +8670,9 @@ class VisionCache:
             missing = [batch for batch in batches if not self.has_all(batch.keys)]
             is_filled = self._fill_missing(missing, budget, progress)
         if missing:
-            files = list(self.folder.glob("*.safetensors"))
-            in_memory = len(self.features_in_memory)
-            LOGGER.info(
-                "Vision cache: %s, %s; %d images in memory instead",
-                self.folder,
-                _size_as_text(files),
-                in_memory,
-            )
+            size = _size_as_text(list(self.folder.glob("*.safetensors")))
+            text = "Vision cache: %s, %s; %d images in memory instead"
+            LOGGER.info(text, self.folder, size, len(self.features_in_memory))
         return is_filled
 
     def _register_new_shards(self) -> None:
@@ -8787,8 +8714,7 @@ class VisionCache:
             return prepare_image(load_image(path), self.processor, budget)
 
         with ThreadPoolExecutor() as pool:
-            prepared = list(pool.map(prepare_one, paths))
-        pixel_values, grids = zip(*prepared, strict=True)
+            pixel_values, grids = zip(*pool.map(prepare_one, paths), strict=True)
         return pixel_values, grids
 
     def add(
@@ -8872,10 +8798,7 @@ class VisionCache:
                         features = self.images.features(self.model, pixels, grids)
                 finally:
                     tower.to(dtype)
-        return _map_features(
-            lambda tensor: tensor.clamp(-largest, largest).to(dtype),
-            features,
-        )
+        return _map_features(lambda tensor: tensor.clamp(-largest, largest).to(dtype), features)
 
     def compute_for_batch(self, batch: Mapping) -> list[tuple]:
         """Fresh features of the images of a batch that `collate` gave pixels."""
@@ -9285,28 +9208,25 @@ def _difference_of_kernels(mixer) -> float:
     return torch.stack(differences).max().item()  # NaN where one is
 
 
-def _fault_of_kernels(mixer) -> str:
-    """Why the installed kernels cannot be used for a recurrent `mixer`; "" where they can."""
-    try:
-        with torch.enable_grad():
-            difference = _difference_of_kernels(mixer)
-    except Exception as error:  # whatever they raise where torch, Triton or the card do not suit
-        return str(error)
-    if difference <= 0.05:  # half precision takes a tenth of that
-        return ""
-    return f"their outputs or gradients are wrong here (off by {difference:.2g})"
-
-
 def check_recurrent_kernels(mixer, are_chosen: bool, why: str) -> bool:
     """Whether the kernels that `are_chosen` compute what they should for a recurrent `mixer`.
 
     Versions of Triton have broken them on one kind of card or another. Logs how the layers
     compute, and `why`.
     """
-    fault = _fault_of_kernels(mixer) if are_chosen else ""
-    if not fault:
+    if not are_chosen:
         LOGGER.info("Decision: %s", why)
-        return are_chosen
+        return False
+    try:
+        with torch.enable_grad():
+            difference = _difference_of_kernels(mixer)
+    except Exception as error:  # whatever they raise where torch, Triton or the card do not suit
+        fault = str(error)
+    else:
+        if difference <= 0.05:  # half precision takes a tenth of that
+            LOGGER.info("Decision: %s", why)
+            return True
+        fault = f"their outputs or gradients are wrong here (off by {difference:.2g})"
     LOGGER.warning(
         "Recurrent layers compute in plain PyTorch, slower: %s is installed, but does not work "
         "here: %s",
@@ -9442,30 +9362,24 @@ class Session:
     runtime: Runtime  # this machine, and the decisions on number format and attention
     processor: object  # the model's: template, tokenizer (padding on the left), images
     model: object  # the frozen base model; an adapter is attached to it fold by fold
-    # Token ids of each letter's variants (`a`, `A`, ` a`), in the order of CHOICES.
-    letter_token_ids: tuple[tuple[int, ...], ...]
+    letter_token_ids: tuple[tuple[int, ...], ...]  # of each letter's variants (`a`, `A`, ` a`)
     vision_cache: VisionCache  # the vision tower's features; filled by `fill_vision_cache`
-    # The head's rows for the variants of all letters in turn: (variants, hidden), fp32,
-    # on `device`.
+    # The head's rows for all letters' variants in turn: (variants, hidden), fp32, on `device`.
     letter_head_weights: object
-    # torch.device where the model computes; parts that rest may lie elsewhere.
-    device: object
+    device: object  # torch.device where the model computes; parts that rest may lie elsewhere
     # Called as progress(stage, done, total, **details); set by `open_stage_session`, for the
     # notebook's progress bars. It may raise Interrupted.
     progress: Callable = lambda stage, done, total, **details: None
     # Departures from the plan, in words, for the report; added by `add_note`, moved into
     # events.jsonl by `write_notes`.
     notes: list[str] = field(default_factory=list)
-    # Questions per forward pass that memory has allowed since it ran out in `score_batch`;
-    # None until then.
+    # Questions per forward pass; None until memory has run out in `score_batch`.
     inference_batch_limit: int | None = None
     # Of the last inference, in this process or an earlier one; 0: unknown. Set by
     # `open_stage_session`, then by `predict_logits`.
     seconds_per_question: float = 0.0
-    # Folds that this worker trains and scores; set by `open_stage_session`.
-    assigned_folds: Sequence[int] = ()
-    # How a training step is spread over passes; measured by the first fold that trains, replaced
-    # where memory runs out. None until then.
+    assigned_folds: Sequence[int] = ()  # of this worker; set by `open_stage_session`
+    # Measured by the first fold that trains, replaced where memory runs out. None until then.
     memory_plan: MemoryPlan | None = None
     # The table of the plans among which it was chosen; filled by `plan_memory`, moved into
     # stages.jsonl by `run_stage`.
@@ -9475,7 +9389,7 @@ class Session:
     head_positions: dict[tuple, np.ndarray] = field(default_factory=dict)
     # Whether decoder layers train by `frugal_forward`; set by `use_fast_layers`.
     is_frugal: bool = False
-    # Their passes as CUDA graphs; made by `use_fast_layers`. None where they cannot be captured.
+    # Made by `use_fast_layers`; None where passes cannot be captured.
     captured_passes: CapturedPasses | None = None
 
     @property
@@ -9485,20 +9399,17 @@ class Session:
 
     @property
     def decoder_layers(self):
-        """The language model's decoder layers, from the first to the last."""
+        """The language model's, from the first to the last."""
         return self.language_model.layers
 
     @property
     def family(self) -> Family:
-        """What is known about models of this kind."""
+        """The model's."""
         return FAMILIES[self.model.config.model_type]
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether several choice orders of a question go behind one prefix.
-
-        That takes a mask which other kinds of attention refuse.
-        """
+        """Whether choice orders share a prefix; other kinds of attention refuse its mask."""
         return self.runtime.attention == "sdpa"
 
     def add_note(self, text: str) -> None:
@@ -9516,17 +9427,6 @@ def _check_wordings(processor, config: Config, example: Mapping) -> tuple[tuple[
         messages = build_messages(example, templates=templates, context=context)
         letter_token_ids.append(check_template(processor, messages))
     return letter_token_ids[0]
-
-
-def _check_processor(config: Config, processor, model) -> None:
-    """ValueError where the processor prepares images for another kind of models."""
-    family = model.config.model_type
-    if image_inputs(processor) is not FAMILIES[family].images:
-        raise ValueError(
-            f"{config.model_path} has a model of the family {family!r} and a "
-            f"{type(processor).__name__}, which prepares images for another one: "
-            "download both from one repository"
-        )
 
 
 def _load_session_model(config: Config, runtime: Runtime):
@@ -9564,10 +9464,15 @@ def open_session(config: Config, example: Mapping) -> Session:
         if model is None:
             model = _load_session_model(config, runtime)
             KEPT_MODEL.keep(model)
-    _check_processor(config, processor, model)
+    family = model.config.model_type
+    if image_inputs(processor) is not FAMILIES[family].images:
+        raise ValueError(
+            f"{config.model_path} has a model of the family {family!r} and a "
+            f"{type(processor).__name__}, which prepares images for another one: "
+            "download both from one repository"
+        )
     device = model.device
     vision_cache = VisionCache(model, processor, config.cache_dir)
-
     head = model.get_output_embeddings()
     all_letter_tokens = list(itertools.chain.from_iterable(letter_token_ids))
     letter_head_weights = head.weight[all_letter_tokens].float().to(device)
@@ -9593,33 +9498,23 @@ class Prompt:
     """One question at one pixel budget, tokenised in one or several choice orders.
 
     What the orders have in common, the prefix, stands once in front; behind it follows
-    what is left of each order. `length` counts the tokens of all that. `make_prompt`
-    fills every field.
+    what is left of each order. `length` counts the tokens of all that.
     """
 
-    # Number of the question's row in the table that it was made from.
-    row: int
-    # One tuple an order: order[position] = the original choice (0 to 3) shown there.
-    orders: tuple[tuple[int, ...], ...]
-    # The image's file.
+    row: int  # number of the question's row in the table that it was made from
+    orders: tuple[tuple[int, ...], ...]  # of each, order[position] = the original choice (0 to 3)
     image_path: str
-    # Content hash, least and most pixels of the image: its key in the vision cache.
-    image_key: tuple
-    # Grid of the image, in its family's way: see `image_grid`.
-    grid: tuple[int, ...]
-    # Token ids (length,).
-    input_ids: np.ndarray
-    # (length,): 0 in the common prefix, then the number of the order, counted from 1.
-    segments: np.ndarray
+    image_key: ImageKey
+    grid: tuple[int, ...]  # of the image, in its family's way: see `image_grid`
+    input_ids: np.ndarray  # (length,)
+    segments: np.ndarray  # (length,): 0 in the prefix, then the number of the order, from 1
     # (dimensions, length): the model's positions, in tokens. Of Qwen's models in time,
     # height and width, of others in one dimension.
     position_ids: np.ndarray
     # (orders,): index of each order's last token, where its letter is predicted.
     answer_positions: np.ndarray
-    # Whether each of the 4 original choices holds text.
-    present_choices: tuple[bool, ...]
-    # Target probability of each of the 4 original choices: `target_probabilities`.
-    target: tuple[float, ...]
+    present_choices: tuple[bool, ...]  # whether each of the 4 original choices holds text
+    target: tuple[float, ...]  # by original choice: `target_probabilities`
 
 
 def make_prompt(
@@ -9861,16 +9756,6 @@ def shared_prefix_mask(segments):
     return ((is_causal & is_visible) | is_padding)[:, None]
 
 
-def _recurrent_mask(session: Session, batch: Mapping):
-    """The mask of recurrent layers: a batch's parts, its padding, or None where it has neither."""
-    if "shared_prefixes" in batch:
-        parts = batch["shared_prefixes"]
-        return SharedPrefixes(*(part.to(session.device, non_blocking=True) for part in parts))
-    if batch["masked"]:
-        return batch["attention_mask"].to(session.device, non_blocking=True)
-    return None
-
-
 def _model_inputs(session: Session, batch: Mapping) -> dict:
     """The model's inputs but the image, on its device, with the mask that attention needs."""
     inputs = {}
@@ -9885,11 +9770,16 @@ def _model_inputs(session: Session, batch: Mapping) -> dict:
     needs_mask = has_several_orders or batch["masked"] or (is_turing and not is_frugal_pass)
     if session.shares_prefixes and needs_mask:
         segments = batch["segments"].to(session.device, non_blocking=True)
+        recurrent_mask = inputs["attention_mask"] if batch["masked"] else None
         inputs["attention_mask"] = shared_prefix_mask(segments)
         if session.family.recurrent_mixer:
+            if "shared_prefixes" in batch:
+                parts = batch["shared_prefixes"]
+                on_device = [part.to(session.device, non_blocking=True) for part in parts]
+                recurrent_mask = SharedPrefixes(*on_device)
             inputs["attention_mask"] = {
                 "full_attention": inputs["attention_mask"],
-                "linear_attention": _recurrent_mask(session, batch),
+                "linear_attention": recurrent_mask,
             }
     elif not batch["masked"]:
         del inputs["attention_mask"]  # it says nothing, and asking it would wait for the GPU
@@ -10015,9 +9905,9 @@ def in_halves(work: Callable, rows: pd.DataFrame) -> list:
 
 
 # === LoRA layers ==================================================================================
-# Bytes that the scales of all 4-bit blocks may take on a GPU in fp32. Those of a 3B
-# take 0.16 GiB: its products are so short that the GPU would wait for the launches that
-# unpack the scales every time. An 8B has other use for 0.4 GiB.
+# Bytes that the scales of all 4-bit blocks may take in fp32. Those of a 3B take 0.16 GiB: its
+# products are so short that the GPU would wait for launches that unpack them every time. An 8B
+# has other use for 0.4 GiB.
 MAX_UNPACKED_SCALE_BYTES = 2**28
 
 
@@ -10269,7 +10159,6 @@ def fast_lora_class(kind: type) -> type:
 
 
 def _is_nf4(state) -> bool:
-    """Whether bitsandbytes' `quant_state` of a weight, or None, is NF4."""
     return state is not None and state.quant_type == "nf4"
 
 
@@ -11001,24 +10890,17 @@ class CapturedPasses:
     They share their memory: one is over before the next one begins.
     """
 
-    language_model: object
-    weights: list[list]  # of each decoder layer those that are trained
-    gradients: list[list]  # theirs, each in a fixed place; empty before the first capture
-    places: list  # what all passes read and write, as long as the largest batch needs
-    passes: dict[tuple, CapturedPass]  # (questions, length, layers that recompute) -> its pass
-    is_wanted: bool  # whether training replays passes; by the plan
-    is_compiled: bool  # whether a pass was run without a graph: compiling cannot be captured
-
     def __init__(self, session: Session):
         self.language_model = session.language_model
-        self.weights = []
+        self.weights: list[list] = []  # of each decoder layer those that are trained
         for layer in session.decoder_layers:
             self.weights.append([value for value in layer.parameters() if value.requires_grad])
-        self.gradients = []
-        self.places = []
-        self.passes = {}
-        self.is_wanted = False
-        self.is_compiled = False
+        self.gradients: list[list] = []  # theirs, in fixed places; empty before the first capture
+        self.places = []  # what all passes read and write, as long as the largest batch needs
+        # (questions, length, layers that recompute) -> its pass
+        self.passes: dict[tuple, CapturedPass] = {}
+        self.is_wanted = False  # whether training replays passes; by the plan
+        self.is_compiled = False  # a pass was run without a graph: compiling cannot be captured
 
     def drop(self) -> None:
         """Forget all graphs, whose memory is free then."""
@@ -11123,27 +11005,26 @@ class CapturedPasses:
             torch._foreach_zero_(fresh)
 
 
-def _replay_forward(ctx, _, passes, one):
-    """The output of a captured pass."""
-    ctx.passes = passes
-    ctx.one = one
-    one.forward.replay()
-    return one.output.detach()
-
-
-def _replay_backward(ctx, gradient):
-    """The backward pass; the weights' gradients do not go through autograd."""
-    ctx.one.gradient.copy_(gradient)
-    ctx.passes.show_gradients()
-    ctx.one.backward.replay()
-    return None, None, None
-
-
 @functools.cache
 def _replay_step() -> type:
-    """Both as a function of autograd's."""
-    members = {"forward": staticmethod(_replay_forward), "backward": staticmethod(_replay_backward)}
-    return type("Replay", (torch.autograd.Function,), members)
+    """A captured pass as a function of autograd's; the weights' gradients do not go through it."""
+
+    class Replay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, _, passes, one):
+            ctx.passes = passes
+            ctx.one = one
+            one.forward.replay()
+            return one.output.detach()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            ctx.one.gradient.copy_(gradient)
+            ctx.passes.show_gradients()
+            ctx.one.backward.replay()
+            return None, None, None
+
+    return Replay
 
 
 @contextlib.contextmanager
@@ -11196,11 +11077,6 @@ class Beginning:
     keys_and_values: Sequence[tuple]  # of each layer, (1, heads, length, size) each
 
 
-def sees_all_before(layer) -> bool:
-    """Whether a decoder layer is one that `score_layer` computes: attention to all before."""
-    return has_known_pass(layer) and getattr(layer.self_attn, "sliding_window", None) is None
-
-
 def beginning_length(session: Session, prompts: Sequence[Prompt]) -> int:
     """How many tokens before the image all prompts have in common; 0 for few, or unknown layers.
 
@@ -11209,8 +11085,9 @@ def beginning_length(session: Session, prompts: Sequence[Prompt]) -> int:
     is_on_cpu = session.device.type == "cpu"
     if len(prompts) < 2 or not (is_on_cpu and session.shares_prefixes):
         return 0
-    if not all(sees_all_before(layer) for layer in session.decoder_layers):
-        return 0
+    for layer in session.decoder_layers:
+        if not has_known_pass(layer) or getattr(layer.self_attn, "sliding_window", None):
+            return 0
     is_image = prompts[0].input_ids == session.processor.image_token_id
     before_image = int(is_image.argmax())
     texts = [prompt.input_ids[:before_image].tolist() for prompt in prompts]
@@ -11321,20 +11198,15 @@ def places_of_answers(answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return padded.reshape(-1, most), places
 
 
-def _with_images(session: Session, input_ids, features: Sequence):
-    """The tokens' embeddings, and which tokens are an image's; `features` replace those."""
-    is_image = input_ids == session.processor.image_token_id
-    embeddings = session.model.get_input_embeddings()(input_ids)
-    flat = torch.cat([image.flatten(0, -2) for image in features]).to(embeddings)
-    return embeddings.masked_scatter(is_image[..., None], flat), is_image
-
-
 def states_behind_beginning(session: Session, batch: Mapping, beginning: Beginning):
     """As `answer_hidden_states`, of prompts `behind_beginning`; for scoring only."""
     encoded = session.vision_cache.encoder_outputs(batch)
     _check_image_tokens(session, batch, encoded.pooler_output)
     columns, places = places_of_answers(batch["answers"].numpy())
-    states, is_image = _with_images(session, batch["input_ids"], encoded.pooler_output)
+    is_image = batch["input_ids"] == session.processor.image_token_id
+    embeddings = session.model.get_input_embeddings()(batch["input_ids"])
+    features = [image.flatten(0, -2) for image in encoded.pooler_output]
+    states = embeddings.masked_scatter(is_image[..., None], torch.cat(features).to(embeddings))
     language_model = session.language_model
     cos, sin = language_model.rotary_emb(states, batch["position_ids"])
     mask = shared_prefix_mask(batch["segments"])
@@ -11479,10 +11351,8 @@ class MemoryPlan:
     """How a training step is spread over passes; chosen by `plan_memory`."""
 
     micro_batch: int  # questions per forward and backward pass
-    # So many decoder layers, the last ones, keep their activations; those before recompute them.
-    stored_layers: int
-    # GiB allocated at the expected peak; 0 on a CPU, where nothing is measured.
-    peak_gib: float = 0.0
+    stored_layers: int  # so many decoder layers, the last ones, keep their activations
+    peak_gib: float = 0.0  # allocated at the expected peak; 0 on a CPU
     is_captured: bool = False  # whether passes are replayed: see `CapturedPasses`
 
 
@@ -11500,9 +11370,10 @@ class PassCosts:
 
 
 def recompute_layers(session: Session, stored: int) -> None:
-    """Let all decoder layers but the last `stored` recompute their activations."""
-    # The last ones keep theirs, because the backward pass frees them before it needs
-    # room to compute others again.
+    """Let all decoder layers but the last `stored` recompute their activations.
+
+    The backward pass frees those of the last ones before it needs room to compute others.
+    """
     recomputed = len(session.decoder_layers) - stored
     for number, layer in enumerate(session.decoder_layers):
         layer.recompute = number < recomputed
@@ -11690,11 +11561,6 @@ class PassTrial:
         return self.micro_batch == 1
 
     @property
-    def is_measured(self) -> bool:
-        """Whether it has been timed, and fits."""
-        return bool(self.seconds) and not self.reason
-
-    @property
     def seconds_per_question(self) -> float:
         """By the median of its passes; of an even number the lower one, because noise only adds."""
         return self.per_question(statistics.median_low(self.seconds))
@@ -11731,6 +11597,7 @@ class PassTrial:
 
 
 # === Choosing a plan ==============================================================================
+@dataclass
 class PassPlanner:
     """Tries plans on copies of the longest prompt, until the fastest is known or time is up.
 
@@ -11747,31 +11614,16 @@ class PassPlanner:
     step: int  # questions of an optimizer step
     state_bytes: int  # as in `plan_memory`
     job: int  # as in `plan_memory`
-    spent: float  # seconds until now, without the compiling that training needs, too
-    free_passes: int  # that are left
-    first_pass: float  # seconds that it took longer than the next one
-    beside_passes: float  # seconds of the last turn that were not of its passes
-    times: PassTimes
-    trials: list[PassTrial]
-    is_captured: bool  # whether passes are captured, and replayed
-
-    def __init__(self, session: Session, longest: Prompt, step: int, state_bytes: int, job: int):
-        self.session = session
-        self.longest = longest
-        self.step = step
-        self.state_bytes = state_bytes
-        self.job = job
-        self.spent = 0.0
-        self.free_passes = FREE_PASSES
-        self.first_pass = 0.0
-        self.beside_passes = 0.0
-        self.times = PassTimes({})
-        self.trials = []
-        self.is_captured = False
+    spent: float = 0.0  # seconds until now, without the compiling that training needs, too
+    free_passes: int = FREE_PASSES  # that are left
+    first_pass: float = 0.0  # seconds that it took longer than the next one
+    beside_passes: float = 0.0  # seconds of the last turn that were not of its passes
+    times: PassTimes = field(default_factory=lambda: PassTimes({}))
+    trials: list[PassTrial] = field(default_factory=list)
+    is_captured: bool = False  # whether passes are captured, and replayed
 
     @property
     def layers(self) -> int:
-        """Decoder layers of the model."""
         return len(self.session.decoder_layers)
 
     def run_pass(self, questions: int, stored: int) -> tuple[float, float]:
@@ -11825,13 +11677,14 @@ class PassPlanner:
         self.run_pass(trial.micro_batch, trial.stored_layers)
         seconds, _ = self.run_pass(trial.micro_batch, trial.stored_layers)
         captured = statistics.median_low(trial.seconds)
+        is_worth_it = seconds > (1 + UNSURE) * captured
         LOGGER.info(
             "Decision: passes are %s: %.3f s captured as CUDA graphs, %.3f s as they are",
-            "captured" if seconds > (1 + UNSURE) * captured else "not captured",
+            "captured" if is_worth_it else "not captured",
             captured,
             seconds,
         )
-        return seconds > (1 + UNSURE) * captured
+        return is_worth_it
 
     def measure_costs(self) -> tuple[PassCosts, int] | None:
         """What passes take, and the most layers that may be stored; fills `times`.
@@ -11851,9 +11704,8 @@ class PassPlanner:
         stored_layer = max(1.0, (peak_of_stored - peak_of_two) / 2 / (stored - 1))
         most_stored = self.layers
         if math.isinf(peak_of_stored) and config.gradient_checkpointing:
-            # Storing layers takes too much memory, as where experts are unpacked from 4 bits:
-            # all layers recompute. All of a question's bytes are then counted as those of the
-            # one layer that is being recomputed.
+            # Storing layers takes too much memory, as where experts are unpacked from 4 bits.
+            # All of a question's bytes are then counted as those of the one that is recomputed.
             stored_layer = question
             most_stored = 1
         if not math.isfinite(peak_of_two + peak_of_four + stored_layer):
@@ -11867,19 +11719,15 @@ class PassPlanner:
         )
         return costs, most_stored
 
-    def expected(self, trial: PassTrial) -> float:
-        """Seconds of a pass of `trial`, by what is known of passes until now."""
-        seconds = self.times.expected(trial.micro_batch)
-        return seconds * recomputing_share(trial.stored_layers, self.layers)
-
     def expected_per_question(self, trial: PassTrial) -> float:
-        """Seconds a question, likewise."""
-        return trial.per_question(self.expected(trial))
+        """Seconds a question, by what is known of passes until now."""
+        seconds = self.times.expected(trial.micro_batch)
+        return trial.per_question(seconds * recomputing_share(trial.stored_layers, self.layers))
 
     @property
     def measured(self) -> list[PassTrial]:
         """The trials that have been timed and fit, the fastest first."""
-        measured = [trial for trial in self.trials if trial.is_measured]
+        measured = [trial for trial in self.trials if trial.seconds and not trial.reason]
         return sorted(measured, key=lambda trial: trial.seconds_per_question)
 
     @property
@@ -11999,12 +11847,8 @@ class PassPlanner:
         if not self.measured:
             return None
         best = self.measured[0]
-        return MemoryPlan(
-            best.micro_batch,
-            best.stored_layers,
-            best.peak / 2**30,
-            self.is_worth_capturing(best),
-        )
+        is_captured = self.is_worth_capturing(best)
+        return MemoryPlan(best.micro_batch, best.stored_layers, best.peak / 2**30, is_captured)
 
     def log_table(self) -> None:
         """All plans in one block of the log; kept for the run's stages.jsonl, too."""
@@ -12139,8 +11983,8 @@ def alignment_statements(row: Mapping) -> list[str]:
 class AlignmentModel:
     """A model of two towers with its processor, on this process's device."""
 
-    model: object  # transformers' own
-    processor: object  # transformers' own
+    model: object
+    processor: object
     text_tokens: int  # of a text at most
     padding: str  # of texts, as the processor calls it
 
@@ -12166,7 +12010,6 @@ class AlignmentModel:
         return torch.cat(parts)
 
     def _unit_features(self, tower: Callable, inputs: Mapping):
-        """What a tower gives for these inputs, of length 1."""
         on_device = {}
         for name, tensor in inputs.items():
             dtype = self.model.dtype if tensor.is_floating_point() else tensor.dtype
@@ -12182,18 +12025,6 @@ class AlignmentModel:
         return logits if bias is None else logits + bias.float()
 
 
-def _check_two_towers(config: Config, model_config) -> None:
-    """ValueError for a model that does not compare images with texts."""
-    kind = transformers.MODEL_MAPPING.get(type(model_config), None)
-    needed = ("get_image_features", "get_text_features")
-    if not all(hasattr(kind, name) for name in needed) or not hasattr(model_config, "text_config"):
-        raise ValueError(
-            f"alignment_model {config.model_path} is of the family "
-            f"{model_config.model_type!r}, which has no tower for images and one for texts; name a "
-            f"SigLIP or CLIP model, such as {ALIGNMENT_MODEL}"
-        )
-
-
 def _load_alignment_model_once(config: Config, runtime: Runtime) -> AlignmentModel:
     """The model, loaded and checked; one attempt."""
     trust = config.trust_remote_code
@@ -12202,7 +12033,14 @@ def _load_alignment_model_once(config: Config, runtime: Runtime) -> AlignmentMod
     model_config = transformers.AutoConfig.from_pretrained(
         config.model_path, trust_remote_code=trust
     )
-    _check_two_towers(config, model_config)
+    kind = transformers.MODEL_MAPPING.get(type(model_config), None)
+    needed = ("get_image_features", "get_text_features")
+    if not all(hasattr(kind, name) for name in needed) or not hasattr(model_config, "text_config"):
+        raise ValueError(
+            f"alignment_model {config.model_path} is of the family "
+            f"{model_config.model_type!r}, which has no tower for images and one for texts; name a "
+            f"SigLIP or CLIP model, such as {ALIGNMENT_MODEL}"
+        )
     model, report = transformers.AutoModel.from_pretrained(
         config.model_path,
         **_loading_options(config, runtime),
