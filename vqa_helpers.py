@@ -12997,16 +12997,6 @@ def _letter_indices(values) -> np.ndarray:
     return _as_labels(values, (len(values), len(CHOICES)))
 
 
-def _letter_shares(indices: np.ndarray) -> np.ndarray:
-    """(4,) share of each letter."""
-    return np.bincount(indices, minlength=4) / len(indices)
-
-
-def _normalised_entropy(shares: np.ndarray) -> float:
-    """Entropy of the letters' shares: 1 where they are even, 0 for a single letter."""
-    return float(special.entr(shares).sum() / math.log(4))
-
-
 def prediction_diversity(predictions, validation_labels) -> dict:
     """Whether a model prefers one letter far beyond the labels: the mode-collapse alarm.
 
@@ -13023,17 +13013,18 @@ def prediction_diversity(predictions, validation_labels) -> dict:
     """
     predicted = _letter_indices(predictions)
     labels = _letter_indices(validation_labels)
-    shares = _letter_shares(predicted)
-    top = int(shares.argmax())
-    top_rows = int((predicted == top).sum())
+    counts = np.bincount(predicted, minlength=4)
+    shares = counts / len(predicted)
+    top = int(counts.argmax())
+    top_rows = int(counts[top])
     top_share = float(shares[top])
-    label_share = float(_letter_shares(labels)[top])
+    label_share = float((labels == top).mean())
     # Rounded, or 0.25 + 0.2 would lie a hair above 0.45.
     needed = round(max(COLLAPSE_RATIO * label_share, label_share + COLLAPSE_EXCESS), 9)
     is_large = len(predicted) >= COLLAPSE_ROWS and round(top_share, 9) >= needed
     test = scipy_stats.binomtest(top_rows, len(predicted), label_share, alternative="greater")
     return {
-        "entropy": _normalised_entropy(shares),
+        "entropy": float(special.entr(shares).sum() / math.log(4)),
         "top_letter": CHOICES[top],
         "top_rows": top_rows,
         "rows": len(predicted),
@@ -13153,11 +13144,8 @@ def step_views(view_names: Sequence[str], step: str) -> list[int]:
     >>> step_views(["rotation 0", "rotation 2", "base rotation 0"], "rotations")
     [1]
     """
-    positions = []
-    for position, name in enumerate(view_names):
-        if position > 0 and view_kind(name) == STEP_KINDS[step]:
-            positions.append(position)
-    return positions
+    kinds = [view_kind(name) for name in view_names]
+    return [place for place in range(1, len(kinds)) if kinds[place] == STEP_KINDS[step]]
 
 
 def first_views(view_names: Sequence[str], steps: Iterable[str]) -> list[int]:
@@ -13166,9 +13154,7 @@ def first_views(view_names: Sequence[str], steps: Iterable[str]) -> list[int]:
     >>> first_views(["rotation 0", "rotation 2", "base rotation 0"], ["base"])
     [0, 1]
     """
-    later = set()
-    for step in steps:
-        later.update(step_views(view_names, step))
+    later = {position for step in steps for position in step_views(view_names, step)}
     return [position for position in range(len(view_names)) if position not in later]
 
 
@@ -13243,8 +13229,7 @@ def tta_views(row: Mapping, views: Sequence[TTAView]) -> list[TTAView]:
     >>> [view.name for view in tta_views({"type": "ocr"}, views)]
     ['rotation 0']
     """
-    reads_text = row["type"] == "ocr"
-    return [view for view in views if not (reads_text and view.scale < 1)]
+    return [view for view in views if row["type"] != "ocr" or view.scale >= 1]
 
 
 # Sets of views by name, and the kind of view that each adds to the set before it.
@@ -13387,16 +13372,6 @@ def base_questions(run: Run, session: Session) -> float:
     return (held_out + test_rows) * views_cost(session, views)
 
 
-def folds_for_base(run: Run, session: Session, training: int) -> int:
-    """For how many of this worker's folds the stage "base" is to come, once for all seeds.
-
-    They are trained already, or among the `training` that are being trained.
-    """
-    of_first_seed = [fold for fold in session.assigned_folds if fold in run.config.folds_to_train]
-    untrained = [fold for fold in of_first_seed if not run.is_done("train", fold)]
-    return len(run.unfinished_folds("base", of_first_seed)) + min(training, len(untrained))
-
-
 def inference_seconds(
     run: Run, seconds_per_question: float, session: Session, training: int
 ) -> float:
@@ -13415,14 +13390,15 @@ def inference_seconds(
     rows = len(run.test)
     if not has_one_view(run.config):
         rows += held_out
-    # For a fold.
-    scored = rows * cost_in_steps(session, views) + pilot_cost(run.config, held_out)
-    validated = 3 * training * held_out
-    questions = (waiting + training) * scored + validated
+    of_fold = rows * cost_in_steps(session, views) + pilot_cost(run.config, held_out)
+    questions = (waiting + training) * of_fold + 3 * training * held_out
     if run.config.use_base_member == "on":  # "auto" takes only what time is left
-        questions += folds_for_base(run, session, training) * base_questions(run, session)
-    world_size = process_count()
-    return 1.25 * seconds_per_question * questions / world_size
+        # It comes once for all seeds.
+        folds = [fold for fold in session.assigned_folds if fold in run.config.folds_to_train]
+        untrained = [fold for fold in folds if not run.is_done("train", fold)]
+        count = len(run.unfinished_folds("base", folds)) + min(training, len(untrained))
+        questions += count * base_questions(run, session)
+    return 1.25 * seconds_per_question * questions / process_count()
 
 
 # === Progress of scoring ==========================================================================
@@ -13448,12 +13424,6 @@ class ScoringState:
     rows: int = 0  # of the parts that are done
     batches: int = 0  # of the parts that are done
     done: int = 0  # batches of the part under way
-
-    def end_part(self, rows: int) -> None:
-        """Go on to the next part; this one had so many rows."""
-        self.rows += rows
-        self.batches += self.done
-        self.done = 0
 
     def total(self, rows: int, batches: int) -> int:
         """Batches of the whole table, where the part under way has so many rows and batches.
@@ -13489,10 +13459,9 @@ class InferenceCheckpoint:
             LOGGER.warning("Inference starts again: %s", error)
             return None
         counts = {name: int(content[name]) for name in ("rows", "batches", "done")}
-        state = ScoringState(content["logits"], **counts)
-        batches = state.batches + state.done
+        batches = counts["batches"] + counts["done"]
         LOGGER.info("Inference continues after %d batches: %s", batches, self.path)
-        return state
+        return ScoringState(content["logits"], **counts)
 
     def save(self, state: ScoringState, now: bool = False) -> None:
         """Write what is done, when the config's steps or minutes say so, or `now`."""
@@ -13500,12 +13469,8 @@ class InferenceCheckpoint:
         by_time = seconds > 60 * self.config.save_every_minutes
         by_steps = (state.batches + state.done) % self.config.save_every_steps == 0
         if now or by_time or by_steps:
-            counts = {
-                "rows": np.array(state.rows),
-                "batches": np.array(state.batches),
-                "done": np.array(state.done),
-            }
-            write_arrays(self.path, self.fingerprint, logits=state.logits, **counts)
+            content = {name: np.asarray(value) for name, value in vars(state).items()}
+            write_arrays(self.path, self.fingerprint, **content)
             self.last_save = time.monotonic()
 
 
@@ -13618,15 +13583,6 @@ def plan_prompts(
     return planned
 
 
-def plan_inference_batches(session: Session, planned: Sequence[PlannedPrompt]) -> list[np.ndarray]:
-    """Positions in `planned` of the prompts that share a forward pass, longest first."""
-    config = session.config
-    size = config.infer_batch_size if config.use_batch_inference else 1
-    lengths = [len(item.prompt.input_ids) for item in planned]
-    by_length = np.argsort([-length for length in lengths], kind="stable")
-    return [by_length[start : start + size] for start in range(0, len(planned), size)]
-
-
 def store_scores(
     result: np.ndarray,
     scores: np.ndarray,
@@ -13666,11 +13622,13 @@ def score_planned(
     `frame`: the rows of the part under way. What is done is reported as `label`, and kept in the
     `checkpoint`, also where Interrupted ends it. What all prompts begin with is read once.
     """
-    batches = plan_inference_batches(session, planned)
-    rank = process_rank()
+    config = session.config
+    size = config.infer_batch_size if config.use_batch_inference else 1
+    longest_first = np.argsort([-len(item.prompt.input_ids) for item in planned], kind="stable")
+    batches = [longest_first[start : start + size] for start in range(0, len(planned), size)]
     world_size = process_count()
     common = len(batches) // world_size  # so many batches each process has at least
-    batches = batches[rank::world_size]
+    batches = batches[process_rank() :: world_size]
     total = state.total(len(frame), len(batches))
     result = state.logits[state.rows : state.rows + len(frame)]  # written in place
     present = np.array([present_choices(row) for _, row in frame.iterrows()])
@@ -13732,7 +13690,9 @@ def predict_logits(
             else:
                 prompts = planned[number]
             score_planned(session, part, prompts, state, label, checkpoint)
-            state.end_part(len(part))
+            state.rows += len(part)
+            state.batches += state.done
+            state.done = 0
     if checkpoint:  # another pass may follow, and this one need not be done again
         checkpoint.save(state, now=True)
     session.model.train(was_training)
@@ -13793,11 +13753,8 @@ def generate_baseline(
 def prompt_tokens(session: Session, frame: pd.DataFrame) -> np.ndarray:
     """(n,) tokens of each row's prompt, its image's included, with the choices in their order."""
     order = tuple(range(len(CHOICES)))
-    lengths = []
-    for row in range(len(frame)):
-        prompt = make_prompt(session, frame, row, [order])
-        lengths.append(len(prompt.input_ids))
-    return np.array(lengths)
+    prompts = (make_prompt(session, frame, row, [order]) for row in range(len(frame)))
+    return np.array([len(prompt.input_ids) for prompt in prompts])
 
 
 SCORE_ARRAYS = ("ids", "logits", "labels", "view_names")  # of every file of scores
@@ -13916,10 +13873,7 @@ PREFERENCE_PARTS = 5  # of a fold's pilot; the letters' preference is measured o
 
 
 def letter_preferences(
-    pilot: Pilot,
-    logits: np.ndarray,
-    view_names: Sequence[str],
-    is_held_out: bool,
+    pilot: Pilot, logits: np.ndarray, view_names: Sequence[str], is_held_out: bool
 ) -> np.ndarray:
     """(n, 4) by how much the orders that a row has favour each choice, against all orders.
 
@@ -13948,28 +13902,6 @@ def letter_preferences(
     has_larger = ~np.isnan(logits[:, larger]).all(axis=(1, 2))
     preferences[has_larger] /= 2
     return preferences
-
-
-def step_margins(
-    pilot: Pilot,
-    logits: np.ndarray,
-    view_names: Sequence[str],
-    is_held_out: bool,
-) -> np.ndarray:
-    """(n,) `answer_margins` of the rows by the views that they have so far.
-
-    The arguments are those of `letter_preferences`.
-    """
-    preferences = letter_preferences(pilot, logits, view_names, is_held_out)
-    return answer_margins(combine_steps(logits, view_names), preferences)
-
-
-def may_take_step(logits: np.ndarray, view_names: Sequence[str], step: str) -> np.ndarray:
-    """(n,) whether each row may take a step: more orders only go on from all rotations."""
-    if step != "orders":
-        return np.ones(len(logits), dtype=bool)
-    rotations = step_views(view_names, "rotations")
-    return ~np.isnan(logits[:, rotations]).any(axis=(1, 2))
 
 
 @dataclass(frozen=True)
@@ -14007,9 +13939,14 @@ def score_in_steps(
     logits = logits.copy()
     margins = np.zeros((len(logits), len(steps)))
     for number, (step, share) in enumerate(steps):
-        margins[:, number] = step_margins(pilot, logits, view_names, is_held_out)
-        is_allowed = may_take_step(logits, view_names, step)
-        step_cost = np.where(is_allowed, costs[step], 0.0)
+        preferences = letter_preferences(pilot, logits, view_names, is_held_out)
+        scores = combine_steps(logits, view_names)
+        margins[:, number] = answer_margins(scores, preferences)
+        step_cost = costs[step]
+        if step == "orders":  # they only go on from all rotations
+            rotations = step_views(view_names, "rotations")
+            is_without = np.isnan(logits[:, rotations]).any(axis=(1, 2))
+            step_cost = np.where(is_without, 0.0, step_cost)
         rows = rows_in_doubt(margins[:, number], step_cost, share * len(logits))
         if len(rows):
             added = score_step(step, rows)
@@ -14023,10 +13960,8 @@ def adapter_switched_off(model) -> Iterator[None]:
 
     Its B is zero meanwhile: that is exact, also in fast and compiled layers.
     """
-    outputs = {}
-    for name, weight in model.named_parameters():
-        if ".lora_B." in name:
-            outputs[name] = weight
+    weights = model.named_parameters()
+    outputs = {name: weight for name, weight in weights if ".lora_B." in name}
     zeros = {name: torch.zeros_like(weight) for name, weight in outputs.items()}
     with swapped_weights(outputs, zeros):
         yield
@@ -14053,7 +13988,15 @@ class StepScorer:
         """As `score`, in the views of these numbers."""
         others = [view for number, view in enumerate(self.views) if number not in added]
         doubtful = self.frame.iloc[rows].reset_index(drop=True)
-        checkpoint = self.checkpoint and _checkpoint_of_rows(self.checkpoint, name, rows)
+        checkpoint = self.checkpoint
+        if checkpoint:  # a file of its own, for these very rows
+            file = checkpoint.path.name.replace(".partial", f".{name}.partial")
+            digest = hashlib.sha256(rows.tobytes()).hexdigest()
+            checkpoint = dataclasses.replace(
+                checkpoint,
+                path=checkpoint.path.with_name(file),
+                fingerprint=f"{checkpoint.fingerprint} {name} {digest}",
+            )
         model_in_use = contextlib.nullcontext()
         if name == "base":
             model_in_use = adapter_switched_off(self.session.model)
@@ -14066,19 +14009,6 @@ class StepScorer:
                 checkpoint,
                 scored_views=others,
             )
-
-
-def _checkpoint_of_rows(
-    checkpoint: InferenceCheckpoint, name: str, rows: np.ndarray
-) -> InferenceCheckpoint:
-    """A file of its own beside `checkpoint`, which is good for a step of these very rows only."""
-    file = checkpoint.path.name.replace(".partial", f".{name}.partial")
-    digest = hashlib.sha256(rows.tobytes()).hexdigest()
-    return dataclasses.replace(
-        checkpoint,
-        path=checkpoint.path.with_name(file),
-        fingerprint=f"{checkpoint.fingerprint} {name} {digest}",
-    )
 
 
 def score_pilot(scorer: StepScorer, first_logits: np.ndarray, steps: Iterable[str]) -> Pilot:
@@ -14138,13 +14068,6 @@ class EarlyStopping:
     [False, False, False, True]
     """
 
-    patience: int  # calls without improvement after which to stop
-    min_delta: float  # in units of the value
-    logger: logging.Logger | None  # is told about a stop
-    sign: int  # 1 where larger is better, else -1
-    best: float  # the best value so far; infinitely bad before the first call
-    waited: int  # calls since the best value
-
     def __init__(
         self,
         patience: int,
@@ -14154,12 +14077,12 @@ class EarlyStopping:
     ):
         if mode not in ("max", "min"):
             raise ValueError(f"mode must be 'max' or 'min', not {mode!r}")
-        self.patience = patience
-        self.min_delta = min_delta
-        self.logger = logger
+        self.patience = patience  # calls without improvement after which to stop
+        self.min_delta = min_delta  # in units of the value
+        self.logger = logger  # is told about a stop
         self.sign = 1 if mode == "max" else -1
-        self.best = -self.sign * math.inf
-        self.waited = 0
+        self.best = -self.sign * math.inf  # the best value so far
+        self.waited = 0  # calls since the best value
 
     def __call__(self, value: float) -> bool:
         """Whether to stop, now that the value is this one."""
@@ -14199,20 +14122,14 @@ class WeightAverager:
     [2.0]
     """
 
-    kind: str  # "ema" or "swa"
-    parameters: dict  # name -> the parameter that is trained; only read
-    decay: float  # of "ema": the weight of the average before an update, at most
-    updates: int  # calls of `update`
-    average: dict  # name -> average, on the parameter's device; empty before the first update
-
     def __init__(self, kind: str, parameters: Mapping, decay: float = 0.999):
         if kind not in ("ema", "swa"):
             raise ValueError(f"kind must be 'ema' or 'swa', not {kind!r}")
         self.kind = kind
-        self.parameters = dict(parameters)
-        self.decay = decay
-        self.updates = 0
-        self.average = {}
+        self.parameters = dict(parameters)  # by name, those that are trained; only read
+        self.decay = decay  # of "ema": the weight of the average before an update, at most
+        self.updates = 0  # calls of `update`
+        self.average = {}  # name -> average, on the parameter's device
 
     def update(self) -> None:
         """Take the present parameters into the average."""
@@ -14220,19 +14137,13 @@ class WeightAverager:
             for name, value in self.parameters.items():
                 self.average[name] = value.detach().clone()
         else:
-            averages = list(self.average.values())
-            parameters = list(self.parameters.values())
-            combine = self._averaging_function()
-            combine(averages, parameters, self.updates)
+            combine = torch.optim.swa_utils.get_swa_multi_avg_fn()
+            if self.kind == "ema":
+                # Less than `decay` at first, so that a short run does not keep its initial weights.
+                decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+                combine = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+            combine([*self.average.values()], [*self.parameters.values()], self.updates)
         self.updates += 1
-
-    def _averaging_function(self) -> Callable:
-        """From (averages, parameters, number of updates) to the averages, in place."""
-        if self.kind == "swa":
-            return torch.optim.swa_utils.get_swa_multi_avg_fn()
-        # Less than `decay` at first, so that a short run does not keep its initial weights.
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        return torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
 
     def state_dict(self) -> dict:
         return {"average": self.average, "updates": self.updates}
@@ -14371,10 +14282,10 @@ class TrainingSchedule:
 
     def __str__(self) -> str:
         """In words, such as "9 rows (epochs: 1, steps: 3), then ..."."""
-        parts = []
-        for phase in self.phases:
-            length = f"epochs: {phase.epochs}, steps: {phase.all_steps}"
-            parts.append(f"{len(phase.rows)} rows ({length})")
+        parts = [
+            f"{len(phase.rows)} rows (epochs: {phase.epochs}, steps: {phase.all_steps})"
+            for phase in self.phases
+        ]
         return ", then ".join(parts)
 
     def phase(self, epoch: int) -> TrainingPhase:
@@ -14405,11 +14316,9 @@ def plan_training(config: Config, variants: pd.DataFrame) -> TrainingSchedule:
     parts = [(False, config.num_epochs, variants)]
     if config.pretrain_epochs:
         related = is_related(variants)
-        own_variants = variants[~related].reset_index(drop=True)
-        related_variants = variants[related].reset_index(drop=True)
         parts = [
-            (True, config.pretrain_epochs, related_variants),
-            (False, config.num_epochs, own_variants),
+            (True, config.pretrain_epochs, variants[related].reset_index(drop=True)),
+            (False, config.num_epochs, variants[~related].reset_index(drop=True)),
         ]
     phases = []
     first_epoch = 0
@@ -14443,11 +14352,8 @@ def training_prompts(
     drawn = [training_variant(config, epoch, sample_id) for sample_id in ids]
     variant, wording = np.array(drawn).T
     frame = variants.iloc[variant * n_rows + np.arange(n_rows)].assign(wording=wording)
-    prompts = []
-    for row, sample_id in enumerate(ids):
-        order = training_order(config, epoch, sample_id)
-        prompts.append(make_prompt(session, frame, row, [order]))
-    return prompts
+    orders = [training_order(config, epoch, sample_id) for sample_id in ids]
+    return [make_prompt(session, frame, row, [order]) for row, order in enumerate(orders)]
 
 
 # === Optimizer steps ==============================================================================
@@ -14463,11 +14369,8 @@ def make_optimizer(session: Session, parameters: Mapping):
 
 def make_averagers(config: Config, parameters: Mapping) -> dict[str, WeightAverager]:
     """By kind ("ema", "swa"), the averages that the configuration asks for."""
-    kinds = []
-    if config.use_ema:
-        kinds.append("ema")
-    if config.use_swa:
-        kinds.append("swa")
+    is_wanted = {"ema": config.use_ema, "swa": config.use_swa}
+    kinds = [kind for kind, wanted in is_wanted.items() if wanted]
     return {kind: WeightAverager(kind, parameters, config.ema_decay) for kind in kinds}
 
 
@@ -14488,12 +14391,9 @@ class ReplayableBatches:
     ('first', ['first', 'second'])
     """
 
-    waiting: Iterator  # batches that nobody has asked for yet
-    taken: list  # batches that `__iter__` has handed out
-
     def __init__(self, batches: Iterable):
         self.waiting = iter(batches)
-        self.taken = []
+        self.taken = []  # what `__iter__` has handed out
 
     def __iter__(self) -> Iterator:
         yield from tuple(self.taken)
@@ -14522,69 +14422,44 @@ def smaller_memory_plan(plan: MemoryPlan, may_recompute: bool) -> MemoryPlan | N
 class FoldState:
     """A fold's training: a fresh adapter, its optimizer, its checkpoints and how far it is."""
 
-    # Given to the constructor.
-    session: Session  # base model, processor, letter tokens
-    run: Run  # directory, tables, fingerprint
-    member: int  # its number, see Members
-    fold: int  # the member's
-    name: str  # of the member in words
-    config: Config  # the session's, with the member's seed
-
-    # Filled by `_choose_rows`.
-    schedule: TrainingSchedule  # the rows and steps of every epoch
-    validation: pd.DataFrame  # the held-out rows
-
-    # Filled by `_attach_adapter`.
-    model: object  # the base model with the adapter attached
-    parameters: dict  # name -> weight of the adapter, fp32, on the device
-
-    # Filled by `_prepare_steps`.
-    step_size: int  # rows of an optimizer step, over all processes
-    epochs: int  # to be trained at most, those of pretraining among them
-    optimizer: object
-    scheduler: object  # of the learning rate: warm-up, then cosine, through all phases
-    scaler: object  # of the loss, against underflow in fp16; disabled in other precisions
-    averagers: dict[str, WeightAverager]  # "ema", "swa" -> average of `parameters`
-    early_stopping: EarlyStopping  # on the validation accuracy
-    stateful_parts: dict[str, object]  # by name in a checkpoint: all with a state_dict
-
-    # Filled by `_open_files`.
-    checkpoints: CheckpointManager
-    metrics: MetricLogger  # one line per optimizer step
-
-    # Begun by `_reset_progress`. A checkpoint also holds history, losses, best and skipped:
-    # `save` and `resume` name them.
-    history: list[dict]  # one record per finished epoch; by `end_epoch`
-    losses: list[float]  # of the current epoch's steps, NaN: skipped; by `train_epoch`
-    # "score" [accuracy, -nll] or None, "epoch", "tensors", "logits" of the held-out rows; by
-    # `end_epoch`
-    best: dict
-    skipped: int  # steps without an update, in the whole fold; by `skip_step`
-    next_step: int  # the next one of the current epoch; by `train_epoch`
-    padding: float  # share of padded positions in the current epoch; by `train_epoch`
-    gradient_norm: float  # of the last step, before clipping; by `optimizer_step`
-    last_save: float  # seconds on the monotonic clock; by `save`
-    kept_prompts: tuple[int, list[Prompt]] | None  # an epoch and its; by `epoch_prompts`
-
     def __init__(self, session: Session, run: Run, member: int):
         self.session = session
         self.run = run
-        self.member = member
+        self.member = member  # its number, see Members
         self.fold = fold_of(session.config, member)
         self.name = member_name(session.config, member)
         seed = seed_of(session.config, member)
         self.config = dataclasses.replace(session.config, seed=seed)
         self._choose_rows()
-        self._attach_adapter()
+        # The base model with the adapter attached.
+        self.model = attach_lora(session.model, self.config, seed + self.fold)
+        use_fast_layers(session, self.model, self.schedule.all_rows)
+        self.parameters = trainable_parameters(self.model)  # fp32, on the device
         self._prepare_steps()
-        self._open_files()
-        self._reset_progress()
+        folder = run.fold_dir(member)
+        self.checkpoints = CheckpointManager(folder / "checkpoints")
+        self.metrics = MetricLogger(folder / "metrics.jsonl")  # one line per optimizer step
+        # A checkpoint also holds history, losses, best and skipped: `save` and `resume` name them.
+        self.history: list[dict] = []  # one record per finished epoch; by `end_epoch`
+        # Of the current epoch's steps, NaN: skipped; by `train_epoch`.
+        self.losses: list[float] = []
+        # The score is [accuracy, -nll] or None, the logits are those of the held-out rows; by
+        # `end_epoch`.
+        self.best = {"score": None, "epoch": -1, "tensors": {}, "logits": None}
+        self.skipped = 0  # steps without an update, in the whole fold; by `skip_step`
+        self.next_step = 0  # of the current epoch; by `train_epoch`
+        self.padding = 0.0  # share of padded positions in the current epoch; by `train_epoch`
+        self.gradient_norm = math.nan  # of the last step, before clipping; by `optimizer_step`
+        self.last_save = time.monotonic()  # by `save`
+        # An epoch and its; by `epoch_prompts`.
+        self.kept_prompts: tuple[int, list[Prompt]] | None = None
 
     def _choose_rows(self) -> None:
         config = self.config
         # Changed images are the same for all seeds, which share their cached features.
         seed = self.session.config.seed
         variants = image_variants(all_rows(self.run), config.augment_images, seed)
+        # The rows and steps of every epoch.
         self.schedule = plan_training(config, training_rows(self.run, self.fold, variants))
         if config.pretrain_epochs:
             text = "Decision: fold %s trains on the rows of extra_train_dirs first: %s"
@@ -14592,55 +14467,34 @@ class FoldState:
         is_held_out = self.run.train["fold"] == self.fold
         self.validation = self.run.train[is_held_out].reset_index(drop=True)
 
-    def _attach_adapter(self) -> None:
-        config = self.config
-        self.model = attach_lora(self.session.model, config, config.seed + self.fold)
-        use_fast_layers(self.session, self.model, self.schedule.all_rows)
-        self.parameters = trainable_parameters(self.model)
-
     def _prepare_steps(self) -> None:
         config = self.config
-        self.step_size = config.batch_size * config.grad_accum_steps
-        self.epochs = config.all_epochs
+        self.step_size = config.batch_size * config.grad_accum_steps  # rows, over all processes
+        self.epochs = config.all_epochs  # to be trained at most, those of pretraining among them
         self.optimizer = make_optimizer(self.session, self.parameters)
-        # One for all phases. On the demo a warm-up anew for the fold's own rows, which are few,
-        # forgets more than it learns.
+        # Of the learning rate, one for all phases. On the demo a warm-up anew for the fold's own
+        # rows, which are few, forgets more than it learns.
         all_steps = self.schedule.all_steps
         warmup_steps = round(all_steps * config.warmup_ratio)
         self.scheduler = transformers.get_cosine_schedule_with_warmup(
             self.optimizer, warmup_steps, all_steps
         )
+        # Of the loss, against underflow.
         is_fp16 = self.session.runtime.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.session.device.type, enabled=is_fp16)
         self.averagers = make_averagers(config, self.parameters)
-        self.early_stopping = EarlyStopping(
+        self.early_stopping = EarlyStopping(  # on the validation accuracy
             config.early_stopping_patience,
             min_delta=config.early_stopping_min_delta,
             logger=LOGGER,
         )
-        self.stateful_parts = {
+        self.stateful_parts = {  # by name in a checkpoint
             "optimizer": self.optimizer,
             "scheduler": self.scheduler,
             "scaler": self.scaler,
             "early_stopping": self.early_stopping,
             **self.averagers,
         }
-
-    def _open_files(self) -> None:
-        folder = self.run.fold_dir(self.member)
-        self.checkpoints = CheckpointManager(folder / "checkpoints")
-        self.metrics = MetricLogger(folder / "metrics.jsonl")
-
-    def _reset_progress(self) -> None:
-        self.history = []
-        self.losses = []
-        self.best = {"score": None, "epoch": -1, "tensors": {}, "logits": None}
-        self.skipped = 0
-        self.next_step = 0
-        self.padding = 0.0
-        self.gradient_norm = math.nan
-        self.last_save = time.monotonic()
-        self.kept_prompts = None
 
     def save(self, epoch: int, step: int) -> None:
         """Commit the state before optimizer step `step` of `epoch`."""
@@ -14818,7 +14672,8 @@ class FoldTrainer(FoldState):
         """Train from the newest checkpoint on; write adapters, validation logits, result.json."""
         epoch, step = self.resume()
         use_plan(self.session, self.plan)
-        while epoch < self.epochs and not self.has_stopped_early():
+        stopping = self.early_stopping
+        while epoch < self.epochs and stopping.waited < stopping.patience:
             try:
                 speed = self.train_epoch(epoch, step)
                 self.end_epoch(epoch, speed)
@@ -14838,10 +14693,6 @@ class FoldTrainer(FoldState):
                     )
                 break
         return self.finish()
-
-    def has_stopped_early(self) -> bool:
-        """Whether early stopping has said so, here or before the checkpoint."""
-        return self.early_stopping.waited >= self.early_stopping.patience
 
     def time_is_up(self, speed: float) -> bool:
         """Whether the time left is needed for inference; `speed`: trained questions per second."""
@@ -14874,7 +14725,10 @@ class FoldTrainer(FoldState):
             self.next_step = step + 1
             questions += len(steps[step])
             speed = questions / (time.perf_counter() - start)
-            if self.is_save_due(phase.steps_before(epoch) + step + 1):
+            steps_done = phase.steps_before(epoch) + step + 1
+            by_steps = steps_done % self.config.save_every_steps == 0
+            minutes = (time.monotonic() - self.last_save) / 60
+            if by_steps or minutes > self.config.save_every_minutes:
                 self.save(epoch, step + 1)
             self.log_step(epoch, step, speed)
             if step + 1 == len(steps):
@@ -14888,12 +14742,6 @@ class FoldTrainer(FoldState):
                 )
                 break
         return speed
-
-    def is_save_due(self, steps_done: int) -> bool:
-        """Whether the config's minutes or steps ask for a checkpoint."""
-        seconds = time.monotonic() - self.last_save
-        by_time = seconds > self.config.save_every_minutes * 60
-        return by_time or steps_done % self.config.save_every_steps == 0
 
     def optimizer_step(
         self, epoch: int, step: int, batches: Iterable[Mapping], rows: Sequence[int]
@@ -14993,9 +14841,8 @@ class FoldTrainer(FoldState):
         in_full = {**details, "loss": loss}
         self.metrics.log(epoch=epoch, step=step, gradient_norm=self.gradient_norm, **in_full)
         label = f"fold {self.name} training"
-        steps_done = self.schedule.phase(epoch).steps_before(epoch) + step + 1
-        all_steps = self.schedule.all_steps
-        self.session.progress(label, steps_done, all_steps, together=True, **details)
+        done = self.schedule.phase(epoch).steps_before(epoch) + step + 1
+        self.session.progress(label, done, self.schedule.all_steps, together=True, **details)
 
     def held_out_logits(self) -> np.ndarray:
         """Logits (n, 1, 4) of the held-out rows, through the inference path."""
@@ -15022,15 +14869,6 @@ class FoldTrainer(FoldState):
         diversity = prediction_diversity(softmax(logits[:, 0]), self.validation["label"])
         return describe_preference(diversity) if diversity["collapsed"] else ""
 
-    def is_best(self, score: Sequence[float] | None) -> bool:
-        """Whether an epoch with this score, at its end, is the one to keep so far.
-
-        Pretraining is kept only until an epoch on the fold's own rows is done.
-        """
-        if self.best["score"] is None or self.best["epoch"] < self.config.pretrain_epochs:
-            return True
-        return score > self.best["score"]
-
     def end_epoch(self, epoch: int, speed: float) -> None:
         """Validate, keep the best weights, and record the epoch in history.csv and the log.
 
@@ -15044,14 +14882,14 @@ class FoldTrainer(FoldState):
             LOGGER.info("Fold %s epoch %d: %s", self.name, epoch + 1, preference)
         # Without held-out rows there are no scores, and the last epoch is the best.
         score = [scores["accuracy"], -scores["nll"]] if scores else None
-        if self.is_best(score):
-            tensors = {}
-            for name, value in self.parameters.items():
-                tensors[name] = value.detach().cpu().clone()
+        # Pretraining is kept only until an epoch on the fold's own rows is done.
+        is_first = self.best["score"] is None or self.best["epoch"] < self.config.pretrain_epochs
+        if is_first or score > self.best["score"]:
+            weights = {name: value.detach() for name, value in self.parameters.items()}
             self.best = {
                 "score": score,
                 "epoch": epoch,
-                "tensors": tensors,
+                "tensors": {name: value.cpu().clone() for name, value in weights.items()},
                 "logits": torch.from_numpy(logits),
             }
         record = {
@@ -15105,10 +14943,7 @@ class FoldTrainer(FoldState):
         return read_fold_result(self.run, self.member)
 
     def save_weights(
-        self,
-        kind: str,
-        tensors: Mapping,
-        known_logits: np.ndarray | None,
+        self, kind: str, tensors: Mapping, known_logits: np.ndarray | None
     ) -> tuple[dict, str]:
         """Write an adapter, in PEFT's format, and its validation logits, computed where unknown.
 
