@@ -71,6 +71,7 @@ above it.
    Scores and loss                     a batch's scores of the four letters, and the loss on them
    LoRA layers                         LoRA without fp32 copies
    Remade activations                  what a decoder layer keeps, and what it makes again
+   Steps of hybrid layers              the same of Qwen3.5's, where autograd has the rest
    Frugal layers                       their pass in three steps, for autograd
    Captured passes                     all launches of a pass at once
    Scoring layers                      a pass behind what all prompts begin with, to the answers
@@ -8922,16 +8923,21 @@ def gated_delta_rule(query, key, value, g, beta, initial_state=None) -> tuple:
     return output[:, :length].to(value.dtype), state.flatten(1, 2)
 
 
+def computed_again(compute: Callable, *tensors):
+    """`compute(*tensors)`; where it is not compiled, the backward pass computes it once more."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return compute(*tensors)
+    return torch.utils.checkpoint.checkpoint(
+        compute, *tensors, use_reentrant=False, preserve_rng_state=False
+    )
+
+
 def recompute_gated_delta_rule(*tensors) -> tuple:
     """`gated_delta_rule` of the same tensors; the backward pass computes it once more.
 
     What it would keep, in fp32, is thirty times what goes in.
     """
-    if not torch.is_grad_enabled():
-        return gated_delta_rule(*tensors)
-    return torch.utils.checkpoint.checkpoint(
-        gated_delta_rule, *tensors, use_reentrant=False, preserve_rng_state=False
-    )
+    return computed_again(gated_delta_rule, *tensors)
 
 
 # === Recurrent layers =============================================================================
@@ -9070,22 +9076,35 @@ def _run_behind_prefixes(
 
 
 def recurrent_forward(
-    mixer, own_forward: Callable, rule: Callable, hidden_states, attention_mask=None, **options
+    mixer,
+    own_forward: Callable,
+    rule: Callable,
+    hidden_states,
+    attention_mask=None,
+    projected=None,
+    **options,
 ):
     """The pass of a recurrent `mixer` over (batch, length, hidden), as transformers computes it.
 
     `rule` is `gated_delta_rule` or another implementation of it. `attention_mask`: 0 in padding,
     (batch, length), or `SharedPrefixes`, or None. Where a cache is kept, to generate text, it
-    is left to the mixer's `own_forward`.
+    is left to the mixer's `own_forward`. `projected`: the projections of its input, where
+    `before_rule` has made them.
     """
     # Its name in transformers 5.24, and in 5.18.
     cache = options.get("cache", options.get("cache_params"))
     if cache is not None:
         return own_forward(hidden_states, cache, attention_mask)
-    mixed = mixer.in_proj_qkv(hidden_states)
-    gate = mixer.in_proj_z(hidden_states).unflatten(-1, (-1, mixer.head_v_dim))
-    beta = mixer.in_proj_b(hidden_states).sigmoid()
-    step = torch.nn.functional.softplus(mixer.in_proj_a(hidden_states).float() + mixer.dt_bias)
+    norm = mixer.norm
+    if projected is None:
+        names = ("in_proj_b", "in_proj_a", "in_proj_qkv", "in_proj_z")
+        projected = [getattr(mixer, name)(hidden_states) for name in names]
+    else:
+        norm = functools.partial(computed_again, norm)  # it would keep three tensors in fp32
+    beta, step, mixed, gate = projected
+    gate = gate.unflatten(-1, (-1, mixer.head_v_dim))
+    beta = beta.sigmoid()
+    step = torch.nn.functional.softplus(step.float() + mixer.dt_bias)
     decay = -mixer.A_log.float().exp() * step
     if isinstance(attention_mask, SharedPrefixes):
         outputs = _run_behind_prefixes(mixer, rule, attention_mask, mixed, decay, beta)
@@ -9095,7 +9114,7 @@ def recurrent_forward(
         convolved = _causal_convolution(mixed, mixer.conv1d.weight[:, 0])
         outputs, _ = _run_rule(mixer, rule, convolved, decay, beta)
     # The norm takes one vector a row.
-    normed = mixer.norm(outputs.flatten(0, -2), gate.flatten(0, -2))
+    normed = norm(outputs.flatten(0, -2), gate.flatten(0, -2))
     return mixer.out_proj(normed.view(*hidden_states.shape[:2], -1))
 
 
@@ -9387,7 +9406,7 @@ class Session:
     # (bytes of the token ids to the end of the image, its grid) -> their positions; filled by
     # `rope_positions`.
     head_positions: dict[tuple, np.ndarray] = field(default_factory=dict)
-    # Whether decoder layers train by `frugal_forward`; set by `use_fast_layers`.
+    # Whether decoder layers train by `frugal_forward` alone; set by `use_fast_layers`.
     is_frugal: bool = False
     # Made by `use_fast_layers`; None where passes cannot be captured.
     captured_passes: CapturedPasses | None = None
@@ -10426,8 +10445,13 @@ def _flat_gradient(gradients: Sequence):
 def rms_norm_backward(norm, gradient, x, residual_gradient=None):
     """Gradient of x through `norm`, a Qwen model's RMSNorm, plus what x has from elsewhere."""
     wide = x.float()
-    root = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-    to_normed = (gradient * norm.weight).float()
+    if hasattr(norm, "variance_epsilon"):
+        epsilon = norm.variance_epsilon
+        to_normed = (gradient * norm.weight).float()
+    else:  # Qwen3.5's: the weight counts from 1, and its product is in fp32
+        epsilon = norm.eps
+        to_normed = gradient.float() * (1.0 + norm.weight.float())
+    root = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     to_root = (to_normed * wide).sum(-1, keepdim=True)
     to_mean = -0.5 * to_root * root.pow(3) / x.shape[-1]
     as_factor = to_normed * root
@@ -10605,6 +10629,60 @@ def after_attention_backward(
     return gradient, to_attended, _flat_gradient([*of_o, *of_mlp])
 
 
+# === Steps of hybrid layers =======================================================================
+# Of Qwen3.5's layers autograd computes attention, or the rule and what is behind it, and mixtures
+# of experts. A recurrent layer's projections and any other MLP are steps.
+def attention_half(layer, x, **options):
+    """The input of the second norm in a layer with attention, for autograd."""
+    return x + layer.self_attn(layer.input_layernorm(x), **options)[0]
+
+
+def rule_half(layer, residual, projected: Sequence, mask):
+    """The same in a recurrent layer, behind the projections of `before_rule`."""
+    return residual + layer.linear_attn(residual, attention_mask=mask, projected=projected)
+
+
+def _inputs_of_rule(layer) -> list:
+    """The LoRA layers before a recurrent layer's rule."""
+    return [layer.linear_attn.in_proj_qkv, layer.linear_attn.in_proj_z]
+
+
+def before_rule(layer, x, seed) -> tuple:
+    """From a recurrent layer's input: what `recurrent_forward` makes of it first; inner."""
+    mixer = layer.linear_attn
+    normed = layer.input_layernorm(x)
+    group = _inputs_of_rule(layer)
+    [adapter] = adapters_of([group], x.dtype)
+    outputs, inner = _lora_outputs(group, adapter, normed, seed)
+    return [mixer.in_proj_b(normed), mixer.in_proj_a(normed), *outputs], inner
+
+
+def before_rule_backward(layer, to_residual, to_projected: Sequence, x, seed, inner) -> tuple:
+    """Gradient of the layer's input x, and that of A and B before the rule, flat."""
+    mixer = layer.linear_attn
+    norm = layer.input_layernorm
+    to_beta, to_step, *to_others = to_projected
+    group = _inputs_of_rule(layer)
+    [adapter] = adapters_of([group], x.dtype)
+    to_normed, of_adapter = _lora_gradients(group, adapter, to_others, norm(x), seed, inner)
+    to_normed = to_normed + to_step @ mixer.in_proj_a.weight
+    to_normed = to_normed + to_beta @ mixer.in_proj_b.weight
+    return rms_norm_backward(norm, to_normed, x, to_residual), _flat_gradient(of_adapter)
+
+
+def after_mixer(layer, middle, seed) -> tuple:
+    """`mlp_forward` with the layer's own adapters."""
+    adapters = adapters_of(_groups_of_mlp(layer.mlp), middle.dtype)
+    return mlp_forward(layer, adapters, middle, seed)
+
+
+def after_mixer_backward(layer, gradient, middle, gate, up, seed, inners: Sequence) -> tuple:
+    """Gradient of `middle`, and that of A and B, flat."""
+    adapters = adapters_of(_groups_of_mlp(layer.mlp), middle.dtype)
+    to_middle, of_mlp = mlp_backward(layer, adapters, gradient, middle, gate, up, seed, inners)
+    return to_middle, _flat_gradient(of_mlp)
+
+
 # === Frugal layers ================================================================================
 # The decoder layers whose passes these are. What others compute is not looked into.
 FRUGAL_LAYERS = (
@@ -10614,6 +10692,8 @@ FRUGAL_LAYERS = (
     "Qwen2DecoderLayer",
     "Qwen3DecoderLayer",
 )
+# The layers of the section before.
+HYBRID_LAYERS = ("Qwen3_5DecoderLayer", "Qwen3_5MoeDecoderLayer")
 
 
 @dataclass(frozen=True)
@@ -10625,6 +10705,12 @@ class LayerSteps:
     after: Callable
     after_backward: Callable
     rotate: Callable
+    attend: Callable
+    project: Callable
+    project_backward: Callable
+    mix: Callable
+    mlp: Callable
+    mlp_backward: Callable
     is_compiled: bool
 
     @classmethod
@@ -10637,6 +10723,12 @@ class LayerSteps:
             after=prepare(after_attention),
             after_backward=prepare(after_attention_backward),
             rotate=prepare(rotate),
+            attend=prepare(attention_half),
+            project=prepare(before_rule),
+            project_backward=prepare(before_rule_backward),
+            mix=prepare(rule_half),
+            mlp=prepare(after_mixer),
+            mlp_backward=prepare(after_mixer_backward),
         )
 
     def draw_seed(self, device):
@@ -10717,12 +10809,56 @@ def _run_after_backward(ctx, gradient):
     )
 
 
+def _run_project(ctx, layer, steps, seed, x, *parameters):
+    """x for the sum behind the rule, and its projections."""
+    rows = _as_rows(x)
+    projected, inner = steps.project(layer, rows, seed)
+    ctx.layer = layer
+    ctx.steps = steps
+    ctx.parameters = parameters
+    ctx.save_for_backward(rows, seed, inner)
+    return x.view_as(x), *(tensor.unflatten(0, x.shape[:2]) for tensor in projected)
+
+
+def _run_project_backward(ctx, *gradients):
+    """One gradient for each input of `_run_project`; None for those that are not trained."""
+    to_residual, *to_projected = [_as_rows(gradient) for gradient in gradients]
+    to_rows, flat = ctx.steps.project_backward(
+        ctx.layer, to_residual, to_projected, *ctx.saved_tensors
+    )
+    to_x = to_rows.view_as(gradients[0])
+    return None, None, None, to_x, *_split_gradient(flat, ctx.parameters)
+
+
+def _run_mlp(ctx, layer, steps, seed, middle, *parameters):
+    """The layer's output, from the input of its second norm."""
+    rows = _as_rows(middle)
+    output, gate, up, inners = steps.mlp(layer, rows, seed)
+    ctx.layer = layer
+    ctx.steps = steps
+    ctx.parameters = parameters
+    ctx.save_for_backward(rows, gate, up, seed, *inners)
+    return output.view_as(middle)
+
+
+def _run_mlp_backward(ctx, gradient):
+    """One gradient for each input of `_run_mlp`; None for those that are not trained."""
+    middle, gate, up, seed, *inners = ctx.saved_tensors
+    to_rows, flat = ctx.steps.mlp_backward(
+        ctx.layer, _as_rows(gradient), middle, gate, up, seed, inners
+    )
+    to_middle = to_rows.view_as(gradient)
+    return None, None, None, to_middle, *_split_gradient(flat, ctx.parameters)
+
+
 @functools.cache
 def _autograd_step(name: str) -> type:
-    """The step "before" or "after" attention as a function of autograd's."""
+    """A step of a layer as a function of autograd's."""
     forward, backward = {
         "before": (_run_before, _run_before_backward),
         "after": (_run_after, _run_after_backward),
+        "project": (_run_project, _run_project_backward),
+        "mlp": (_run_mlp, _run_mlp_backward),
     }[name]
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), members)
@@ -10820,8 +10956,30 @@ def frugal_forward(
     return states
 
 
+def hybrid_forward(steps: LayerSteps, seed, layer, hidden_states, **options):
+    """`frugal_forward` of a layer in HYBRID_LAYERS."""
+    if hasattr(layer, "linear_attn"):
+        parameters = lora_parameters([_inputs_of_rule(layer)])
+        step = _autograd_step("project")
+        residual, *projected = step.apply(layer, steps, seed, hidden_states, *parameters)
+        middle = steps.mix(layer, residual, projected, options["attention_mask"])
+    else:
+        middle = steps.attend(layer, hidden_states, **options)
+    if is_mixture(layer):
+        return middle + layer.mlp(layer.post_attention_layernorm(middle))
+    parameters = lora_parameters(_groups_of_mlp(layer.mlp))
+    return _autograd_step("mlp").apply(layer, steps, seed, middle, *parameters)
+
+
+def is_hybrid(layer) -> bool:
+    """Whether `hybrid_forward` computes this decoder layer."""
+    return type(layer).__name__ in HYBRID_LAYERS
+
+
 def has_known_pass(layer) -> bool:
     """Whether `frugal_forward` can compute what this decoder layer does, once it has our LoRA."""
+    if is_hybrid(layer):
+        return is_mixture(layer) or layer.mlp.config.hidden_act == "silu"
     if type(layer).__name__ not in FRUGAL_LAYERS:
         return False
     config = layer.self_attn.config
@@ -10833,7 +10991,15 @@ def is_frugal(layer) -> bool:
     """Whether `frugal_forward` computes what this decoder layer does: it has a LoRA of ours."""
     if not has_known_pass(layer):
         return False
-    linears = [*_inputs_of_attention(layer), *itertools.chain(*_groups_behind_attention(layer))]
+    if not is_hybrid(layer):
+        groups = [_inputs_of_attention(layer), *_groups_behind_attention(layer)]
+    else:
+        groups = [] if is_mixture(layer) else _groups_of_mlp(layer.mlp)
+        if hasattr(layer, "linear_attn"):
+            if not layer.linear_attn.in_proj_a.weight.is_floating_point():
+                return False  # stored in 4 bits
+            groups.append(_inputs_of_rule(layer))
+    linears = itertools.chain(*groups)
     return all(hasattr(linear, "packed_shape") for linear in linears)
 
 
@@ -11077,6 +11243,13 @@ class Beginning:
     keys_and_values: Sequence[tuple]  # of each layer, (1, heads, length, size) each
 
 
+def sees_all_before(layer) -> bool:
+    """Whether `score_layer` computes this decoder layer: attention to all tokens before."""
+    if is_hybrid(layer) or not has_known_pass(layer):
+        return False
+    return getattr(layer.self_attn, "sliding_window", None) is None
+
+
 def beginning_length(session: Session, prompts: Sequence[Prompt]) -> int:
     """How many tokens before the image all prompts have in common; 0 for few, or unknown layers.
 
@@ -11085,9 +11258,8 @@ def beginning_length(session: Session, prompts: Sequence[Prompt]) -> int:
     is_on_cpu = session.device.type == "cpu"
     if len(prompts) < 2 or not (is_on_cpu and session.shares_prefixes):
         return 0
-    for layer in session.decoder_layers:
-        if not has_known_pass(layer) or getattr(layer.self_attn, "sliding_window", None):
-            return 0
+    if not all(sees_all_before(layer) for layer in session.decoder_layers):
+        return 0
     is_image = prompts[0].input_ids == session.processor.image_token_id
     before_image = int(is_image.argmax())
     texts = [prompt.input_ids[:before_image].tolist() for prompt in prompts]
@@ -11230,7 +11402,7 @@ def states_behind_beginning(session: Session, batch: Mapping, beginning: Beginni
 def forward_with_checkpointing(
     layer, compute: Callable, steps: LayerSteps | None, hidden_states, **options
 ):
-    """The pass of a decoder layer: in training by `frugal_forward`, if there are `steps` for it.
+    """The pass of a decoder layer: in training a frugal one, if there are `steps` for it.
 
     Else by `compute`, the layer's own forward, compiled or not. Where the layer's `recompute` is
     set, its activations are not kept: they are computed again in the backward pass (Chen et al.
@@ -11242,8 +11414,10 @@ def forward_with_checkpointing(
         # The first layer like the others: one trace for all.
         hidden_states = hidden_states.detach().requires_grad_()
     train = compute
+    is_all_by_seed = steps is not None and not is_hybrid(layer)
     if steps is not None:
-        train = functools.partial(frugal_forward, steps, steps.draw_seed(hidden_states.device))
+        frugal = frugal_forward if is_all_by_seed else hybrid_forward
+        train = functools.partial(frugal, steps, steps.draw_seed(hidden_states.device))
     if not layer.recompute:
         return train(layer, hidden_states, **options)
     return torch.utils.checkpoint.checkpoint(
@@ -11251,7 +11425,7 @@ def forward_with_checkpointing(
         layer,
         hidden_states,
         use_reentrant=False,
-        preserve_rng_state=steps is None,  # else the seed is all that is random
+        preserve_rng_state=not is_all_by_seed,  # then nothing else is random
         **options,
     )
 
@@ -11326,9 +11500,10 @@ def use_fast_layers(session: Session, adapted, questions: int):
     if is_compiled:
         compute = _compile_step(compute)
     steps = None
-    session.is_frugal, reason = decide_frugal(session)
+    is_frugal, reason = decide_frugal(session)
     LOGGER.info("Decision: %s", reason)
-    if session.is_frugal:
+    session.is_frugal = is_frugal and not is_hybrid(session.decoder_layers[0])
+    if is_frugal:
         prepare = _compile_step if is_compiled else lambda step: step
         steps = LayerSteps.prepared(prepare, is_compiled)
     can_capture = session.is_frugal and is_compiled and not session.config.spread_model
@@ -22350,7 +22525,7 @@ def rule_numbers(mixer, tokens: int) -> float:
 
 
 def recurrent_numbers(
-    mixer, config: Config, tokens: int, compiled: bool, with_fla: bool
+    mixer, config: Config, tokens: int, compiled: bool, with_fla: bool, frugal: bool
 ) -> KeptNumbers:
     """What a recurrent layer keeps, from the shapes of its projections.
 
@@ -22360,11 +22535,13 @@ def recurrent_numbers(
     hidden = mixer.in_proj_qkv.in_features
     channels = mixer.in_proj_qkv.out_features  # q, k and v
     values = mixer.in_proj_z.out_features  # v: of more heads than q and k, and of the same size
-    hidden_inputs = 2 if config.lora_dropout else 1
+    hidden_inputs = 0 if frugal else 1 + bool(config.lora_dropout)
     # The convolution before and behind silu; the rule's output, as its norm's gate meets it.
     others = 2 * channels + values + 3 * config.lora_r
     # Not compiled: the norm's input, its gate before and behind the activation.
-    fp32 = 0 if compiled else 3 * values
+    fp32 = 0 if compiled or frugal else 3 * values
+    if frugal and not compiled:
+        others += values  # only the gate, as it is
     if with_fla:
         # Copies of q, k and v, in place of what it read, and a matrix of tokens by tokens a head.
         others += CHUNK_TOKENS * mixer.num_v_heads
@@ -22424,18 +22601,17 @@ def activation_bytes(
     with_fla: bool,
     frugal: bool = False,
 ) -> ActivationBytes:
-    """The activations of a decoder layer, from its shapes; `bytes_each`: of one number.
-
-    With `frugal` the layer is computed by `frugal_forward`.
-    """
+    """The activations of a decoder layer, from its shapes; `bytes_each`: of one number."""
+    frugal_attention = frugal and not is_hybrid(layer)
+    frugal_norm = frugal_attention or (frugal and hasattr(layer, "linear_attn"))
     copies = 0  # of attention's inputs
     if hasattr(layer, "linear_attn"):
-        mixer = recurrent_numbers(layer.linear_attn, config, tokens, compiled, with_fla)
+        mixer = recurrent_numbers(layer.linear_attn, config, tokens, compiled, with_fla, frugal)
         hidden = layer.linear_attn.in_proj_qkv.in_features
     else:
-        mixer = attention_numbers(layer.self_attn, config, compiled, frugal)
+        mixer = attention_numbers(layer.self_attn, config, compiled, frugal_attention)
         hidden = layer.self_attn.q_proj.in_features
-        if frugal:
+        if frugal_attention:
             copies = 3 * layer.self_attn.o_proj.in_features  # q, and k and v of as many heads
     if hasattr(layer.mlp, "experts"):
         mlp = mixture_numbers(layer.mlp, config)
@@ -22448,10 +22624,8 @@ def activation_bytes(
         if frugal:
             gradients += 3 * inner  # down projection's input, its dropped copy, activated gate
     residuals = 2 * hidden
-    if not compiled and not frugal:
-        residuals += 2 * hidden  # each norm keeps its input in fp32
-    if not compiled and frugal and is_mixture(layer):
-        residuals += hidden  # only the norm before a mixture does
+    if not compiled:  # a norm that is left to autograd keeps its input in fp32
+        residuals += hidden * (not frugal_norm) + hidden * (not frugal or is_mixture(layer))
     kept_by_mlp = mlp.bytes_kept(bytes_each, config)
     kept = mixer.bytes_kept(bytes_each, config) + kept_by_mlp + bytes_each * residuals
     # When the backward pass comes to the rule, what the MLP has kept is gone.
@@ -22536,7 +22710,7 @@ def memory_costs(
     """The memory of training on prompts of `tokens` tokens.
 
     From the model's own configuration `shapes`; no weight is loaded. `with_fla`: recurrent layers
-    are computed by flash-linear-attention. `frugal`: by `frugal_forward`, if it can do these.
+    are computed by flash-linear-attention. `frugal`: layers keep little, where they can.
     """
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(shapes)
@@ -22604,7 +22778,8 @@ def expected_memory(config: Config, frame: pd.DataFrame) -> MemoryCosts:
         ids = encode_prompt(processor, messages, grid)
         longest = max(longest, len(ids))
     device = "cuda" if runtime.gpus else "cpu"
-    wish = config.compile_layers if FAMILIES[shapes.model_type].is_compiled else "off"
+    family = FAMILIES[shapes.model_type]
+    wish = config.compile_layers if family.is_compiled else "off"
     compiled, _ = decide_compile(wish, device, len(frame))
     with_fla, _ = decide_recurrent_kernels(runtime.gpus, config.strict_determinism)
     return memory_costs(
@@ -22614,7 +22789,7 @@ def expected_memory(config: Config, frame: pd.DataFrame) -> MemoryCosts:
         runtime.precision,
         compiled,
         with_fla,
-        frugal=device == "cuda" and runtime.attention == "sdpa",
+        frugal=device == "cuda" and (runtime.attention == "sdpa" or bool(family.recurrent_mixer)),
     )
 
 
