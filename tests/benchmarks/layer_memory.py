@@ -2,13 +2,17 @@
 
     python tests/benchmarks/layer_memory.py           # on a GPU: Qwen3-VL-8B's language model
     python tests/benchmarks/layer_memory.py --curve   # on a GPU: four layers, and losses
+    python tests/benchmarks/layer_memory.py --family qwen3.5          # on a GPU: its two kinds
+    python tests/benchmarks/layer_memory.py --family qwen3.5 --curve  # on a GPU: their gradients
     python tests/benchmarks/layer_memory.py --tiny    # on a CPU: does everything run?
 
 Random weights in 4 bits, LoRA with dropout, questions of 366 tokens. First one layer: KiB that it
 keeps a token, milliseconds forward and backward, and how far its gradients are from those of the
 plain layer. Then the losses of 60 optimizer steps (--curve; four layers, nothing else), or the
 whole language model told to be a T4 (13 GiB, fp16, no flash attention) by the planner's own
-measurements, then with all of the GPU's memory. A part that fails says so, and the others go on.
+measurements, then with all of the GPU's memory. Of Qwen3.5-9B (--family qwen3.5) a recurrent layer
+and one with attention, in one call figures, in another one gradients: each takes four
+compilations. A part that fails says so, and the others go on.
 """
 
 import argparse
@@ -36,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/benchmarks")]
 
 from bench_gpu import CAP_GIB, cap_memory, qwen3_8b  # noqa: E402
+from new_models import qwen35_9b  # noqa: E402
 
 import vqa_helpers as vqa  # noqa: E402
 
@@ -62,6 +67,31 @@ def allocated() -> int:
 
 
 # === The model ====================================================================================
+LINEARS = [  # in 4 bits, and with LoRA
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("in_proj_qkv", "in_proj_z", "out_proj"),
+]
+
+
+def make_recurrent_config(tiny: bool):
+    """The config of four layers of Qwen3.5-9B, three of them recurrent, or of small ones."""
+    config = qwen35_9b({"image_token_id": 5}, tiny).text_config
+    config.num_hidden_layers = 4
+    config.layer_types = config.layer_types[:4]
+    config.vocab_size = 512
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def use_recurrent_rule(text) -> None:
+    """Let the recurrent layers of a language model compute as the module's workers do."""
+    model = SimpleNamespace(
+        config=SimpleNamespace(model_type="qwen3_5"), model=SimpleNamespace(language_model=text)
+    )
+    gpus = vqa.detect_runtime().gpus
+    vqa.use_recurrent_layers(model, *vqa.decide_recurrent_kernels(gpus))
+
+
 def make_config(tiny: bool):
     """The config of the language model of Qwen3-VL-8B, or of a small one."""
     token = dict.fromkeys(
@@ -98,21 +128,24 @@ def in_4_bits(linear: torch.nn.Linear, dtype: torch.dtype) -> torch.nn.Module:
     return packed.to(linear.weight.device)
 
 
-def build(tiny: bool, layers: int | None, device: str, dtype: torch.dtype):
+def build(tiny: bool, layers: int | None, device: str, dtype: torch.dtype, recurrent: bool):
     """(language model in 4 bits with LoRA, what `use_fast_layers` needs of a session)."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    config = make_config(tiny)
+    kind = transformers.Qwen3_5TextModel if recurrent else transformers.Qwen3VLTextModel
+    config = make_recurrent_config(tiny) if recurrent else make_config(tiny)
     config.num_hidden_layers = layers or config.num_hidden_layers
     with torch.device(device):
-        text = transformers.Qwen3VLTextModel(config)
+        text = kind(config)
     torch.set_default_dtype(torch.float32)
     text.requires_grad_(False)
     for layer in text.layers:
-        for parent in (layer.self_attn, layer.mlp):
+        for parent in list(layer.children()):
             for name, child in list(parent.named_children()):
-                if isinstance(child, torch.nn.Linear):
+                if name in LINEARS:
                     setattr(parent, name, in_4_bits(child, dtype))
+    if recurrent:
+        use_recurrent_rule(text)
     config = vqa.Config(
         batch_size=STEP // 2,
         grad_accum_steps=2,
@@ -123,7 +156,7 @@ def build(tiny: bool, layers: int | None, device: str, dtype: torch.dtype):
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules="all-linear",  # q, k, v, o, gate, up, down
+        target_modules=LINEARS,
     )
     adapted = peft.get_peft_model(text, lora)
     for name, parameter in adapted.named_parameters():
@@ -208,11 +241,11 @@ def one_pass(layer, states, options) -> tuple:
     return kept, middle - start, end - again, flat
 
 
-def measure_layer(adapted, session, questions: int, dtype: torch.dtype) -> None:
+def measure_layer(adapted, session, layer, questions: int, dtype: torch.dtype) -> None:
     """One layer in all variants."""
     states, options = layer_inputs(adapted, questions, session.device.type, dtype)
-    layer = session.decoder_layers[-1]
-    say("| one layer | KiB a token kept | ms forward | ms backward | first, s |")
+    name = "a recurrent layer" if hasattr(layer, "linear_attn") else "one layer"
+    say(f"| {name} | KiB a token kept | ms forward | ms backward | first, s |")
     say("|---|---|---|---|---|")
     found = {}
     for variant in [*NOT_COMPILED, PLAIN, FRUGAL]:
@@ -233,7 +266,7 @@ def measure_layer(adapted, session, questions: int, dtype: torch.dtype) -> None:
             )
     if PLAIN in found and FRUGAL in found:
         ratio = found[PLAIN] / found[FRUGAL]
-        say(f"one layer: frugal, compiled is {ratio:.2f} times as fast as plain, compiled")
+        say(f"{name}: frugal, compiled is {ratio:.2f} times as fast as plain, compiled")
 
 
 def set_dropout(adapted, rate: float) -> None:
@@ -243,10 +276,9 @@ def set_dropout(adapted, rate: float) -> None:
             layer.lora_dropout["default"].p = rate
 
 
-def compare_gradients(adapted, session, dtype: torch.dtype) -> None:
+def compare_gradients(adapted, session, layer, dtype: torch.dtype) -> None:
     """How far the gradients of one layer are from the plain one's, without dropout."""
     set_dropout(adapted, 0.0)
-    layer = session.decoder_layers[-1]
     states, options = layer_inputs(adapted, 4, session.device.type, dtype)
     plain = None
     for variant in [*NOT_COMPILED, PLAIN, FRUGAL]:
@@ -255,7 +287,8 @@ def compare_gradients(adapted, session, dtype: torch.dtype) -> None:
             *_, gradients = one_pass(layer, states, options)
             plain = gradients if plain is None else plain
             distance = ((gradients - plain).norm() / plain.norm()).item()
-            say(f"gradients, {variant.name}, from plain, not compiled: {distance:.2e}")
+            mixer = "recurrent, " if hasattr(layer, "linear_attn") else ""
+            say(f"gradients, {mixer}{variant.name}, from plain, not compiled: {distance:.2e}")
 
 
 def train_curve(adapted, session, variant: Variant, dtype: torch.dtype) -> list[float]:
@@ -406,6 +439,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="a small model, on a CPU")
     parser.add_argument("--curve", action="store_true", help="four layers, and the losses of both")
+    parser.add_argument("--family", choices=["qwen3-vl", "qwen3.5"], default="qwen3-vl")
     options = parser.parse_args()
     tiny = options.tiny
     start = time.perf_counter()
@@ -419,15 +453,20 @@ def main() -> None:
     else:
         say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
         torch.backends.cuda.enable_flash_sdp(False)
-    adapted, session = build(tiny, 4 if options.curve else None, device, dtype)
+    recurrent = options.family == "qwen3.5"
+    adapted, session = build(tiny, 4 if options.curve else None, device, dtype, recurrent)
     say(f"built in {time.perf_counter() - start:.0f} s: {allocated() / 2**30:.2f} GiB")
-    with guarded("one layer"):
-        measure_layer(adapted, session, 2 if tiny else 16, dtype)
-    gc.collect()
-    if options.curve:
-        compare_gradients(adapted, session, dtype)
+    layers = session.decoder_layers
+    for layer in (layers[0], layers[-1]) if recurrent else (layers[-1],):
+        if not recurrent or not options.curve:
+            with guarded("one layer"):
+                measure_layer(adapted, session, layer, 2 if tiny else 16, dtype)
+        gc.collect()
+        if options.curve:
+            compare_gradients(adapted, session, layer, dtype)
+    if options.curve and not recurrent:
         compare_curves(adapted, session, dtype)
-    else:
+    elif not recurrent:
         measure_model(adapted, session, dtype, start)
     say(f"took {time.perf_counter() - start:.0f} s")
 
