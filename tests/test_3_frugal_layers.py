@@ -296,7 +296,7 @@ def test_a_layer_keeps_its_input_and_what_is_not_made_again_for_nothing(dropout,
     positions = torch.arange(tokens).expand(3, 2, tokens)
     mask = torch.ones(2, 1, tokens, tokens, dtype=torch.bool).tril()
     options = {"position_embeddings": text.rotary_emb(states, positions), "attention_mask": mask}
-    steps = vqa.LayerSteps.prepared(lambda step: step, False)
+    steps = vqa.LayerSteps(lambda step: step, False)
     seed = steps.draw_seed("cpu")
     frugal = kept_bytes(lambda: vqa.frugal_forward(steps, seed, layer, states, **options))
     plain = kept_bytes(lambda: type(layer).forward(layer, states, **options))
@@ -334,7 +334,7 @@ QWEN35_LAYERS = {
     "attention": (new_models.qwen35_9b, 3),
     "recurrent, mixture": (new_models.qwen35_35b_a3b, 0),
 }
-NOT_COMPILED = vqa.LayerSteps.prepared(lambda step: step, False)
+NOT_COMPILED = vqa.LayerSteps(lambda step: step, False)
 SEED = torch.tensor(0)
 
 
@@ -359,9 +359,7 @@ def test_qwen35_gives_the_layer_before_the_plain_gradients_to_the_bit(make_shape
 def test_compiled_steps_of_recurrent_layers_give_the_plain_gradients(monkeypatch):
     """Another layer and another length are served by the same ones."""
     compiled = count_compilations(monkeypatch)
-    frugal = functools.partial(
-        vqa.hybrid_forward, vqa.LayerSteps.prepared(vqa._compile_step, True), SEED
-    )
+    frugal = functools.partial(vqa.hybrid_forward, vqa.LayerSteps(vqa._compile_step, True), SEED)
     for number, length in ((0, 130), (1, 300)):
         _, *inputs = qwen35_layer(new_models.qwen35_9b, number, length, torch.float32)
         plain = output_and_gradients(type(inputs[0]).forward, *inputs)
