@@ -10291,11 +10291,11 @@ def unpack_nf4(packed, values, scales: Sequence, shape: Sequence[int], dtype):
     codes = packed.view(-1, shape[2] // 2).int()
     halves = []
     for half in (codes >> 4, codes & 15):
-        # Unsafe: no check of each of the codes, which takes the GPU as long as all the rest.
+        # Unsafe: checking each code takes a GPU as long as all the rest.
         value = torch.ops.aten._unsafe_index(values, [half])
         halves.append((value * block_scale[:, None]).to(dtype))
     if dtype.itemsize == 2:
-        # A byte's two weights are written together, as 32 bits: half as many reads and writes.
+        # A byte's two weights in 32 bits: half as many reads and writes.
         upper, lower = (half.view(torch.int16).int() for half in halves)
         pairs = (upper & 0xFFFF) | (lower << 16)
         return pairs.view(dtype).view(shape[0], shape[1])
@@ -10355,8 +10355,8 @@ def _joined_outputs(group: Sequence, adapter: tuple, x, used) -> tuple[list, obj
     for linear, b, own_inner in zip(group, each_b, inner.chunk(len(group), 1), strict=True):
         scaling, weight, bias, *_ = _frozen_operands(linear, x.dtype)
         output = torch.nn.functional.linear(x, weight, bias)
-        # In fp32 the sum is part of the kernel that comes next. In half precision the compiler
-        # would see a product that is added to another one, and copy that first.
+        # In fp32 the sum is part of the next kernel. In half precision the compiler would see a
+        # product that is added to another one, and copy that first.
         output = output + scaling * (own_inner @ b.T).float()
         outputs.append(output.to(x.dtype))
     return outputs, inner
