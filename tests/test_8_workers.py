@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -484,7 +485,7 @@ def test_workers_wait_for_each_other_and_not_for_one_that_is_gone(
 
 
 def test_a_worker_that_waits_ends_with_the_notebook(tmp_path):
-    progress = vqa.ProgressFile(tmp_path / "progress_0.json", parent=1)  # which is not ours
+    progress = vqa.ProgressFile(tmp_path / "progress_0.json", parent=os.getpid())  # not its parent
     with pytest.raises(vqa.Interrupted, match="the end of the notebook's process"):
         vqa.wait_for_other_workers(tmp_path, "0", progress.update)
     assert not list(tmp_path.glob("*.waiting"))
