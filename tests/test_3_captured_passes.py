@@ -69,17 +69,24 @@ def train(session, batches):
     return torch.stack(losses), flat_gradients(session.model).clone()
 
 
+def replayed_like_computed(session, batches):
+    """Train on the batches without graphs and with them, which gives the same; the passes."""
+    computed = train(session, batches)
+    session.captured_passes.is_wanted = True
+    replayed = train(session, batches)
+    for ours, theirs in zip(replayed, computed, strict=True):
+        assert torch.equal(ours, theirs)
+    return session.captured_passes
+
+
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "internvl"])
 def test_replayed_passes_give_the_gradients_of_computed_ones(family, training, demo_rows):
     session = training(family)
     rows = [range(3), range(3, 5), range(5, 8)]
     batches = [padded_behind(session, demo_rows.train, part) for part in rows]
-    computed = train(session, batches)
-    session.captured_passes.is_wanted = True
-    for _ in range(2):  # captured, then replayed
-        replayed = train(session, batches)
-        for ours, theirs in zip(replayed, computed, strict=True):
-            assert torch.equal(ours, theirs)
+    replayed_like_computed(session, batches)  # captured
+    session.captured_passes.is_wanted = False
+    replayed_like_computed(session, batches)  # replayed
     shapes = {tuple(batch["input_ids"].shape) for batch in batches}
     assert Recording.made == 2 * len(shapes)
 
@@ -108,13 +115,8 @@ def test_gradients_of_a_computed_pass_and_a_replayed_one_add_up(training, demo_r
 
 def test_larger_batches_get_larger_places_and_graphs_of_their_own(training, demo_rows):
     session = training()
-    small = padded_behind(session, demo_rows.train, range(2))
-    large = padded_behind(session, demo_rows.train, range(4))
-    computed = train(session, [small, large, small])
-    passes = session.captured_passes
-    passes.is_wanted = True
-    replayed = train(session, [small, large, small])
-    assert torch.equal(replayed[1], computed[1])
+    small, large = [padded_behind(session, demo_rows.train, range(size)) for size in (2, 4)]
+    passes = replayed_like_computed(session, [small, large, small])
     assert Recording.made == 6  # the small one again, because its places were replaced
     assert {one.forward.given_pool for one in passes.passes.values()} == {None, "the pool"}
     assert len({places.data_ptr() for places in passes.places}) == len(passes.places)
@@ -123,33 +125,23 @@ def test_larger_batches_get_larger_places_and_graphs_of_their_own(training, demo
 def test_few_graphs_are_kept(training, demo_rows, monkeypatch):
     monkeypatch.setattr(vqa, "MOST_CAPTURED", 1)
     session = training()
-    large = padded_behind(session, demo_rows.train, range(4))
-    small = padded_behind(session, demo_rows.train, range(2))
-    computed = train(session, [large, small, large])
-    passes = session.captured_passes
-    passes.is_wanted = True
-    replayed = train(session, [large, small, large])
-    assert torch.equal(replayed[1], computed[1])
+    small, large = [padded_behind(session, demo_rows.train, range(size)) for size in (2, 4)]
+    passes = replayed_like_computed(session, [large, small, large])
     assert len(passes.passes) == 1
     assert Recording.made == 6
 
 
 def test_graphs_make_room_for_another_one_where_memory_runs_out(training, demo_rows, monkeypatch):
     session = training()
-    large = padded_behind(session, demo_rows.train, range(4))
-    small = padded_behind(session, demo_rows.train, range(2))
-    computed = train(session, [large, small])
-    passes = session.captured_passes
-    passes.is_wanted = True
+    small, large = [padded_behind(session, demo_rows.train, range(size)) for size in (2, 4)]
 
     def alone(launch, pool=None):
-        if passes.passes:
+        if session.captured_passes.passes:
             raise torch.OutOfMemoryError("a test")
         return Recording(launch, pool)
 
     monkeypatch.setattr(vqa, "record_graph", alone)
-    replayed = train(session, [large, small])
-    assert torch.equal(replayed[1], computed[1])
+    passes = replayed_like_computed(session, [large, small])
     assert len(passes.passes) == 1
     monkeypatch.setattr(passes, "capture", raising(torch.OutOfMemoryError("a test")))
     passes.drop()
