@@ -4847,7 +4847,6 @@ def _read_answers(
     Which kind of answer is meant is decided for all rows together. `frame` has a, b, c, d, `line`
     and `column`, the answer's own in the file, too. Raises DataError where no kind fits, or where
     several fit and disagree.
-
     """
     readings = _answer_readings(frame)
     fitting = [reading for reading in readings if not reading.fails.any()]
@@ -11230,10 +11229,7 @@ def sees_all_before(layer) -> bool:
 
 
 def beginning_length(session: Session, prompts: Sequence[Prompt]) -> int:
-    """How many tokens before the image all prompts have in common; 0 for few, or unknown layers.
-
-    0 on a GPU, too.
-    """
+    """Tokens before the image that all prompts share; 0 for few, on a GPU, for unknown layers."""
     is_on_cpu = session.device.type == "cpu"
     if len(prompts) < 2 or not (is_on_cpu and session.shares_prefixes):
         return 0
@@ -11312,17 +11308,17 @@ def merged_adapter(session: Session) -> Iterator[None]:
 
     Only in fp32: 16 bits would round the adapter away.
     """
+    modules = session.decoder_layers.modules() if session.device.type == "cpu" else ()
     layers = []
-    if session.device.type == "cpu":
-        for layer in session.decoder_layers.modules():
+    try:
+        for layer in modules:
             is_plain = getattr(layer, "packed_shape", None) == []
             if is_plain and layer.base_layer.weight.dtype == torch.float32:
+                lora_a, lora_b, scaling, weight, bias, _, _ = lora_operands(layer)
+                merged = torch.addmm(weight, lora_b, lora_a, alpha=scaling)
+                linear = torch.nn.functional.linear
+                layer.forward = functools.partial(linear, weight=merged, bias=bias)
                 layers.append(layer)
-    for layer in layers:
-        lora_a, lora_b, scaling, weight, bias, _, _ = lora_operands(layer)
-        merged = torch.addmm(weight, lora_b, lora_a, alpha=scaling)
-        layer.forward = functools.partial(torch.nn.functional.linear, weight=merged, bias=bias)
-    try:
         yield
     finally:
         for layer in layers:
@@ -17223,10 +17219,9 @@ def _without_vote(candidates: Mapping[str, Candidate]) -> dict[str, Candidate]:
 def decide_views(run: Run, oof: OofLogits, views: list[int], has_skill: bool) -> ViewDecisions:
     """With the admitted views, decide on the temperature and on the way to combine them.
 
-    The views are combined as the setting `ensemble_method` says, or with "auto" the evidence. The
-    mean stands in for a vote, and where there are no other views to combine; blends of views
-    whose rows in doubt have more than others are none. Without skill nothing is fitted to
-    labels: all temperatures stay at 1, the mean combines.
+    The views are combined as the setting `ensemble_method` says, or with "auto" the evidence; by
+    their mean where that is a vote, there is one view, or rows in doubt have more than others.
+    Without skill nothing is fitted to labels: all temperatures stay at 1, the mean combines.
     """
     scores = oof.scores(views)
     plain = calibrate(scores, oof.labels, oof.folds, enabled=False)

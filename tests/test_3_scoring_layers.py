@@ -135,6 +135,31 @@ def test_an_adapter_is_merged_for_a_pass_in_full_precision_only(open_tiny, demo_
         assert layer.forward.__func__ is vqa.lora_forward
 
 
+def test_layers_compute_on_their_own_again_where_memory_ends_while_adapters_are_merged(
+    open_tiny, demo_rows, monkeypatch
+):
+    session = open_tiny("qwen3_vl")
+    attach_adapter(session)
+    layer = session.decoder_layers[0].self_attn.q_proj
+    addmm = torch.addmm
+    merged = []
+
+    def merging(*arguments, **options):
+        if len(merged) == 5:
+            raise MemoryError
+        merged.append(addmm(*arguments, **options))
+        return merged[-1]
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(torch, "addmm", merging)
+        vqa.predict_logits(session, demo_rows.test.head(1), ONE_VIEW)
+    assert layer.forward.__func__ is vqa.lora_forward
+    with pytest.raises(ZeroDivisionError), vqa.merged_adapter(session):
+        assert "forward" in vars(layer)
+        raise ZeroDivisionError
+    assert layer.forward.__func__ is vqa.lora_forward
+
+
 @torch.inference_mode()
 def test_questions_with_one_and_with_four_orders_share_a_pass_that_waits_for_nothing(
     open_tiny, demo_rows
