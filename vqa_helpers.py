@@ -3956,7 +3956,6 @@ def _type_of_english_how(rest: Sequence[str]) -> str:
 
 
 def _type_of_english_what(rest: Sequence[str]) -> str | None:
-    """Of a question that asks "what ..." or "which ..."."""
     text = " ".join(rest)
     # "which of these is the colour", "which of these colours"
     text = re.sub(r"^of (?:the following|these|them)\b ?", "", text)
@@ -5689,7 +5688,6 @@ def apply_image_change(image: Image.Image, change: Mapping) -> Image.Image:
 
 @functools.cache
 def _readable_formats() -> list[str]:
-    """Those of IMAGE_FORMATS that this PIL knows."""
     Image.init()
     if importlib.util.find_spec("pillow_heif"):
         importlib.import_module("pillow_heif").register_heif_opener()
@@ -5811,7 +5809,6 @@ def _decode_image(path: str | Path, max_side: int) -> _Decoded:
 
 
 def _load_image(path: str | Path, max_side: int) -> _Decoded:
-    """`load_image`, with what was repaired."""
     if str(path) == GREY_IMAGE:
         return _Decoded(grey_image())
     if VARIANT_MARK in str(path):
@@ -6533,9 +6530,9 @@ class _Looks:
     def pairs(self, members: np.ndarray) -> list[tuple[int, int, float]]:
         """As `links`, of all near copies among `members`, which are in rising order.
 
-        Of a group of more than IMAGES_COMPARED_IN_PAIRS only what holds it together. An image is
-        compared with those alone that no other one has found: thousands of white pages that look
-        alike take one comparison each.
+        Of a group of more than IMAGES_COMPARED_IN_PAIRS only what holds it together: an image is
+        compared with those alone that no other one has found, so that thousands of white pages
+        take one comparison each.
         """
         pairs = []
         waiting = members
@@ -6563,13 +6560,12 @@ def _find_near_copies(images: pd.DataFrame, max_bits: int, max_difference: float
     codes, hashes = pd.factorize(images["dhash"])
     alike = _linked_groups(_near_pairs_by_hash(hashes, max_bits), len(hashes))[codes]
     involved = np.flatnonzero(pd.Series(alike).duplicated(keep=False))
-    if not len(involved):
-        return _NearCopies(np.empty((0, 2), dtype=np.int64), np.empty(0))
     chosen = images.iloc[involved]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        thumbnails = np.stack([*pool.map(_thumbnail, chosen["image_path"])])
+        thumbnails = np.array([*pool.map(_thumbnail, chosen["image_path"])], dtype=np.int16)
+    thumbnails = thumbnails.reshape(-1, 32, 32, 3)  # also where there are none
     squares = thumbnails.reshape(-1, 4, 8, 4, 8, 3).sum(axis=(2, 4), dtype=np.int32)
-    sums = squares.reshape(len(squares), -1)
+    sums = squares.reshape(-1, 48)
     looks = _Looks(_hash_bits(chosen["dhash"]), thumbnails, sums, max_bits, max_difference)
     found = []
     for members in pd.Series(alike[involved]).groupby(alike[involved]).indices.values():
@@ -11211,6 +11207,7 @@ def training_states(session: Session, batch: Mapping):
 # only where letters are predicted. On a CPU: on a GPU questions in one order go without a mask, see
 # `collate`, which gains more, and four orders took an 8B 1.2 times as long this way.
 LEAST_BEGINNING = 8  # tokens; fewer are no pass of their own worth
+MOST_MERGED = 2**29  # bytes of decoder layers; a copy of more may not fit, and gains little
 
 
 @dataclass(frozen=True)
@@ -11306,9 +11303,11 @@ def read_beginning(session: Session, prompts: Sequence[Prompt]) -> Beginning | N
 def merged_adapter(session: Session) -> Iterator[None]:
     """Within, a CPU's layers multiply by W + scaling B A, computed once, not by all three.
 
-    Only in fp32: 16 bits would round the adapter away.
+    Only up to MOST_MERGED, and in fp32: 16 bits would round the adapter away.
     """
-    modules = session.decoder_layers.modules() if session.device.type == "cpu" else ()
+    size = sum(weight.nbytes for weight in session.decoder_layers.parameters())
+    is_merged = session.device.type == "cpu" and size <= MOST_MERGED
+    modules = session.decoder_layers.modules() if is_merged else ()
     layers = []
     try:
         for layer in modules:
@@ -16596,7 +16595,6 @@ def _view_members(logits: np.ndarray, views: Sequence[int]) -> np.ndarray:
 
 
 def _view_step_name(oof: OofLogits, set_name: str, views: Sequence[int]) -> str:
-    """What the ladder calls the mean over a set of views."""
     is_step = len(views) > len(first_views(oof.view_names, oof.steps))
     if len(views) == 1:
         name = "one view"

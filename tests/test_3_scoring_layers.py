@@ -109,7 +109,9 @@ def test_recurrent_layers_are_scored_as_in_training(family, open_tiny, demo_rows
     assert np.array_equal(scores, expected.numpy())
 
 
-def test_an_adapter_is_merged_for_a_pass_in_full_precision_only(open_tiny, demo_rows, monkeypatch):
+def test_a_small_models_adapter_is_merged_for_a_pass_in_full_precision_only(
+    open_tiny, demo_rows, monkeypatch
+):
     session = open_tiny("qwen3_vl")
     attach_adapter(session)
     layer = session.decoder_layers[0].self_attn.q_proj
@@ -130,6 +132,12 @@ def test_an_adapter_is_merged_for_a_pass_in_full_precision_only(open_tiny, demo_
         assert torch.allclose(layer(rows), expected, atol=1e-5)
         assert not torch.allclose(layer.base_layer(rows), expected, atol=1e-2)
     assert torch.equal(layer(rows), expected)
+    size = sum(weight.nbytes for weight in session.decoder_layers.parameters())
+    for most, is_merged in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(vqa, "MOST_MERGED", most)
+        with vqa.merged_adapter(session):
+            assert ("forward" in vars(layer)) == is_merged
+    monkeypatch.setattr(vqa, "MOST_MERGED", size)
     session.model.to(torch.bfloat16)
     with vqa.merged_adapter(session):
         assert layer.forward.__func__ is vqa.lora_forward
