@@ -9485,11 +9485,10 @@ def open_session(config: Config, example: Mapping) -> Session:
             f"{type(processor).__name__}, which prepares images for another one: "
             "download both from one repository"
         )
-    device = model.device
     vision_cache = VisionCache(model, processor, config.cache_dir)
     head = model.get_output_embeddings()
     all_letter_tokens = list(itertools.chain.from_iterable(letter_token_ids))
-    letter_head_weights = head.weight[all_letter_tokens].float().to(device)
+    letter_head_weights = head.weight[all_letter_tokens].float().to(model.device)
     shares_embeddings = head.weight is model.get_input_embeddings().weight
     if config.loss == "choices" and not shares_embeddings:
         # Only the letters' rows are ever multiplied: an 8B then has 1.2 GiB more for activations.
@@ -9502,7 +9501,7 @@ def open_session(config: Config, example: Mapping) -> Session:
         letter_token_ids=letter_token_ids,
         vision_cache=vision_cache,
         letter_head_weights=letter_head_weights,
-        device=device,
+        device=model.device,
     )
 
 
@@ -9657,7 +9656,7 @@ def collate(session: Session, prompts: Sequence[Prompt]) -> dict:
     is_padded = len(lengths) > 1
     is_on_gpu = session.device.type == "cuda"
     # No token looks at what is behind it: padding there needs no mask, without which a GPU's
-    # attention is far faster. Behind several orders of a question it would gain nothing.
+    # attention is far faster. Several orders of a question need one anyway.
     behind = is_on_gpu and all(len(prompt.orders) == 1 for prompt in prompts)
     if is_padded and is_on_gpu:
         length += -length % 16  # attention kernels want the rows of a mask aligned
@@ -9731,7 +9730,7 @@ def iterate_batches(
     Images that are not in the vision cache are decoded by `num_workers` processes.
     """
     is_cached = session.vision_cache.has_all(prompt.image_key for prompt in prompts)
-    # Only a forked process shares the session; another kind would pickle the model.
+    # Only a forked process shares the session: others pickle the model.
     can_fork = hasattr(os, "fork")
     workers = session.config.num_workers if can_fork and not is_cached else 0
     is_on_gpu = session.device.type == "cuda"
@@ -9842,8 +9841,7 @@ def choice_logits(logits, letters: Sequence[Sequence[int]]):
     """
     scores = []
     for variants in letters:
-        # One column at a time: a list of columns would go to the GPU first, and the CPU
-        # wait for that.
+        # One column at a time: the CPU would wait for a list of columns to go to the GPU.
         columns = [logits[:, token] for token in variants]
         scores.append(torch.stack(columns, dim=-1).logsumexp(dim=-1))
     return torch.stack(scores, dim=-1)
@@ -9851,7 +9849,6 @@ def choice_logits(logits, letters: Sequence[Sequence[int]]):
 
 def answer_scores(session: Session, states):
     """Scores (answers, 4) in prompt positions, in fp32, from hidden states (answers, hidden)."""
-    # The weights hold a row for each variant of a, then of b, and so on.
     letters = []
     first = 0
     for variants in session.letter_token_ids:
@@ -10230,11 +10227,11 @@ def use_fast_lora(adapted) -> None:
 
 # === Remade activations ======================
 # A decoder layer's backward pass needs many tensors that norms, rotary positions, activation
-# functions and dropout make of a few others in next to no time. Here it keeps those few: the
-# layer's input, q, k, v, what attention returns, the input of the second norm, gate and up. All
-# others are made again when they are needed. Autograd sees three steps: before attention,
-# attention, after attention. The first and the last have a backward pass of their own, that adds
-# gradients up in autograd's order: then they are those of the plain layer to the last bit.
+# functions and dropout make of a few in next to no time. Here it keeps those few: the layer's
+# input, q, k, v, what attention returns, the input of the second norm, gate and up. Autograd sees
+# three steps: before attention, attention, after attention. The first and the last have a backward
+# pass of their own, which adds up in autograd's order: its gradients are the plain layer's to the
+# last bit.
 def draw_seed(device):
     """A seed for `drop`, a tensor () of int32, out of torch's own generator of that device."""
     return torch.randint(2**31 - 1, (), dtype=torch.int32, device=device)
@@ -10679,7 +10676,7 @@ def after_mixer_backward(layer, gradient, middle, gate, up, seed, inners: Sequen
 
 
 # === Frugal layers ===========================
-# The decoder layers whose passes these are. What others compute is not looked into.
+# The decoder layers whose passes these are.
 FRUGAL_LAYERS = (
     "Qwen2_5_VLDecoderLayer",
     "Qwen3VLTextDecoderLayer",
@@ -10778,14 +10775,8 @@ def _run_after_backward(ctx, gradient):
         ctx.layer, _as_rows(gradient), attended, middle, gate, up, seed, inners
     )
     shape = gradient.shape[:2]
-    return (
-        None,  # layer
-        None,  # steps
-        None,  # seed
-        to_residual.unflatten(0, shape),
-        to_attended.unflatten(0, shape),
-        *_split_gradient(flat, ctx.parameters),
-    )
+    of_inputs = [rows.unflatten(0, shape) for rows in (to_residual, to_attended)]
+    return None, None, None, *of_inputs, *_split_gradient(flat, ctx.parameters)
 
 
 def _run_project(ctx, layer, steps, seed, x, *parameters):
@@ -11656,9 +11647,8 @@ class PassTimes:
     def expected(self, questions: int) -> float:
         """What a pass of so many should take.
 
-        Between two known sizes: as long as the smaller pass, or its share of the larger one; a
-        card takes the same time for a few questions, and above that the same for each. Beyond
-        them it goes on as between the last two.
+        Between two known sizes: as long as the smaller pass, because a card takes the same time
+        for a few questions, or its share of the larger one. Beyond them as between the last two.
 
         >>> times = PassTimes({2: 1.0, 4: 1.0, 32: 4.0})
         >>> [times.expected(size) for size in (1, 3, 8, 16)]
@@ -11831,8 +11821,8 @@ class PassPlanner:
         captured = statistics.median_low(trial.seconds)
         is_worth_it = seconds > (1 + UNSURE) * captured
         LOGGER.info(
-            "Decision: passes are %s: %.3f s captured as CUDA graphs, %.3f s as they are",
-            "captured" if is_worth_it else "not captured",
+            "Decision: passes are %scaptured: %.3f s captured as CUDA graphs, %.3f s as they are",
+            "" if is_worth_it else "not ",
             captured,
             seconds,
         )
@@ -11985,17 +11975,15 @@ class PassPlanner:
         if measured_costs is not None:
             costs, most_stored = measured_costs
             recompute = self.session.config.gradient_checkpointing
-            room = memory_budget()
-            plans = candidate_plans(costs, room, most_stored, self.step, recompute)
+            plans = candidate_plans(costs, memory_budget(), most_stored, self.step, recompute)
             for micro_batch, stored in plans:
                 passes = math.ceil(self.step / micro_batch)
                 self.trials.append(PassTrial(micro_batch, stored, 1 / passes, self.step))
             self.try_each()
             self.repeat()
             clear_memory()
-        if not self.trials:
-            return None
-        self.log_table()
+        if self.trials:
+            self.log_table()
         if not self.measured:
             return None
         best = self.measured[0]
@@ -14520,8 +14508,8 @@ def make_optimizer(session: Session, parameters: Mapping):
 
 def make_averagers(config: Config, parameters: Mapping) -> dict[str, WeightAverager]:
     """By kind ("ema", "swa"), the averages that the configuration asks for."""
-    is_wanted = {"ema": config.use_ema, "swa": config.use_swa}
-    kinds = [kind for kind, wanted in is_wanted.items() if wanted]
+    wanted = {"ema": config.use_ema, "swa": config.use_swa}
+    kinds = [kind for kind in wanted if wanted[kind]]
     return {kind: WeightAverager(kind, parameters, config.ema_decay) for kind in kinds}
 
 
@@ -14556,12 +14544,15 @@ class ReplayableBatches:
 def smaller_memory_plan(plan: MemoryPlan, may_recompute: bool) -> MemoryPlan | None:
     """The plan to go on with when memory has run out: half the questions in a pass, or None.
 
-    With `may_recompute` (gradient checkpointing) no layer keeps its activations any more.
+    Of a captured plan: the same without graphs. With `may_recompute` (gradient checkpointing) no
+    layer keeps its activations any more.
 
     >>> smaller_memory_plan(MemoryPlan(micro_batch=8, stored_layers=2), may_recompute=True)
     MemoryPlan(micro_batch=4, stored_layers=0, peak_gib=0.0, is_captured=False)
     >>> smaller_memory_plan(MemoryPlan(micro_batch=1, stored_layers=0), may_recompute=True)
     """
+    if plan.is_captured:
+        return MemoryPlan(plan.micro_batch, plan.stored_layers)
     gives_up_layers = may_recompute and plan.stored_layers > 0
     if plan.micro_batch == 1 and not gives_up_layers:
         return None
@@ -14623,8 +14614,8 @@ class FoldState:
         self.step_size = config.batch_size * config.grad_accum_steps  # rows, over all processes
         self.epochs = config.all_epochs  # to be trained at most, those of pretraining among them
         self.optimizer = make_optimizer(self.session, self.parameters)
-        # Of the learning rate, one for all phases. On the demo a warm-up anew for the fold's own
-        # rows, which are few, forgets more than it learns.
+        # Of the learning rate, one for all phases: on the demo another warm-up for the fold's own
+        # rows forgets more than it learns.
         all_steps = self.schedule.all_steps
         warmup_steps = round(all_steps * config.warmup_ratio)
         self.scheduler = transformers.get_cosine_schedule_with_warmup(
@@ -14740,13 +14731,13 @@ class FoldState:
             self.session.memory_plan = plan_memory(self.session, prompts, state_bytes, job)
         return self.session.memory_plan
 
-    def use_smaller_plan(self, plan: MemoryPlan, n_rows: int) -> None:
+    def use_smaller_plan(self, plan: MemoryPlan, n_rows: int, problem: str) -> None:
         """Go on with `plan`, here and in later folds; steps keep their `n_rows` questions."""
         self.plan = plan
         self.session.memory_plan = plan
         use_plan(self.session, plan)
         self.session.add_note(
-            f"fold {self.name}: out of memory, {plan.micro_batch} questions per forward pass "
+            f"fold {self.name}: {problem}, {plan.micro_batch} questions per forward pass "
             f"from here on; an optimizer step still takes {n_rows}"
         )
 
@@ -14937,7 +14928,7 @@ class FoldTrainer(FoldState):
     def accumulate_gradients(self, epoch: int, step: int, batches: Iterable[Mapping], n_rows: int):
         """Add up the gradients of the mean loss over `n_rows` questions; that loss, a tensor.
 
-        In smaller parts, from here on, when memory runs out.
+        By a smaller plan, from here on, when memory runs out or a pass cannot be captured.
         """
         batches = ReplayableBatches(batches)
         while True:
@@ -14949,14 +14940,18 @@ class FoldTrainer(FoldState):
                 for batch in split_batches(self.session, batches, self.plan.micro_batch):
                     loss += self.backward_batch(batch, n_rows)
                 return loss
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                is_memory = isinstance(error, torch.OutOfMemoryError)
+                if not is_memory and not self.plan.is_captured:
+                    raise
+                problem = "out of memory" if is_memory else f"not captured ({error})"
                 plan = smaller_memory_plan(self.plan, self.config.gradient_checkpointing)
                 if plan is None:
                     raise out_of_memory_error(error) from error
             # The activations went with the error, whose traceback held them.
             self.optimizer.zero_grad(set_to_none=True)
             clear_memory(LOGGER)
-            self.use_smaller_plan(plan, n_rows)
+            self.use_smaller_plan(plan, n_rows, problem)
 
     def backward_batch(self, batch: Mapping, n_rows: int):
         """Add the gradients of a batch's part of the mean loss over `n_rows`; that part."""

@@ -167,6 +167,36 @@ def test_without_memory_the_micro_batch_is_halved_and_the_update_stays_the_same(
     assert resumed.plan.micro_batch == 2  # the plan is part of the checkpoint
 
 
+@pytest.mark.parametrize(
+    ("problem", "note"),
+    [
+        (torch.OutOfMemoryError("a test"), "out of memory"),
+        (RuntimeError("why"), "not captured (why"),
+    ],
+)
+def test_a_pass_that_cannot_be_captured_is_computed(problem, note, mini_run, monkeypatch):
+    """As by the plan of a checkpoint in another process, or by the last plan that there is."""
+    run = mini_run()
+    trainer = vqa.FoldTrainer(open_run_session(run), run, 0)
+    batch = plain_batch(trainer.session, trainer.schedule.phase(0).rows, range(2))
+    trainer.plan = vqa.MemoryPlan(1, 0, 1.5, is_captured=True)
+    states_of = vqa.training_states
+
+    def failing(session, batch):
+        if trainer.plan.is_captured:
+            raise problem
+        return states_of(session, batch)
+
+    monkeypatch.setattr(vqa, "training_states", failing)
+    trainer.accumulate_gradients(0, 0, [batch], n_rows=2)
+    assert trainer.plan == trainer.session.memory_plan == vqa.MemoryPlan(1, 0)
+    assert all(value.grad is not None for value in trainer.parameters.values())
+    assert note in trainer.session.notes[0]
+    monkeypatch.setattr(vqa, "training_states", raising(RuntimeError("another fault")))
+    with pytest.raises(RuntimeError, match="another fault"):
+        trainer.accumulate_gradients(0, 0, [batch], n_rows=2)
+
+
 def test_memory_that_runs_out_in_the_backward_pass_is_freed_before_the_next_try(
     mini_run, monkeypatch
 ):
