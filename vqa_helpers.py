@@ -11024,7 +11024,7 @@ class CapturedPasses:
         self.weights: list[list] = []  # of each decoder layer those that are trained
         for layer in session.decoder_layers:
             self.weights.append([value for value in layer.parameters() if value.requires_grad])
-        self.gradients: list[list] = []  # theirs, in fixed places; empty before the first capture
+        self.gradients: list[list] = []  # theirs, in fixed places; or empty
         self.places = []  # what all passes read and write, as long as the largest batch needs
         # (questions, length, layers that recompute) -> its pass
         self.passes: dict[tuple, CapturedPass] = {}
@@ -11041,6 +11041,7 @@ class CapturedPasses:
         """Forget the places, too."""
         self.drop_graphs()
         self.places.clear()
+        self.gradients.clear()
 
     def fixed_places(self, tensors: Sequence) -> list:
         """A fixed place for each of the tensors; they grow with the largest batch."""

@@ -160,6 +160,7 @@ def test_scoring_and_another_plan_free_the_graphs(training, demo_rows):
     vqa.use_plan(session, vqa.MemoryPlan(1, 0))
     assert not passes.passes
     assert not passes.places
+    assert not passes.gradients  # else a pass that is computed would have them twice
     assert not passes.is_wanted
     passes.is_wanted = True
     train(session, [batch])
