@@ -10070,7 +10070,7 @@ def direct_lora() -> Callable:
     """`lora_linear` with its gradients, for layers that are not compiled.
 
     Only torch.compile needs an operator, whose call and backward pass take a third of a millisecond
-    of Python: a tenth of a training step on the demo, and on a GPU it waits for that.
+    of Python: a tenth of a training step on the demo, and a GPU waits.
     """
     members = {
         "forward": staticmethod(lora_linear),
@@ -10717,10 +10717,7 @@ def _split_gradient(flat, parameters: Sequence) -> list:
 
 
 def _as_rows(tensor):
-    """(batch, length, ...) as (rows, ...).
-
-    No view, which would remember what it views: torch.compile would compile once more for it.
-    """
+    """(batch, length, ...) as (rows, ...); no view, as in `lora_linear`."""
     return torch.ops.aten._unsafe_view(tensor.detach().contiguous(), [-1, *tensor.shape[2:]])
 
 
@@ -11456,8 +11453,8 @@ def _compile_step(step: Callable) -> Callable:
 def use_fast_layers(session: Session, adapted, questions: int):
     """`adapted`, the PEFT model, computing `lora_forward` in compiled decoder layers.
 
-    They are compiled only where `decide_compile` says that it pays for `questions` questions to
-    come. All layers keep their activations until `recompute_layers` says otherwise.
+    They are compiled only where `decide_compile` says that it pays for `questions` to come. All
+    layers keep their activations until `recompute_layers` says otherwise.
     """
     use_fast_lora(adapted)
     wish = session.config.compile_layers if session.family.is_compiled else "off"
@@ -11570,7 +11567,6 @@ def candidate_plans(
         needed = 1 if recompute else layers  # one layer at a time is computed again anyway
         if stored >= needed:
             # With room for one layer none is stored: the one that is being recomputed takes it.
-            # (A model of a single layer gets 0, too, even without `recompute`.)
             plans.append((micro_batch, stored if stored > 1 else 0))
     return plans
 
@@ -14732,13 +14728,13 @@ class FoldState:
             self.session.memory_plan = plan_memory(self.session, prompts, state_bytes, job)
         return self.session.memory_plan
 
-    def use_smaller_plan(self, plan: MemoryPlan, n_rows: int, problem: str) -> None:
+    def use_smaller_plan(self, plan: MemoryPlan, n_rows: int, reason="out of memory") -> None:
         """Go on with `plan`, here and in later folds; steps keep their `n_rows` questions."""
         self.plan = plan
         self.session.memory_plan = plan
         use_plan(self.session, plan)
         self.session.add_note(
-            f"fold {self.name}: {problem}, {plan.micro_batch} questions per forward pass "
+            f"fold {self.name}: {reason}, {plan.micro_batch} questions per forward pass "
             f"from here on; an optimizer step still takes {n_rows}"
         )
 
@@ -14929,7 +14925,7 @@ class FoldTrainer(FoldState):
     def accumulate_gradients(self, epoch: int, step: int, batches: Iterable[Mapping], n_rows: int):
         """Add up the gradients of the mean loss over `n_rows` questions; that loss, a tensor.
 
-        By a smaller plan, from here on, when memory runs out or a pass cannot be captured.
+        In smaller parts, from here on, when memory runs out.
         """
         batches = ReplayableBatches(batches)
         while True:
@@ -14941,22 +14937,28 @@ class FoldTrainer(FoldState):
                 for batch in split_batches(self.session, batches, self.plan.micro_batch):
                     loss += self.backward_batch(batch, n_rows)
                 return loss
-            except RuntimeError as error:
-                is_memory = isinstance(error, torch.OutOfMemoryError)
-                if not is_memory and not self.plan.is_captured:
-                    raise
-                problem = "out of memory" if is_memory else f"not captured ({error})"
+            except torch.OutOfMemoryError as error:
                 plan = smaller_memory_plan(self.plan, self.config.gradient_checkpointing)
                 if plan is None:
                     raise out_of_memory_error(error) from error
             # The activations went with the error, whose traceback held them.
             self.optimizer.zero_grad(set_to_none=True)
             clear_memory(LOGGER)
-            self.use_smaller_plan(plan, n_rows, problem)
+            self.use_smaller_plan(plan, n_rows)
 
     def backward_batch(self, batch: Mapping, n_rows: int):
         """Add the gradients of a batch's part of the mean loss over `n_rows`; that part."""
-        states = training_states(self.session, batch)
+        reason = ""
+        try:
+            states = training_states(self.session, batch)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or not self.plan.is_captured:
+                raise
+            reason = f"not captured ({error})"
+        if reason:
+            plan = smaller_memory_plan(self.plan, may_recompute=False)
+            self.use_smaller_plan(plan, n_rows, reason)
+            states = training_states(self.session, batch)
         share = len(batch["prompts"]) / n_rows
         loss = training_loss(self.session, states, batch) * share
         self.scaler.scale(loss).backward()

@@ -195,6 +195,10 @@ def test_a_pass_that_cannot_be_captured_is_computed(problem, note, mini_run, mon
     monkeypatch.setattr(vqa, "training_states", raising(RuntimeError("another fault")))
     with pytest.raises(RuntimeError, match="another fault"):
         trainer.accumulate_gradients(0, 0, [batch], n_rows=2)
+    trainer.plan = vqa.MemoryPlan(1, 0, is_captured=True)
+    batches = map(raising(RuntimeError("a process that prepares batches ended")), [batch])
+    with pytest.raises(RuntimeError, match="prepares batches"):  # which are not half a step
+        trainer.accumulate_gradients(0, 0, batches, n_rows=2)
 
 
 def test_memory_that_runs_out_in_the_backward_pass_is_freed_before_the_next_try(
