@@ -9541,7 +9541,7 @@ def make_prompt(
 
     Raises DataError naming the row's id and image where it cannot be prepared.
     """
-    # A dict: asking pandas for single cells takes ten times as long.
+    # A dict: everything below asks it for single cells, which takes pandas ten times as long.
     record = frame.iloc[row].to_dict()
     try:
         budget = pixel_budget(session.config, session.processor, scale)
@@ -11420,10 +11420,9 @@ def _set_up_compiler() -> None:
     # The floats are constants of a layer; what changes are lengths.
     torch._dynamo.config.specialize_float = True
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-    # Kinds of layers, weights and masks, in training and in scoring: the usual 8 are too few.
+    # Kinds of layers, of their weights and of masks, in training and in scoring: the usual 8
+    # would leave the last ones as they are.
     torch._dynamo.config.cache_size_limit = 64
-    # As many rows as a row is wide are no rule: others would be compiled anew, in a capture.
-    torch.fx.experimental._config.use_duck_shape = False
 
 
 def _compile_forward(forward: Callable) -> Callable:
@@ -13684,7 +13683,8 @@ def group_views_by_prompt(
             budget = pixel_budget(session.config, session.processor, view.scale)
             grid = image_grid(row["width"], row["height"], session.processor, budget)
             grids[view.scale] = grid
-        # Orders of one grid share a prompt, where they can share a prefix.
+        # Orders of one grid share a prompt, where they can share a prefix. A new field of
+        # TTAView would belong into this key, or into the one below.
         order = None if session.shares_prefixes else view.order
         prompt_key = (grids[view.scale], view.by_base_model, order)
         # Of views with the same grid, model and order the first stands for all.

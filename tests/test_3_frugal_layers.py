@@ -178,18 +178,6 @@ def test_compiled_steps_give_the_plain_gradients_and_serve_all_layers_and_length
     assert len(compiled) == 5
 
 
-@pytest.mark.slow
-def test_as_many_rows_as_a_row_is_wide_serve_other_numbers_of_rows_too(monkeypatch):
-    """A pass that is captured must not compile, whatever was compiled before."""
-    compiled = count_compilations(monkeypatch)
-    layer, wide, make_inputs = qwen3_layer()
-    step = vqa._compile_step(vqa.before_attention)
-    for rows in (wide, 40):
-        with torch.no_grad():
-            step(layer, *make_inputs(rows), SEED)
-        assert len(compiled) == 1
-
-
 def test_dropout_keeps_the_asked_share_and_neighbours_say_nothing_of_each_other():
     torch.manual_seed(0)
     seed = vqa.draw_seed("cpu")
@@ -339,34 +327,6 @@ def qwen35_layer(make_shapes, number, tokens, dtype):
         mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
     options = {"position_embeddings": text.rotary_emb(states, positions), "attention_mask": mask}
     return config, layer, states, options
-
-
-def qwen3_layer():
-    """(a layer of Qwen3 with LoRA, numbers in a row, rows -> what its first step takes)."""
-    shapes = transformers.Qwen3Config(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
-    model = transformers.Qwen3Model(shapes).requires_grad_(False)
-    wrapped = torch.nn.ModuleDict({"model": model})
-    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    adapted = peft.get_peft_model(
-        wrapped, peft.LoraConfig(r=4, lora_dropout=0.1, target_modules=linears)
-    )
-    vqa.use_fast_lora(adapted)
-    layer = model.layers[0].train()
-
-    def make_inputs(rows):
-        states = torch.randn(rows, shapes.hidden_size)
-        tables = model.rotary_emb(states, torch.arange(rows)[None])
-        return states, *(table[0] for table in tables)
-
-    return layer, shapes.hidden_size, make_inputs
 
 
 QWEN35_LAYERS = {
