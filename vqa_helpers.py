@@ -11011,10 +11011,7 @@ def record_graph(launch: Callable, pool=None):
 
 
 class CapturedPasses:
-    """The passes of an adapter's training, captured where a shape of batch comes the first time.
-
-    They share their memory: one is over before the next one begins.
-    """
+    """An adapter's training passes, captured where a shape of batch comes the first time."""
 
     def __init__(self, session: Session):
         self.language_model = session.language_model
@@ -11026,7 +11023,8 @@ class CapturedPasses:
         # (questions, length, layers that recompute) -> its pass
         self.passes: dict[tuple, CapturedPass] = {}
         self.is_wanted = False  # whether training replays passes; by the plan
-        self.is_compiled = False  # a pass was run without a graph: compiling cannot be captured
+        # Tokens of passes run without a graph, which compile: that cannot be captured.
+        self.computed: set[int] = set()
 
     def drop_graphs(self) -> None:
         """Forget all graphs, whose memory is free then."""
@@ -11180,14 +11178,17 @@ def replacing_decoder(passes: CapturedPasses) -> Iterator[None]:
 
 
 def training_states(session: Session, batch: Mapping):
-    """As `answer_hidden_states`; by captured passes of the decoder layers where they are wanted."""
+    """As `answer_hidden_states`; by captured passes where they are wanted."""
     passes = session.captured_passes
     if passes is None:
         return answer_hidden_states(session, batch)
-    replays = passes.is_wanted and passes.is_compiled
-    passes.is_compiled = True
-    with replacing_decoder(passes) if replays else contextlib.nullcontext():
-        return answer_hidden_states(session, batch)
+    tokens = batch["input_ids"].numel()
+    # One number is compiled alone where it is a layer's width, too.
+    if passes.is_wanted and (tokens in passes.computed or len(passes.computed) > 1):
+        with replacing_decoder(passes):
+            return answer_hidden_states(session, batch)
+    passes.computed.add(tokens)
+    return answer_hidden_states(session, batch)
 
 
 # === Scoring layers ==========================

@@ -91,14 +91,22 @@ def test_replayed_passes_give_the_gradients_of_computed_ones(family, training, d
     assert Recording.made == 2 * len(shapes)
 
 
-def test_the_first_pass_is_computed_because_compiling_cannot_be_captured(training, demo_rows):
+def test_passes_are_computed_until_no_other_one_compiles_because_that_cannot_be_captured(
+    training, demo_rows
+):
     session = training()
     session.captured_passes.is_wanted = True
-    batch = padded_behind(session, demo_rows.train, range(2))
-    train(session, [batch])
+    first, second, third = [
+        padded_behind(session, demo_rows.train, range(size)) for size in (2, 3, 4)
+    ]
+    train(session, [first])
     assert Recording.made == 0
-    train(session, [batch])
+    train(session, [first])  # the same once more
     assert Recording.made == 2
+    train(session, [second])  # may compile for all others
+    assert Recording.made == 2
+    train(session, [third])
+    assert Recording.made == 4
 
 
 def test_gradients_of_a_computed_pass_and_a_replayed_one_add_up(training, demo_rows):
@@ -107,7 +115,7 @@ def test_gradients_of_a_computed_pass_and_a_replayed_one_add_up(training, demo_r
     _, twice = train(session, [batch, batch])
     passes = session.captured_passes
     passes.is_wanted = True
-    passes.is_compiled = False  # the first of both is computed
+    passes.computed.clear()  # the first of both is computed
     _, mixed = train(session, [batch, batch])
     assert Recording.made == 2
     assert torch.equal(mixed, twice)

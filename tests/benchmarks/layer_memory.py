@@ -341,7 +341,7 @@ def use_made_up_questions(adapted, session, dtype: torch.dtype) -> None:
     device = session.device
 
     def collate(_, prompts) -> dict:
-        return {"questions": len(prompts)}
+        return {"questions": len(prompts), "input_ids": torch.empty(len(prompts), TOKENS)}
 
     def hidden_states(_, batch):
         count = batch["questions"]
