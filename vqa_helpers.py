@@ -10999,11 +10999,11 @@ def record_graph(launch: Callable, pool=None):
     """
     graph = torch.cuda.CUDAGraph()
     problem = None
-    # By thread: others prepare batches meanwhile.
+    # By thread: others prepare batches.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         try:
             launch()
-        except torch.OutOfMemoryError as error:  # else the end of the capture would hide it
+        except torch.OutOfMemoryError as error:  # the capture's end would hide it
             problem = error
     if problem is not None:
         raise problem
@@ -11011,7 +11011,7 @@ def record_graph(launch: Callable, pool=None):
 
 
 class CapturedPasses:
-    """An adapter's training passes, captured where a shape of batch comes the first time."""
+    """An adapter's training passes, captured when a shape of batch comes first."""
 
     def __init__(self, session: Session):
         self.language_model = session.language_model
@@ -11071,7 +11071,7 @@ class CapturedPasses:
             except torch.OutOfMemoryError:
                 if not self.passes:
                     raise
-                self.drop_graphs()  # they are captured again when they are needed
+                self.drop_graphs()  # captured again when they are needed
                 clear_memory()
                 self.passes[key] = self.capture(places, output, gradient)
         # A weight would be bound to this stream; the next capture is on another one.
@@ -11470,7 +11470,7 @@ def use_fast_layers(session: Session, adapted, questions: int):
     if is_frugal:
         prepare = _compile_step if is_compiled else lambda step: step
         steps = LayerSteps(prepare, is_compiled)
-    # A mixture of experts waits for the GPU, which cannot be captured.
+    # A mixture waits for the GPU, which cannot be captured.
     waits = is_mixture(session.decoder_layers[-1]) or session.config.spread_model
     can_capture = session.is_frugal and is_compiled and not waits
     session.captured_passes = CapturedPasses(session) if can_capture else None
