@@ -144,6 +144,17 @@ def model_folders(tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
+@pytest.fixture
+def open_tiny(model_folders, demo_rows):
+    """Makes a session of a family's tiny model."""
+
+    def make(family, **settings):
+        config = vqa.Config.preset("demo", model_id=str(model_folders[family]), **settings)
+        return vqa.open_session(config, demo_rows.train.iloc[0])
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def stored_double(model_folders, tmp_path_factory) -> Path:
     """The demo's model in 4 bits, as our own quantisation makes it."""

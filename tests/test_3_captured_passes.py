@@ -26,17 +26,15 @@ class Recording:
 
 
 @pytest.fixture
-def training(model_folders, demo_rows, monkeypatch):
+def training(open_tiny, monkeypatch):
     """training(family) -> a session whose adapter trains in frugal layers, as on a GPU."""
     monkeypatch.setattr(vqa, "decide_frugal", lambda session: (True, ""))
     monkeypatch.setattr(vqa, "record_graph", Recording)
     monkeypatch.setattr(Recording, "made", 0)
 
     def make(family="qwen3_vl"):
-        folder = str(model_folders[family])
-        config = vqa.Config.preset("demo", model_id=folder, lora_dropout=0.3)
-        session = vqa.open_session(config, demo_rows.train.iloc[0])
-        model = perturb_adapter(vqa.attach_lora(session.model, config, seed=0)).train()
+        session = open_tiny(family, lora_dropout=0.3)
+        model = perturb_adapter(vqa.attach_lora(session.model, session.config, seed=0)).train()
         vqa.use_fast_layers(session, model, 1)
         vqa.recompute_layers(session, 1)
         session.captured_passes = vqa.CapturedPasses(session)

@@ -22,17 +22,6 @@ DECIDE = vqa.decide_frugal
 FAMILIES = ["qwen3_vl", "qwen2_5_vl", "qwen3_vl_moe", "internvl", "qwen3_5", "qwen3_5_moe"]
 
 
-@pytest.fixture
-def open_tiny(model_folders, demo_rows):
-    """Makes a session of a family's tiny model."""
-
-    def make(family, **settings):
-        config = vqa.Config.preset("demo", model_id=str(model_folders[family]), **settings)
-        return vqa.open_session(config, demo_rows.train.iloc[0])
-
-    return make
-
-
 class SeededDropout(torch.nn.Dropout):
     """Dropout of the plain layers that drops what frugal ones drop."""
 

@@ -19,17 +19,6 @@ OTHERS = [
 COMMON = 22  # tokens before the image that all of the demo's prompts begin with
 
 
-@pytest.fixture
-def open_tiny(model_folders, demo_rows):
-    """Makes a session of a family's tiny model."""
-
-    def make(family, **settings):
-        config = vqa.Config.preset("demo", model_id=str(model_folders[family]), **settings)
-        return vqa.open_session(config, demo_rows.train.iloc[0])
-
-    return make
-
-
 def attach_adapter(session):
     adapted = vqa.attach_lora(session.model, session.config, seed=0)
     perturb_adapter(vqa.use_fast_layers(session, adapted, questions=3)).eval()
