@@ -22392,8 +22392,8 @@ class MemoryCosts:
     def training_pass(self, tokens, questions: int, layers: int):
         """GiB that a pass over `questions` prompts of `tokens` tokens adds, with `layers` kept.
 
-        Of several questions the shorter ones are padded: then attention takes a mask, whose
-        copies grow with the square of the tokens. `tokens`: a number or an array.
+        Of several questions with a mask, as padding in front takes: its copies grow with the
+        square of the tokens. A GPU pads behind. `tokens`: a number or array.
         """
         share = tokens / self.tokens
         kept = max(self.largest_layer, layers * self.layer)
