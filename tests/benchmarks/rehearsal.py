@@ -1,18 +1,20 @@
 """The whole job as on Kaggle or Colab, with random weights, on larger GPUs told to be theirs.
 
     python tests/benchmarks/rehearsal.py kaggle_t4x2    # two GPUs as two T4s
+    python tests/benchmarks/rehearsal.py colab_t4       # one GPU as a T4
     python tests/benchmarks/rehearsal.py colab_a100     # one GPU as an A100 of 80 GB
     python tests/benchmarks/rehearsal.py kaggle_t4x2 --tiny             # on a CPU: does it run?
     python tests/benchmarks/rehearsal.py kaggle_t4x2 --only-estimate    # computed; no GPU
 
 A GPU told to be a T4 has 13 GiB, fp16 and no flash attention; one told to be an A100 has bf16
-weights. The model is an 8B. The job is two folds of one epoch on the demo's first 512 questions
-with images of 512 pixels, four rotations. Prints what every stage took and its peak memory,
-training speeds, and what went wrong; then the hours that the real competition would take, counted
-in matrix products.
+weights. The model is an 8B of random weights, or the one in --folder. The job is two folds of one
+epoch on the demo's first 512 questions with images of 512 pixels, four rotations. Prints what every
+stage took and its peak memory, training speeds, and what went wrong; then the hours that the real
+competition would take, counted in matrix products.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -20,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -35,7 +36,7 @@ import vqa_helpers as vqa  # noqa: E402
 
 
 # === Pretended machines ===========================================================================
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Machine:
     """GPUs to pretend, and the rate that is assumed of each."""
 
@@ -69,7 +70,7 @@ A100 = Machine(
     tflops=150,
     stored_layers=36,
 )
-MACHINES = {"kaggle_t4x2": T4, "colab_a100": A100}
+MACHINES = {"kaggle_t4x2": T4, "colab_t4": dataclasses.replace(T4, count=1), "colab_a100": A100}
 
 # What the workers import before anything else: the memory and the kernels of that machine.
 LIMITS = """
@@ -124,15 +125,15 @@ def enlarge_demo(folder: Path, rows: int, pixels: int, test_rows: int) -> Path:
     return folder
 
 
-def rehearse(preset: str, machine: Machine, tiny: bool) -> None:
-    """Do the job on random weights of real size, and print its report."""
+def rehearse(preset: str, machine: Machine, tiny: bool, folder: str) -> None:
+    """Do the job with the model in `folder`, or a random one of real size, and print its report."""
     place = Path(tempfile.mkdtemp())
     vqa.setup_logging(place, to_file=False)
     if tiny:
         model = vqa.DEMO / "tiny_qwen3_vl"
         data = enlarge_demo(place / "data", rows=24, pixels=96, test_rows=12)
     else:
-        model = bench_gpu.build(bench_gpu.SIZES["8b"], place)
+        model = folder or bench_gpu.build(bench_gpu.SIZES["8b"], place)
         data = enlarge_demo(place / "data", rows=512, pixels=512, test_rows=256)
         pretend(machine, place / "machine")
     overrides = {"n_folds": 2, "num_epochs": 1, "max_fallback_share": 0.5, "zeroshot_rows": 64}
@@ -186,7 +187,7 @@ def print_report(run: Path, seconds: float) -> None:
 
 
 # === The real job, computed =======================================================================
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class RealCompetition:
     """The size of the real competition, whose features are not cached."""
 
@@ -262,11 +263,12 @@ def main() -> None:
     parser.add_argument(
         "--tiny", action="store_true", help="the demo's model and a few rows on this CPU"
     )
+    parser.add_argument("--folder", default="", help="a stored model, else random weights are made")
     parser.add_argument("--only-estimate", action="store_true", help="no run, only the hours")
     options = parser.parse_args()
     machine = MACHINES[options.preset]
     if not options.only_estimate:
-        rehearse(options.preset, machine, options.tiny)
+        rehearse(options.preset, machine, options.tiny, options.folder)
     sys.stdout.write(
         f"the real job on {machine.count} x {machine.name} at {machine.tflops} TFLOP/s each, "
         "loading left out (Kaggle allows 12):\n"
