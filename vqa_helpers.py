@@ -10191,7 +10191,7 @@ def _add_packed_weight(layer, state, unpack_scales: bool) -> None:
         if unpack_scales:
             scales = {"scale": dequantize_scales([*scales.values()], layer.packed_shape)}
     layer.scale_names = tuple(scales)
-    packed = layer.base_layer.weight.detach().as_subclass(torch.Tensor)
+    packed = layer.base_layer.weight.detach().as_subclass(torch.Tensor).view(torch.uint8)
     for name, tensor in {"packed": packed, "nf4_values": state.code, **scales}.items():
         layer.register_buffer(name, tensor, persistent=False)
 
