@@ -1,5 +1,6 @@
 """Part 3, Fast layers: they compute what PEFT's LoRA and torch without compiling compute."""
 
+import functools
 import logging
 
 import bitsandbytes
@@ -23,12 +24,14 @@ def outputs_and_gradients(model, x):
     return [y, x.grad, *(value.grad for value in vqa.trainable_parameters(model).values())]
 
 
-def lora_pair(make, dropout=0.0):
+def lora_pair(make, dropout=0.0, rank=4):
     """The same layer with PEFT's own forward pass and with ours."""
     pair = []
     for fast in (False, True):
         torch.manual_seed(0)
-        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["layer"], lora_dropout=dropout)
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=["layer"], lora_dropout=dropout
+        )
         model = peft.get_peft_model(torch.nn.ModuleDict({"layer": make()}), config)
         perturb_adapter(model)
         layer = model.base_model.model["layer"]
@@ -262,6 +265,31 @@ def test_each_layer_of_a_mixed_model_is_computed_by_its_own_kind(caplog):
         "in_fp32": True,
     }
     assert "Decision: 1 Linear4bit layers of PEFT stay as they are" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("double", [False, True])
+def test_compiled_scoring_takes_the_adapter_into_the_product_with_4_bit_weights(
+    double, storage, dtype, monkeypatch
+):
+    make = functools.partial(packed_layer, double=double, storage=storage)
+    _, layer = lora_pair(make, dropout=0.5, rank=8)
+    layer.eval()
+    x = torch.randn(3, 5, 128, dtype=dtype)
+    expected = layer(x)
+    compiled = count_compilations(monkeypatch)
+    forward = vqa._compile_forward(lambda layer, x: layer(x))
+    with torch.inference_mode():
+        found = forward(layer, x)
+    assert found.shape == expected.shape
+    # Half precision rounds the plain layer's sum twice.
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert (found - expected).norm() <= tolerance * expected.norm()
+    [graph] = compiled
+    names = [str(node.target) for node in graph.graph.nodes]
+    assert len([name for name in names if "linear" in name]) == 1
+    assert len([name for name in names if "cat" in name]) == 2  # x with A x, W with B
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
