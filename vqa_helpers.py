@@ -8691,17 +8691,20 @@ class VisionCache:
     ) -> bool:
         """Compute and store the features of these batches; False where they find no room."""
         prepared = prefetch(self.prepare(batch.paths, budget) for batch in missing)
-        for done, (batch, inputs) in enumerate(zip(missing, prepared, strict=True)):
-            pixel_values, grids = inputs
-            features = self.compute_features(pixel_values, grids)
-            features = _map_features(lambda tensor: tensor.cpu(), features)
-            batch_bytes = sum(tensor.nbytes for image in features for tensor in image)
-            # As if each batch that is still to come took as much as this one.
-            expected_bytes = batch_bytes * (len(missing) - done)
-            if not self.add(batch.keys, features, expected_bytes):
-                return False
-            progress("vision features", done + 1, len(missing))
-        return True
+        storing = None  # of the batch before, while this one is computed
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            for done, (batch, inputs) in enumerate(zip(missing, prepared, strict=True)):
+                pixel_values, grids = inputs
+                features = self.compute_features(pixel_values, grids)
+                features = _map_features(lambda tensor: tensor.cpu(), features)
+                if storing and not storing.result():
+                    return False
+                batch_bytes = sum(tensor.nbytes for image in features for tensor in image)
+                # As if each batch that is still to come took as much as this one.
+                expected_bytes = batch_bytes * (len(missing) - done)
+                storing = pool.submit(self.add, batch.keys, features, expected_bytes)
+                progress("vision features", done + 1, len(missing))
+            return storing is None or storing.result()
 
     def prepare(self, paths: Sequence[str], budget: tuple[int, int]) -> tuple[tuple, tuple]:
         """(pixel values, grids), an entry per image; images are decoded side by side."""

@@ -3,6 +3,7 @@
 Cached features give the numbers of the uncached path, and are computed once per content.
 """
 
+import threading
 import types
 
 import numpy as np
@@ -143,6 +144,49 @@ def test_a_later_process_reads_the_shards_and_finishes_what_is_missing(session, 
     for features, same_features in zip(whole, again, strict=True):
         for tensor, same_tensor in zip(features, same_features, strict=True):
             assert torch.equal(tensor, same_tensor)
+
+
+def test_features_are_stored_while_the_next_ones_are_computed(session, demo_rows, monkeypatch):
+    cache = session.vision_cache
+    is_at_the_next = threading.Event()
+    store = cache.add
+    compute = cache.compute_features
+    batches = []
+    waited = []
+
+    def computed(pixels, grids):
+        batches.append(len(grids))
+        if len(batches) == 2:
+            is_at_the_next.set()
+        return compute(pixels, grids)
+
+    def stored(*arguments):
+        waited.append(is_at_the_next.wait(timeout=20))
+        return store(*arguments)
+
+    monkeypatch.setattr(cache, "compute_features", computed)
+    monkeypatch.setattr(cache, "add", stored)
+    assert fill(session, demo_rows.train.head(10), batch_size=4)
+    assert waited == [True] * len(batches)
+    assert len(cache.shards) == demo_rows.train.head(10)["pixel_hash"].nunique()
+
+
+@pytest.mark.parametrize("failing", [1, 3])  # in between, and the last one
+def test_features_that_cannot_be_stored_end_the_filling(session, demo_rows, monkeypatch, failing):
+    cache = session.vision_cache
+    store = cache.add
+    calls = []
+
+    def stored(*arguments):
+        calls.append(arguments)
+        if len(calls) == failing:
+            raise vqa.CheckpointError("disk full")
+        return store(*arguments)
+
+    monkeypatch.setattr(cache, "add", stored)
+    with pytest.raises(vqa.CheckpointError, match="disk full"):
+        fill(session, demo_rows.train.head(12), batch_size=4)
+    assert len(calls) == failing
 
 
 def test_a_damaged_shard_is_deleted_and_computed_again(session, demo_rows, caplog):
