@@ -148,7 +148,7 @@ above it.
 
 Where to change what:
 
-   a setting                           Settings (`searched=False`: not for a search); rules
+   a setting                           Settings (`unsearched`: not for a search); rules
                                        between settings: Rules of settings
    a score                             Metrics `SCORES`, `score_row`; if a vote has none of it:
                                        Ladder `ladder_table`
@@ -1189,10 +1189,8 @@ class Declaration:
     at_most: float | None = None
     below: float | None = None
     one_of: tuple = ()  # the values that are allowed; (): all of its kind within the bounds
-    changes_result: bool = True  # False: where files lie, how loudly we log, ...
-    # False: a search must not try values of it, because it decides which rows and folds there
-    # are, acts after training only, or spoils the figure by which a trial is judged.
-    searched: bool = True
+    changes_result: bool = True  # False: see `bookkeeping`
+    searched: bool = True  # False: see `unsearched`
 
     def allows(self, value) -> bool:
         """Whether a value of the right kind is allowed and within the bounds."""
@@ -1232,19 +1230,22 @@ def setting(default, description: str, **rules):
     return field(default=default, metadata=metadata)
 
 
+# A setting that can change no result: where files lie, how loudly we log, ...
+bookkeeping = functools.partial(setting, changes_result=False)
+# A setting of which a search must not try values, because it decides which rows and folds there
+# are, acts after training only, or spoils the figure by which a trial is judged.
+unsearched = functools.partial(setting, searched=False)
+
+
 # === Settings ================================
 @dataclass(frozen=True)
 class PresetSettings:
     """Preset"""
 
-    preset_name: str = setting(
-        "custom", "the preset this started from; part of the default run name", searched=False
+    preset_name: str = unsearched(
+        "custom", "the preset this started from; part of the default run name"
     )
-    preset_reason: str = setting(
-        "chosen by name",
-        "why that one, where 'auto' picked it",
-        changes_result=False,
-    )
+    preset_reason: str = bookkeeping("chosen by name", "why that one, where 'auto' picked it")
 
 
 @dataclass(frozen=True)
@@ -1257,25 +1258,22 @@ class ModelSettings:
         "of the language model only; 4bit: NF4, with its scales quantised too",
         one_of=("4bit", "8bit", "none"),
     )
-    score_precision: str = setting(
+    score_precision: str = unsearched(
         "trained",
         "16bit: score OOF and test rows by the unquantised base model, too; "
         "used only where OOF does not lose",
         one_of=("trained", "16bit"),
-        searched=False,
     )
-    score_model_id: str | None = setting(
+    score_model_id: str | None = unsearched(
         None,
         "hub id or local folder of the unquantised model for score_precision 16bit; None: "
         "model_id, unless that is stored in 4 bits",
-        searched=False,
     )
-    alignment_model: str | None = setting(
+    alignment_model: str | None = unsearched(
         None,
         "hub id or local folder of a SigLIP or CLIP model, such as "
         "google/siglip2-so400m-patch14-384; it scores how well each choice fits the image, which "
         "is used only where OOF gains; None: no such model",
-        searched=False,
     )
     precision: str = setting(
         "auto",
@@ -1328,11 +1326,8 @@ class ImageSettings:
     max_pixels: int | None = setting(
         None, "pixels of an image at most; None: 768 merged patches of the model", above=0
     )
-    infer_max_pixels: int | None = setting(
-        None,
-        "pixels; adds views at this budget, used only where OOF gains",
-        above=0,
-        searched=False,
+    infer_max_pixels: int | None = unsearched(
+        None, "pixels; adds views at this budget, used only where OOF gains", above=0
     )
     augment_images: int = setting(
         0,
@@ -1345,22 +1340,16 @@ class ImageSettings:
 class DataSettings:
     """Data"""
 
-    data_dir: str | None = setting(
-        None,
-        "folder with train.csv, test.csv, sample_submission.csv; None: search, else the demo",
-        changes_result=False,
+    data_dir: str | None = bookkeeping(
+        None, "folder with train.csv, test.csv, sample_submission.csv; None: search, else the demo"
     )
-    columns: Mapping[str, str] = setting(
+    columns: Mapping[str, str] = bookkeeping(  # it is part of the data's fingerprint
         dict,
         "our name -> the files' name of a column, such as {'question': 'Frage'}, where the files "
         "have other names than id, path, question, a, b, c, d, answer",
-        changes_result=False,  # it is part of the data's fingerprint
-        searched=False,
     )
-    extra_train_dirs: tuple[str, ...] = setting(
-        (),
-        "folders like data_dir, such as earlier rounds: their training rows join every fold's",
-        searched=False,
+    extra_train_dirs: tuple[str, ...] = unsearched(
+        (), "folders like data_dir, such as earlier rounds: their training rows join every fold's"
     )
     pretrain_epochs: int = setting(
         0,
@@ -1368,14 +1357,10 @@ class DataSettings:
         "others; 0: they join the others",
         at_least=0,
     )
-    use_sample: bool = setting(False, "train on a random subset of the rows", searched=False)
-    sample_size: int = setting(200, "rows of that subset", at_least=2, searched=False)
-    max_fallback_share: float = setting(
-        0.01,
-        "share of unreadable images above which the run stops",
-        at_least=0,
-        below=1,
-        searched=False,
+    use_sample: bool = unsearched(False, "train on a random subset of the rows")
+    sample_size: int = unsearched(200, "rows of that subset", at_least=2)
+    max_fallback_share: float = unsearched(
+        0.01, "share of unreadable images above which the run stops", at_least=0, below=1
     )
     context_tokens: int = setting(
         0,
@@ -1383,12 +1368,10 @@ class DataSettings:
         "0: context is not used",
         at_least=0,
     )
-    context_file: str | None = setting(
+    context_file: str | None = bookkeeping(  # it is part of the data's fingerprint
         None,
         "CSV with id and context for rows of train.csv and test.csv; None: context.csv in "
         "data_dir, else the tables' column context",
-        changes_result=False,  # it is part of the data's fingerprint
-        searched=False,
     )
     prompt_templates: Mapping[str, str] = setting(
         dict, "question type -> template, replaces the default"
@@ -1405,11 +1388,9 @@ class DataSettings:
 class FoldSettings:
     """Folds"""
 
-    n_folds: int = setting(3, "parts of the rows, each held out once", at_least=2, searched=False)
-    use_kfold: bool = setting(True, "False: one holdout of 1 / n_folds of the rows", searched=False)
-    train_folds: tuple[int, ...] | None = setting(
-        None, "the folds to train; None: all", searched=False
-    )
+    n_folds: int = unsearched(3, "parts of the rows, each held out once", at_least=2)
+    use_kfold: bool = unsearched(True, "False: one holdout of 1 / n_folds of the rows")
+    train_folds: tuple[int, ...] | None = unsearched(None, "the folds to train; None: all")
 
 
 @dataclass(frozen=True)
@@ -1452,13 +1433,11 @@ class SoftTargetSettings:
     use_dev_votes: bool = setting(
         False, "also train on dev.csv, with the shares of its votes as targets"
     )
-    distill_from: str | None = setting(
-        None,
-        "folder of a finished run; mixes in its OOF probabilities, spoils OOF figures",
-        searched=False,
+    distill_from: str | None = unsearched(
+        None, "folder of a finished run; mixes in its OOF probabilities, spoils OOF figures"
     )
-    distill_weight: float = setting(
-        0.5, "share of those probabilities in the target", above=0, at_most=1, searched=False
+    distill_weight: float = unsearched(
+        0.5, "share of those probabilities in the target", above=0, at_most=1
     )
     pseudo_label_from: str | None = setting(
         None,
@@ -1494,15 +1473,11 @@ class AverageSettings:
     )
     early_stopping_patience: int = setting(2, "epochs without a rise", at_least=1)
     early_stopping_min_delta: float = setting(0.001, "accuracy; less is no rise", at_least=0)
-    mix_weights: bool = setting(
-        False,
-        "score with all kinds of weights, where OOF prefers their mean to each of them",
-        searched=False,
+    mix_weights: bool = unsearched(
+        False, "score with all kinds of weights, where OOF prefers their mean to each of them"
     )
-    final_retrain: bool = setting(
-        False,
-        "one more model, on all rows; it joins the submission, and no OOF row can judge it",
-        searched=False,
+    final_retrain: bool = unsearched(
+        False, "one more model, on all rows; it joins the submission, and no OOF row can judge it"
     )
 
 
@@ -1511,59 +1486,47 @@ class AverageSettings:
 class InferenceSettings:
     """Inference"""
 
-    use_tta: bool = setting(
+    use_tta: bool = unsearched(
         True,
         "score rows in several views (choice orders, image scales); "
         "used only where OOF does not lose",
-        searched=False,
     )
-    tta_rotations: int = setting(4, "choice orders", one_of=(1, 2, 4), searched=False)
-    tta_scales: tuple[float, ...] = setting((1.0,), "factors on the pixel budget", searched=False)
-    doubt_steps: tuple[tuple[str, float], ...] = setting(
+    tta_rotations: int = unsearched(4, "choice orders", one_of=(1, 2, 4))
+    tta_scales: tuple[float, ...] = unsearched((1.0,), "factors on the pixel budget")
+    doubt_steps: tuple[tuple[str, float], ...] = unsearched(
         (),
         "more views where the answer is in doubt: pairs of a step (rotations, orders, pixels, "
         "base) and the time that it may take, 1.0 being that of all rows in one view; "
         "(): all rows in all views",
-        searched=False,
     )
-    doubt_orders: int = setting(
-        24, "choice orders that the step 'orders' fills up to", one_of=(8, 12, 24), searched=False
+    doubt_orders: int = unsearched(
+        24, "choice orders that the step 'orders' fills up to", one_of=(8, 12, 24)
     )
-    use_batch_inference: bool = setting(True, "False: one question at a time", searched=False)
-    infer_batch_size: int = setting(
-        16,
-        "questions per forward pass, each with all its choice orders",
-        at_least=1,
-        searched=False,
+    use_batch_inference: bool = unsearched(True, "False: one question at a time")
+    infer_batch_size: int = unsearched(
+        16, "questions per forward pass, each with all its choice orders", at_least=1
     )
-    zeroshot_rows: int = setting(
-        256,
-        "training rows scored with the base model before training; 0: all of them",
-        at_least=0,
-        searched=False,
+    zeroshot_rows: int = unsearched(
+        256, "training rows scored with the base model before training; 0: all of them", at_least=0
     )
-    use_base_member: str = setting(
+    use_base_member: str = unsearched(
         "auto",
         "also score OOF and test rows by the untouched base model, and mix it in only where OOF "
         "prefers that; auto: score where it is not far worse than the trained ones, and time is "
         "left",
         one_of=("auto", "on", "off"),
-        searched=False,
     )
-    use_temperature_scaling: bool = setting(
-        True, "fit a temperature for each fold's probabilities", searched=False
+    use_temperature_scaling: bool = unsearched(
+        True, "fit a temperature for each fold's probabilities"
     )
-    ensemble_method: str = setting(
+    ensemble_method: str = unsearched(
         "auto",
         "over folds; weighted: of views; auto: the mean, or weighted or stacked views "
         "where OOF clearly prefers them",
         one_of=("auto", "mean", "vote", "weighted"),
-        searched=False,
     )
-    use_known_answers: bool = setting(
-        False,
-        "answer test rows that equal a training row (image, question, choices) like that row",
-        searched=False,
+    use_known_answers: bool = unsearched(
+        False, "answer test rows that equal a training row (image, question, choices) like that row"
     )
 
 
@@ -1571,12 +1534,11 @@ class InferenceSettings:
 class RandomnessSettings:
     """Randomness"""
 
-    seed: int = setting(42, "of every random draw", at_least=0, searched=False)
-    seeds: tuple[int, ...] = setting(
+    seed: int = unsearched(42, "of every random draw", at_least=0)
+    seeds: tuple[int, ...] = unsearched(
         (),
         "train each fold once with each of these, `seed` among them; a fold's scores are the mean "
         "over its models, where OOF does not lose by it; (): only `seed`",
-        searched=False,
     )
     deterministic: bool = setting(True, "deterministic cuDNN")
     strict_determinism: bool = setting(
@@ -1588,71 +1550,47 @@ class RandomnessSettings:
 class RunningSettings:
     """Running"""
 
-    num_workers: int = setting(
-        2, "image decoding processes per worker", at_least=0, changes_result=False
+    num_workers: int = bookkeeping(2, "image decoding processes per worker", at_least=0)
+    time_budget_hours: float | None = bookkeeping(
+        None, "hours from training's start, on Kaggle the session's; None: 11 on Kaggle", above=0
     )
-    time_budget_hours: float | None = setting(
-        None,
-        "hours from training's start, on Kaggle the session's; None: 11 on Kaggle",
-        above=0,
-        changes_result=False,
+    save_every_epoch: bool = bookkeeping(True, "a checkpoint at the end of every epoch")
+    save_every_minutes: float = bookkeeping(
+        20.0, "minutes between checkpoints inside an epoch", above=0
     )
-    save_every_epoch: bool = setting(
-        True, "a checkpoint at the end of every epoch", changes_result=False
-    )
-    save_every_minutes: float = setting(
-        20.0, "minutes between checkpoints inside an epoch", above=0, changes_result=False
-    )
-    save_every_steps: int = setting(
+    save_every_steps: int = bookkeeping(
         500,
         "optimizer steps, or batches of inference, between checkpoints: whichever is first",
         at_least=1,
-        changes_result=False,
     )
-    max_skipped_steps: int = setting(
+    max_skipped_steps: int = bookkeeping(
         10,
         "optimizer steps with a non-finite loss or gradient, above which the fold stops",
         at_least=0,
-        changes_result=False,
     )
-    trust_remote_code: bool = setting(
-        False, "run Python code that comes with a model", changes_result=False
-    )
+    trust_remote_code: bool = bookkeeping(False, "run Python code that comes with a model")
 
 
 @dataclass(frozen=True)
 class PlaceSettings:
     """Places and logging"""
 
-    cache_dir: str | None = setting(
-        None,
-        "vision features on disk; None: the system's folder for temporary files",
-        changes_result=False,
+    cache_dir: str | None = bookkeeping(
+        None, "vision features on disk; None: the system's folder for temporary files"
     )
-    resume_from: tuple[str, ...] = setting(
-        ("/kaggle/input", "/content/drive/MyDrive/vqa"),
-        "where earlier runs may lie",
-        changes_result=False,
+    resume_from: tuple[str, ...] = bookkeeping(
+        ("/kaggle/input", "/content/drive/MyDrive/vqa"), "where earlier runs may lie"
     )
-    backup_dir: str | None = setting(
-        None,
-        "a slow, lasting disk such as Drive: gets verified checkpoints and whatever is done",
-        changes_result=False,
+    backup_dir: str | None = bookkeeping(
+        None, "a slow, lasting disk such as Drive: gets verified checkpoints and whatever is done"
     )
-    log_level: str = setting(
-        "INFO",
-        "the least that is logged",
-        one_of=("DEBUG", "INFO", "WARNING", "ERROR"),
-        changes_result=False,
+    log_level: str = bookkeeping(
+        "INFO", "the least that is logged", one_of=("DEBUG", "INFO", "WARNING", "ERROR")
     )
-    log_to_file: bool = setting(
-        True, "write run.log in the run directory, too", changes_result=False
-    )
-    output_dir: str = setting("outputs", "folder of the run directories", changes_result=False)
-    run_name: str | None = setting(
-        None,
-        "None: preset and fingerprint, the same in every session",
-        changes_result=False,
+    log_to_file: bool = bookkeeping(True, "write run.log in the run directory, too")
+    output_dir: str = bookkeeping("outputs", "folder of the run directories")
+    run_name: str | None = bookkeeping(
+        None, "None: preset and fingerprint, the same in every session"
     )
 
 
