@@ -3127,13 +3127,18 @@ def billion_parameters(model_id: str) -> float | None:
     return max(map(float, sizes), default=None)
 
 
+def runtime_of(config: Config) -> Runtime:
+    """What `detect_runtime` finds, with the number format and the attention of these settings."""
+    return detect_runtime(config.precision, config.attn_implementation)
+
+
 def require_machine(config: Config) -> None:
     """Raise ValueError where these settings cannot run on this machine, and say what to do.
 
     Nothing is downloaded: a model's size is what its name gives, and preflight, which computes
     it, may still find that it does not fit. Raises what `detect_runtime` raises, too.
     """
-    runtime = detect_runtime(config.precision, config.attn_implementation)
+    runtime = runtime_of(config)
     where = f"Preset {config.preset_name!r} cannot run here"
     if not runtime.gpus and config.quantization != "none":
         raise ValueError(
@@ -7960,13 +7965,23 @@ def quantising_experts(pattern: str) -> Iterator[None]:
         quantizers_by_name["bitsandbytes_4bit"] = plain_quantizer
 
 
-def _read_model_config(config: Config):
-    """The model's own config.json; ValueError where family or language model do not suit."""
-    _check_family(config)
-    model_config = transformers.AutoConfig.from_pretrained(
-        config.model_path,
-        trust_remote_code=config.trust_remote_code,
+def _load_config_json(config: Config):
+    """The model's own config.json."""
+    return transformers.AutoConfig.from_pretrained(
+        config.model_path, trust_remote_code=config.trust_remote_code
     )
+
+
+def _model_of_shapes(model_config):
+    """The model of a config.json; no weight is loaded."""
+    with torch.device("meta"):
+        return transformers.AutoModelForImageTextToText.from_config(model_config)
+
+
+def _read_model_config(config: Config):
+    """As `_load_config_json`; ValueError where family or language model do not suit."""
+    _check_family(config)
+    model_config = _load_config_json(config)
     text = model_config.get_text_config()
     known = FAMILIES[model_config.model_type].text_models
     if known and text.model_type not in known:
@@ -8036,8 +8051,7 @@ def _load_model_once(config: Config, runtime: Runtime):
     model_config = _read_model_config(config)
     options = _loading_options(config, runtime)
     if config.spread_model:
-        with torch.device("meta"):
-            shapes = transformers.AutoModelForImageTextToText.from_config(model_config)
+        shapes = _model_of_shapes(model_config)
         number_bytes = options["dtype"].itemsize
         options["device_map"] = spread_over_gpus(shapes, config, number_bytes, runtime.gpus)
     options.update(_quantization_options(config, model_config, runtime.precision))
@@ -8057,9 +8071,8 @@ def _load_model_once(config: Config, runtime: Runtime):
 
 
 def _adapted_shapes(model_config) -> dict[str, tuple[int, int]]:
-    """Name -> (out, in) of a model's layers that get an adapter; no weight is loaded."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForImageTextToText.from_config(model_config)
+    """Name -> (out, in) of a model's layers that get an adapter."""
+    model = _model_of_shapes(model_config)
     layers = [item for item in model.named_modules() if re.fullmatch(LORA_TARGETS, item[0])]
     return {name: tuple(layer.weight.shape) for name, layer in layers}
 
@@ -9373,6 +9386,15 @@ class Session:
         self.notes.append(text)
 
 
+def start_computing(config: Config) -> Runtime:
+    """This machine as the settings use it, each decision logged; all libraries are seeded."""
+    runtime = runtime_of(config)
+    for reason in runtime.reasons:
+        LOGGER.info("Decision: %s", reason)
+    seed_everything(config.seed, config.deterministic, config.strict_determinism)
+    return runtime
+
+
 def _check_wordings(processor, config: Config, example: Mapping) -> tuple[tuple[int, ...], ...]:
     """The letters' token ids behind the first wording; TemplateError if any wording fails."""
     letter_token_ids = []
@@ -9402,10 +9424,7 @@ def open_session(config: Config, example: Mapping) -> Session:
     `example`: a row of train or test. Raises TemplateError where the chat template does not suit
     it, and what `load_processor` and `load_model` raise.
     """
-    runtime = detect_runtime(config.precision, config.attn_implementation)
-    for reason in runtime.reasons:
-        LOGGER.info("Decision: %s", reason)
-    seed_everything(config.seed, config.deterministic, config.strict_determinism)
+    runtime = start_computing(config)
     processor = KEPT_MODEL.load_processor(config)
     budget = pixel_budget(config, processor)
     LOGGER.info("Decision: %s", image_inputs(processor).budget_in_words(processor, budget))
@@ -12136,9 +12155,7 @@ def _load_alignment_model_once(config: Config, runtime: Runtime) -> AlignmentMod
     trust = config.trust_remote_code
     if not trust:
         _refuse_python_code(config.model_path)
-    model_config = transformers.AutoConfig.from_pretrained(
-        config.model_path, trust_remote_code=trust
-    )
+    model_config = _load_config_json(config)
     kind = transformers.MODEL_MAPPING.get(type(model_config), None)
     needed = ("get_image_features", "get_text_features")
     if not all(hasattr(kind, name) for name in needed) or not hasattr(model_config, "text_config"):
@@ -12171,10 +12188,7 @@ def open_alignment_model(config: Config) -> AlignmentModel:
 
     Raises ValueError for a model without both towers, and what `load_patiently` raises.
     """
-    runtime = detect_runtime(config.precision, config.attn_implementation)
-    for reason in runtime.reasons:
-        LOGGER.info("Decision: %s", reason)
-    seed_everything(config.seed, config.deterministic, config.strict_determinism)
+    runtime = start_computing(config)
     with track_peak_memory("alignment model loaded"):
         return load_patiently(config, lambda: _load_alignment_model_once(config, runtime))
 
@@ -20865,13 +20879,8 @@ def fits_in_16_bits(config: Config, free: float) -> tuple[bool, str]:
 
     Computed from the model's shapes, for any family of models; no weight is loaded.
     """
-    runtime = detect_runtime(config.precision, config.attn_implementation)
-    shapes = transformers.AutoConfig.from_pretrained(
-        config.rescoring.model_path,
-        trust_remote_code=config.trust_remote_code,
-    )
-    with torch.device("meta"):
-        model = transformers.AutoModelForImageTextToText.from_config(shapes)
+    runtime = runtime_of(config)
+    model = _model_of_shapes(_load_config_json(config.rescoring))
     bytes_each = getattr(torch, DTYPES[runtime.precision]).itemsize
     needed = model.num_parameters() * bytes_each / 2**30 + SCORING_GIB
     if config.spread_model:
@@ -21126,7 +21135,7 @@ def worker_devices(config: Config) -> list[str | None]:
     Without a GPU: a worker of one thread for each fold, where the model is small, else one
     worker with all cores (None).
     """
-    gpus = detect_runtime(config.precision, config.attn_implementation).gpus
+    gpus = runtime_of(config).gpus
     numbers = [str(gpu["index"]) for gpu in gpus]
     if not numbers:
         weights = Path(config.model_path).glob("*.safetensors")
@@ -22654,8 +22663,7 @@ def memory_costs(
     From the model's own configuration `shapes`; no weight is loaded. `with_fla`: recurrent layers
     are computed by flash-linear-attention. `frugal`: layers keep little, where they can.
     """
-    with torch.device("meta"):
-        model = transformers.AutoModelForImageTextToText.from_config(shapes)
+    model = _model_of_shapes(shapes)
     bytes_each = getattr(torch, DTYPES[precision]).itemsize
     layers = model.model.language_model.layers
     linears = {}
@@ -22708,7 +22716,7 @@ def expected_memory(config: Config, frame: pd.DataFrame) -> MemoryCosts:
     Raises ValueError where the model's family is not known here.
     """
     processor = KEPT_MODEL.load_processor(config)
-    runtime = detect_runtime(config.precision, config.attn_implementation)
+    runtime = runtime_of(config)
     shapes = _read_model_config(config)
     budget = pixel_budget(config, processor)
     templates = prompt_templates(config)
@@ -22742,11 +22750,7 @@ LISTED_LONG_ROWS = 5  # in an error; more are counted
 
 def token_limit(config: Config, processor) -> int:
     """The most tokens that a prompt may have, for the model's positions and its tokenizer."""
-    shapes = transformers.AutoConfig.from_pretrained(
-        config.model_path,
-        trust_remote_code=config.trust_remote_code,
-    )
-    positions = shapes.get_text_config().max_position_embeddings
+    positions = _load_config_json(config).get_text_config().max_position_embeddings
     return min(positions, processor.tokenizer.model_max_length)
 
 
@@ -22867,7 +22871,7 @@ def check_row_memory(
     On a GPU a pass takes one question at least; a CPU has no error of its own for memory that
     runs out, so that the whole batch that the longest row falls into has to fit.
     """
-    on_gpu = bool(detect_runtime(config.precision, config.attn_implementation).gpus)
+    on_gpu = bool(runtime_of(config).gpus)
     trained_together = 1 if on_gpu else config.batch_size
     scored_together = 1
     if not on_gpu and config.use_batch_inference:
