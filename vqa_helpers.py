@@ -7457,6 +7457,12 @@ def build_messages(
     ]
 
 
+def row_messages(config: Config, processor, row: Mapping, wording: int = 0) -> list[dict]:
+    """`build_messages` as the settings want it, with the choices in their own order."""
+    context = shown_context(config, processor, row)
+    return build_messages(row, templates=prompt_templates(config, wording), context=context)
+
+
 # Ways to render a chat template, in the order in which they are tried: options for
 # `apply_chat_template`. Each family of templates has its own switch for not thinking:
 # `enable_thinking` Qwen3 to 3.8 and Nemotron 3, `thinking` Kimi K2, `reasoning_effort` Kimi K3.
@@ -9399,9 +9405,7 @@ def _check_wordings(processor, config: Config, example: Mapping) -> tuple[tuple[
     """The letters' token ids behind the first wording; TemplateError if any wording fails."""
     letter_token_ids = []
     for wording in range(config.paraphrases):
-        templates = prompt_templates(config, wording)
-        context = shown_context(config, processor, example)
-        messages = build_messages(example, templates=templates, context=context)
+        messages = row_messages(config, processor, example, wording)
         letter_token_ids.append(check_template(processor, messages))
     return letter_token_ids[0]
 
@@ -20893,9 +20897,7 @@ def fits_in_16_bits(config: Config, free: float) -> tuple[bool, str]:
 
 def example_prompt(session: Session, row: Mapping) -> str:
     """The rendered prompt of one question."""
-    config = session.config
-    context = shown_context(config, session.processor, row)
-    messages = build_messages(row, templates=prompt_templates(config), context=context)
+    messages = row_messages(session.config, session.processor, row)
     return render_prompt(session.processor, messages)
 
 
@@ -22719,13 +22721,10 @@ def expected_memory(config: Config, frame: pd.DataFrame) -> MemoryCosts:
     runtime = runtime_of(config)
     shapes = _read_model_config(config)
     budget = pixel_budget(config, processor)
-    templates = prompt_templates(config)
     longest = 0
     for row in frame.to_dict("records"):
         grid = image_grid(row["width"], row["height"], processor, budget)
-        context = shown_context(config, processor, row)
-        messages = build_messages(row, templates=templates, context=context)
-        ids = encode_prompt(processor, messages, grid)
+        ids = encode_prompt(processor, row_messages(config, processor, row), grid)
         longest = max(longest, len(ids))
     device = "cuda" if runtime.gpus else "cpu"
     family = FAMILIES[shapes.model_type]
@@ -22768,16 +22767,13 @@ def text_token_counts(
 
     The texts of TOKENISED_TOGETHER rows are made at once, and forgotten.
     """
-    templates = prompt_templates(config)
     text_counts = []
     choice_counts = []
     for start in range(0, len(frame), TOKENISED_TOGETHER):
         prompts = []
         choices = []
         for record in frame.iloc[start : start + TOKENISED_TOGETHER].to_dict("records"):
-            context = shown_context(config, processor, record)
-            messages = build_messages(record, templates=templates, context=context)
-            prompt = render_prompt(processor, messages)
+            prompt = render_prompt(processor, row_messages(config, processor, record))
             prompts.append(place_image_tokens(processor, prompt, count=0))
             choices.append("\n".join(str(record[choice]) for choice in CHOICES))
         text_counts.append(count_tokens(processor, prompts))
