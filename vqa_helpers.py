@@ -1935,6 +1935,11 @@ class Config(
         return len(self.all_seeds) > 1
 
     @property
+    def inference_batch(self) -> int:
+        """Questions per forward pass of inference, by both settings."""
+        return self.infer_batch_size if self.use_batch_inference else 1
+
+    @property
     def rows_to_use(self) -> int | None:
         """How many training rows are drawn; None: all."""
         return self.sample_size if self.use_sample else None
@@ -12240,7 +12245,7 @@ def fill_alignment(folder: Path, progress: Callable) -> None:
     config = Config(**read_json(folder / "config.json"))
     rows = read_table(folder / "rows.csv", needed=ALIGNMENT_COLUMNS)
     aligner = open_alignment_model(config)
-    size = config.infer_batch_size if config.use_batch_inference else 1
+    size = config.inference_batch
     # All questions on an image are in one batch, so that it is encoded once.
     number_of_image = pd.factorize(rows["pixel_hash"])[0]
     batches = [batch for _, batch in rows.groupby(number_of_image // size)]
@@ -13446,17 +13451,18 @@ def scoring_cost(prompts: int, answers: int) -> float:
     return prompts + (answers - prompts) / 7
 
 
+def kinds_that_score(config: Config) -> int:
+    """How many kinds of weights score, at most: OOF may prefer a single one to their mix."""
+    return 1 + config.use_ema + config.use_swa if config.mix_weights else 1
+
+
 def views_cost(session: Session, views: Sequence[TTAView]) -> float:
     """Time for a question in all `views` and each kind of weights, in questions with one view."""
-    config = session.config
-    kinds = 1
-    if config.mix_weights:  # at most: OOF may prefer a single one
-        kinds = 1 + config.use_ema + config.use_swa
     # Orders of one scale and model share a prompt, where they can share a prefix.
     prompts = set()
     for view in views:
         prompts.add((view.scale, view.by_base_model) if session.shares_prefixes else view)
-    return kinds * scoring_cost(len(prompts), len(views))
+    return kinds_that_score(session.config) * scoring_cost(len(prompts), len(views))
 
 
 PILOT_ROWS = 64  # held-out rows of a fold that are scored in every choice order
@@ -21938,7 +21944,7 @@ def fill_transcripts(folder: Path, progress: Callable) -> None:
     budget = pixel_budget(config, session.processor)
     tokens = image_token_counts(session.processor, images, budget)
     images = images.iloc[np.argsort(tokens, kind="stable")[::-1]]  # like sizes need no padding
-    size = config.infer_batch_size if config.use_batch_inference else 1
+    size = config.inference_batch
     batches = [images[start : start + size] for start in range(0, len(images), size)]
 
     def read(batch: pd.DataFrame) -> list[str]:
@@ -22869,9 +22875,7 @@ def check_row_memory(
     """
     on_gpu = bool(runtime_of(config).gpus)
     trained_together = 1 if on_gpu else config.batch_size
-    scored_together = 1
-    if not on_gpu and config.use_batch_inference:
-        scored_together = config.infer_batch_size
+    scored_together = 1 if on_gpu else config.inference_batch
     stored_layers = 1
     if not on_gpu and not config.gradient_checkpointing:
         stored_layers = costs.decoder_layers
@@ -23038,9 +23042,7 @@ class TimeEstimate:
         seconds = self.seconds
         # With one view their validation has scored them.
         scored = held_out if is_rescoring or not has_one_view(config) else 0
-        kinds = 1
-        if config.mix_weights:  # at most: OOF may prefer a single one
-            kinds = 1 + config.use_ema + config.use_swa
+        kinds = kinds_that_score(config)
         pilot = pilot_cost(config, held_out) * seconds.validation
         return {
             "adapter": kinds * seconds.adapter,
@@ -23306,7 +23308,7 @@ class TrialRows:
         In the larger table rows of more similar length share a batch, and less is padded.
         `column`: of `lengths`.
         """
-        batch_size = config.infer_batch_size if config.use_batch_inference else 1
+        batch_size = config.inference_batch
         by_split = self.lengths.groupby("split")
         all_tokens = by_split.get_group(split)[column]
         train_tokens = by_split.get_group("train").set_index("id")[column]
@@ -23388,9 +23390,9 @@ def try_longest_rows(session: Session, trial: TrialRows, plan: MemoryPlan) -> No
             prompts.append(make_prompt(session, trial.sample, row, order))
         try_training_pass(session, prompts)
     longest, text = trial.longest("scored", ["train", "test"])
-    others = config.infer_batch_size - 1 if config.use_batch_inference else 0
+    others = trial.sample.head(config.inference_batch - 1)
     with naming_row(text):
-        frame = pd.concat([longest, trial.sample.head(others)], ignore_index=True)
+        frame = pd.concat([longest, others], ignore_index=True)
         views = all_views(config, session.processor)
         predict_logits(session, frame, views, "the longest row")
 
