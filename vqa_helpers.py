@@ -6102,16 +6102,42 @@ CONTEXT_FILE = "context.csv"  # in the competition's folder, where the setting n
 _CONTEXT_NAMES = ("context", "text")  # what the column of texts may be called in it
 
 
-@dataclass(frozen=True)
-class _ContextText:
-    """One row of a context file."""
+def _ids_of_table(path: Path, columns: Mapping[str, str]) -> set[str]:
+    """The ids of all rows of a table that was read before, those that were left out among them."""
+    table = _read_csv_table(path, columns, Counter())
+    reading = _read_column_names(path.name, table.header.fields, columns)
+    place = reading.places["id"][0]
+    return {record.fields[place] for record in table.records}
 
-    line: int  # where it begins, 1-based
-    text: str  # verbatim
+
+def _check_context_ids(
+    file: str, lines: Mapping[str, int], root: Path, columns: Mapping[str, str]
+) -> None:
+    train_ids = _ids_of_table(root / "train.csv", columns)
+    test_ids = _ids_of_table(root / "test.csv", columns)
+    for row_id, line in lines.items():
+        in_train = row_id in train_ids
+        in_test = row_id in test_ids
+        problem = ""
+        if not in_train and not in_test:
+            problem = "neither train.csv nor test.csv has it; correct or remove the row"
+        elif in_train and in_test:
+            problem = (
+                "train.csv and test.csv both have it, so that it cannot be told whose text this "
+                "is; put the texts into a column context of both tables"
+            )
+        if problem:
+            raise _cell_error(file, line, "id", row_id, problem)
 
 
-def _read_context_file(path: Path, fallbacks: Counter) -> dict[str, _ContextText]:
-    """Id -> text. Raises DataError for a wrong header or row, and for an id that comes twice."""
+def _read_context_file(
+    path: Path, root: Path, columns: Mapping[str, str], fallbacks: Counter
+) -> dict[str, str]:
+    """Id -> text, verbatim, for the tables in `root`.
+
+    Raises DataError for a wrong header or row, and for an id that comes twice or is not in one
+    of the tables alone.
+    """
     file = path.name
     records = [*_csv_records(file, _decode_csv(path, fallbacks), ",")]
     header, *rows = records or [_CsvRecord(line=1, fields=[])]
@@ -6125,44 +6151,16 @@ def _read_context_file(path: Path, fallbacks: Counter) -> dict[str, _ContextText
         )
     _check_record_lengths(file, _CsvTable(header, rows, ","))
     texts = {}
+    lines = {}
     for record in _without_blank_rows(file, rows, fallbacks):
         row_id = record.fields[names.index("id")]
-        if row_id in texts:
-            problem = f"line {texts[row_id].line} has it, too; leave one row for each id"
+        if row_id in lines:
+            problem = f"line {lines[row_id]} has it, too; leave one row for each id"
             raise _cell_error(file, record.line, "id", row_id, problem)
-        texts[row_id] = _ContextText(record.line, record.fields[text_places[0]])
+        texts[row_id] = record.fields[text_places[0]]
+        lines[row_id] = record.line
+    _check_context_ids(file, lines, root, columns)
     return texts
-
-
-def _ids_of_table(path: Path, columns: Mapping[str, str]) -> set[str]:
-    """The ids of all rows of a table that was read before, those that were left out among them."""
-    table = _read_csv_table(path, columns, Counter())
-    reading = _read_column_names(path.name, table.header.fields, columns)
-    place = reading.places["id"][0]
-    return {record.fields[place] for record in table.records}
-
-
-def _check_context_ids(
-    file: str,
-    texts: Mapping[str, _ContextText],
-    root: Path,
-    columns: Mapping[str, str],
-) -> None:
-    train_ids = _ids_of_table(root / "train.csv", columns)
-    test_ids = _ids_of_table(root / "test.csv", columns)
-    for row_id, content in texts.items():
-        in_train = row_id in train_ids
-        in_test = row_id in test_ids
-        problem = ""
-        if not in_train and not in_test:
-            problem = "neither train.csv nor test.csv has it; correct or remove the row"
-        elif in_train and in_test:
-            problem = (
-                "train.csv and test.csv both have it, so that it cannot be told whose text this "
-                "is; put the texts into a column context of both tables"
-            )
-        if problem:
-            raise _cell_error(file, content.line, "id", row_id, problem)
 
 
 def _use_context_column(
@@ -6212,12 +6210,10 @@ def add_context(config: Config, competition: Competition) -> Competition:
     if config.context_tokens and config.context_file and not is_there:
         raise DataError(f"context_file {path}: no such file; correct the setting, or leave it out")
     if config.context_tokens and is_there:
-        texts = _read_context_file(path, fallbacks)
-        _check_context_ids(path.name, texts, competition.data_dir, config.columns)
+        texts = _read_context_file(path, competition.data_dir, config.columns, fallbacks)
         LOGGER.info("Decision: context of %d rows comes from %s", len(texts), path)
-        nothing = _ContextText(line=0, text="")
         for split, frame in frames.items():
-            found = [texts.get(row_id, nothing).text for row_id in frame["id"]]
+            found = [texts.get(row_id, "") for row_id in frame["id"]]
             frames[split] = frame.assign(context=found)
         content = fingerprint.encode() + path.read_bytes()
         fingerprint = hashlib.sha256(content).hexdigest()
@@ -19917,10 +19913,8 @@ def load_related_rows(run: Run, data_dir: Path, fallbacks: Counter) -> list[pd.D
             fallbacks[f"{source}_{name.removeprefix('train_')}"] += count
         path = folder / CONTEXT_FILE
         if config.context_tokens and path.is_file():
-            texts = _read_context_file(path, fallbacks)
-            _check_context_ids(path.name, texts, folder, config.columns)
-            nothing = _ContextText(line=0, text="")
-            rows = rows.assign(context=[texts.get(row_id, nothing).text for row_id in rows["id"]])
+            texts = _read_context_file(path, folder, config.columns, fallbacks)
+            rows = rows.assign(context=[texts.get(row_id, "") for row_id in rows["id"]])
         rows = _use_context_column(config, rows, source, fallbacks)
         leakage = leakage_report(run.test[run.test["image_ok"]], rows)
         is_copy = leakage.test_group.isin(leakage.image_group)
