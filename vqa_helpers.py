@@ -3035,17 +3035,10 @@ def unpack_once(archive: Path) -> Path:
     return folder
 
 
-def unpack_competition(archive: Path) -> Path:
-    """The competition's folder, unpacked from an archive that holds it."""
-    return find_competition(unpack_once(archive))
-
-
 def find_competition(data_dir: str | Path | None = None) -> Path:
     """As `locate_competition`, but unpacked first where an archive holds it."""
     found = locate_competition(data_dir)
-    if found.is_file():
-        return unpack_competition(found)
-    return found
+    return find_competition(unpack_once(found)) if found.is_file() else found
 
 
 # === Settings of a session ===================
@@ -6718,13 +6711,6 @@ def make_folds(train: pd.DataFrame, n_folds: int = 3, seed: int = 42, groups=Non
     return folds
 
 
-def _deviation_by_chance(groups: pd.Series, n_folds: int) -> float:
-    """Standard deviation of a fold's rows where whole groups are dealt out at random."""
-    rows_in_group = groups.value_counts()
-    variance = (rows_in_group**2).sum() * (n_folds - 1) / n_folds**2
-    return float(variance**0.5)
-
-
 def fold_balance(train: pd.DataFrame, groups=None) -> pd.DataFrame:
     """How even the folds of `train` are: a row for all rows, each answer and each question type.
 
@@ -6752,7 +6738,9 @@ def fold_balance(train: pd.DataFrame, groups=None) -> pd.DataFrame:
         deviations = folds.value_counts().reindex(numbers, fill_value=0) - even
         furthest = deviations.abs().idxmax()
         off = abs(deviations[furthest])
-        by_chance = _deviation_by_chance(group_of_row[is_in_part], len(numbers))
+        # Of a fold's rows, where whole groups are dealt out at random.
+        group_sizes = group_of_row[is_in_part].value_counts()
+        variance = (group_sizes**2).sum() * (len(numbers) - 1) / len(numbers) ** 2
         balance.append(
             {
                 "part": part,
@@ -6760,7 +6748,7 @@ def fold_balance(train: pd.DataFrame, groups=None) -> pd.DataFrame:
                 "even": even,
                 "furthest": furthest,
                 "off": off,
-                "is_even": off <= max(3, by_chance),
+                "is_even": off <= max(3, variance**0.5),
             }
         )
     return pd.DataFrame(balance)
@@ -17237,17 +17225,6 @@ def decide_views(run: Run, oof: OofLogits, views: list[int], has_skill: bool) ->
     return ViewDecisions(views, scaled, calibration, candidates, method, probabilities)
 
 
-def _temperature_step(decisions: ViewDecisions, against: str) -> LadderStep:
-    is_in_use = decisions.calibration is decisions.scaled
-    return LadderStep(
-        probabilities=decisions.scaled.probabilities,
-        against=against,
-        views=decisions.views,
-        used=decisions.method == "mean" and is_in_use,
-        fitted_parameters=1,
-    )
-
-
 def _blend_steps(run: Run, decisions: ViewDecisions, against: str) -> dict[str, LadderStep]:
     """Steps of the other ways to combine views than the mean, and of the choice among them."""
     steps = {}
@@ -17287,8 +17264,15 @@ def decision_ladder_steps(
     # The mean over the admitted views is what the further steps are compared with.
     (mean_step,) = [name for name, step in steps.items() if step.views == decisions.views]
     if run.config.use_temperature_scaling and decisions.scaled is not None:
-        steps[STEP_TEMPERATURE] = _temperature_step(decisions, mean_step)
-        if decisions.calibration is decisions.scaled:
+        is_in_use = decisions.calibration is decisions.scaled
+        steps[STEP_TEMPERATURE] = LadderStep(
+            probabilities=decisions.scaled.probabilities,
+            against=mean_step,
+            views=decisions.views,
+            used=decisions.method == "mean" and is_in_use,
+            fitted_parameters=1,
+        )
+        if is_in_use:
             mean_step = STEP_TEMPERATURE
     steps.update(_blend_steps(run, decisions, mean_step))
     if run.final_fold in run.submission_models:
@@ -19882,8 +19866,7 @@ def find_related_competitions(config: Config, data_dir: Path) -> dict[str, Path]
                 f"{where} must hold one competition, with {', '.join(COMPETITION_FILES)}; "
                 f"it holds {held}: name the folder or archive of one"
             )
-        folder = unpack_competition(found[0]) if found[0].is_file() else found[0]
-        folder = folder.resolve()
+        folder = find_competition(found[0]).resolve()
         if folder == data_dir.resolve() or folder in folders.values():
             raise ValueError(f"{where} is data_dir or named twice; leave it out")
         folders[f"{RELATED_SOURCE}{number}"] = folder
@@ -20480,8 +20463,12 @@ def _check_config(path: Path, content: Mapping, tables: Mapping[str, pd.DataFram
     changed = [name for name in parts if before["parts"].get(name, "") != parts[name]]
     if not changed:
         return
-    config = content["config"]
-    differences = _differing_settings(before["config"], config)
+    config = json.loads(json.dumps(content["config"]))  # lists, where there were tuples
+    differences = []
+    for name, value in config.items():
+        earlier = before["config"].get(name)
+        if earlier != value:
+            differences.append(f"{name}: {earlier!r} -> {value!r}")
     differences += _differing_rows(path.parent, tables)
     if "model" in changed:
         names = [config["model_id"], config["score_model_id"]]
@@ -20542,14 +20529,6 @@ def _adopt_earlier_run(directory: Path, config: Config, fingerprint: str) -> Non
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)  # copytree would copy the mount's write protection
     LOGGER.info("Continuing the run of an earlier session, copied from %s", source)
-
-
-def _differing_settings(before: Mapping, now: Mapping) -> list[str]:
-    differences = []
-    for name, value in json.loads(json.dumps(now)).items():
-        if before.get(name) != value:
-            differences.append(f"{name}: {before.get(name)!r} -> {value!r}")
-    return differences
 
 
 def _differing_rows(directory: Path, tables: Mapping[str, pd.DataFrame]) -> list[str]:
@@ -20856,23 +20835,13 @@ def stage_base(session: Session, run: Run, fold: int) -> None:
 
 
 # === Running stages ==========================
-def stage_train(session: Session, run: Run, fold: int) -> None:
-    """Train the fold, or the final model."""
-    train_fold(run.config, fold, session)
-
-
-def stage_rescore(session: Session, run: Run, fold: int) -> None:
-    """Score the fold's rows once more, by the unquantised base model."""
-    stage_predict(session, run, fold, ending="_16bit")
-
-
 # What does a stage for a member; STAGE_FILES has the file that it writes last.
 STAGES = {
     "zeroshot": stage_zeroshot,
-    "train": stage_train,
+    "train": lambda session, run, fold: train_fold(run.config, fold, session),
     "predict": stage_predict,
     "base": stage_base,
-    "rescore": stage_rescore,
+    "rescore": functools.partial(stage_predict, ending="_16bit"),
 }
 # Beside the weights: the activations of a question in all choice orders, and the adapter.
 SCORING_GIB = 0.5
@@ -23556,6 +23525,8 @@ def trial_facts(
     is_cached = session.vision_cache.has_all((digest, *budget) for digest in digests)
     by_split = trial.lengths.groupby("split")
     letters = zip(CHOICES, session.letter_token_ids, strict=True)
+    plan = result.plan
+    step = config.batch_size * config.grad_accum_steps
     facts = {
         "letter tokens": " ".join(f"{letter}={list(ids)}" for letter, ids in letters),
         "chat template": options_as_text(template_options(session.processor)),
@@ -23568,10 +23539,14 @@ def trial_facts(
         "seconds per training question": round(result.seconds.training, 3),
         "seconds per scored question": round(result.seconds.zeroshot, 4),
         "zero-shot accuracy": f"{zeroshot:.2f} on {len(labels)} rows",
-        "memory plan": plan_as_text(session, result.plan),
+        "memory plan": (
+            f"{plan.micro_batch} of {step} questions in a pass, "
+            f"{plan.stored_layers} of {len(session.decoder_layers)} layers keep activations, "
+            f"{plan.peak_gib:.1f} GiB"
+        ),
         "stored weights": stored_format_in_words(stored_quantization(_read_model_config(config))),
         "memory needed": memory.needed,
-        "memory": memory.costs.table(result.plan, is_cached, feature_tokens(config, trial)),
+        "memory": memory.costs.table(plan, is_cached, feature_tokens(config, trial)),
         "peak memory": ", ".join(f"{name} {gib}" for name, gib in memory_summary().items()),
     }
     if memory.rescoring:
@@ -23618,16 +23593,6 @@ def seed_facts(one_device: TimeEstimate) -> dict:
     minutes = (sum(one_device.parts().values()) - sum(without.parts().values())) / 60
     text = f"{members_in_words(config)}; all but the first seed add {minutes:.1f} minutes"
     return {"seeds": f"{text} on one device"}
-
-
-def plan_as_text(session: Session, plan: MemoryPlan) -> str:
-    """The memory plan in words."""
-    step = session.config.batch_size * session.config.grad_accum_steps
-    return (
-        f"{plan.micro_batch} of {step} questions in a pass, "
-        f"{plan.stored_layers} of {len(session.decoder_layers)} layers keep activations, "
-        f"{plan.peak_gib:.1f} GiB"
-    )
 
 
 def run_preflight(config: Config) -> dict:
