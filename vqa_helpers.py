@@ -2239,6 +2239,11 @@ def atomic_write(path: str | Path, content: bytes | str, durable: bool = True) -
         _fsync_folder(path.parent)
 
 
+def text_sha256(text: str) -> str:
+    """SHA-256 of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
@@ -3025,7 +3030,7 @@ def unpack_once(archive: Path) -> Path:
     """
     status = archive.stat()
     identity = f"{archive.name} {status.st_size} {status.st_mtime_ns}"
-    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    key = text_sha256(identity)[:12]
     folder = Path(tempfile.gettempdir()).resolve() / f"vqa-data-{key}"
     if folder.is_dir():
         LOGGER.info("Competition data: %s, from %s", folder, archive)
@@ -12261,14 +12266,14 @@ def alignment_folder(config: Config) -> Path:
     settings = _alignment_config(config)
     parts = [settings.model_id, settings.precision, settings.attn_implementation]
     parts += [settings.model_files, ALIGNMENT_TEMPLATES]
-    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    digest = text_sha256(json.dumps(parts))
     return Path(config.output_dir).resolve() / f"alignment_{digest[:12]}"
 
 
 def _alignment_key(row: Mapping) -> str:
     """What a row's scores depend on: its image and its statements."""
     text = json.dumps([row["pixel_hash"], *alignment_statements(row)])
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
+    return text_sha256(text)[:20]
 
 
 def prepare_alignment(rows: pd.DataFrame, config: Config) -> bool:
@@ -12917,6 +12922,12 @@ def _as_labels(labels, shape) -> np.ndarray:
     return labels.astype(np.int64)
 
 
+def _as_labelled(probabilities, labels, ndim=2) -> tuple[np.ndarray, np.ndarray]:
+    """Checked probabilities, and the labels of their rows."""
+    probabilities = _as_probabilities(probabilities, ndim)
+    return probabilities, _as_labels(labels, probabilities.shape)
+
+
 def softmax(logits) -> np.ndarray:
     """Probabilities over the last axis; a masked choice (-inf) gets exactly 0.
 
@@ -12961,8 +12972,7 @@ def negative_log_likelihood(probabilities, labels) -> float:
     >>> round(negative_log_likelihood([[0.5, 0.5, 0, 0], [1, 0, 0, 0]], [0, 0]), 4)
     0.3466
     """
-    probabilities = _as_probabilities(probabilities)
-    labels = _as_labels(labels, probabilities.shape)
+    probabilities, labels = _as_labelled(probabilities, labels)
     of_label = probabilities[np.arange(len(probabilities)), labels]
     return float(-np.log(np.maximum(of_label, PROBABILITY_FLOOR)).mean())
 
@@ -12973,8 +12983,7 @@ def brier_score(probabilities, labels) -> float:
     >>> brier_score([[1, 0, 0, 0], [0.5, 0.5, 0, 0]], [0, 0])
     0.25
     """
-    probabilities = _as_probabilities(probabilities)
-    labels = _as_labels(labels, probabilities.shape)
+    probabilities, labels = _as_labelled(probabilities, labels)
     truth = np.eye(probabilities.shape[1])[labels]
     return float(((probabilities - truth) ** 2).sum(axis=1).mean())
 
@@ -12985,8 +12994,7 @@ def accuracy(probabilities, labels) -> float:
     >>> accuracy([[0.7, 0.1, 0.1, 0.1], [0.4, 0.3, 0.2, 0.1]], [0, 1])
     0.5
     """
-    probabilities = _as_probabilities(probabilities)
-    labels = _as_labels(labels, probabilities.shape)
+    probabilities, labels = _as_labelled(probabilities, labels)
     return float((probabilities.argmax(axis=1) == labels).mean())
 
 
@@ -13010,8 +13018,7 @@ def reliability_curve(probabilities, labels, n_bins=15) -> pd.DataFrame:
     >>> curve["accuracy"].tolist()
     [nan, nan, 1.0, nan, 0.5]
     """
-    probabilities = _as_probabilities(probabilities)
-    labels = _as_labels(labels, probabilities.shape)
+    probabilities, labels = _as_labelled(probabilities, labels)
     confidence = probabilities.max(axis=1)
     is_right = probabilities.argmax(axis=1) == labels
     bins = _confidence_bins(confidence, n_bins)
@@ -13397,6 +13404,11 @@ def split_views(view_names: Sequence[str]) -> tuple[list[int], list[int]]:
     return first, added
 
 
+def has_any_view(logits: np.ndarray) -> np.ndarray:
+    """(n,) whether each row has any of the views in (n, views, 4)."""
+    return ~np.isnan(logits).all(axis=(1, 2))
+
+
 def combine_steps(logits: np.ndarray, view_names: Sequence[str]) -> np.ndarray:
     """(n, 4) scores of rows over the views that each has, from (n, views, 4).
 
@@ -13416,7 +13428,7 @@ def combine_steps(logits: np.ndarray, view_names: Sequence[str]) -> np.ndarray:
     plain = [view for view in range(len(view_names)) if view not in {*larger, *base}]
     scores = combine_views(logits[:, plain])
     for added in (larger, base):
-        has_added = ~np.isnan(logits[:, added]).all(axis=(1, 2))
+        has_added = has_any_view(logits[:, added])
         if has_added.any():
             of_added = combine_views(logits[has_added][:, added])
             both = np.stack([scores[has_added], of_added], axis=1)
@@ -14013,7 +14025,7 @@ def letter_preferences(
             rows = pilot.rows[inside]
             preferences[rows[alike[rows]]] = preference
     # Larger images are half of the score, in rotations, which cancel what a letter is given.
-    has_larger = ~np.isnan(logits[:, larger]).all(axis=(1, 2))
+    has_larger = has_any_view(logits[:, larger])
     preferences[has_larger] /= 2
     return preferences
 
@@ -15435,8 +15447,7 @@ def optimize_ensemble_weights(probabilities, labels, logger=None) -> np.ndarray:
     >>> optimize_ensemble_weights([good, ignorant], labels=[0, 1]).round(3).tolist()
     [1.0, 0.0]
     """
-    probabilities = _as_probabilities(probabilities, ndim=3)
-    labels = _as_labels(labels, probabilities.shape)
+    probabilities, labels = _as_labelled(probabilities, labels, ndim=3)
     label_probability = probabilities[:, np.arange(len(labels)), labels]
     likelihood = np.maximum(label_probability, PROBABILITY_FLOOR)  # (members, n)
     uniform = np.full(len(likelihood), 1 / len(likelihood))
@@ -15472,8 +15483,7 @@ def greedy_weights(probabilities, labels) -> np.ndarray:
     >>> greedy_weights([good, ignorant], labels=[0, 1]).tolist()
     [1.0, 0.0]
     """
-    probabilities = _as_probabilities(probabilities, ndim=3)
-    labels = _as_labels(labels, probabilities.shape)
+    probabilities, labels = _as_labelled(probabilities, labels, ndim=3)
     likelihood = probabilities[:, np.arange(len(labels)), labels]  # (members, n)
     counts = np.zeros(len(likelihood))  # how often each member was selected
     total = np.zeros(len(labels))  # likelihood of each row, summed over the selection
@@ -15546,8 +15556,7 @@ def stack(probabilities, labels, strength=0.03) -> Stack:
     # Imported here because importing sklearn draws from the global random generator.
     from sklearn.linear_model import LogisticRegression
 
-    members = _as_probabilities(probabilities, ndim=3)
-    labels = _as_labels(labels, members.shape)
+    members, labels = _as_labelled(probabilities, labels, ndim=3)
     unseen = set(range(members.shape[2])) - set(labels.tolist())
     if unseen:
         raise ValueError(
@@ -16233,12 +16242,6 @@ def select_weights(run: Run) -> str:
 
 
 # === Curve of doubt ==========================
-def _share_with_any_view(logits: np.ndarray) -> float:
-    """Share of the rows that have any of the views in (n, views, 4)."""
-    has_view = ~np.isnan(logits).all(axis=(1, 2))
-    return float(has_view.mean())
-
-
 def _cross_fitted_margins(first_scores: np.ndarray, all_scores: np.ndarray) -> np.ndarray:
     """(n,) `answer_margins` of the first views' scores, for the held-out rows of one fold.
 
@@ -16266,7 +16269,7 @@ def simulate_last_step(oof: OofLogits, share: float) -> OofLogits:
     for fold in np.unique(oof.folds).tolist():
         inside = np.flatnonzero(oof.folds == fold)
         margins = _cross_fitted_margins(first_scores[inside], all_scores[inside])
-        has_later_views = ~np.isnan(logits[np.ix_(inside, later)]).all(axis=(1, 2))
+        has_later_views = has_any_view(logits[np.ix_(inside, later)])
         costs = has_later_views.astype(float)
         in_doubt = rows_in_doubt(margins, costs, share * len(inside))
         not_in_doubt = np.delete(inside, in_doubt)
@@ -16300,7 +16303,7 @@ def _simulated_points(oof: OofLogits) -> dict[str, CurvePoint]:
             break
         paid_cost = tenths / 10 * (one_pass_cost - first_cost)
         paid_share = paid_cost / (both_passes_cost - first_cost)
-        share = paid_share * _share_with_any_view(oof.logits[:, later])
+        share = paid_share * has_any_view(oof.logits[:, later]).mean()
         points[f"{set_name}, {tenths / 10:.0%}"] = CurvePoint(simulate_last_step(oof, share), later)
     points["all rows"] = CurvePoint(oof, later)
     return points
@@ -16316,7 +16319,7 @@ def _points_of_steps(oof: OofLogits) -> dict[str, CurvePoint]:
     points = {"first views": CurvePoint(before, first)}
     for number, step in enumerate(oof.steps):
         added = step_views(names, step)
-        has_step = ~np.isnan(oof.logits[:, added]).all(axis=(1, 2))
+        has_step = has_any_view(oof.logits[:, added])
         given = np.flatnonzero(has_step)
         order = given[np.argsort(oof.margins[given, number], kind="stable")]
         for quarters in range(1, 5):
@@ -16357,7 +16360,7 @@ def doubt_curve(run: Run) -> pd.DataFrame:
             run.config.use_temperature_scaling and has_skill,
         )
         rows[name] = {
-            "rows": _share_with_any_view(point.oof.logits[:, point.added]),
+            "rows": has_any_view(point.oof.logits[:, point.added]).mean(),
             "cost": point.oof.cost(views) * scorings,
             **score_row(calibration.probabilities, oof.labels),
         }
@@ -17420,8 +17423,7 @@ def label_suspects(probabilities, labels) -> pd.DataFrame:
     >>> label_suspects(probabilities, [0, 1, 0])[["row", "label", "likely"]].values.tolist()
     [[2, 0, 1]]
     """
-    probabilities = _as_probabilities(probabilities)
-    labels = _as_labels(labels, probabilities.shape)
+    probabilities, labels = _as_labelled(probabilities, labels)
     rows = np.arange(len(probabilities))
     of_label = probabilities[rows, labels]
     usual = (
@@ -19263,12 +19265,13 @@ class RunPredictions:
     base_test: pd.DataFrame | None  # as `test`
 
 
-def _require_same_rows(first: Run, other: Run) -> None:
+def _require_same_rows(runs: Mapping[str, Run]) -> None:
+    first, *others = runs.values()
     columns_by_table = {
         "test": ["id", "question", *CHOICES],
         "train": ["id", "question", *CHOICES, "label"],
     }
-    for name, columns in columns_by_table.items():
+    for other, (name, columns) in itertools.product(others, columns_by_table.items()):
         rows = getattr(first, name)[columns]
         other_rows = getattr(other, name)[columns]
         ids = _differing_ids(rows, other_rows)
@@ -19435,8 +19438,7 @@ def ensemble_runs(
     named_runs = [(str(directory), Run.open(directory)) for directory in directories]
     first = named_runs[0][1]
     runs = dict(named_runs)
-    for run in runs.values():
-        _require_same_rows(first, run)
+    _require_same_rows(runs)
     first = dataclasses.replace(
         first, notation=_shared_notation(runs), config=_config_for_answers(first, runs)
     )
@@ -19561,10 +19563,10 @@ def _overlap_of(runs: Mapping[str, Run], predictions: Mapping[str, RunPrediction
 
     Raises ValueError for runs on other rows, for one named twice, and for distilled ones.
     """
-    first = next(iter(runs.values()))
+    _require_same_rows(runs)
     for run in runs.values():
-        _require_same_rows(first, run)
         _require_independent(run, [*runs.items()])
+    first = next(iter(runs.values()))
     rows = _shared_rows(first.train, predictions)
     labels = rows["label"].to_numpy()
     correct = {}
@@ -19583,9 +19585,8 @@ def overlap_of_runs(directories: Iterable[str | Path]) -> pd.DataFrame:
     runs = {str(directory): Run.open(directory) for directory in directories}
     if len(runs) < 2:
         raise ValueError(f"{', '.join(runs) or 'no run'}: name two or more different finished runs")
+    _require_same_rows(runs)
     first = next(iter(runs.values()))
-    for run in runs.values():
-        _require_same_rows(first, run)
     predictions = {name: _predict_run(run, first.test["id"]) for name, run in runs.items()}
     return _overlap_of(runs, predictions)
 
@@ -20188,7 +20189,7 @@ def _require_whole_scores(run: Run, path: Path, ids: Sequence[str], some: bool =
         raise DamagedFileError(path, "its rows are not those that were scored")
     if logits.shape != shape or len(content["labels"]) != len(found):
         raise DamagedFileError(path, f"logits of shape {logits.shape}, not {shape}")
-    if np.isnan(logits).all(axis=(1, 2)).any():
+    if not has_any_view(logits).all():
         raise DamagedFileError(path, "a row has no score")
     try:
         combine_views(logits)
@@ -20377,9 +20378,9 @@ def run_fingerprints(run: Run, competition: Competition) -> dict[str, str]:
     return {
         "config": run.config.fingerprint,
         "data": competition.fingerprint,
-        "folds": hashlib.sha256(assignment.encode()).hexdigest(),
+        "folds": text_sha256(assignment),
         "model": run.config.model_files,
-        "targets": hashlib.sha256(targets.encode()).hexdigest(),
+        "targets": text_sha256(targets),
     }
 
 
@@ -20409,7 +20410,7 @@ def start_run(config: Config, competition: Competition, folds: np.ndarray) -> Ru
     )
     run = add_soft_targets(run, competition.data_dir)
     parts = run_fingerprints(run, competition)
-    fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    fingerprint = text_sha256(json.dumps(parts, sort_keys=True))
     content = {
         "version": __version__,
         "libraries": library_versions(),
@@ -21930,7 +21931,7 @@ def _transcript_folder(config: Config) -> Path:
     """Where texts of the same model, pixels and request are kept, below output_dir."""
     parts = [getattr(config, name) for name in _READING_SETTINGS]
     parts += [_transcript_config(config).model_files, TRANSCRIPT_REQUEST, TRANSCRIPT_TOKENS]
-    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    digest = text_sha256(json.dumps(parts))
     return Path(config.output_dir).resolve() / f"transcripts_{digest[:12]}"
 
 
@@ -22289,7 +22290,7 @@ def search_hyperparameters(
     distributions = search_distributions(config, space)
     deadline = time.monotonic() + 60 * minutes
     searched = f"{config.fingerprint} {sorted(space.items())}"
-    key = hashlib.sha256(searched.encode()).hexdigest()[:8]
+    key = text_sha256(searched)[:8]
     folder = config.run_dir.resolve() / f"search-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "search.lock", LOCK_SECONDS):
