@@ -776,17 +776,13 @@ def session_start() -> float:
     started = psutil.Process().create_time()
     try:
         first = psutil.Process(1).create_time()
+        if time.time() - first <= 3600 * KAGGLE_SESSION_HOURS:
+            return min(first, started)
+        problem = f"the container is older than the {KAGGLE_SESSION_HOURS} hours of a session"
     except psutil.Error as error:
-        LOGGER.warning("The session's start is taken to be this notebook's: %s", error)
-        return started
-    if time.time() - first > 3600 * KAGGLE_SESSION_HOURS:
-        LOGGER.warning(
-            "The session's start is taken to be this notebook's: "
-            "the container is older than the %d hours of a session",
-            KAGGLE_SESSION_HOURS,
-        )
-        return started
-    return min(first, started)
+        problem = error
+    LOGGER.warning("The session's start is taken to be this notebook's: %s", problem)
+    return started
 
 
 def _detect_platform() -> str:
@@ -1686,6 +1682,13 @@ def _check_values(config: Config) -> None:
             _refuse(config, item.name, declaration.needs)
 
 
+def _are_different_texts(values: Iterable) -> bool:
+    """Whether all are texts that are not blank, and none comes twice."""
+    values = list(values)
+    are_texts = all(isinstance(value, str) and value.strip() for value in values)
+    return are_texts and len(set(values)) == len(values)
+
+
 def _check_training(config: Config) -> None:
     """The rules for model, images, data, folds and training that a single bound cannot say."""
     if config.min_pixels and config.max_pixels and config.min_pixels > config.max_pixels:
@@ -1694,16 +1697,12 @@ def _check_training(config: Config) -> None:
     if not set(config.prompt_templates) <= set(QUESTION_TYPES):
         _refuse(config, "prompt_templates", f"keys among {QUESTION_TYPES}")
 
-    names = config.columns.values()
-    are_texts = all(isinstance(name, str) and name.strip() for name in names)
     are_known = set(config.columns) <= {*COLUMNS, *VOTE_COLUMNS, CONTEXT_COLUMN}
-    if not are_texts or not are_known or len(set(names)) < len(names):
+    if not (are_known and _are_different_texts(config.columns.values())):
         needs = f"names among {', '.join(COLUMNS)}, each with the name that it has in the files"
         _refuse(config, "columns", needs)
 
-    names = config.extra_train_dirs
-    are_texts = all(isinstance(name, str) and name.strip() for name in names)
-    if not are_texts or len(set(names)) < len(names):
+    if not _are_different_texts(config.extra_train_dirs):
         _refuse(config, "extra_train_dirs", "paths of folders, none twice")
 
     if config.pretrain_epochs and not config.extra_train_dirs:
@@ -6716,7 +6715,7 @@ def make_folds(train: pd.DataFrame, n_folds: int = 3, seed: int = 42, groups=Non
     return folds
 
 
-def fold_balance(train: pd.DataFrame, groups=None) -> pd.DataFrame:
+def fold_balance(train: pd.DataFrame, groups) -> pd.DataFrame:
     """How even the folds of `train` are: a row for all rows, each answer and each question type.
 
     `train` has the column `fold`; `groups` as in `make_folds`. Columns: `part`; `rows`; `even`,
@@ -6729,8 +6728,7 @@ def fold_balance(train: pd.DataFrame, groups=None) -> pd.DataFrame:
     >>> balance[["part", "even", "off", "is_even"]].to_numpy().tolist()[:2]
     [['all rows', 7.0, 0.0, True], ['answer a', 3.5, 3.5, False]]
     """
-    labels = train["pixel_hash"] if groups is None else groups
-    group_of_row = pd.Series(np.asarray(labels), index=train.index)
+    group_of_row = pd.Series(np.asarray(groups), index=train.index)
     numbers = np.unique(train["fold"])
     parts = {"all rows": np.full(len(train), True)}
     for column in ("answer", "type"):
@@ -8138,8 +8136,9 @@ def _refuse_quantisation_without_gpu(config: Config, runtime: Runtime) -> None:
         )
 
 
-def load_patiently(config: Config, load: Callable, attempts: int = 3):
+def load_patiently(config: Config, load: Callable):
     """What `load()` returns, tried again where a download breaks off; else OSError."""
+    attempts = 3
     for attempt in range(attempts):
         time.sleep(2 * attempt)
         try:
@@ -8156,7 +8155,7 @@ def load_patiently(config: Config, load: Callable, attempts: int = 3):
     raise explain_missing_model(config, cause) from cause
 
 
-def load_model(config: Config, runtime: Runtime, attempts: int = 3):
+def load_model(config: Config, runtime: Runtime):
     """The frozen base model on this process's GPU, its GPUs or the CPU.
 
     Raises ValueError for a family, quantisation or stored format that cannot be used here,
@@ -8165,7 +8164,7 @@ def load_model(config: Config, runtime: Runtime, attempts: int = 3):
     """
     _refuse_quantisation_without_gpu(config, runtime)
     check_score_model(config)
-    model = load_patiently(config, lambda: _load_model_once(config, runtime), attempts)
+    model = load_patiently(config, lambda: _load_model_once(config, runtime))
     return model.requires_grad_(False).eval()
 
 
@@ -17982,13 +17981,17 @@ def make_verdict(
         next_step="",
         base_member=describe_base_member(run, evaluation) if evaluation.base else "",
     )
-    learning = learning_alarm(evaluation)
-    alarms = [learning] if learning else []
-    alarms += _prediction_alarms(run, evaluation)
-    alarms += [leakage_alarm] if leakage_alarm else []
-    alarms += _run_alarms(run)
-    next_step = _next_step(run, verdict, results, share_cut)
-    return dataclasses.replace(verdict, alarms=tuple(alarms), next_step=next_step)
+    alarms = [
+        learning_alarm(evaluation),
+        *_prediction_alarms(run, evaluation),
+        leakage_alarm,
+        *_run_alarms(run),
+    ]
+    return dataclasses.replace(
+        verdict,
+        alarms=tuple(filter(None, alarms)),
+        next_step=_next_step(run, verdict, results, share_cut),
+    )
 
 
 def _interval_sentence(verdict: Verdict) -> str:
@@ -18006,11 +18009,12 @@ def _training_sentence(verdict: Verdict) -> str:
     if math.isnan(verdict.gain):
         return f"Not known: no row was scored by both the folds and {base}."
     gain = points_with_interval(verdict.gain, verdict.gain_low, verdict.gain_high)
+    result = "Not beyond chance"
     if verdict.gain_low > 0:
-        return f"Yes: {gain} points in one view, against {base}."
-    if verdict.gain_high < 0:
-        return f"No, it did harm: {gain} points in one view, against {base}."
-    return f"Not beyond chance: {gain} points in one view, against {base}."
+        result = "Yes"
+    elif verdict.gain_high < 0:
+        result = "No, it did harm"
+    return f"{result}: {gain} points in one view, against {base}."
 
 
 def _time_sentence(verdict: Verdict) -> str:
@@ -21422,8 +21426,8 @@ HARMLESS_OUTPUT = (
 )
 
 
-def log_tail(text: str, lines: int = 25) -> str:
-    """The last `lines` lines of a log, without progress bars and known harmless warnings.
+def log_tail(text: str) -> str:
+    """The last 25 lines of a log, without progress bars and known harmless warnings.
 
     >>> log_tail("Loading weights: 100%|####| 97/97\\nValueError: no such row")
     'ValueError: no such row'
@@ -21432,7 +21436,7 @@ def log_tail(text: str, lines: int = 25) -> str:
     for pattern in HARMLESS_OUTPUT:
         text = re.sub(pattern, "", text, flags=re.MULTILINE)
     kept = [line for line in text.splitlines() if line.strip()]
-    return "\n".join(kept[-lines:])
+    return "\n".join(kept[-25:])
 
 
 def process_group_environments(devices: Sequence[str | None]) -> list[dict[str, str]]:
