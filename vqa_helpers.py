@@ -12237,26 +12237,26 @@ def fill_alignment(folder: Path, progress: Callable) -> None:
     # All questions on an image are in one batch, so that it is encoded once.
     number_of_image = pd.factorize(rows["pixel_hash"])[0]
     batches = [batch for _, batch in rows.groupby(number_of_image // size)]
-
-    def align(batch: pd.DataFrame) -> list[list]:
-        return align_rows_with_images(aligner, batch)
-
+    align = functools.partial(align_rows_with_images, aligner)
     _kept_alignment(folder).fill(batches, "key", align, progress, "alignment scores")
+
+
+# Settings of a run that a process beside it takes, whatever it does.
+SIDE_SETTINGS = (
+    "precision",
+    "attn_implementation",
+    "use_batch_inference",
+    "infer_batch_size",
+    "deterministic",
+    "strict_determinism",
+    "log_level",
+    "trust_remote_code",
+)
 
 
 def _alignment_config(config: Config) -> Config:
     """The settings of the process that aligns rows: `alignment_model`, as its model_id."""
-    names = (
-        "precision",
-        "attn_implementation",
-        "use_batch_inference",
-        "infer_batch_size",
-        "deterministic",
-        "strict_determinism",
-        "log_level",
-        "trust_remote_code",
-    )
-    settings = {name: getattr(config, name) for name in names}
+    settings = {name: getattr(config, name) for name in SIDE_SETTINGS}
     return Config(model_id=config.alignment_model, quantization="none", **settings)
 
 
@@ -21829,7 +21829,7 @@ TRANSCRIPT_REQUEST = (
     "이미지에 보이는 글자와 숫자를 모두 그대로 옮겨 적으세요. "
     "설명하지 말고, 글자가 없으면 아무것도 쓰지 마세요."
 )
-# Settings that decide what is read, and those that decide how.
+# Settings that decide what is read.
 _READING_SETTINGS = (
     "model_id",
     "quantization",
@@ -21839,15 +21839,6 @@ _READING_SETTINGS = (
     "image_size",
     "min_pixels",
     "max_pixels",
-)
-_READER_SETTINGS = (
-    "use_batch_inference",
-    "infer_batch_size",
-    "deterministic",
-    "strict_determinism",
-    "cache_dir",
-    "log_level",
-    "trust_remote_code",
 )
 _TRANSCRIPT_COLUMNS = ("id", "question", *CHOICES, "image_path", "width", "height", "pixel_hash")
 
@@ -21914,12 +21905,8 @@ def fill_transcripts(folder: Path, progress: Callable) -> None:
     images = images.iloc[np.argsort(tokens, kind="stable")[::-1]]  # like sizes need no padding
     size = config.inference_batch
     batches = [images[start : start + size] for start in range(0, len(images), size)]
-
-    def read(batch: pd.DataFrame) -> list[str]:
-        return read_images(session, batch)
-
-    kept = _transcripts_in(folder)
-    kept.fill(batches, "pixel_hash", read, progress, "reading images")
+    read = functools.partial(read_images, session)
+    _transcripts_in(folder).fill(batches, "pixel_hash", read, progress, "reading images")
 
 
 def _transcript_config(config: Config) -> Config:
@@ -21927,7 +21914,7 @@ def _transcript_config(config: Config) -> Config:
 
     With loss "vocabulary" the whole head stays where the model is: any token may be written.
     """
-    names = (*_READING_SETTINGS, *_READER_SETTINGS)
+    names = {*_READING_SETTINGS, *SIDE_SETTINGS, "cache_dir"}
     return Config(**{name: getattr(config, name) for name in names}, loss="vocabulary")
 
 
