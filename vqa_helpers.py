@@ -12536,6 +12536,11 @@ class Run:
             notation=notation,
         )
 
+    def held_out(self, member: int) -> pd.DataFrame:
+        """The training rows that validate the member; none for a model on all rows."""
+        is_held_out = self.train["fold"] == fold_of(self.config, member)
+        return self.train[is_held_out].reset_index(drop=True)
+
     def is_done(self, stage: str, member: int) -> bool:
         """Whether the file is there that the stage writes last."""
         folder = fold_folder(self.config, member)
@@ -14592,8 +14597,7 @@ class FoldState:
         if config.pretrain_epochs:
             text = "Decision: fold %s trains on the rows of extra_train_dirs first: %s"
             LOGGER.info(text, self.name, self.schedule)
-        is_held_out = self.run.train["fold"] == self.fold
-        self.validation = self.run.train[is_held_out].reset_index(drop=True)
+        self.validation = self.run.held_out(self.member)
 
     def _prepare_steps(self) -> None:
         config = self.config
@@ -16635,7 +16639,7 @@ def _validated_accuracy(run: Run) -> float:
         kinds = read_fold_result(run, member).kinds
         of_kinds = [kinds[kind].get("accuracy", math.nan) for kind in run.selected_weights or kinds]
         accuracies.append(np.mean(of_kinds))
-        rows.append((run.train["fold"] == fold_of(run.config, member)).sum())
+        rows.append(len(run.held_out(member)))
     return float(np.average(accuracies, weights=rows))
 
 
@@ -20095,7 +20099,7 @@ def check_no_leak(run: Run, teachers: Mapping[str, Run]) -> None:
     """
     for fold in run.models_to_train:
         rows = training_rows(run, fold)
-        held_out = run.train[run.train["fold"] == fold].assign(source="train")
+        held_out = run.held_out(fold).assign(source="train")
         both = _row_keys(rows) & _row_keys(held_out)
         _require_no_rows(fold, both, "a training row also validates it")
         added = rows[rows["source"] != "train"]
@@ -20213,12 +20217,6 @@ def _scores_problem(
     return _problem_of(_require_whole_scores, run, path, ids, some)
 
 
-def _held_out_ids(run: Run, member: int) -> list[str]:
-    """The ids of the rows that a member's fold holds out; none for the final model."""
-    fold = fold_of(run.config, member)
-    return run.train.loc[run.train["fold"] == fold, "id"].tolist()
-
-
 def adapter_problem(run: Run, fold: int, kind: str) -> str:
     """Why a fold's adapter cannot be used; "" where it is as it was written."""
     folder = run.fold_dir(fold) / f"adapter_{kind}"
@@ -20247,7 +20245,7 @@ class _Damage:
 def _score_damages(run: Run, fold: int) -> Iterator[_Damage]:
     """Damaged files of the stages that score: both files are made anew, the last one decides."""
     folder = run.fold_dir(fold)
-    held_out = _held_out_ids(run, fold)
+    held_out = run.held_out(fold)["id"].tolist()
     test = run.test["id"].tolist()
     rows_by_stage = [
         {"oof.npz": held_out, "test.npz": test},
@@ -20282,9 +20280,10 @@ def _training_damages(run: Run, fold: int) -> Iterator[_Damage]:
         problem = adapter_problem(run, fold, kind)
         if problem:
             yield _Damage(problem, (name,))
+    held_out = run.held_out(fold)["id"].tolist()
     for kind in content.kinds:
         path = folder / f"validation_{kind}.npz"
-        problem = _scores_problem(run, path, _held_out_ids(run, fold), needed=True)
+        problem = _scores_problem(run, path, held_out, needed=True)
         if problem:
             yield _Damage(problem, (path.relative_to(run.directory), name))
 
@@ -20767,8 +20766,7 @@ def stage_predict(session: Session, run: Run, fold: int, ending: str = "") -> No
     """
     directory = run.fold_dir(fold)
     views = all_views(run.config, session.processor)
-    is_held_out = run.train["fold"] == fold_of(run.config, fold)
-    held_out = run.train[is_held_out].reset_index(drop=True)
+    held_out = run.held_out(fold)
     tasks = [
         ScoringTask(f"oof{ending}", held_out, run.train),
         ScoringTask(f"test{ending}", run.test, run.test),
@@ -20821,7 +20819,7 @@ def stage_base(session: Session, run: Run, fold: int) -> None:
     has only this fold's scores.
     """
     views = views_of_all_rows(run.config, session.processor)
-    held_out = run.train[run.train["fold"] == fold].reset_index(drop=True)
+    held_out = run.held_out(fold)
     test_rows = run.base_test_rows(fold)
     tasks = [
         ScoringTask("base_oof", held_out, held_out),
