@@ -274,6 +274,9 @@ quantizers = _LazyModule("transformers.quantizers.auto")
 safetensors = _LazyModule("safetensors")  # section 1 may replace the one that is on disk
 safetensors_torch = _LazyModule("safetensors.torch")
 optuna = _LazyModule("optuna")
+# Importing sklearn draws from the global random generator.
+sklearn_linear = _LazyModule("sklearn.linear_model")
+sklearn_selection = _LazyModule("sklearn.model_selection")
 scipy_stats = _LazyModule("scipy.stats")  # a third of a second in every process
 vision_process = _LazyModule("qwen_vl_utils.vision_process")
 
@@ -6692,9 +6695,6 @@ def make_folds(train: pd.DataFrame, n_folds: int = 3, seed: int = 42, groups=Non
     >>> sorted(folds)
     [0, 0, 0, 0, 1, 1, 1, 1]
     """
-    # Here, not at the top of the file: importing sklearn draws from the global generator.
-    from sklearn.model_selection import StratifiedGroupKFold
-
     labels = train["pixel_hash"] if groups is None else groups
     group_numbers, _ = pd.factorize(np.asarray(labels))
     group_count = group_numbers.max() + 1
@@ -6707,7 +6707,7 @@ def make_folds(train: pd.DataFrame, n_folds: int = 3, seed: int = 42, groups=Non
     # the groups instead (its pull request 32540), and folds come out as uneven as dealt at random.
     shuffled = np.random.RandomState(seed).permutation(group_count)
     place_of_group = np.argsort(shuffled)
-    splitter = StratifiedGroupKFold(n_splits=n_folds)
+    splitter = sklearn_selection.StratifiedGroupKFold(n_splits=n_folds)
     folds = np.full(len(train), -1)
     splits = splitter.split(train, strata, place_of_group[group_numbers])
     for fold, (_, held_out) in enumerate(splits):
@@ -15556,9 +15556,6 @@ def stack(probabilities, labels, strength=0.03) -> Stack:
     `strength` is sklearn's C. It is small on purpose: 0.03 was best in our simulations.
     Raises ValueError where a choice never occurs in the labels.
     """
-    # Imported here because importing sklearn draws from the global random generator.
-    from sklearn.linear_model import LogisticRegression
-
     members, labels = _as_labelled(probabilities, labels, ndim=3)
     unseen = set(range(members.shape[2])) - set(labels.tolist())
     if unseen:
@@ -15566,7 +15563,7 @@ def stack(probabilities, labels, strength=0.03) -> Stack:
             f"choices {sorted(unseen)} never occur in the labels: "
             "too few rows to stack, use the mean"
         )
-    model = LogisticRegression(C=strength, max_iter=2000)
+    model = sklearn_linear.LogisticRegression(C=strength, max_iter=2000)
     model.fit(_stack_features(members), labels)
     return Stack(model, members, strength)
 
