@@ -5260,8 +5260,8 @@ class _Archives:
 def _archives_with(paths: Iterable[_ImagePath], root: Path, split: str) -> _Archives:
     """The archives in `root` that hold files with some of these paths' names, in any spelling.
 
-    One that is named after the split comes first; one that is named after another split is left
-    out. Those that cannot be read are named.
+    One named after the split comes first; one named after another split is left out. Those that
+    cannot be read are named.
     """
 
     def order(path: Path) -> tuple[bool, str]:
@@ -5538,9 +5538,9 @@ def _decode_cut_jpeg(content: bytes, max_side: int) -> tuple[Image.Image, float]
 
 
 # === Images ==================================
-# The `image_path` of a test row without a usable image; `load_image` knows it.
+# The `image_path` of a test row without a usable image.
 GREY_IMAGE = "<grey image>"
-# Between the file and how it is changed, in an `image_path`; `load_image` knows it.
+# Between the file and how it is changed, in an `image_path`.
 VARIANT_MARK = "<variant>"
 # Pixels; more than any pixel budget asks for, and it bounds the memory of one image.
 MAX_IMAGE_SIDE = 4096
@@ -7128,7 +7128,6 @@ class Tiles:
     without_mask = {"attention_mask": {"full_attention": None}}
 
     def tile_pixels(self, processor) -> int:
-        """Pixels of a tile."""
         size = processor.image_processor.size
         return size["height"] * size["width"]
 
@@ -9371,7 +9370,6 @@ class Session:
 
     @property
     def family(self) -> Family:
-        """The model's."""
         return FAMILIES[self.model.config.model_type]
 
     @property
@@ -14592,7 +14590,6 @@ class FoldState:
         # Changed images are the same for all seeds, which share their cached features.
         seed = self.session.config.seed
         variants = image_variants(all_rows(self.run), config.augment_images, seed)
-        # The rows and steps of every epoch.
         self.schedule = plan_training(config, training_rows(self.run, self.fold, variants))
         if config.pretrain_epochs:
             text = "Decision: fold %s trains on the rows of extra_train_dirs first: %s"
@@ -16067,7 +16064,6 @@ class Skill:
 
     @property
     def accuracy(self) -> float:
-        """Share of rows that are answered rightly."""
         return self.right / self.rows
 
 
@@ -16743,7 +16739,6 @@ class BaseMember:
 
     @property
     def is_used(self) -> bool:
-        """Whether the submission has it."""
         return self.method != WITHOUT_BASE
 
     @property
@@ -19045,9 +19040,9 @@ def read_submission(
 
 
 # === Submissions of a run ====================
-def copy_to_kaggle_working(path: Path, config: Config) -> None:
+def copy_to_kaggle_working(path: Path) -> None:
     """On Kaggle, copy a finished submission into the working folder, to be submitted."""
-    if detect_runtime(config.precision).platform == "kaggle":
+    if _detect_platform() == "kaggle":
         atomic_write("submission.csv", path.read_bytes())
 
 
@@ -19252,7 +19247,7 @@ def write_submissions(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFram
     for name, predicted in answers.items():
         path = run.directory / f"submission_{name}.csv"
         frames[name] = _write_answers(predicted, run, path)
-    copy_to_kaggle_working(run.directory / "submission_ensemble.csv", run.config)
+    copy_to_kaggle_working(run.directory / "submission_ensemble.csv")
     propose_final_pick(run, evaluation)
     return frames
 
@@ -19484,7 +19479,7 @@ def ensemble_runs(
     path = Path(folder) / "submission.csv"
     answers = _write_answers(probabilities.argmax(axis=1), first, path)
     write_table(table.reset_index(), path.with_name("ladder.csv"))
-    copy_to_kaggle_working(path, first.config)
+    copy_to_kaggle_working(path)
     return table, answers
 
 
@@ -21292,7 +21287,6 @@ class StayingProcess:
             self.process.terminate()
 
     def kill(self) -> None:
-        """End it at once."""
         self.process.kill()
         self.process.wait()
         self.channel.close()
@@ -21303,8 +21297,7 @@ class StayingProcess:
         try:
             self.process.wait(ANSWER_SECONDS)
         except subprocess.TimeoutExpired:  # it still works, or hangs
-            self.process.kill()
-            self.process.wait()
+            self.kill()
 
     def why_not(self, config: Config, environment: Mapping[str, str]) -> str:
         """Why it cannot do a command with these settings and variables; "" where it can."""
@@ -21462,7 +21455,6 @@ class LiveText:
             self.output = ipython.display.display({"text/plain": ""}, raw=True, display_id=True)
 
     def show(self, lines: Sequence[str]) -> None:
-        """Show these lines instead of those before."""
         if self.output is not None:
             self.output.update({"text/plain": "\n".join(lines)}, raw=True)
         else:
@@ -22984,10 +22976,7 @@ class TimeEstimate:
         }
 
     def scoring_parts(self, held_out: float, is_rescoring: bool) -> dict[str, float]:
-        """Seconds of the stage "predict", or "rescore", by part; `held_out`: rows, as above.
-
-        Without imports and the features of the test images, which are not of every fold.
-        """
+        """Seconds of the stage "predict", or "rescore", by part; `held_out`: rows, as above."""
         config = self.config
         seconds = self.seconds
         # With one view their validation has scored them.
