@@ -15024,11 +15024,11 @@ class FoldTrainer(FoldState):
         # Pretraining is kept only until an epoch on the fold's own rows is done.
         is_first = self.best["score"] is None or self.best["epoch"] < self.config.pretrain_epochs
         if is_first or score > self.best["score"]:
-            weights = {name: value.detach() for name, value in self.parameters.items()}
+            weights = self.parameters.items()
             self.best = {
                 "score": score,
                 "epoch": epoch,
-                "tensors": {name: value.cpu().clone() for name, value in weights.items()},
+                "tensors": {name: value.detach().cpu().clone() for name, value in weights},
                 "logits": torch.from_numpy(logits),
             }
         record = {
@@ -17372,14 +17372,12 @@ def predict_test(run: Run, evaluation: Evaluation) -> dict[int, np.ndarray]:
     The final model, if there is one, gets the pooled temperature. Where OOF prefers it, the base
     model is mixed into each, by the rule for OOF rows.
     """
+    probabilities = {fold: _predict_fold(run, evaluation, fold) for fold in run.submission_models}
     base = evaluation.base
     if base is not None and base.is_used:
-        base_probabilities = predict_base_test(run, evaluation.oof, evaluation.views, base)
-    probabilities = {}
-    for fold in run.submission_models:
-        probabilities[fold] = _predict_fold(run, evaluation, fold)
-        if base is not None and base.is_used:
-            probabilities[fold] = base.apply(probabilities[fold], base_probabilities)
+        of_base = predict_base_test(run, evaluation.oof, evaluation.views, base)
+        for fold, fine_tuned in probabilities.items():
+            probabilities[fold] = base.apply(fine_tuned, of_base)
     if evaluation.alignment is None:
         return probabilities
     scores = read_alignment(run, "test").loc[run.test["id"]].to_numpy()
@@ -19532,9 +19530,7 @@ def error_overlaps(correct: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """
     wrong = {name: ~np.asarray(values, dtype=bool) for name, values in correct.items()}
     rows = []
-    for a, b in itertools.combinations(wrong, 2):
-        wrong_a = wrong[a]
-        wrong_b = wrong[b]
+    for (a, wrong_a), (b, wrong_b) in itertools.combinations(wrong.items(), 2):
         row = {
             "a": a,
             "b": b,
