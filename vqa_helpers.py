@@ -11665,7 +11665,6 @@ class PassTrial:
 
     micro_batch: int
     stored_layers: int
-    share: float  # of a step's questions that a pass takes: 1 over its passes
     step: int  # questions
     computed: float = math.nan  # questions a second, before it was tried
     seconds: list[float] = field(default_factory=list)  # of its timed passes
@@ -11675,7 +11674,7 @@ class PassTrial:
 
     def per_question(self, seconds: float) -> float:
         """Seconds a question where a pass takes so many; the last pass may be a short one."""
-        return seconds / self.share / self.step
+        return seconds * math.ceil(self.step / self.micro_batch) / self.step
 
     @property
     def is_compiled_alone(self) -> bool:
@@ -11883,7 +11882,13 @@ class PassPlanner:
         trial.turns += 1
         in_passes = 0.0
         for number in range(WARM_UP_PASSES + TIMED_PASSES):
-            seconds, peak = self.run_pass(trial.micro_batch, trial.stored_layers)
+            try:
+                seconds, peak = self.run_pass(trial.micro_batch, trial.stored_layers)
+            except RuntimeError as error:
+                if not self.is_captured:
+                    raise
+                trial.reason = f"cannot be captured: {error}"
+                break
             if math.isinf(seconds):
                 trial.reason = "does not fit: out of memory"
                 break
@@ -11951,14 +11956,12 @@ class PassPlanner:
 
     def plan(self) -> MemoryPlan | None:
         """The fastest plan that fits; None where none does. Logs the table of all."""
-        measured_costs = self.measure_costs()
-        if measured_costs is not None:
-            costs, most_stored = measured_costs
+        found = self.measure_costs()
+        if found:
+            costs, most_stored = found
             recompute = self.session.config.gradient_checkpointing
             plans = candidate_plans(costs, memory_budget(), most_stored, self.step, recompute)
-            for micro_batch, stored in plans:
-                passes = math.ceil(self.step / micro_batch)
-                self.trials.append(PassTrial(micro_batch, stored, 1 / passes, self.step))
+            self.trials += [PassTrial(*plan, self.step) for plan in plans]
             self.try_each()
             self.repeat()
             clear_memory()

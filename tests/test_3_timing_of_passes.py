@@ -32,6 +32,7 @@ class MadeUpCard:
         self.too_large = ()  # numbers of questions that run out of memory all the same
         self.heavier = 0.0  # GiB that four questions take beyond what is computed
         self.can_capture = None  # whether passes can be captured; None: nobody thinks of it
+        self.uncapturable = ()  # numbers of questions with all layers kept that cannot be
         self.calls = []  # (questions, layers kept, seconds) of each pass
 
     def true_seconds(self, questions, kept, is_captured=False):
@@ -47,7 +48,8 @@ class MadeUpCard:
         assert [len(prompt.input_ids) for prompt in prompts] == [3] * questions  # the longest
         if is_captured and self.can_capture == "no room":
             return np.inf, np.inf
-        if is_captured and not self.can_capture:
+        cannot = not self.can_capture or (kept == 36 and questions in self.uncapturable)
+        if is_captured and cannot:
             raise RuntimeError("operation not permitted when stream is capturing")
         seconds = self.true_seconds(questions, kept, is_captured)
         seconds *= 1 + self.noise * self.random.uniform(-1, 1)
@@ -133,6 +135,30 @@ def test_a_card_that_is_busy_is_not_asked_to_capture(plan_on):
     made_up.can_capture = False  # it would raise
     plan, _ = plan_on(made_up, job=5_000)
     assert (plan.micro_batch, plan.is_captured) == (4, False)
+
+
+def test_a_size_that_cannot_be_captured_leaves_the_others(plan_on):
+    made_up = MadeUpCard(H200_ON_A_SLOW_HOST)
+    made_up.can_capture = True
+    made_up.uncapturable = (4,)  # the best of all, else
+    plan, table = plan_on(made_up, job=100_000)
+    assert (plan.micro_batch, plan.is_captured) == (3, True)
+    (row,) = [row for row in table if row["in a pass"] == 4]
+    assert row["note"] == "cannot be captured: operation not permitted when stream is capturing"
+
+
+def test_a_fault_of_a_pass_without_a_graph_ends_the_planning(plan_on):
+    made_up = MadeUpCard(T4)
+    own = made_up.measure_pass
+
+    def failing(session, prompts, *arguments):
+        if len(prompts) == 8:
+            raise RuntimeError("a fault")
+        return own(session, prompts, *arguments)
+
+    made_up.measure_pass = failing
+    with pytest.raises(RuntimeError, match="a fault"):
+        plan_on(made_up, job=50_000)
 
 
 def plan_of(row):
