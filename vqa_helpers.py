@@ -11697,24 +11697,23 @@ class PassTrial:
         slowest = self.per_question(max(self.seconds)) * (1 + margin)
         return fastest, slowest
 
+    def speed(self, of_all: Callable) -> float | str:
+        """Questions a second by that of its passes; "" before there are any."""
+        return round(1 / self.per_question(of_all(self.seconds)), 2) if self.seconds else ""
+
     def row(self) -> dict:
         """Its row in the table of all."""
-        row = {
+        return {
             "in a pass": self.micro_batch,
             "layers kept": self.stored_layers,
             "computed, questions/s": round(self.computed, 2),
-            "questions/s": "",
-            "slowest": "",
-            "fastest": "",
+            "questions/s": self.speed(statistics.median_low),
+            "slowest": self.speed(max),
+            "fastest": self.speed(min),
             "passes": len(self.seconds),
             "peak GiB": round(self.peak / 2**30, 2) or "",
             "note": self.reason,
         }
-        if self.seconds:
-            row["questions/s"] = round(1 / self.seconds_per_question, 2)
-            row["slowest"] = round(1 / self.per_question(max(self.seconds)), 2)
-            row["fastest"] = round(1 / self.per_question(min(self.seconds)), 2)
-        return row
 
 
 # === Choosing a plan =========================
@@ -11727,7 +11726,7 @@ class PassPlanner:
     those whose intervals overlap the best one's take turns, up to MOST_TURNS. In each turn a plan
     has WARM_UP_PASSES that do not count and TIMED_PASSES that do. All passes together take at most
     PLANNING_SHARE of the job; but there is always time for the first ones, which show what a pass
-    takes, for FREE_PASSES, and until one plan is measured.
+    takes, for FREE_PASSES, until one plan is measured, and for `is_worth_capturing`.
     """
 
     session: Session
@@ -11736,8 +11735,8 @@ class PassPlanner:
     state_bytes: int  # as in `plan_memory`
     job: int  # as in `plan_memory`
     spent: float = 0.0  # seconds until now, without the compiling that training needs, too
-    free_passes: int = FREE_PASSES  # that are left
-    first_pass: float = 0.0  # seconds that it took longer than the next one
+    first_pass: float = 0.0  # seconds that it took longer than the next one, to compile
+    capturing: float = 0.0  # likewise, to be captured, in every turn
     beside_passes: float = 0.0  # seconds of the last turn that were not of its passes
     times: PassTimes = field(default_factory=lambda: PassTimes({}))
     trials: list[PassTrial] = field(default_factory=list)
@@ -11756,8 +11755,11 @@ class PassPlanner:
         """Seconds and peak bytes of a second pass; of a captured one the peak of its capture."""
         first, first_peak = self.run_pass(questions, stored)
         seconds, peak = self.run_pass(questions, stored)
-        self.first_pass = max(self.first_pass, first - seconds)
-        return seconds, max(first_peak, peak) if self.is_captured else peak
+        if not self.is_captured:
+            self.first_pass = max(self.first_pass, first - seconds)
+            return seconds, peak
+        self.capturing = max(self.capturing, first - seconds)
+        return seconds, max(first_peak, peak)
 
     def measure_peaks(self, stored: int) -> tuple[float, float, float]:
         """Peak bytes of two questions, of four, and of two with `stored` layers; fills `times`."""
@@ -11775,6 +11777,7 @@ class PassPlanner:
         if self.session.captured_passes is None or not waits:
             return None
         self.is_captured = True
+        start = time.perf_counter()
         reason = "out of memory"
         try:
             peaks = self.measure_peaks(stored)
@@ -11782,8 +11785,11 @@ class PassPlanner:
                 return peaks
         except RuntimeError as error:
             reason = error
+        finally:
+            self.spent += time.perf_counter() - start
         LOGGER.warning("Decision: passes are not captured: %s", reason)
         self.is_captured = False
+        self.capturing = 0.0
         self.session.captured_passes = None
         self.times.seconds = computed
         return None
@@ -11794,9 +11800,11 @@ class PassPlanner:
             return False
         self.is_captured = False
         self.session.captured_passes.drop()
+        start = time.perf_counter()
         clear_memory()
         self.run_pass(trial.micro_batch, trial.stored_layers)
         seconds, _ = self.run_pass(trial.micro_batch, trial.stored_layers)
+        self.spent += time.perf_counter() - start
         captured = statistics.median_low(trial.seconds)
         is_worth_it = seconds > (1 + UNSURE) * captured
         LOGGER.info(
@@ -11816,7 +11824,8 @@ class PassPlanner:
         config = self.session.config
         stored = max(2, self.layers // 4)
         peaks = self.measure_peaks(stored)
-        self.spent = 2 * sum(self.times.seconds.values())
+        # Of two questions a third pass may have compiled, too.
+        self.spent = 3 * self.times.seconds[2] + 2 * self.times.seconds[4]
         peak_of_two, peak_of_four, peak_of_stored = self.capture_peaks(stored) or peaks
         # Two more questions, while one layer at a time holds what it has computed again.
         question = (peak_of_four - peak_of_two) / 2
@@ -11866,10 +11875,11 @@ class PassPlanner:
         else:
             share = recomputing_share(trial.stored_layers, self.layers)
             seconds = self.times.at_most(trial.micro_batch) * share
-        seconds = seconds * passes * (1 + UNSURE) + self.beside_passes
+        seconds = (seconds * passes + self.capturing) * (1 + UNSURE) + self.beside_passes
         if trial.is_compiled_alone and not trial.seconds:
             seconds += self.first_pass
-        is_free = passes <= self.free_passes or not self.measured
+        turns = 1 + sum(other.turns for other in self.trials)
+        is_free = turns * passes <= FREE_PASSES or not self.measured
         return is_free or self.spent + seconds <= self.budget
 
     def take_turn(self, trial: PassTrial) -> None:
@@ -11878,7 +11888,6 @@ class PassPlanner:
         if self.is_captured:
             self.session.captured_passes.drop()
         clear_memory()
-        self.free_passes -= WARM_UP_PASSES + TIMED_PASSES
         trial.turns += 1
         in_passes = 0.0
         for number in range(WARM_UP_PASSES + TIMED_PASSES):
@@ -11897,7 +11906,7 @@ class PassPlanner:
             if number >= WARM_UP_PASSES:
                 trial.seconds.append(seconds)
         elapsed = time.perf_counter() - start
-        self.spent += max(elapsed, in_passes)
+        self.spent += elapsed
         if trial.reason:
             return
         self.beside_passes = max(0.0, elapsed - in_passes)
@@ -11941,9 +11950,7 @@ class PassPlanner:
 
     def repeat(self) -> None:
         """Further turns, one after the other, while the noise hides which plan is the fastest."""
-        while True:
-            if not self.measured:
-                return
+        while self.measured:
             _, slowest_of_best = self.measured[0].interval
             contenders = [trial for trial in self.measured if trial.interval[0] <= slowest_of_best]
             waiting = [trial for trial in contenders if trial.turns < MOST_TURNS]
@@ -11965,13 +11972,14 @@ class PassPlanner:
             self.try_each()
             self.repeat()
             clear_memory()
+        plan = None
+        if self.measured:
+            best = self.measured[0]
+            is_captured = self.is_worth_capturing(best)
+            plan = MemoryPlan(best.micro_batch, best.stored_layers, best.peak / 2**30, is_captured)
         if self.trials:
             self.log_table()
-        if not self.measured:
-            return None
-        best = self.measured[0]
-        is_captured = self.is_worth_capturing(best)
-        return MemoryPlan(best.micro_batch, best.stored_layers, best.peak / 2**30, is_captured)
+        return plan
 
     def log_table(self) -> None:
         """All plans in one block of the log; kept for the run's stages.jsonl, too."""

@@ -29,10 +29,14 @@ class MadeUpCard:
         self.random = np.random.default_rng(seed)
         self.room = 13 * GIB
         self.compiling = 0.0  # seconds of the first pass, and of the first one of one question
+        self.capturing = 0.0  # seconds of the first pass of a shape that is captured
+        self.graphs = set()  # (questions, layers kept) of the shapes that are captured
+        self.clearing = 0.0  # seconds of clearing the memory
+        self.clock = 0.0  # seconds of all that was done
         self.too_large = ()  # numbers of questions that run out of memory all the same
         self.heavier = 0.0  # GiB that four questions take beyond what is computed
         self.can_capture = None  # whether passes can be captured; None: nobody thinks of it
-        self.uncapturable = ()  # numbers of questions with all layers kept that cannot be
+        self.uncapturable = ()  # (questions, layers kept) of those that cannot be
         self.calls = []  # (questions, layers kept, seconds) of each pass
 
     def true_seconds(self, questions, kept, is_captured=False):
@@ -48,7 +52,7 @@ class MadeUpCard:
         assert [len(prompt.input_ids) for prompt in prompts] == [3] * questions  # the longest
         if is_captured and self.can_capture == "no room":
             return np.inf, np.inf
-        cannot = not self.can_capture or (kept == 36 and questions in self.uncapturable)
+        cannot = not self.can_capture or (questions, kept) in self.uncapturable
         if is_captured and cannot:
             raise RuntimeError("operation not permitted when stream is capturing")
         seconds = self.true_seconds(questions, kept, is_captured)
@@ -57,11 +61,18 @@ class MadeUpCard:
             seconds *= 3
         if not self.calls or (questions == 1 and 1 not in [call[0] for call in self.calls]):
             seconds += self.compiling
+        if is_captured and (questions, kept) not in self.graphs:
+            self.graphs.add((questions, kept))
+            seconds += self.capturing
+        self.clock += seconds
         self.calls.append((questions, kept, seconds))
         peak = self.peak(questions, kept)
         if peak > self.room or questions in self.too_large:
             return np.inf, np.inf
         return seconds, peak
+
+    def clear_memory(self):
+        self.clock += self.clearing
 
     def per_question(self, row):
         """True seconds a question of a plan, a row of the table or a MemoryPlan."""
@@ -78,20 +89,22 @@ class MadeUpCard:
 def plan_on(monkeypatch):
     """plan_on(card, job, step=32) -> (the plan, the table of what was tried)."""
 
-    def plan(card, job, step=32, clear=quiet):
+    def plan(card, job, step=32):
         config = vqa.Config.preset(
             "demo", batch_size=step, grad_accum_steps=1, gradient_checkpointing=True
         )
+        passes = SimpleNamespace(drop=card.graphs.clear)
         on_a_gpu = SimpleNamespace(
             device=torch.device("cuda"),
             decoder_layers=[None] * QWEN3_8B.layers,
-            captured_passes=None if card.can_capture is None else SimpleNamespace(drop=quiet),
+            captured_passes=None if card.can_capture is None else passes,
             passes_tried=[],
             config=config,
         )
         monkeypatch.setattr(vqa, "measure_pass", card.measure_pass)
         monkeypatch.setattr(vqa, "memory_budget", lambda: 0.92 * card.room)
-        monkeypatch.setattr(vqa, "clear_memory", clear)  # the real one: seconds, after other tests
+        monkeypatch.setattr(vqa, "clear_memory", card.clear_memory)
+        monkeypatch.setattr(vqa.time, "perf_counter", lambda: card.clock)
         prompts = [SimpleNamespace(input_ids=[0] * length) for length in (2, 3)]
         return vqa.plan_memory(on_a_gpu, prompts, 0, job), on_a_gpu.passes_tried
 
@@ -140,7 +153,7 @@ def test_a_card_that_is_busy_is_not_asked_to_capture(plan_on):
 def test_a_size_that_cannot_be_captured_leaves_the_others(plan_on):
     made_up = MadeUpCard(H200_ON_A_SLOW_HOST)
     made_up.can_capture = True
-    made_up.uncapturable = (4,)  # the best of all, else
+    made_up.uncapturable = ((4, 36),)  # the best of all, else
     plan, table = plan_on(made_up, job=100_000)
     assert (plan.micro_batch, plan.is_captured) == (3, True)
     (row,) = [row for row in table if row["in a pass"] == 4]
@@ -250,30 +263,44 @@ def test_the_passes_take_their_share_of_the_job_or_those_that_are_free(card, job
     assert plan.peak_gib
 
 
-def test_what_a_turn_takes_beside_its_passes_counts_as_well(plan_on, monkeypatch):
+def test_what_a_turn_takes_beside_its_passes_counts_as_well(plan_on):
     """As on a card whose memory takes seconds to be cleared."""
     job = 10_000
-    clock = [0.0]
-    monkeypatch.setattr(vqa.time, "perf_counter", lambda: clock[0])
     turns = []
     for clearing in (0.0, 40.0):
         card = MadeUpCard(T4, noise=0.1)
-        own = card.measure_pass
-
-        def measured(*arguments, own=own):
-            seconds, peak = own(*arguments)
-            clock[0] += seconds
-            return seconds, peak
-
-        def clear(seconds=clearing):
-            clock[0] += seconds
-
-        card.measure_pass = measured
-        _, table = plan_on(card, job, clear=clear)
+        card.clearing = clearing
+        _, table = plan_on(card, job)
         turns.append(sum(row["passes"] for row in table) // vqa.TIMED_PASSES)
         share = vqa.PLANNING_SHARE * job / max(row["questions/s"] or 0 for row in table)
         assert card.charged + clearing * turns[-1] <= share
     assert turns[1] < turns[0]
+
+
+@pytest.mark.parametrize("capturing", [0.0, 2.0, 5.0, 8.0])
+def test_captures_count_and_are_foreseen(capturing, plan_on, caplog):
+    job = 100_000
+    card = MadeUpCard(H200_ON_A_SLOW_HOST, noise=0.1)
+    card.can_capture = True
+    card.capturing = capturing
+    with caplog.at_level(logging.INFO):
+        plan, table = plan_on(card, job)
+    assert plan.is_captured
+    share = vqa.PLANNING_SHARE * job / max(row["questions/s"] or 0 for row in table)
+    without_graphs = sum(seconds for _, _, seconds in card.calls[-2:])  # behind the others
+    assert card.clock - without_graphs <= share
+    (block,) = [text for text in caplog.messages if text.startswith("Passes tried in ")]
+    assert float(block.split()[3]) == pytest.approx(card.clock, abs=0.3)
+
+
+def test_captures_that_are_given_up_are_not_foreseen(plan_on):
+    card = MadeUpCard(dataclasses.replace(H200_ON_A_SLOW_HOST, launch=50e-6), noise=0.2)
+    card.can_capture = True
+    card.capturing = 60.0  # twice before it fails, of 160 s that there are
+    card.uncapturable = ((2, 9),)  # the last of those that show what passes take
+    plan, table = plan_on(card, job=300_000)
+    assert not plan.is_captured
+    assert max(row["passes"] for row in table) == vqa.MOST_TURNS * vqa.TIMED_PASSES
 
 
 def test_a_plan_that_runs_out_of_memory_leaves_the_others(plan_on):
