@@ -11677,11 +11677,6 @@ class PassTrial:
         return seconds * math.ceil(self.step / self.micro_batch) / self.step
 
     @property
-    def is_compiled_alone(self) -> bool:
-        """Whether torch.compile takes it by itself, as it does a batch of one."""
-        return self.micro_batch == 1
-
-    @property
     def seconds_per_question(self) -> float:
         """By the median of its passes; of an even number the lower one, because noise only adds."""
         return self.per_question(statistics.median_low(self.seconds))
@@ -11867,6 +11862,10 @@ class PassPlanner:
         computed = [self.expected_per_question(trial) for trial in self.trials]
         return PLANNING_SHARE * self.job * min(measured or computed)
 
+    def is_compiled_alone(self, trial: PassTrial) -> bool:
+        """Whether torch.compile takes it by itself: a batch of one, but not in frugal steps."""
+        return trial.micro_batch == 1 and not self.session.is_frugal
+
     def has_time_for(self, trial: PassTrial) -> bool:
         """Whether another turn of `trial` fits into the budget, if it takes the most it may."""
         passes = WARM_UP_PASSES + TIMED_PASSES
@@ -11876,7 +11875,7 @@ class PassPlanner:
             share = recomputing_share(trial.stored_layers, self.layers)
             seconds = self.times.at_most(trial.micro_batch) * share
         seconds = (seconds * passes + self.capturing) * (1 + UNSURE) + self.beside_passes
-        if trial.is_compiled_alone and not trial.seconds:
+        if self.is_compiled_alone(trial) and not trial.seconds:
             seconds += self.first_pass
         turns = 1 + sum(other.turns for other in self.trials)
         is_free = turns * passes <= FREE_PASSES or not self.measured
@@ -11922,7 +11921,7 @@ class PassPlanner:
             best = self.measured[0].seconds_per_question
             if seconds > (1 + UNSURE) * best:
                 return f"computed {100 * (seconds / best - 1):.0f} % slower"
-            if trial.is_compiled_alone and (best - seconds) * self.job <= self.first_pass:
+            if self.is_compiled_alone(trial) and (best - seconds) * self.job <= self.first_pass:
                 return "computed to save less time than compiling it takes"
         if self.has_time_for(trial):
             return ""
@@ -11934,7 +11933,7 @@ class PassPlanner:
         """A turn for each plan that may be the fastest, the likeliest first."""
 
         def priority(trial: PassTrial) -> tuple[bool, float]:
-            return trial.is_compiled_alone, self.expected_per_question(trial)
+            return self.is_compiled_alone(trial), self.expected_per_question(trial)
 
         while True:
             untried = [trial for trial in self.trials if not trial.seconds and not trial.reason]

@@ -165,6 +165,9 @@ def test_compiled_steps_give_the_plain_gradients_and_serve_all_layers_and_length
     frugal = loss_and_gradients(session, frame, frugal=True, rows=5, stored_layers=0)
     assert (frugal - plain[1]).norm() <= 1e-6 * plain[1].norm()
     assert len(compiled) == 5
+    # One question: the steps see its tokens alone. `PassPlanner.is_compiled_alone` relies on it.
+    loss_and_gradients(session, frame, frugal=True, rows=1)
+    assert len(compiled) == 5
 
 
 def test_dropout_keeps_the_asked_share_and_neighbours_say_nothing_of_each_other():

@@ -67,6 +67,7 @@ def planned(session, demo_rows, replace, monkeypatch):
             device=torch.device("cuda"),
             decoder_layers=[None] * layers,
             captured_passes=None,
+            is_frugal=True,
             config=replace(
                 session.config,
                 batch_size=16,

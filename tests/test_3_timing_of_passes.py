@@ -28,7 +28,9 @@ class MadeUpCard:
         self.hiccups = hiccups  # share of passes that take three times as long
         self.random = np.random.default_rng(seed)
         self.room = 13 * GIB
-        self.compiling = 0.0  # seconds of the first pass, and of the first one of one question
+        # Seconds of the first pass, and of the first one of one question in layers of that kind.
+        self.compiling = 0.0
+        self.is_frugal = False
         self.capturing = 0.0  # seconds of the first pass of a shape that is captured
         self.graphs = set()  # (questions, layers kept) of the shapes that are captured
         self.clearing = 0.0  # seconds of clearing the memory
@@ -59,7 +61,8 @@ class MadeUpCard:
         seconds *= 1 + self.noise * self.random.uniform(-1, 1)
         if self.random.random() < self.hiccups:
             seconds *= 3
-        if not self.calls or (questions == 1 and 1 not in [call[0] for call in self.calls]):
+        is_alone = questions == 1 and 1 not in [call[0] for call in self.calls]
+        if not self.calls or (is_alone and not self.is_frugal):
             seconds += self.compiling
         if is_captured and (questions, kept) not in self.graphs:
             self.graphs.add((questions, kept))
@@ -99,6 +102,7 @@ def plan_on(monkeypatch):
             decoder_layers=[None] * QWEN3_8B.layers,
             captured_passes=None if card.can_capture is None else passes,
             passes_tried=[],
+            is_frugal=card.is_frugal,
             config=config,
         )
         monkeypatch.setattr(vqa, "measure_pass", card.measure_pass)
@@ -235,6 +239,13 @@ def test_one_question_a_pass_is_tried_where_it_pays_to_compile_it(plan_on):
         assert row["in a pass"] == 1
         assert row["passes"] >= passes
         assert (plan.micro_batch == 1) == bool(passes), table
+    # Layers that see a batch as its tokens are compiled already.
+    card = MadeUpCard(T4)
+    card.room = 7.5 * GIB
+    card.compiling = 100.0
+    card.is_frugal = True
+    plan, _ = plan_on(card, job=3_000)
+    assert plan.micro_batch == 1
     # There is time, but more questions keep every layer, too, and share the costs of a pass.
     card = MadeUpCard(dataclasses.replace(T4, memory=1e12))
     card.compiling = 100.0
