@@ -9243,8 +9243,10 @@ def settings_without_places(config: Config) -> dict:
 
 def model_identity(config: Config) -> dict:
     """What a loaded model is known by: settings without places, its files' sizes and times."""
+    local = Path(config.model_path).glob("*")
+    revision = hub_cache_folder(config.model_path).glob("refs/main")  # names that of a hub id
     files = {}
-    for path in filter(Path.is_file, Path(config.model_path).glob("*")):
+    for path in filter(Path.is_file, [*local, *revision]):
         facts = path.stat()
         files[path.name] = (facts.st_size, facts.st_mtime_ns)
     return {**settings_without_places(config), "files": files}

@@ -2,9 +2,11 @@
 
 import functools
 import gc
+import json
 import shutil
 import weakref
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -114,3 +116,25 @@ def test_a_model_whose_files_were_replaced_is_loaded_anew(keeping, demo_rows, tm
     (tmp_path / "new").replace(weights)
     assert keeping.load_processor(config) is not session.processor
     assert keeping.take(config) is None
+
+
+def test_a_hub_model_of_another_revision_is_loaded_anew(keeping, demo_rows, tmp_path, monkeypatch):
+    """As where another process has downloaded one."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    cache = tmp_path / "models--some--model"
+    (cache / "refs").mkdir(parents=True)
+    tiny = vqa.Config.preset("demo").model_path
+    config = vqa.Config.preset("demo", model_id="some/model")
+    models = []
+    for revision in ("1" * 40, "2" * 40):
+        snapshot = shutil.copytree(tiny, cache / "snapshots" / revision)
+        settings = json.loads((snapshot / "config.json").read_text())
+        (snapshot / "config.json").write_text(json.dumps({**settings, "revision": revision}))
+        (cache / "refs" / "main").write_text(revision)
+        for _ in range(2):
+            models.append(vqa.open_session(config, demo_rows.train.iloc[0]).model)
+        assert models[-1].config.revision == revision
+    assert models[0] is models[1] is not models[2]
+    assert models[2] is models[3]
