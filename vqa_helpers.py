@@ -6452,7 +6452,7 @@ class _Looks:
 
     bits: np.ndarray  # (n, 64): of the perceptual hashes
     thumbnails: np.ndarray  # (n, 32, 32, 3)
-    sums: np.ndarray  # (n, 48): of the thumbnails' 4 x 4 squares, by colour
+    sums: Sequence[np.ndarray]  # (n, groups) each: of the thumbnails' pixels
     max_bits: int
     max_difference: float
 
@@ -6462,9 +6462,11 @@ class _Looks:
 
     def links(self, image: int, others: np.ndarray) -> list[tuple[int, int, float]]:
         """(first, second, difference) of the image and each of `others` that is its near copy."""
-        # Squares differ by no more than their pixels, and are quickly compared.
-        at_least = np.abs(self.sums[others] - self.sums[image]).sum(axis=1)
-        near = others[at_least <= self.max_difference * self.thumbnails[0].size]
+        near = others
+        for sums in self.sums:
+            # Sums differ by no more than their pixels, and are quickly compared.
+            at_least = np.abs(sums[near] - sums[image]).sum(axis=1)
+            near = near[at_least <= self.max_difference * self.thumbnails[0].size]
         differing = np.abs(self.bits[near] - self.bits[image]).sum(axis=1)
         near = near[differing <= self.max_bits]
         differences = self.differences(image, near)
@@ -6509,7 +6511,12 @@ def _find_near_copies(images: pd.DataFrame, max_bits: int, max_difference: float
         thumbnails = np.array([*pool.map(_thumbnail, chosen["image_path"])], dtype=np.int16)
     thumbnails = thumbnails.reshape(-1, 32, 32, 3)  # also where there are none
     squares = thumbnails.reshape(-1, 4, 8, 4, 8, 3).sum(axis=(2, 4), dtype=np.int32)
-    sums = squares.reshape(-1, 48)
+    sums = [squares.reshape(-1, 48)]
+    # Pages with the same in their squares differ in pixels from anywhere, with changing signs.
+    mixed = thumbnails.reshape(-1, 3072)[:, np.random.default_rng(0).permutation(3072)]
+    mixed[:, ::2] *= -1
+    for count in (64, 16):
+        sums.append(mixed.reshape(-1, 3072 // count, count).sum(axis=2, dtype=np.int32))
     looks = _Looks(_hash_bits(chosen["dhash"]), thumbnails, sums, max_bits, max_difference)
     found = []
     for members in pd.Series(alike[involved]).groupby(alike[involved]).indices.values():

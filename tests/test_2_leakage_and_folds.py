@@ -390,9 +390,8 @@ def test_white_pages_are_grouped_as_by_comparing_all(in_pairs, monkeypatch):
     assert found == expected if in_pairs == 64 else set(found) <= set(expected)
 
 
-def test_hundreds_of_white_pages_take_few_comparisons_each(monkeypatch):
-    images, pages = white_pages([0] * 350 + [6] * 250)
-    monkeypatch.setattr(vqa, "_thumbnail", pages.get)
+def count_comparisons(monkeypatch):
+    """A list that gets the number of thumbnails that are compared with one, each time."""
     compared = []
     differences = vqa._Looks.differences
 
@@ -401,8 +400,41 @@ def test_hundreds_of_white_pages_take_few_comparisons_each(monkeypatch):
         return differences(looks, image, others)
 
     monkeypatch.setattr(vqa._Looks, "differences", counted)
+    return compared
+
+
+def test_hundreds_of_white_pages_take_few_comparisons_each(monkeypatch):
+    images, pages = white_pages([0] * 350 + [6] * 250)
+    monkeypatch.setattr(vqa, "_thumbnail", pages.get)
+    compared = count_comparisons(monkeypatch)
     near = vqa._find_near_copies(images, 4, 3.0)
     groups = vqa._linked_groups(near.pairs, len(images))
     assert np.bincount(groups).max() == 350
     assert sum(compared) < 20 * len(images)
     assert len(near.pairs) < 20 * len(images)
+
+
+def pages_of_equal_squares(count, marks=2, seed=0):
+    """As `white_pages`: each square of 8 x 8 pixels has so many marks, every page elsewhere."""
+    random = np.random.default_rng(seed)
+    pages = {}
+    for number in range(count):
+        page = np.full((4, 4, 64, 3), 255, dtype=np.int16)
+        for row, column in np.ndindex(4, 4):
+            page[row, column, random.permutation(64)[:marks]] = 40
+        page = page.reshape(4, 4, 8, 8, 3).swapaxes(1, 2).reshape(32, 32, 3)
+        pages[str(number)] = page
+    return pd.DataFrame({"dhash": "00" * 8, "image_path": [*pages]}), pages
+
+
+def test_pages_of_equal_squares_are_told_apart_by_few_comparisons(monkeypatch):
+    images, pages = pages_of_equal_squares(120)
+    for number in (30, 60, 90):
+        pages[str(number)] = pages[str(number - 1)] - 2  # a near copy
+    monkeypatch.setattr(vqa, "_thumbnail", pages.get)
+    compared = count_comparisons(monkeypatch)
+    near = vqa._find_near_copies(images, 4, 3.0)
+    found = [(*pair, value) for pair, value in zip(near.pairs, near.differences, strict=True)]
+    assert found == near_by_comparing_all(images, pages)
+    assert near.pairs.tolist() == [[29, 30], [59, 60], [89, 90]]
+    assert sum(compared) < len(images)
