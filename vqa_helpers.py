@@ -13769,8 +13769,7 @@ def score_planned(
     `frame`: the rows of the part under way. What is done is reported as `label`, and kept in the
     `checkpoint`, also where Interrupted ends it. What all prompts begin with is read once.
     """
-    config = session.config
-    size = config.infer_batch_size if config.use_batch_inference else 1
+    size = session.config.inference_batch
     longest_first = np.argsort([-len(item.prompt.input_ids) for item in planned], kind="stable")
     batches = [longest_first[start : start + size] for start in range(0, len(planned), size)]
     world_size = process_count()
