@@ -10149,8 +10149,11 @@ def dropout_rate(layer) -> float:
 
 
 def _takes_wider_weight(layer) -> bool:
-    """Whether `lora_by_wider_weight` pays: W is unpacked anyway, and longer than x is copied."""
-    if layer.training or not layer.packed_shape:
+    """Whether `lora_by_wider_weight` can serve, without gradients, and pays.
+
+    W is unpacked anyway, and has more outputs than the inputs that are copied.
+    """
+    if layer.training or torch.is_grad_enabled() or not layer.packed_shape:
         return False
     outputs, inputs = layer.packed_shape[:2]
     return outputs > inputs and layer.r["default"] % 8 == 0  # a tensor core wants such rows

@@ -216,17 +216,19 @@ def test_every_kind_of_layer_is_compiled_also_where_there_are_many(monkeypatch):
 # --- Several kinds of layers ----------------------------------------------------------------------
 
 
-def packed_layer(quant_type="nf4", double=False, storage=torch.uint8):
+def packed_layer(
+    quant_type="nf4", double=False, storage=torch.uint8, inputs=128, outputs=192, bias=False
+):
     layer = bitsandbytes.nn.Linear4bit(
-        128,
-        192,
-        bias=False,
+        inputs,
+        outputs,
+        bias=bias,
         compute_dtype=torch.float32,
         compress_statistics=double,
         quant_type=quant_type,
         quant_storage=storage,
     )
-    layer.load_state_dict(torch.nn.Linear(128, 192, bias=False).state_dict())
+    layer.load_state_dict(torch.nn.Linear(inputs, outputs, bias=bias).state_dict())
     return layer.to("cpu").requires_grad_(False)
 
 
@@ -267,29 +269,54 @@ def test_each_layer_of_a_mixed_model_is_computed_by_its_own_kind(caplog):
     assert "Decision: 1 Linear4bit layers of PEFT stay as they are" in caplog.text
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
-@pytest.mark.parametrize("double", [False, True])
-def test_compiled_scoring_takes_the_adapter_into_the_product_with_4_bit_weights(
-    double, storage, dtype, monkeypatch
-):
-    make = functools.partial(packed_layer, double=double, storage=storage)
-    _, layer = lora_pair(make, dropout=0.5, rank=8)
-    layer.eval()
-    x = torch.randn(3, 5, 128, dtype=dtype)
-    expected = layer(x)
+def score_compiled(layer, x, monkeypatch):
+    """A layer's output as compiled decoder layers score, and what the compiled graph calls."""
     compiled = count_compilations(monkeypatch)
     forward = vqa._compile_forward(lambda layer, x: layer(x))
     with torch.inference_mode():
-        found = forward(layer, x)
+        output = forward(layer.eval(), x)
+    [graph] = compiled
+    return output, [str(node.target) for node in graph.graph.nodes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize(("double", "bias"), [(False, True), (True, False)])
+def test_compiled_scoring_takes_the_adapter_into_the_product_with_4_bit_weights(
+    double, bias, storage, dtype, monkeypatch
+):
+    make = functools.partial(packed_layer, double=double, bias=bias, storage=storage)
+    _, layer = lora_pair(make, dropout=0.5, rank=8)
+    if bias:
+        layer.base_layer.bias.data = torch.randn(192, dtype=dtype)
+    x = torch.randn(3, 5, 128, dtype=dtype)
+    found, names = score_compiled(layer, x, monkeypatch)
+    expected = layer(x)
     assert found.shape == expected.shape
     # Half precision rounds the plain layer's sum twice.
     tolerance = 4 * torch.finfo(dtype).eps
     assert (found - expected).norm() <= tolerance * expected.norm()
-    [graph] = compiled
-    names = [str(node.target) for node in graph.graph.nodes]
     assert len([name for name in names if "linear" in name]) == 1
     assert len([name for name in names if "cat" in name]) == 2  # x with A x, W with B
+
+
+@pytest.mark.parametrize(("inputs", "rank"), [(128, 4), (192, 8), (256, 8)])
+def test_an_adapter_stays_beside_a_product_that_would_gain_nothing(inputs, rank, monkeypatch):
+    """A tensor core wants multiples of 8, and more inputs than outputs are long to copy."""
+    _, layer = lora_pair(lambda: packed_layer(inputs=inputs), rank=rank)
+    x = torch.randn(3, 5, inputs)
+    found, names = score_compiled(layer, x, monkeypatch)
+    assert torch.equal(found, layer(x))
+    assert [name for name in names if "vqa.lora_linear" in name]
+
+
+def test_an_adapter_that_asks_for_gradients_in_scoring_gets_them(monkeypatch):
+    _, layer = lora_pair(packed_layer, rank=8)
+    count_compilations(monkeypatch)
+    forward = vqa._compile_forward(lambda layer, x: layer(x))
+    forward(layer.eval(), torch.randn(3, 5, 128)).square().sum().backward()
+    gradient = layer.lora_B["default"].weight.grad
+    assert gradient.norm() > 0
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
