@@ -189,6 +189,23 @@ def test_features_that_cannot_be_stored_end_the_filling(session, demo_rows, monk
     assert len(calls) == failing
 
 
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_no_features_are_stored_behind_some_that_found_no_room(
+    session, demo_rows, monkeypatch, failing
+):
+    cache = session.vision_cache
+    store = cache.add
+    calls = []
+
+    def stored(*arguments):
+        calls.append(arguments)
+        return len(calls) < failing and store(*arguments)
+
+    monkeypatch.setattr(cache, "add", stored)
+    assert not fill(session, demo_rows.train.head(12), batch_size=4)
+    assert len(calls) == failing
+
+
 def test_a_damaged_shard_is_deleted_and_computed_again(session, demo_rows, caplog):
     frame = demo_rows.train.head(4)
     fill(session, frame)
