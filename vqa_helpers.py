@@ -17424,7 +17424,7 @@ def combine_models(run: Run, members: np.ndarray) -> np.ndarray:
 
 # === Errors ==================================
 def label_suspects(probabilities, labels) -> pd.DataFrame:
-    """Rows whose label is probably wrong, the likeliest first.
+    """Rows whose label may be wrong, the likeliest first: the model is sure of another.
 
     A row is suspect where another choice is as probable as that choice usually is in the rows
     that it labels, and more probable than the row's own label. This is confident learning
@@ -17569,7 +17569,7 @@ def active_list(suspects: pd.DataFrame, uncertain: pd.DataFrame) -> pd.DataFrame
     `write_error_tables`.
     """
     train = suspects.rename(columns={"likely": "other"})
-    train = train.assign(rows="train", reason="label probably wrong")
+    train = train.assign(rows="train", reason="label may be wrong")
 
     test = uncertain[uncertain["chance_wrong"] > uncertain["chance_wrong"].mean()]
     test = test.rename(columns={"predicted": "answer", "second": "other"})

@@ -196,7 +196,7 @@ def test_the_active_list_ranks_both_kinds_of_rows_by_the_chance_that_their_answe
     table = vqa.active_list(pd.DataFrame([suspect]), uncertain)
     assert table["id"].tolist() == ["torn", "train", "close"]
     assert table["other"].tolist() == ["d", "c", "d"]
-    assert table["reason"].tolist() == ["folds disagree", "label probably wrong", "small margin"]
+    assert table["reason"].tolist() == ["folds disagree", "label may be wrong", "small margin"]
     assert table["rows"].tolist() == ["test", "train", "test"]
     assert table["answer"].tolist() == ["a", "b", "a"]
 
