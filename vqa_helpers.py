@@ -18488,11 +18488,13 @@ def question_cards(frame: pd.DataFrame, notes: Sequence[str] | None = None) -> s
 def table_html(frame: pd.DataFrame) -> str:
     """The whole table as HTML: no row is left out, and no text cut; three decimals.
 
-    Its cells begin at the left, as texts are read; notebooks push those of a table to the right.
+    Cells and headers begin at the left, as texts are read; notebooks push them to the right.
     """
     with pd.option_context("display.max_colwidth", None):
         table = frame.to_html(float_format="{:.3f}".format, na_rep="", justify="left")
-    return table.replace("<td>", '<td style="text-align:left">')
+    for cell in ("td", "th"):
+        table = table.replace(f"<{cell}>", f'<{cell} style="text-align:left">')
+    return table
 
 
 def fold_out(title: str, content: str) -> str:

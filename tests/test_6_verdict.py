@@ -258,6 +258,9 @@ def test_the_ladder_for_people_has_six_columns_of_text(good):
 def test_no_text_of_a_table_is_cut_and_a_fold_out_needs_no_script():
     page = vqa.fold_out("a <title>", vqa.table_html(pd.DataFrame({"text": ["x" * 200]})))
     assert "x" * 200 in page and page.startswith("<details><summary>a &lt;title&gt;</summary>")
+    headers_and_cells = re.findall(r"<t[hd](?: .*?)?>", page)
+    assert len(headers_and_cells) == 4
+    assert all("text-align:left" in cell for cell in headers_and_cells)
 
 
 def test_without_any_fallback_the_text_is_one_line():
