@@ -21481,7 +21481,7 @@ class LiveText:
 
 
 def _progress_line(path: Path, name: str, elapsed: float) -> str:
-    """A progress bar of the process `name`, from the file that it writes."""
+    """A progress bar of the process `name`, `elapsed` seconds old, from the file that it writes."""
     if not path.exists():
         return f"{name} starting, {elapsed:.0f} s"
     state = json.loads(path.read_text(encoding="utf-8"))
@@ -21489,13 +21489,14 @@ def _progress_line(path: Path, name: str, elapsed: float) -> str:
     done = state.pop("done")
     total = state.pop("total")
     details = ", ".join(f"{key}={value}" for key, value in state.items())
+    bar = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}, {elapsed} since start{postfix}"
     return tqdm.format_meter(
         done,
         total,
         elapsed,
         prefix=f"{name} {stage}",
         postfix=details,
-        bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} in {elapsed}{postfix}",
+        bar_format=bar,
     )
 
 
