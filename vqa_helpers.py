@@ -18291,16 +18291,16 @@ def plot_reliability(curves: Mapping[str, pd.DataFrame], ax=None):
     rows in its bin: a small point far from the diagonal may be chance.
     """
     title = "Reliability on OOF rows (area: rows in the bin)"
-    limits = {"xlim": (0.2, 1.05), "ylim": (0, 1.05)}
+    limits = {"xlim": (0.2, 1.05), "ylim": (-0.04, 1.05)}
     ax = _axes(ax, title, "confidence", "accuracy", (6, 4), **limits)
     (diagonal,) = ax.plot([0, 1], [0, 1], linestyle="--", color=GREY, label="honest")
     lines = [diagonal]
     for (name, curve), colour in zip(curves.items(), (ORANGE, BLUE), strict=False):
         filled = curve.dropna()
         points = filled["confidence"], filled["accuracy"]
-        (line,) = ax.plot(*points, label=name, color=colour, linewidth=1, alpha=0.7)
+        (line,) = ax.plot(*points, label=name, color=colour, linewidth=1)
         areas = 600 * filled["count"] / filled["count"].sum()
-        ax.scatter(*points, s=areas, color=colour, alpha=0.6)
+        ax.scatter(*points, s=areas, color=colour)  # opaque: two mixed would be a third colour
         lines.append(line)
     _label_lines(ax, lines)
     return ax
