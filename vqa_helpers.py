@@ -69,7 +69,7 @@ above it.
    Session                             what a worker loads once
    Batches                             tokenised questions, padded together
    Scores and loss                     a batch's scores of the four letters, and the loss on them
-   LoRA layers                         LoRA without fp32 copies
+   LoRA layers                         LoRA without fp32 copies; in scoring one product with W
    Remade activations                  what a decoder layer keeps, and what it makes again
    Steps of hybrid layers              the same of Qwen3.5's, where autograd has the rest
    Frugal layers                       their pass in three steps, for autograd
@@ -22996,7 +22996,10 @@ class TimeEstimate:
         }
 
     def scoring_parts(self, held_out: float, is_rescoring: bool) -> dict[str, float]:
-        """Seconds of the stage "predict", or "rescore", by part; `held_out`: rows, as above."""
+        """Seconds of the stage "predict", or "rescore", by part; `held_out`: rows, as above.
+
+        Without imports and the features of the test images, which are not of every fold.
+        """
         config = self.config
         seconds = self.seconds
         # With one view their validation has scored them.
