@@ -9386,6 +9386,12 @@ class Session:
         """Whether choice orders share a prefix; other kinds of attention refuse its mask."""
         return self.runtime.attention == "sdpa"
 
+    @property
+    def replays_training(self) -> bool:
+        """Whether the model trains now, by `captured_passes`."""
+        passes = self.captured_passes
+        return self.model.training and passes is not None and passes.is_wanted
+
     def add_note(self, text: str) -> None:
         """Log a departure from the plan as a warning, and keep it for the report."""
         LOGGER.warning("%s", text)
@@ -9622,8 +9628,9 @@ def collate(session: Session, prompts: Sequence[Prompt]) -> dict:
     # No token looks at what is behind it: padding there needs no mask, without which a GPU's
     # attention is far faster. Several orders of a question need one anyway.
     behind = is_on_gpu and all(len(prompt.orders) == 1 for prompt in prompts)
-    if is_padded and is_on_gpu:
-        length += -length % 16  # attention kernels want the rows of a mask aligned
+    # Attention kernels want the rows of a mask aligned, and each length is captured by itself.
+    if is_on_gpu and (is_padded or session.replays_training):
+        length += -length % 16
     padding_id = session.processor.tokenizer.pad_token_id
     input_ids = pad([prompt.input_ids for prompt in prompts], length, padding_id, behind)
     segments = pad([prompt.segments for prompt in prompts], length, -1, behind)
@@ -11014,7 +11021,7 @@ class CapturedPasses:
         for layer in session.decoder_layers:
             self.weights.append([value for value in layer.parameters() if value.requires_grad])
         self.gradients: list[list] = []  # theirs, in fixed places; or empty
-        self.places = []  # what all passes read and write, as long as the largest batch needs
+        self.places = []  # what all passes read and write, with room for the largest batch
         # (questions, length, layers that recompute) -> its pass
         self.passes: dict[tuple, CapturedPass] = {}
         self.is_wanted = False  # whether training replays passes; by the plan
@@ -11034,12 +11041,15 @@ class CapturedPasses:
         self.gradients.clear()
 
     def fixed_places(self, tensors: Sequence) -> list:
-        """A fixed place for each of the tensors; they grow with the largest batch."""
+        """A fixed place for each of the tensors, with room for a quarter more.
+
+        A batch that needs more room than that gets new places, and all graphs are forgotten.
+        """
         sizes = [tensor.numel() for tensor in tensors]
         rooms = [place.numel() for place in self.places] or [0] * len(sizes)
         if any(room < size for room, size in zip(rooms, sizes, strict=True)):
             self.drop()
-            self.places += [tensor.new_empty(tensor.numel()) for tensor in tensors]
+            self.places += [tensor.new_empty(5 * tensor.numel() // 4) for tensor in tensors]
         places = zip(self.places, tensors, strict=True)
         return [place[: tensor.numel()].view(tensor.shape) for place, tensor in places]
 
@@ -11179,7 +11189,7 @@ def training_states(session: Session, batch: Mapping):
         return answer_hidden_states(session, batch)
     tokens = batch["input_ids"].numel()
     # One number is compiled alone where it is a layer's width, too.
-    if passes.is_wanted and (tokens in passes.computed or len(passes.computed) > 1):
+    if session.replays_training and (tokens in passes.computed or len(passes.computed) > 1):
         with replacing_decoder(passes):
             return answer_hidden_states(session, batch)
     passes.computed.add(tokens)

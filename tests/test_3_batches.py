@@ -39,6 +39,7 @@ def test_position_ids_are_the_ones_the_model_computes_itself(session, demo_rows)
 
 
 def test_lengths_are_aligned_on_a_gpu_where_something_is_padded_anyway(session, demo_rows):
+    assert not session.replays_training
     prompts = plain_prompts(session, demo_rows.train, range(4))
     plain = vqa.collate(session, prompts)
     session.device = torch.device("cuda")

@@ -128,6 +128,35 @@ def test_larger_batches_get_larger_places_and_graphs_of_their_own(training, demo
     assert len({places.data_ptr() for places in passes.places}) == len(passes.places)
 
 
+def test_a_slightly_larger_batch_fits_into_the_places_of_the_first(training, demo_rows):
+    session = training()
+    first, second = [padded_behind(session, demo_rows.train, range(size)) for size in (4, 5)]
+    replayed_like_computed(session, [first, second, first])
+    assert Recording.made == 4  # the graphs of the first were kept
+
+
+def test_all_lengths_are_aligned_where_each_is_captured_by_itself(training, demo_rows):
+    session = training()
+    passes = session.captured_passes
+    prompts = plain_prompts(session, demo_rows.train, [0])
+    passes.is_wanted = True
+    aligned = padded_behind(session, demo_rows.train, [0])
+    session.model.eval()  # scoring is not captured
+    scored = padded_behind(session, demo_rows.train, [0])
+    passes.is_wanted = False
+    session.model.train()
+    as_it_is = padded_behind(session, demo_rows.train, [0])
+    length = len(prompts[0].input_ids)
+    assert length % 16
+    assert aligned["input_ids"].shape[1] == length + -length % 16
+    assert scored["input_ids"].shape[1] == as_it_is["input_ids"].shape[1] == length
+    session.model.eval()  # without dropout
+    with torch.no_grad():
+        states = vqa.answer_hidden_states(session, as_it_is)
+        aligned_states = vqa.answer_hidden_states(session, aligned)
+    assert torch.allclose(states, aligned_states, atol=1e-5)
+
+
 def test_few_graphs_are_kept(training, demo_rows, monkeypatch):
     monkeypatch.setattr(vqa, "MOST_CAPTURED", 1)
     session = training()

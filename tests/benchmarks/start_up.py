@@ -351,14 +351,16 @@ def shapes(token):
     config = bench_gpu.qwen3_8b(token)
     config.text_config.num_hidden_layers = {layers}
     return config
-bench_gpu.build(dataclasses.replace(bench_gpu.SIZES["8b"], make_config=shapes), place)
+if {model_too}:
+    bench_gpu.build(dataclasses.replace(bench_gpu.SIZES["8b"], make_config=shapes), place)
 rehearsal.enlarge_demo(place / "data", rows={rows}, pixels=512, test_rows=64)
 """
 
 
 def build(options: argparse.Namespace) -> None:
-    """Model and data of a real-size run, made by a process of its own."""
+    """Data of a real-size run, and its model unless it is stored, made by a process of its own."""
     values = {
+        "model_too": not options.folder,
         "root": str(ROOT),
         "place": str(options.place),
         "layers": options.layers,
@@ -366,8 +368,8 @@ def build(options: argparse.Namespace) -> None:
     }
     begin = time.time()
     subprocess.run([sys.executable, "-c", BUILD.format(**values)], check=True)
-    sys.stdout.write(f"model and images made in {time.time() - begin:.0f} s\n")
-    options.model = options.place / "model"
+    sys.stdout.write(f"made in {time.time() - begin:.0f} s\n")
+    options.model = options.folder or options.place / "model"
     options.data = options.place / "data"
     options.preset = "gpu_24gb"
 
@@ -385,7 +387,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=1, help="starts of each module")
     parser.add_argument("--limit", type=float, default=220, help="seconds that a start may take")
-    parser.add_argument("--layers", type=int, default=36, help="of the 8B")
+    parser.add_argument("--folder", default="", help="a stored model, else random weights are made")
+    parser.add_argument("--layers", type=int, default=36, help="of the 8B that is made")
     parser.add_argument("--rows", type=int, default=256, help="training rows of a real-size run")
     parser.add_argument("--place", type=Path, help="folder for model and runs")
     parser.add_argument("--cells", action="store_true", help="be the notebook's process")
