@@ -90,7 +90,9 @@ def pretend(machine: Machine, folder: Path) -> None:
     limits = LIMITS.format(gib=machine.cap_gib, flash=machine.flash)
     (folder / "sitecustomize.py").write_text(limits)
     card = f"{machine.name}, {machine.memory_mib}, {machine.capability}"
-    lines = "\\n".join(f"{index}, {card}" for index in range(machine.count))
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")  # where other programs use the first ones
+    indexes = chosen.split(",") if chosen else range(machine.count)
+    lines = "\\n".join(f"{index}, {card}" for index in indexes)
     (folder / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{lines}\\n'\n")
     (folder / "nvidia-smi").chmod(0o755)
     os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"
