@@ -284,7 +284,7 @@ vision_process = _LazyModule("qwen_vl_utils.vision_process")
 # ======= 1. Foundations ======================
 
 
-# === Exceptions ==============================
+# === Exceptions ===============
 class CheckpointError(RuntimeError):
     """A checkpoint is damaged or belongs to another configuration."""
 
@@ -334,7 +334,7 @@ def error_in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-# === Finding data and models =================
+# === Finding data and models ===
 # Where platforms attach data, and how many levels of folders are searched there.
 MOUNTS = {
     "/kaggle/input": 6,
@@ -472,7 +472,7 @@ def locate_competition(data_dir: str | Path | None = None) -> Path:
     return DEMO
 
 
-# === Packages ================================
+# === Packages =================
 # What a plain Kaggle or Colab machine lacks, as in requirements.txt.
 MINIMUM_VERSIONS = {
     "transformers": "5.18",  # takes mm_encoder_outputs, which the vision cache needs
@@ -695,7 +695,7 @@ def pip_install(requirements: Sequence[str]) -> None:
     )
 
 
-# === Runtime =================================
+# === Runtime ==================
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # precision -> name in torch
 
 
@@ -1032,7 +1032,7 @@ def seeded_generator(*keys) -> np.random.Generator:
     return np.random.default_rng(numbers)
 
 
-# === Presets =================================
+# === Presets ==================
 # What "auto" picks: GiB that the smallest GPU has at least, preset, why. The first row that fits
 # is taken; the other presets are picked by name only. "gpu_80gb" is, too: a Colab A100 would first
 # download 55 GB, and end with one fold where "colab_a100" gives three.
@@ -1170,7 +1170,7 @@ def choose_preset(runtime: Runtime, has_competition: bool) -> tuple[str, str]:
     )
 
 
-# === Declarations ============================
+# === Declarations =============
 @dataclass(frozen=True)
 class Declaration:
     """What is declared of one setting beside its kind and its default.
@@ -1236,7 +1236,7 @@ bookkeeping = functools.partial(setting, changes_result=False)
 unsearched = functools.partial(setting, searched=False)
 
 
-# === Settings ================================
+# === Settings =================
 @dataclass(frozen=True)
 class PresetSettings:
     """Preset"""
@@ -1480,7 +1480,7 @@ class AverageSettings:
     )
 
 
-# === Settings of scoring and places ==========
+# === Settings of scoring and places ===
 @dataclass(frozen=True)
 class InferenceSettings:
     """Inference"""
@@ -1593,7 +1593,7 @@ class PlaceSettings:
     )
 
 
-# === Rules of settings =======================
+# === Rules of settings ========
 # Kinds by the first word of an annotation. A float may be written as a whole number.
 KINDS = {
     "int": int,
@@ -1815,7 +1815,7 @@ def _check_doubt_steps(config: Config) -> None:
             _refuse(config, "doubt_steps", needs)
 
 
-# === Config ==================================
+# === Config ===================
 # What to write in place of settings of earlier versions.
 REPLACED_FIELDS = {
     "adaptive_tta": (
@@ -2096,7 +2096,7 @@ def settings_text() -> str:
 Config.__doc__ = f"{Config.__doc__}\n\n{_groups_text()}"  # for `vqa.Config?`
 
 
-# === Logging =================================
+# === Logging ==================
 def setup_logging(
     log_dir: str | Path, level: int | str = logging.INFO, to_file: bool = True
 ) -> logging.Logger:
@@ -2194,7 +2194,7 @@ def read_json_lines(path: Path, needed: Mapping | None = None) -> list[dict]:
     return records
 
 
-# === Files ===================================
+# === Files ====================
 def _fsync_folder(path: Path) -> None:
     """Make sure that a rename in this folder survives a loss of power."""
     if os.name == "nt":  # Windows cannot open a folder
@@ -2313,7 +2313,7 @@ def read_arrays(path: Path, fingerprint: str, needed: Sequence[str] = ()) -> dic
     return content
 
 
-# === Checkpoints =============================
+# === Checkpoints ==============
 WATCHED_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
@@ -2570,7 +2570,7 @@ def load_checkpoint(model, optimizer, scheduler, path, logger=None) -> tuple:
     return epoch, fold, metrics
 
 
-# === Memory ==================================
+# === Memory ===================
 def _cuda_is_in_use() -> bool:
     """Whether this process has initialised CUDA; asking does not initialise it."""
     return "torch" in sys.modules and torch.cuda.is_initialized()
@@ -2650,7 +2650,7 @@ def free_gib() -> float:
     return psutil.virtual_memory().available / 2**30
 
 
-# === Processes that work together ============
+# === Processes that work together ===
 # The processes that share the work of one fold are a process group. Each holds the whole model
 # and takes its share of the rows; they meet where gradients and scores are added up.
 def _is_in_process_group() -> bool:
@@ -2804,7 +2804,7 @@ def prefetch(batches: Iterator) -> Iterator:
             yield batch
 
 
-# === Results by batch ========================
+# === Results by batch =========
 @dataclass(frozen=True)
 class KeptResults:
     """Results by key in a file of JSON lines, a line a batch: a kill loses one batch at most."""
@@ -2852,7 +2852,7 @@ class KeptResults:
 
 # ======= 2. Data =============================
 
-# === Archives ================================
+# === Archives =================
 MAX_MEMBERS = 2_000_000  # of an archive
 MAX_UNPACKED_BYTES = 64 * 2**30
 MAX_RATIO = 200  # of unpacked to packed bytes, from 100 MiB on
@@ -3048,7 +3048,7 @@ def find_competition(data_dir: str | Path | None = None) -> Path:
     return find_competition(unpack_once(found)) if found.is_file() else found
 
 
-# === Settings of a session ===================
+# === Settings of a session ====
 # Settings that have an environment variable of their own.
 _FIELD_VARIABLES = {
     "data_dir": "VQA_DATA_DIR",
@@ -3176,7 +3176,7 @@ def require_machine(config: Config) -> None:
         )
 
 
-# === Texts ===================================
+# === Texts ====================
 # What shows nothing: control and format characters (zero width, soft hyphen, byte order mark,
 # marks of direction), Hangul fillers, the blank Braille cell.
 _INVISIBLE = re.compile(
@@ -3231,7 +3231,7 @@ def prompt_text(text: str) -> str:
     return _on_one_line(_INVISIBLE.sub("", text))
 
 
-# === Looks of choices ========================
+# === Looks of choices =========
 def _alternatives(words: str) -> str:
     """A regular expression of words with spaces between them: any of these.
 
@@ -3361,7 +3361,7 @@ def look_of_choices(choices: Sequence[str]) -> str:
     return ""
 
 
-# === Words of Korean questions ===============
+# === Words of Korean questions ===
 # What a noun asks for where a question is about it. These also end compounds: 전화번호.
 _KOREAN_NOUNS = {
     "color": _alternatives("색깔 색상 빛깔 색채 색조 컬러"),
@@ -3525,7 +3525,7 @@ def _type_of_korean_topic(words: Sequence[str]) -> str | None:
     return None
 
 
-# === Korean questions ========================
+# === Korean questions =========
 _INTERROGATIVE = re.compile(
     _alternatives(
         r"""
@@ -3785,7 +3785,7 @@ def _korean_type(text: str, choices: Sequence[str]) -> str | None:
     return _type_of_korean_topic(words)
 
 
-# === English questions =======================
+# === English questions ========
 _ENGLISH_NOUNS = {
     "color": _alternatives("colou?r shade hue tint"),
     "counting": _alternatives("count quantity"),
@@ -3965,7 +3965,7 @@ def _english_type(text: str) -> str | None:
     return types.get(word, "general")  # who, why
 
 
-# === Questions ===============================
+# === Questions ================
 @functools.lru_cache(maxsize=65536)  # a prompt is built in every order, epoch and wording
 def _question_type(text: str, choices: tuple[str, ...]) -> str:
     look = look_of_choices(choices)
@@ -4055,7 +4055,7 @@ def target_probabilities(row: Mapping) -> tuple[float, ...]:
     return tuple(probabilities)
 
 
-# === Columns =================================
+# === Columns ==================
 TABLE_COLUMNS = {
     "train.csv": COLUMNS,
     "test.csv": COLUMNS[:-1],
@@ -4294,7 +4294,7 @@ def _locate_columns(
     return used
 
 
-# === Tables ==================================
+# === Tables ===================
 def _cell_error(file: str, line: int, column: str, value: str, problem: str) -> DataError:
     return DataError(f"{file}, line {line}, column {column!r}, value {value[:80]!r}: {problem}")
 
@@ -4578,7 +4578,7 @@ def read_table(
         raise DamagedFileError(path, error) from error
 
 
-# === Answers =================================
+# === Answers ==================
 # How marks for a, b, c, d are written, by the kind of answer. The order of the kinds is that in
 # which they are preferred where several fit a whole file and mean the same in every row.
 ANSWER_KINDS = {
@@ -4874,7 +4874,7 @@ def decide_notation(
     return dataclasses.replace(of_train, reason=reason)
 
 
-# === Paths and folders =======================
+# === Paths and folders ========
 _MOST_FOLDERS = 100_000  # that are searched for an image in another spelling
 _OTHER_ARCHIVES = (".7z", ".rar", ".egg", ".alz", ".z01", ".tar.xz", ".tar.bz2", ".tar.zst")
 _SPLIT_FOLDERS = ("train", "test", "dev", "val", "valid", "validation")
@@ -5014,7 +5014,7 @@ def _parse_image_path(text: str, root: str) -> _ImagePath | None:
     return _ImagePath(relative, is_absolute=without_top != path)
 
 
-# === Image places ============================
+# === Image places =============
 # How an image was found elsewhere than its path says: the names of the fallbacks.
 DEEPER = "image_found_in_a_deeper_folder"
 IN_ARCHIVE = "image_found_in_an_archive"
@@ -5355,7 +5355,7 @@ def _find_images(
     return images
 
 
-# === Damaged images ==========================
+# === Damaged images ===========
 MIN_DECODED_SHARE = 0.9  # of a JPEG that is cut off, so that it is used
 _LARGEST_IMAGE_FILE = 2**28  # bytes that are read of a file in order to repair it
 # Formats by how their files begin, and what to do about one that is not read.
@@ -5537,7 +5537,7 @@ def _decode_cut_jpeg(content: bytes, max_side: int) -> tuple[Image.Image, float]
     return image, _decoded_share(image, cut.copy(), detail)
 
 
-# === Images ==================================
+# === Images ===================
 # The `image_path` of a test row without a usable image.
 GREY_IMAGE = "<grey image>"
 # Between the file and how it is changed, in an `image_path`.
@@ -5826,7 +5826,7 @@ def _image_facts(path: str, problem: str = "") -> dict:
     }
 
 
-# === Known images ============================
+# === Known images =============
 # Preflight's process and the notebook's both read all images of a competition, one after the other,
 # and so does the next session on the same machine.
 SETTLED_SECONDS = 2  # since a file's last change; a further one might leave its times as they are
@@ -5913,7 +5913,7 @@ def _keep_known_images(file: Path, images: Mapping[str, dict]) -> None:
         LOGGER.warning("The facts of images are not kept: %s", error)
 
 
-# === Competition =============================
+# === Competition ==============
 @dataclass(frozen=True)
 class Competition:
     """Validated tables of one competition, filled by `load_competition`.
@@ -6095,7 +6095,7 @@ def load_competition(
     )
 
 
-# === Context =================================
+# === Context ==================
 # Words beside a row's image: what is written in it, a caption, facts that were looked up. They
 # stand in front of the question, so that all choice orders keep their long common prefix.
 CONTEXT_FILE = "context.csv"  # in the competition's folder, where the setting names no other
@@ -6224,7 +6224,7 @@ def add_context(config: Config, competition: Competition) -> Competition:
     return dataclasses.replace(competition, **frames, fallbacks=fallbacks, fingerprint=fingerprint)
 
 
-# === Writing a competition ===================
+# === Writing a competition ====
 def _cell_as_text(cell, line: int, column: str) -> str:
     """The cell of a table of one's own as it will stand in the CSV; "" for a missing one.
 
@@ -6378,7 +6378,7 @@ def write_competition(frame: pd.DataFrame, folder: str | Path) -> Path:
     return folder
 
 
-# === Near copies =============================
+# === Near copies ==============
 @dataclass(frozen=True)
 class _NearCopies:
     """Pairs of different images that look alike."""
@@ -6526,7 +6526,7 @@ def _find_near_copies(images: pd.DataFrame, max_bits: int, max_difference: float
     return _NearCopies(involved[pairs], np.array([pair[2] for pair in found]))
 
 
-# === Leakage and folds =======================
+# === Leakage and folds ========
 COPY_PLACES = ("across train and test", "inside train", "inside test")
 
 
@@ -6791,7 +6791,7 @@ def describe_balance(balance: pd.DataFrame) -> str:
     )
 
 
-# === Known answers ===========================
+# === Known answers ============
 KNOWN_COLUMNS = ["id", "train_id", "answer", "problem"]  # of `known_answers`
 COPIES_DISAGREE = "its copies in train disagree"
 ANSWER_IS_REPEATED = "several of its choices read like the answer"
@@ -6894,7 +6894,7 @@ def describe_known_answers(known: pd.DataFrame, test_rows: int, in_use: bool) ->
     return text
 
 
-# === Augmentation ============================
+# === Augmentation =============
 def draw_image_change(
     generator: np.random.Generator, width: int, height: int, may_crop: bool
 ) -> dict:
@@ -6965,7 +6965,7 @@ def image_variants(frame: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
 # ======= 3. Model ============================
 
 
-# === Patch grids =============================
+# === Patch grids ==============
 def resized_size(width: int, height: int, processor, budget: tuple[int, int]) -> tuple[int, int]:
     """(width, height) to which an image of that size in pixels is resized for the model.
 
@@ -7111,7 +7111,7 @@ class PatchGrids:
 PATCH_GRIDS = PatchGrids()
 
 
-# === Tiles ===================================
+# === Tiles ====================
 def tiles_within(pixels: int, tile_pixels: int) -> int:
     """How many tiles of an image fit into `pixels` beside its thumbnail; at least one.
 
@@ -7228,7 +7228,7 @@ class Tiles:
 TILES = Tiles()
 
 
-# === Families ================================
+# === Families =================
 @dataclass(frozen=True)
 class Family:
     """What differs between families of models and cannot be read from the model itself."""
@@ -7335,7 +7335,7 @@ def remove_gpu_syncs(model) -> None:
     FAMILIES[model.config.model_type].images.remove_gpu_syncs(model)
 
 
-# === Prompt ==================================
+# === Prompt ===================
 SYSTEM_PROMPT = (
     "당신은 이미지를 보고 객관식 질문에 답하는 전문가입니다. 정답의 글자 하나만 답합니다."
 )
@@ -7616,7 +7616,7 @@ def check_template(processor, messages: list[dict]) -> tuple[tuple[int, ...], ..
     return choice_token_ids(processor, prompt)
 
 
-# === Stored formats ==========================
+# === Stored formats ===========
 def stored_quantization(model_config) -> dict:
     """What a model's config.json says about weights that are quantised already; else {}.
 
@@ -7767,7 +7767,7 @@ def unpack_all_but_the_language_model(model, dtype) -> None:
         )
 
 
-# === Models over several GPUs ================
+# === Models over several GPUs ===
 def _bytes_by_place(model, config: Config, number_bytes: int) -> dict[str, float]:
     """Name of a module (decoder layers are whole) -> bytes of its weights, in the order of use."""
     of_matrices = {"4bit": 0.52, "8bit": 1, "none": number_bytes}[config.quantization]
@@ -7828,7 +7828,7 @@ def spread_over_gpus(model, config: Config, number_bytes: int, gpus: Sequence[Ma
     return places
 
 
-# === Loading =================================
+# === Loading ==================
 def explain_missing_model(config: Config, cause: Exception) -> OSError:
     """The error about a model that was not loaded, with what to check and the attached models."""
     folders = []
@@ -8174,7 +8174,7 @@ def load_model(config: Config, runtime: Runtime):
     return model.requires_grad_(False).eval()
 
 
-# === Reading ahead ===========================
+# === Reading ahead ============
 READ_AHEAD_BYTES = 2**24  # at a time
 
 
@@ -8211,7 +8211,7 @@ def read_model_ahead(config: Config) -> threading.Thread:
     return thread
 
 
-# === Downloads ===============================
+# === Downloads ================
 STALLED_SECONDS = 60  # without a byte, after which a download is said to be stalled
 
 
@@ -8300,7 +8300,7 @@ class DownloadWatch:
         return f"downloading {self.model_path}: {self.arrived / 1e9:.2f}{of_total} GB"
 
 
-# === Adapters ================================
+# === Adapters =================
 def trainable_parameters(model) -> dict:
     """Name -> parameter of everything the optimizer may change."""
     return {
@@ -8376,7 +8376,7 @@ def swapped_weights(parameters: Mapping, values: Mapping) -> Iterator[None]:
         set_weights(parameters, backup)
 
 
-# === Image tokens ============================
+# === Image tokens =============
 def merged_patch_area(processor) -> int:
     """Pixels that become one image token.
 
@@ -8453,7 +8453,7 @@ def image_token_counts(processor, frame: pd.DataFrame, budget: tuple[int, int]) 
     return np.array([grid_tokens(grid, processor) for grid in grids], dtype=int)
 
 
-# === Vision cache ============================
+# === Vision cache =============
 # What the features of an image are stored under: its pixel_hash, min_pixels, max_pixels.
 ImageKey = tuple[str, int, int]
 
@@ -8769,7 +8769,7 @@ class VisionCache:
         return self.images.encoder_outputs(layers)
 
 
-# === Gated delta rule ========================
+# === Gated delta rule =========
 CHUNK_TOKENS = 64  # tokens that the rule takes at once
 _SMALLEST_BLOCK = 8  # of a triangular matrix that is inverted by its powers
 
@@ -8894,7 +8894,7 @@ def recompute_gated_delta_rule(*tensors) -> tuple:
     return computed_again(gated_delta_rule, *tensors)
 
 
-# === Recurrent layers ========================
+# === Recurrent layers =========
 class SharedPrefixes(NamedTuple):
     """Where the prefixes and ends of a batch lie that holds several choice orders a question.
 
@@ -9072,7 +9072,7 @@ def recurrent_forward(
     return mixer.out_proj(normed.view(*hidden_states.shape[:2], -1))
 
 
-# === Recurrent kernels =======================
+# === Recurrent kernels ========
 # transformers takes these kernels by itself wherever `import fla` works.
 RECURRENT_KERNELS = "flash-linear-attention"
 # Before 0.5 their rule takes one value head for each key head, and would mix up several without a
@@ -9229,7 +9229,7 @@ def use_recurrent_layers(model, are_chosen: bool, why: str) -> None:
         setattr(mixer, place, functools.partial(recurrent_forward, mixer, own_forward, rule))
 
 
-# === Kept model ==============================
+# === Kept model ===============
 # Settings that say where files lie; a model that was loaded under others is the same.
 PLACE_SETTINGS = ("output_dir", "run_name", "cache_dir")
 # What `use_fast_layers` replaces in a decoder layer, where it is the layer's own.
@@ -9325,7 +9325,7 @@ class KeptModel:
 KEPT_MODEL = KeptModel()
 
 
-# === Session =================================
+# === Session ==================
 @dataclass
 class Session:
     """What a worker process loads once and shares between its stages and folds.
@@ -9475,7 +9475,7 @@ def open_session(config: Config, example: Mapping) -> Session:
     )
 
 
-# === Batches =================================
+# === Batches ==================
 @dataclass(frozen=True)
 class Prompt:
     """One question at one pixel budget, tokenised in one or several choice orders.
@@ -9718,7 +9718,7 @@ def iterate_batches(
     return prefetch(collated) if is_on_gpu and not workers else collated
 
 
-# === Scores and loss =========================
+# === Scores and loss ==========
 def shared_prefix_mask(segments):
     """Attention mask (batch, 1, length, length): no order of a question sees another one.
 
@@ -9886,7 +9886,7 @@ def in_halves(work: Callable, rows: pd.DataFrame) -> list:
     return in_halves(work, rows[:half]) + in_halves(work, rows[half:])
 
 
-# === LoRA layers =============================
+# === LoRA layers ==============
 # Bytes that the scales of all 4-bit blocks may take in fp32. Those of a 3B take 0.16 GiB: its
 # products are so short that the GPU would wait for launches that unpack them every time. An 8B
 # has other use for 0.4 GiB.
@@ -10252,7 +10252,7 @@ def use_fast_lora(adapted) -> None:
         LOGGER.info("Decision: %d %s layers of PEFT stay as they are", count, name)
 
 
-# === Remade activations ======================
+# === Remade activations =======
 # A decoder layer's backward pass needs many tensors that norms, rotary positions, activation
 # functions and dropout make of a few in next to no time. Here it keeps those few: the layer's
 # input, q, k, v, what attention returns, the input of the second norm, gate and up. Autograd sees
@@ -10623,7 +10623,7 @@ def after_attention_backward(
     return gradient, to_attended, _flat_gradient([*of_o, *of_mlp])
 
 
-# === Steps of hybrid layers ==================
+# === Steps of hybrid layers ===
 # Of Qwen3.5's layers autograd computes attention, or the rule and what is behind it, and mixtures
 # of experts. A recurrent layer's projections and any other MLP are steps.
 def attention_half(layer, x, **options):
@@ -10677,7 +10677,7 @@ def after_mixer_backward(layer, gradient, middle, gate, up, seed, inners: Sequen
     return to_middle, _flat_gradient(of_mlp)
 
 
-# === Frugal layers ===========================
+# === Frugal layers ============
 # The decoder layers whose passes these are.
 FRUGAL_LAYERS = (
     "Qwen2_5_VLDecoderLayer",
@@ -10978,7 +10978,7 @@ def decide_frugal(session: Session) -> tuple[bool, str]:
     return True, "layers keep few activations and make the others again"
 
 
-# === Captured passes =========================
+# === Captured passes ==========
 # A fast GPU computes a few questions sooner than Python asks for it: a layer of an 8B took an
 # H200 5 ms for 8 of them, and its host 7. A CUDA graph asks for all kernels of a pass at once.
 @dataclass(frozen=True)
@@ -11196,7 +11196,7 @@ def training_states(session: Session, batch: Mapping):
     return answer_hidden_states(session, batch)
 
 
-# === Scoring layers ==========================
+# === Scoring layers ===========
 # In scoring the adapter is the same for a whole table. So the keys and values of what all its
 # prompts begin with are computed once, and the last layer computes all but its own keys and values
 # only where letters are predicted. On a CPU: on a GPU questions in one order go without a mask, see
@@ -11367,7 +11367,7 @@ def states_behind_beginning(session: Session, batch: Mapping, beginning: Beginni
     return states[torch.from_numpy(places)]
 
 
-# === Fast layers =============================
+# === Fast layers ==============
 def forward_with_checkpointing(
     layer, compute: Callable, steps: LayerSteps | None, hidden_states, **options
 ):
@@ -11491,7 +11491,7 @@ def use_fast_layers(session: Session, adapted, questions: int):
     return adapted
 
 
-# === Memory plan =============================
+# === Memory plan ==============
 @dataclass(frozen=True)
 class MemoryPlan:
     """How a training step is spread over passes; chosen by `plan_memory`."""
@@ -11607,7 +11607,7 @@ def measure_pass(
         session.model.zero_grad(set_to_none=True)
 
 
-# === Timing of passes ========================
+# === Timing of passes =========
 WARM_UP_PASSES = 1  # that are not timed, whenever another plan's turn comes
 WAITS = 1.5  # a GPU waits for Python where four questions take at most so many times as long as two
 TIMED_PASSES = 2  # behind them
@@ -11733,7 +11733,7 @@ class PassTrial:
         }
 
 
-# === Choosing a plan =========================
+# === Choosing a plan ==========
 @dataclass
 class PassPlanner:
     """Tries plans on copies of the longest prompt, until the fastest is known or time is up.
@@ -12037,7 +12037,7 @@ def plan_memory(
     return plan
 
 
-# === Filling the vision cache ================
+# === Filling the vision cache ===
 def vision_cache_gain(session: Session, frame: pd.DataFrame, uses: int, passes: int) -> float:
     """Share of the time, 0 to 1, that cached features save.
 
@@ -12095,7 +12095,7 @@ def fill_vision_cache(session: Session, frame: pd.DataFrame, uses: int, passes: 
         session.vision_cache.offload_tower()
 
 
-# === Alignment ===============================
+# === Alignment ================
 # A model of two towers says how well a text fits an image: SigLIP (Zhai et al. 2023), SigLIP 2,
 # CLIP (Radford et al. 2021). Each question with each of its choices is such a text.
 ALIGNMENT_MODEL = "google/siglip2-so400m-patch14-384"
@@ -12339,7 +12339,7 @@ def kept_alignment_scores(rows: pd.DataFrame, config: Config) -> np.ndarray:
 
 # ======= 4. Run ==============================
 
-# === Members =================================
+# === Members ==================
 # A member is one model of a run: of a fold, or of all rows, and of a seed. The folds are the same
 # for all seeds. Members have numbers: those of the first seed are the numbers of their folds, and
 # the model on all rows comes behind the last fold. Each further seed counts on from there.
@@ -12424,7 +12424,7 @@ def members_in_words(config: Config) -> str:
     return f"{folds * seeds} models: {folds} folds x {seeds} seeds ({names})"
 
 
-# === Run directory ===========================
+# === Run directory ============
 LOCK_SECONDS = 10  # how long a second process waits for the first one to end
 STAGE_FILES = {  # the file that a stage writes last: where it is, the stage is skipped
     "zeroshot": "zeroshot.npz",
@@ -12781,7 +12781,7 @@ def _differing_ids(rows: pd.DataFrame, others: pd.DataFrame) -> list[str]:
 RELATED_SOURCE = "extra_"  # with the folder's number in extra_train_dirs, from 1 on
 
 
-# === Rows of a run ===========================
+# === Rows of a run ============
 def all_rows(run: Run) -> pd.DataFrame:
     """The rows that any fold trains on: the run's training rows, then its extra rows.
 
@@ -12812,7 +12812,7 @@ def source_table(run: Run) -> pd.DataFrame:
     return pd.DataFrame(counts).T.fillna(0).astype(int).rename_axis("fold")
 
 
-# === Backup ==================================
+# === Backup ===================
 def back_up(run: Run, fold: int | None = None) -> None:
     """Copy what is new of the run, without its folds, or of one fold, to `backup_dir`.
 
@@ -12914,7 +12914,7 @@ def _back_up_checkpoint(source: Path, place: Path) -> None:
 
 # ======= 5. Training and inference ===========
 
-# === Metrics =================================
+# === Metrics ==================
 ECE_BINS = 15  # as in Guo et al. 2017
 PROBABILITY_FLOOR = 1e-12  # keeps a logarithm finite where a probability has underflowed
 
@@ -13201,7 +13201,7 @@ def describe_preference(diversity: Mapping) -> str:
     )
 
 
-# === Choice orders ===========================
+# === Choice orders ============
 # Each stands for four orders: itself, and all choices one, two and three further in a, b, c, d.
 # The first four orders are the rotations. Sets of 8 and of 12 take the squares for which choices
 # have met each other as neighbours most evenly.
@@ -13239,7 +13239,7 @@ def balanced_orders(count: int) -> list[tuple[int, ...]]:
     return orders
 
 
-# === Views ===================================
+# === Views ====================
 # End of the name of a view, or of a set of views, that an unquantised base model scored.
 SUFFIX_16_BIT = " in 16 bits"
 
@@ -13561,7 +13561,7 @@ def inference_seconds(
     return 1.25 * seconds_per_question * questions / process_count()
 
 
-# === Progress of scoring =====================
+# === Progress of scoring ======
 # So many rows are made into prompts, sorted by length and scored before the next ones: neither
 # memory nor the time to the first batch, nor to the next one after a kill, grows with the table.
 ROWS_PLANNED_TOGETHER = 4096
@@ -13634,7 +13634,7 @@ class InferenceCheckpoint:
             self.last_save = time.monotonic()
 
 
-# === Prediction ==============================
+# === Prediction ===============
 def unpermute_scores(scores, order: Sequence[int]) -> np.ndarray:
     """Scores (..., 4) of prompt positions, moved to the choices: position p to order[p].
 
@@ -13945,7 +13945,7 @@ def write_logits(
     )
 
 
-# === Rows in doubt ===========================
+# === Rows in doubt ============
 def letter_preference(first_scores: np.ndarray, all_scores: np.ndarray) -> np.ndarray:
     """(4,) how much more the first views like each choice, on average, than all views do.
 
@@ -14215,7 +14215,7 @@ def predict_in_steps(
     return score_in_steps(steps, names, logits, costs, pilot, is_held_out, scorer.score)
 
 
-# === Early stopping and weight averages ======
+# === Early stopping and weight averages ===
 class EarlyStopping:
     """Says when a value has not improved for `patience` calls: `if early_stopping(acc): break`.
 
@@ -14316,7 +14316,7 @@ class WeightAverager:
                 self.average[name] = state["average"][name].to(parameter.device)
 
 
-# === Epochs ==================================
+# === Epochs ===================
 WINDOW_STEPS = 8  # optimizer steps whose rows are sorted by length together
 
 
@@ -14515,7 +14515,7 @@ def training_prompts(
     return [make_prompt(session, frame, row, [order]) for row, order in enumerate(orders)]
 
 
-# === Optimizer steps =========================
+# === Optimizer steps ==========
 def make_optimizer(session: Session, parameters: Mapping):
     """AdamW over the trainable `parameters` (by name)."""
     return torch.optim.AdamW(
@@ -14580,7 +14580,7 @@ def smaller_memory_plan(plan: MemoryPlan, may_recompute: bool) -> MemoryPlan | N
     return MemoryPlan(math.ceil(plan.micro_batch / 2), stored_layers)
 
 
-# === Fold state ==============================
+# === Fold state ===============
 class FoldState:
     """A fold's training: a fresh adapter, its optimizer, its checkpoints and how far it is."""
 
@@ -14777,7 +14777,7 @@ class FoldState:
         return [plan_prompts(self.session, part, views) for part in parts]
 
 
-# === Fold training ===========================
+# === Fold training ============
 @dataclass(frozen=True)
 class FoldResult:
     """What a trained fold leaves behind: best epoch, learning curve, the kinds of weights."""
@@ -15139,7 +15139,7 @@ class FoldTrainer(FoldState):
 
 # ======= 6. Evidence =========================
 
-# === Calibration =============================
+# === Calibration ==============
 # Columns are always the original choices a, b, c, d. In logits, -inf marks a choice that is absent
 # from the row, and a view of NaN only marks a view that the row does not have. Labels are 0-3.
 # Lists, arrays and torch tensors are all welcome.
@@ -15293,7 +15293,7 @@ def calibrate(
     )
 
 
-# === Intervals and paired tests ==============
+# === Intervals and paired tests ===
 RESAMPLES = 2000  # of the images, for an interval
 
 
@@ -15426,7 +15426,7 @@ def points_with_interval(change: float, low: float, high: float) -> str:
     return "{:+.1f} ({:.1f} to {:.1f})".format(*points)
 
 
-# === Ensembles ===============================
+# === Ensembles ================
 # Judge what is fitted here by cross_fit: on its own 200 rows a stack of ten models looks good,
 # elsewhere it loses. In our simulation a stack that is fitted on 4/5 of the rows looks 0.35
 # standard errors worse than one fitted on all: hence the many parts.
@@ -15720,7 +15720,7 @@ def cross_fitted_blends(
     return candidates
 
 
-# === Automatic choice ========================
+# === Automatic choice =========
 # The evidence: six numbers for each group (the rows of one image) and candidate, numbered here.
 # They compare the candidate's scores with the first one's, summed over the rows of the group;
 # squares and products are of these sums. Added up over groups, they give the standard error in
@@ -15857,7 +15857,7 @@ def choice_interval(candidates: Mapping[str, Candidate], labels, groups) -> np.n
     return np.quantile(changes / rows, [0.05, 0.95], axis=0)
 
 
-# === Out-of-fold rows ========================
+# === Out-of-fold rows =========
 @dataclass(frozen=True)
 class OofLogits:
     """Out-of-fold logits of every trained fold, in the row order of the training frame."""
@@ -16073,7 +16073,7 @@ def admit_views(
     return admitted_views, table
 
 
-# === Skill ===================================
+# === Skill ====================
 @dataclass(frozen=True)
 class Skill:
     """How a model compares with the better of two guesses that look at neither image nor text."""
@@ -16149,7 +16149,7 @@ def lack_of_skill(skill: Skill) -> str:
     )
 
 
-# === Selected weights ========================
+# === Selected weights =========
 def fold_table(results: Sequence[FoldResult]) -> pd.DataFrame:
     """Held-out accuracy and NLL by fold, seed and kind of weights; then mean and deviation."""
     scores = pd.json_normalize([result.kinds for result in results], sep=" ")
@@ -16268,7 +16268,7 @@ def select_weights(run: Run) -> str:
     return chosen
 
 
-# === Curve of doubt ==========================
+# === Curve of doubt ===========
 def _cross_fitted_margins(first_scores: np.ndarray, all_scores: np.ndarray) -> np.ndarray:
     """(n,) `answer_margins` of the first views' scores, for the held-out rows of one fold.
 
@@ -16396,7 +16396,7 @@ def doubt_curve(run: Run) -> pd.DataFrame:
     return table
 
 
-# === Ladder ==================================
+# === Ladder ===================
 STEP_ZERO_SHOT = "zero-shot"
 STEP_ONE_VIEW = "fine-tuned, one view"
 STEP_ONE_SEED = "fine-tuned, one seed"
@@ -16638,7 +16638,7 @@ def view_ladder_steps(
     return steps
 
 
-# === Base member =============================
+# === Base member ==============
 # The untouched base model errs on other rows than the models that are trained from it, and it is
 # loaded anyway. Its scores lie in base_oof.npz and base_test.npz.
 DOUBT_SHARE = 0.25  # of the rows: those whose fine-tuned answer leads by least
@@ -16954,7 +16954,7 @@ def describe_base_member(run: Run, evaluation: Evaluation) -> str:
     return f"The base model is a member of the submission ({way}). {worth}"
 
 
-# === Alignment as a member ===================
+# === Alignment as a member ====
 # What `alignment_model` says of each choice, added to the fine-tuned models' log-probabilities.
 STEP_ALIGNMENT = "with alignment scores"
 ALIGNMENT_FILES = {"train": "alignment_train.npz", "test": "alignment_test.npz"}
@@ -17147,7 +17147,7 @@ def aligned_letters(run: Run) -> dict[tuple[str, str], str]:
     return letters
 
 
-# === Evaluation ==============================
+# === Evaluation ===============
 @dataclass(frozen=True)
 class Evaluation:
     """Every decision taken on OOF, and the OOF probabilities behind it."""
@@ -17380,7 +17380,7 @@ def evaluate_run(run: Run) -> Evaluation:
     )
 
 
-# === Test answers ============================
+# === Test answers =============
 def _predict_fold(run: Run, evaluation: Evaluation, fold: int) -> np.ndarray:
     """(n, 4) test probabilities of one model, by the method that OOF rows chose."""
     logits = read_scores(run, fold, "test")["logits"]
@@ -17432,7 +17432,7 @@ def combine_models(run: Run, members: np.ndarray) -> np.ndarray:
     return members.mean(axis=0).argmax(axis=1)
 
 
-# === Errors ==================================
+# === Errors ===================
 def label_suspects(probabilities, labels) -> pd.DataFrame:
     """Rows whose label may be wrong, the likeliest first: the model is sure of another.
 
@@ -17715,7 +17715,7 @@ def write_error_tables(
     return tables
 
 
-# === Verdict =================================
+# === Verdict ==================
 # Why is told in the section "Soft targets".
 DISTILLED_WARNING = (
     "it was distilled, and its teacher was trained on the rows that validate it: "
@@ -18094,7 +18094,7 @@ def verdict_markdown(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-# === Figures =================================
+# === Figures ==================
 BLUE = "#1f6fb2"
 PALE_BLUE = "#a9c7e2"
 ORANGE = "#d9822b"
@@ -18462,7 +18462,7 @@ def save_figure(ax, run: Run, name: str) -> FigureImage:
     return image
 
 
-# === Tables for people =======================
+# === Tables for people ========
 def _question_text(row: Mapping, note: str) -> str:
     """Id, type, question and choices of a row as HTML, the answer in bold; all text is escaped."""
     choices = {choice: f"{choice}. {html.escape(row[choice])}" for choice in CHOICES}
@@ -18578,7 +18578,7 @@ def markdown_table(frame: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-# === Experiments =============================
+# === Experiments ==============
 SCORE_COLUMNS = [*SCORES, "seconds"]  # the numbers of experiments.csv
 
 
@@ -18703,7 +18703,7 @@ def plot_experiments(table: pd.DataFrame):
     return axes
 
 
-# === Report ==================================
+# === Report ===================
 def _report_notation(run: Run) -> list[str]:
     """A paragraph on how submissions write answers; none where that is the usual a-d."""
     notation = run.notation or AnswerNotation()
@@ -18865,7 +18865,7 @@ def write_report(run: Run, evaluation: Evaluation, verdict: Verdict | None = Non
 # ======= 7. Submission and several runs ======
 
 
-# === Submission ==============================
+# === Submission ===============
 def _refuse_rows(frame: pd.DataFrame, is_bad: pd.Series, path: Path, problem: str) -> None:
     if not is_bad.any():
         return
@@ -19070,7 +19070,7 @@ def read_submission(
     return pd.Series(np.array(CHOICES)[labels], index=pd.Index(ids, name="id"), name="answer")
 
 
-# === Submissions of a run ====================
+# === Submissions of a run =====
 def copy_to_kaggle_working(path: Path) -> None:
     """On Kaggle, copy a finished submission into the working folder, to be submitted."""
     if _detect_platform() == "kaggle":
@@ -19283,7 +19283,7 @@ def write_submissions(run: Run, evaluation: Evaluation) -> dict[str, pd.DataFram
     return frames
 
 
-# === Ensembles of runs =======================
+# === Ensembles of runs ========
 @dataclass(frozen=True)
 class RunPredictions:
     """What one finished run brings into an ensemble of runs."""
@@ -19514,7 +19514,7 @@ def ensemble_runs(
     return table, answers
 
 
-# === Comparing submissions ===================
+# === Comparing submissions ====
 MOST_POINTS_BEHIND = 0.01  # accuracy that a run worth mixing may lack of the best one
 _OVERLAP_COLUMNS = [
     "a",
@@ -19873,7 +19873,7 @@ def comparison_html(comparison: SubmissionComparison, cards: int = 6) -> str:
     return "".join(parts)
 
 
-# === Related competitions ====================
+# === Related competitions =====
 # Their training rows join every fold's training, or come before it (Epochs, `plan_training`).
 # They are no OOF rows, and a row that shows a validation image of a fold is left out there (Soft
 # targets, `_without_copies`).
@@ -19937,7 +19937,7 @@ def load_related_rows(run: Run, data_dir: Path, fallbacks: Counter) -> list[pd.D
     return frames
 
 
-# === Soft targets ============================
+# === Soft targets =============
 # A row's target over a, b, c, d is its label, or what people (dev.csv) or another run, the
 # teacher, make of it: the columns target_a .. target_d. No target comes from a model that was
 # trained on its row, and no fold trains on a row or image that validates it.
@@ -20192,7 +20192,7 @@ def add_soft_targets(run: Run, data_dir: Path) -> Run:
     return run
 
 
-# === Damaged files ===========================
+# === Damaged files ============
 def _problem_of(read: Callable, *arguments) -> str:
     """What `read(*arguments)` finds damaged; "" where it reads the file."""
     try:
@@ -20393,7 +20393,7 @@ def require_results_of(directory: Path, fingerprint: str, problem: str) -> None:
             )
 
 
-# === Starting a run ==========================
+# === Starting a run ===========
 def run_fingerprints(run: Run, competition: Competition) -> dict[str, str]:
     """What a run is continued by, as a hash or text each: config, data, folds, model, targets."""
     assignment = run.train[["id", "fold"]].to_csv()
@@ -20583,7 +20583,7 @@ def _differing_rows(directory: Path, tables: Mapping[str, pd.DataFrame]) -> list
 # ======= 8. Running ==========================
 
 
-# === Final model =============================
+# === Final model ==============
 def final_epochs(run: Run) -> int:
     """How many epochs the model on all rows is trained: the median over the folds and seeds.
 
@@ -20668,7 +20668,7 @@ def train_fold(config: Config, fold: int, session: Session | None = None) -> Fol
         clear_memory()
 
 
-# === Stages ==================================
+# === Stages ===================
 def stage_zeroshot(session: Session, run: Run, fold: int) -> None:
     """Score `zeroshot_rows` training rows with the untouched base model."""
     count = min(run.config.zeroshot_rows or len(run.train), len(run.train))
@@ -20858,7 +20858,7 @@ def stage_base(session: Session, run: Run, fold: int) -> None:
         (run.fold_dir(fold) / f"{task.name}.base.partial.npz").unlink(missing_ok=True)
 
 
-# === Running stages ==========================
+# === Running stages ===========
 # What does a stage for a member; STAGE_FILES has the file that it writes last.
 STAGES = {
     "zeroshot": stage_zeroshot,
@@ -21108,7 +21108,7 @@ def run_stages(
             run_stage(run, session, stage, fold, longest)
 
 
-# === Devices and jobs ========================
+# === Devices and jobs =========
 CPU_CORE = "cpu core"  # a device: one core of a machine without a GPU
 GROUP_SPEED = 0.9  # of n devices that share a fold, against n times the speed of one
 SMALL_MODEL_GIB = 0.5  # weights of a model of which every worker on a CPU may hold a copy
@@ -21265,7 +21265,7 @@ def launches_of_stages(rounds: Sequence[list[WorkerJob]], stages: Sequence[str])
     return [Launch(jobs, [stage]) for stage in stages for jobs in rounds]
 
 
-# === Process that stays ======================
+# === Process that stays =======
 # Preflight, zero-shot and the first training of a run take the same libraries and the same model
 # on the same device. One process does all three: after a command that went well it waits for the
 # next one, with the model still loaded. It ends with the notebook's process, or after a while.
@@ -21422,7 +21422,7 @@ def start_process(
     return staying
 
 
-# === Workers =================================
+# === Workers ==================
 WAIT_POLL_SECONDS = 0.1  # between two looks of a worker that waits for others
 GROUP_GRACE_SECONDS = 5  # between the end of one process of a group and that of the others
 # Exit status of a worker that was asked to stop and has saved its work (EX_TEMPFAIL).
@@ -21801,7 +21801,7 @@ def run_folds(config: Config) -> list[FoldResult]:
     return [read_fold_result(run, member) for member in run.finished_members]
 
 
-# === Processes beside a run ==================
+# === Processes beside a run ===
 # Not a worker: it has no run, but a folder with its config.json and the table that it works on.
 # What it has done is there, too, and a second process goes on from it.
 def run_side_process(
@@ -21838,7 +21838,7 @@ def run_side_process(
         )
 
 
-# === Transcripts =============================
+# === Transcripts ==============
 # The base model reads out what is written in the images, once for each image. That is a context
 # file: every question about the image then has these words in front of it.
 TRANSCRIPT_TOKENS = 96  # of an image's text at most
@@ -22006,7 +22006,7 @@ def transcribe_images(source: Run | Config, types: Sequence[str] = ("ocr",)) -> 
     return path
 
 
-# === Alignment scores ========================
+# === Alignment scores =========
 def alignment_scores(
     rows: pd.DataFrame,
     config: Config,
@@ -22056,7 +22056,7 @@ def worst_aligned_html(rows: pd.DataFrame, scores: np.ndarray, count: int = 6) -
     return question_cards(table, notes)
 
 
-# === Search ==================================
+# === Search ===================
 # Trials that are drawn at random and not pruned, before the later ones are compared with them.
 SEARCH_STARTUP = 4
 NOT_SEARCHED = {
@@ -22324,7 +22324,7 @@ def search_hyperparameters(
 
 # ======= 9. Command line =====================
 
-# === Memory by computation ===================
+# === Memory by computation ====
 MASK_BYTES = 3  # of True and False, for each pair of positions, while the mask is made
 
 
@@ -22720,7 +22720,7 @@ def expected_memory(config: Config, frame: pd.DataFrame) -> MemoryCosts:
     )
 
 
-# === Prompt lengths ==========================
+# === Prompt lengths ===========
 TOKENISED_TOGETHER = 1000  # prompts
 LISTED_LONG_ROWS = 5  # in an error; more are counted
 
@@ -22870,7 +22870,7 @@ def check_row_memory(
     raise long_rows_error(lengths[is_too_long], competition, problem)
 
 
-# === Time estimate ===========================
+# === Time estimate ============
 @dataclass(frozen=True)
 class StepSeconds:
     """What the steps of a run take on this machine, in seconds; measured by `preflight`."""
@@ -23119,7 +23119,7 @@ def parts_as_text(parts: Mapping[str, float]) -> str:
     return ", ".join(f"{part} {seconds}" for part, seconds in rounded.items() if seconds)
 
 
-# === Trying a model ==========================
+# === Trying a model ===========
 TIMED_TRAINING_SECONDS = 20  # no further optimizer step is timed after them
 
 
@@ -23471,7 +23471,7 @@ def try_model(session: Session, trial: TrialRows, start_seconds: float) -> Trial
     return TrialResult(seconds, scores, plan, trainable)
 
 
-# === Preflight ===============================
+# === Preflight ================
 def preflight(
     config: Config,
     rows: int = 64,
@@ -23632,7 +23632,7 @@ def run_preflight(config: Config) -> dict:
     return json.loads(facts.splitlines()[-1])
 
 
-# === Worker and command line =================
+# === Worker and command line ===
 def leave_out_what_is_not_needed(config: Config) -> None:
     """Let this process import and ask for no more than the configuration needs.
 
