@@ -986,13 +986,7 @@ def detect_runtime(precision: str = "auto", attn_implementation: str = "auto") -
     gpus = _visible_gpus()
     dtype, why_dtype = decide_precision(precision, gpus)
     attention, why_attention = decide_attention(attn_implementation, gpus, dtype)
-    reasons = [why_dtype, why_attention]
-    if gpus and installed_version("torch").release[:2] == (2, 9):
-        reasons.append(
-            "warning: torch 2.9 may be 10 to 20 times slower in the first vision layer "
-            "(pytorch issue 174051): use 2.10"
-        )
-    return Runtime(_detect_platform(), gpus, dtype, attention, tuple(reasons))
+    return Runtime(_detect_platform(), gpus, dtype, attention, (why_dtype, why_attention))
 
 
 def seed_everything(seed: int, deterministic: bool = True, strict: bool = False) -> None:
@@ -7013,6 +7007,62 @@ def _resize_by_vision_process(image, processor, budget: tuple[int, int]) -> list
     return resized
 
 
+def segment_tokens(boundaries) -> dict:
+    """Length -> numbers of the tokens in all segments of that length; kept on the tensor itself.
+
+    `boundaries` (segments + 1,): where each begins, and the end. Reading it waits for a GPU.
+
+    >>> segment_tokens(torch.tensor([0, 2, 3, 5]))
+    {1: tensor([2]), 2: tensor([0, 1, 3, 4])}
+    """
+    if not hasattr(boundaries, "segment_tokens"):
+        lengths = boundaries.diff()
+        of_token = lengths.repeat_interleave(lengths)
+        boundaries.segment_tokens = {
+            length: (of_token == length).nonzero()[:, 0] for length in lengths.unique().tolist()
+        }
+    return boundaries.segment_tokens
+
+
+def attend_in_segments(attention, hidden_states, cu_seqlens, position_embeddings, **_):
+    """What a vision layer's `attention` gives, (tokens, hidden), all segments of a length at once.
+
+    A segment is an image, or a window of one. transformers takes one after the other, and waits
+    for the GPU three times a layer.
+    """
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
+    heads = attention.qkv(hidden_states).view(len(hidden_states), 3, attention.num_heads, -1)
+    query, key, value = heads.unbind(1)
+    query, key = rotate(query, key, *position_embeddings)
+    attended = torch.empty_like(query)
+    for length, tokens in segment_tokens(cu_seqlens).items():
+        parts = []
+        for tensor in (query, key, value):  # (segments, heads, length, size) each
+            parts.append(tensor[tokens].unflatten(0, (-1, length)).transpose(1, 2))
+        together = torch.nn.functional.scaled_dot_product_attention(*parts, scale=attention.scaling)
+        attended[tokens] = together.transpose(1, 2).flatten(0, 1)
+    return attention.proj(attended.flatten(1))
+
+
+def embed_patches(convolution, patches):
+    """A convolution (Conv3d) of patches of its kernel's size, as one product: (patches, hidden).
+
+    cuDNN takes 10 to 20 times as long with torch 2.9 (its issue 174051), on some GPUs more.
+    """
+    weight = convolution.weight.flatten(1)
+    return torch.nn.functional.linear(patches.flatten(1), weight, convolution.bias)
+
+
+def use_fast_tower(tower) -> None:
+    """Let Qwen's vision tower use `attend_in_segments`, and on a GPU `embed_patches`."""
+    for block in tower.blocks:
+        if block.attn.config._attn_implementation == "sdpa":
+            block.attn.forward = functools.partial(attend_in_segments, block.attn)
+    if tower.device.type == "cuda":
+        convolution = tower.patch_embed.proj
+        convolution.forward = functools.partial(embed_patches, convolution)
+
+
 class PatchGrids:
     """Qwen's images: a grid of patches of any shape, and positions in three dimensions.
 
@@ -7090,7 +7140,8 @@ class PatchGrids:
         return SimpleNamespace(pooler_output=layers[0], deepstack_features=layers[1:])
 
     def remove_gpu_syncs(self, model) -> None:
-        """Replace the two places of the forward pass at which the CPU would wait for the GPU."""
+        """Replace the places of the forward pass at which the CPU would wait for the GPU."""
+        use_fast_tower(model.model.visual)
         token_ids = (model.config.image_token_id, model.config.video_token_id)
         language_model = model.model.language_model
 

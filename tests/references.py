@@ -25,6 +25,10 @@ def use_huggingfaces_forward(session):
     for module in (inner, inner.language_model, *session.decoder_layers):
         for name in ("get_placeholder_mask", "_deepstack_process", "forward"):
             vars(module).pop(name, None)
+    if hasattr(inner, "visual"):
+        for module in inner.visual.modules():
+            if isinstance(vars(module).get("forward"), functools.partial):
+                del module.forward
 
 
 def own_inputs(session, text, path):

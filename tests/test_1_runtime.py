@@ -101,16 +101,6 @@ def test_p100_is_refused_with_the_reason(machine):
         machine.run(FIND, IMPORT, INSTALL, HARDWARE)
 
 
-@pytest.mark.parametrize(("version", "warned"), [("2.9.1+cu128", True), ("2.10.0", False)])
-def test_a_slow_torch_is_named(machine, capsys, version, warned):
-    machine.versions["torch"] = version
-    machine.helper()
-    machine.gpus(T4_CARD)
-    machine.run(FIND, IMPORT, INSTALL, HARDWARE)
-    printed = capsys.readouterr().out
-    assert ("warning: torch 2.9 may be 10 to 20 times slower" in printed) == warned
-
-
 # --- Number format and attention ------------------------------------------------------------------
 
 

@@ -5,12 +5,14 @@ Cached features give the numbers of the uncached path, and are computed once per
 
 import threading
 import types
+from collections import Counter
 
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
 import torch
+from references import use_huggingfaces_forward
 from running import ONE_VIEW, plain_batch, quiet
 
 import vqa_helpers as vqa
@@ -70,9 +72,72 @@ def test_features_equal_the_models_own_path(session, demo_rows):
     pixels = torch.cat(batch["pixel_values"])
     with torch.no_grad():
         ours = vqa.answer_scores(session, vqa.answer_hidden_states(session, batch))
+        use_huggingfaces_forward(session)
         logits = session.model(**inputs, pixel_values=pixels).logits
     plain = vqa.choice_logits(logits[:, -1], session.letter_token_ids)
     assert (ours - plain).abs().max() <= 1e-5 * plain.abs().max()
+
+
+def features_of(session, prepared):
+    """Features of images that `prepare_image` has prepared, in one batch."""
+    pixels, grids = zip(*prepared, strict=True)
+    return session.vision_cache.compute_features(pixels, grids)
+
+
+@pytest.fixture
+def prepared(session, demo_rows):
+    """Images of three shapes, with whole and cut windows, in mixed order."""
+    images = []
+    for row, size in enumerate([(160, 96), (96, 96), (160, 96), (64, 224), (96, 96)]):
+        image = vqa.load_image(demo_rows.train["image_path"].iloc[row]).resize(size)
+        images.append(vqa.prepare_image(image, session.processor, (1024, 2**20)))
+    return images
+
+
+def test_segments_of_one_length_are_attended_together_as_transformers_does_one_by_one(
+    session, prepared
+):
+    ours = features_of(session, prepared)
+    use_huggingfaces_forward(session)
+    for image, plain in zip(ours, features_of(session, prepared), strict=True):
+        for layer, plain_layer in zip(image, plain, strict=True):
+            assert torch.equal(layer, plain_layer)
+
+
+def test_a_layer_calls_attention_once_for_each_length(session, prepared, monkeypatch):
+    calls = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query, *parts, **options):
+        calls.append(tuple(query.shape[:3:2]))  # segments, length
+        return attend(query, *parts, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    features_of(session, prepared)
+    patches = Counter(int(np.prod(grid)) for _, grid in prepared)
+    whole_images = {(count, length) for length, count in patches.items()}
+    assert whole_images <= set(calls)
+    lengths = {length for _, length in calls}
+    assert len(calls) <= len(lengths) * session.model.config.vision_config.depth
+
+
+def test_patches_are_embedded_by_one_product_as_by_the_convolution(session, prepared):
+    convolution = session.model.model.visual.patch_embed.proj
+    pixels, _ = prepared[0]
+    patches = pixels.view(len(pixels), convolution.in_channels, *convolution.kernel_size)
+    with torch.no_grad():
+        expected = convolution(patches).flatten(1)
+        product = vqa.embed_patches(convolution, patches)
+    assert torch.allclose(product, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_gpus_tower_gives_the_features_of_transformers_own(session, prepared):
+    ours = features_of(session, prepared)
+    use_huggingfaces_forward(session)
+    for image, plain in zip(ours, features_of(session, prepared), strict=True):
+        for layer, plain_layer in zip(image, plain, strict=True):
+            assert (layer - plain_layer).norm() <= 0.02 * plain_layer.norm()
 
 
 def test_overflowing_half_precision_features_are_recomputed_in_fp32_and_counted(session, demo_rows):
