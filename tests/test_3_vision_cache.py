@@ -121,14 +121,16 @@ def test_a_layer_calls_attention_once_for_each_length(session, prepared, monkeyp
     assert len(calls) <= len(lengths) * session.model.config.vision_config.depth
 
 
-def test_patches_are_embedded_by_one_product_as_by_the_convolution(session, prepared):
-    convolution = session.model.model.visual.patch_embed.proj
-    pixels, _ = prepared[0]
-    patches = pixels.view(len(pixels), convolution.in_channels, *convolution.kernel_size)
-    with torch.no_grad():
-        expected = convolution(patches).flatten(1)
-        product = vqa.embed_patches(convolution, patches)
-    assert torch.allclose(product, expected, rtol=1e-4, atol=1e-4)
+def test_a_gpu_embeds_patches_by_a_product_which_is_the_convolution(session, prepared, monkeypatch):
+    tower = session.model.model.visual
+    by_convolution = features_of(session, prepared)
+    monkeypatch.setattr(type(tower), "device", torch.device("cuda"))
+    vqa.use_fast_tower(tower)
+    monkeypatch.setattr(tower.patch_embed.proj, "_conv_forward", None)
+    by_product = features_of(session, prepared)
+    for image, expected_image in zip(by_product, by_convolution, strict=True):
+        for layer, expected in zip(image, expected_image, strict=True):
+            assert torch.allclose(layer, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.gpu

@@ -13,8 +13,8 @@ import start_up
 # Options, and what is printed at the end.
 SCRIPTS = {
     "bench_gpu.py": (
-        ["--tiny", "--parts", "plain,ours,orders"],
-        "ratio: train: ours / train: plain recipe, batch 1",
+        ["--tiny", "--parts", "tower,plain,ours,orders"],
+        "ratio: vision tower: images / vision tower of transformers: images = ",
     ),
     "bench_gpu.py --card": (
         ["--tiny", "--model", "8b"],

@@ -666,6 +666,14 @@ def open_bench(size: Size, folder: str, options: argparse.Namespace) -> Bench:
     return Bench(size, tiny, rows, pixels, session, one, four, Table())
 
 
+def measure_transformers_tower(bench: Bench) -> None:
+    """Image features by transformers' own forward."""
+    use_huggingfaces_forward(bench.session)
+    name = "vision tower of transformers: images"
+    bench.table.measure(name, fill_cache, bench.session, bench.one)
+    vqa.remove_gpu_syncs(bench.session.model)
+
+
 def measure_plain(bench: Bench) -> None:
     """The plain recipe: training in two batch sizes, and answers by `generate`."""
     table = bench.table
@@ -825,6 +833,7 @@ def print_all_ratios(table: Table) -> None:
         table.print_ratios(name, table.names("score: generate"))
     one = "score: ours, one order, batch 64"
     table.print_ratios(one, ["score: ours, four orders, batch 32"])
+    table.print_ratios("vision tower: images", table.names("vision tower of"))
 
 
 def run_bench(size: Size, folder: str, options: argparse.Namespace) -> None:
@@ -838,6 +847,8 @@ def run_bench(size: Size, folder: str, options: argparse.Namespace) -> None:
     images_per_second = bench.table.measure(
         "vision tower: images", fill_cache, bench.session, bench.one
     )
+    if "tower" in parts:
+        measure_transformers_tower(bench)
     if "plain" in parts:
         measure_plain(bench)
     if "trl" in parts and importlib.util.find_spec("trl"):
@@ -1127,7 +1138,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=("8b", "3b"), default="8b")
     parser.add_argument(
         "--parts",
-        default="plain,trl,ours,uncapped,eager,turing",
+        default="tower,plain,trl,ours,uncapped,eager,turing",
         help="what to measure; there are also peft, and orders: 1 to 24 choice orders",
     )
     parser.add_argument("--rows", type=int, default=288, help="questions in a timed epoch")
