@@ -7030,10 +7030,10 @@ def attend_in_segments(attention, hidden_states, cu_seqlens, position_embeddings
     A segment is an image, or a window of one. transformers takes one after the other, and waits
     for the GPU three times a layer.
     """
-    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
+    apply_rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
     heads = attention.qkv(hidden_states).view(len(hidden_states), 3, attention.num_heads, -1)
     query, key, value = heads.unbind(1)
-    query, key = rotate(query, key, *position_embeddings)
+    query, key = apply_rotary(query, key, *position_embeddings)
     attended = torch.empty_like(query)
     for length, tokens in segment_tokens(cu_seqlens).items():
         parts = []
