@@ -18013,6 +18013,11 @@ def _next_step(run: Run, verdict: Verdict, results: Sequence[FoldResult], share_
             "Train all folds (use_kfold=True, train_folds=None) and mix them: "
             f"this run has {len(config.folds_to_train)} of {config.n_folds}."
         )
+    if Path(config.data_dir).resolve() == DEMO:
+        return (
+            "Run your own competition: attach its files (Kaggle: Add Input), or set data_dir to "
+            "their folder. This was the demo."
+        )
     return (
         "Train a second model family in a run of its own and mix both with ensemble_runs: "
         f"{config.model_id} alone has {verdict.accuracy:.3f}."

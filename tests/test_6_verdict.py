@@ -162,6 +162,13 @@ def test_the_next_step_follows_from_the_figures(
     assert verdict.next_step.startswith(advice)
 
 
+def test_behind_the_demo_comes_a_competition_of_ones_own(good):
+    run, evaluation = good
+    config = dataclasses.replace(run.config, data_dir=str(vqa.DEMO))
+    verdict = vqa.make_verdict(dataclasses.replace(run, config=config), evaluation)
+    assert verdict.next_step.startswith("Run your own competition: ")
+
+
 def test_one_fold_of_several_asks_for_the_others(mini_run):
     run = planted(mini_run(train_folds=(0,)), signal=3.0, folds=[0])
     verdict = vqa.make_verdict(run, vqa.evaluate_run(run))
