@@ -7055,8 +7055,10 @@ def embed_patches(convolution, patches):
 
 def use_fast_tower(tower) -> None:
     """Let Qwen's vision tower use `attend_in_segments`, and on a GPU `embed_patches`."""
+    # Deterministic attention keeps a number for each pair of patches that it computes at once.
+    is_strict = torch.are_deterministic_algorithms_enabled()
     for block in tower.blocks:
-        if block.attn.config._attn_implementation == "sdpa":
+        if block.attn.config._attn_implementation == "sdpa" and not is_strict:
             block.attn.forward = functools.partial(attend_in_segments, block.attn)
     if tower.device.type == "cuda":
         convolution = tower.patch_embed.proj

@@ -104,21 +104,38 @@ def test_segments_of_one_length_are_attended_together_as_transformers_does_one_b
             assert torch.equal(layer, plain_layer)
 
 
-def test_a_layer_calls_attention_once_for_each_length(session, prepared, monkeypatch):
-    calls = []
+@pytest.fixture
+def calls(monkeypatch):
+    """(segments, length) of each call of attention; filled as they come."""
+    noted = []
     attend = torch.nn.functional.scaled_dot_product_attention
 
     def counted(query, *parts, **options):
-        calls.append(tuple(query.shape[:3:2]))  # segments, length
+        noted.append(tuple(query.shape[:3:2]))
         return attend(query, *parts, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    return noted
+
+
+def test_a_layer_calls_attention_once_for_each_length(session, prepared, calls):
     features_of(session, prepared)
     patches = Counter(int(np.prod(grid)) for _, grid in prepared)
     whole_images = {(count, length) for length, count in patches.items()}
     assert whole_images <= set(calls)
     lengths = {length for _, length in calls}
     assert len(calls) <= len(lengths) * session.model.config.vision_config.depth
+
+
+def test_deterministic_attention_takes_one_segment_at_a_time(session, prepared, calls):
+    use_huggingfaces_forward(session)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        vqa.remove_gpu_syncs(session.model)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    features_of(session, prepared)
+    assert {segments for segments, _ in calls} == {1}
 
 
 def test_a_gpu_embeds_patches_by_a_product_which_is_the_convolution(session, prepared, monkeypatch):
