@@ -127,6 +127,30 @@ def test_a_layer_calls_attention_once_for_each_length(session, prepared, calls):
     assert len(calls) <= len(lengths) * session.model.config.vision_config.depth
 
 
+def test_segments_are_found_once_and_not_in_every_layer(session, prepared, monkeypatch):
+    found = []
+    own = vqa.segment_tokens
+
+    def noted(boundaries):
+        found.append(own(boundaries))
+        return found[-1]
+
+    monkeypatch.setattr(vqa, "segment_tokens", noted)
+    features_of(session, prepared)
+    vision = session.model.config.vision_config
+    assert len(found) == vision.depth
+    kinds = 2 if hasattr(vision, "window_size") else 1  # windows, and whole images
+    assert len({id(tokens) for tokens in found}) == kinds
+
+
+def test_another_kind_of_attention_stays_as_transformers_has_it(session, prepared, calls):
+    use_huggingfaces_forward(session)
+    session.model.set_attn_implementation("eager")
+    vqa.remove_gpu_syncs(session.model)
+    features_of(session, prepared)
+    assert not calls
+
+
 def test_deterministic_attention_takes_one_segment_at_a_time(session, prepared, calls):
     use_huggingfaces_forward(session)
     torch.use_deterministic_algorithms(True, warn_only=True)
