@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import bench_gpu
+import pandas as pd
 import pytest
 import start_up
+import two_gpus
 
 # Options, and what is printed at the end.
 SCRIPTS = {
@@ -94,3 +96,15 @@ def test_packages_without_metadata_are_known_by_their_own_version(tmp_path, monk
         found.name: found.version for found in importlib.metadata.distributions(path=[tmp_path])
     }
     assert written == {"peft": version("peft"), "bitsandbytes": version("bitsandbytes")}
+
+
+def test_ratios_are_printed_of_runs_that_were_not_left_out(capsys):
+    seconds = {f"{name}, s in all": 10.0 for name in ("train", "predict")}
+    row = {**seconds, two_gpus.TRAINING_SPEED: 2.0}
+    table = pd.DataFrame({two_gpus.TWO_ON_TWO: row, two_gpus.ONE_ON_BOTH: row})
+    two_gpus.print_ratios(table)
+    assert capsys.readouterr().out == ""
+    two_gpus.print_ratios(table.assign(**{two_gpus.ONE_ON_ONE: pd.Series(row)}))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == "one fold on both: 1.00 times as fast in training"
+    assert len(printed) == 3

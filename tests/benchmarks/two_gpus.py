@@ -127,7 +127,9 @@ def make_settings(options: argparse.Namespace, place: Path) -> dict:
 
 
 def print_ratios(table: pd.DataFrame) -> None:
-    """Print what the second GPU gains; a column of the table is a run."""
+    """Print what the second GPU gains; a column of the table is a run, some may be left out."""
+    if ONE_ON_ONE not in table:
+        return
     for what in table.index[table.index.str.endswith("in all")]:
         if TWO_ON_TWO in table:
             ratio = table.loc[what, TWO_ON_TWO] / table.loc[what, ONE_ON_ONE]
