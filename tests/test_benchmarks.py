@@ -1,5 +1,6 @@
 """The benchmarks that need a GPU, or minutes, run at a tiny size: the figures mean nothing."""
 
+import argparse
 import importlib.metadata
 import os
 import subprocess
@@ -108,3 +109,13 @@ def test_ratios_are_printed_of_runs_that_were_not_left_out(capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == "one fold on both: 1.00 times as fast in training"
     assert len(printed) == 3
+
+
+@pytest.mark.parametrize(("named", "taken"), [("2,3", ["2", "3"]), ("", ["0", "1"])])
+def test_runs_on_two_gpus_take_those_that_are_named(named, taken, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    jobs = two_gpus.make_jobs(argparse.Namespace(tiny=False, large=False))
+    assert [job.devices for job in jobs[two_gpus.TWO_ON_TWO]] == [(device,) for device in taken]
+    assert [job.devices for job in jobs[two_gpus.ONE_ON_BOTH]] == [tuple(taken)]
+    jobs = two_gpus.make_jobs(argparse.Namespace(tiny=False, large=True))
+    assert [job.devices for [job] in jobs.values()] == [(",".join(taken),)]

@@ -12,6 +12,7 @@ decided, then a table of seconds, speeds and memory, and the ratios.
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -82,9 +83,10 @@ def print_run(run: vqa.Run, row: dict) -> None:
 # === All runs =====================================================================================
 def make_jobs(options: argparse.Namespace) -> dict[str, list[vqa.WorkerJob]]:
     """Name of a run -> its workers' devices and folds."""
+    both = os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1"  # the GPUs that `pretend` names
     if options.large:
-        return {"one fold, the model on both": [vqa.WorkerJob(("0,1",), (0,))]}
-    first, second = (None, None) if options.tiny else (0, 1)
+        return {"one fold, the model on both": [vqa.WorkerJob((both,), (0,))]}
+    first, second = (None, None) if options.tiny else both.split(",")
     return {
         FIRST: [vqa.WorkerJob((first,), (0,))],
         ONE_ON_ONE: [vqa.WorkerJob((first,), (0,))],
