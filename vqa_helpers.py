@@ -13938,6 +13938,8 @@ def generate_baseline(
     """The usual baseline, greedy generation: of each row the letter by `parse_letter`, or None."""
     session.model.get_output_embeddings().to(session.device)
     vision_tower(session.model).to(session.device)
+    was_training = session.model.training
+    session.model.eval()  # no dropout, and nothing behind the prompt
     answers: list[str | None] = []
     for row in range(len(frame)):
         prompt = make_prompt(session, frame, row, [(0, 1, 2, 3)])
@@ -13959,6 +13961,7 @@ def generate_baseline(
             output[0, prompt_length:], skip_special_tokens=True
         )
         answers.append(parse_letter(text))
+    session.model.train(was_training)
     return answers
 
 

@@ -161,6 +161,23 @@ def test_logits_file_has_the_schema_and_belongs_to_one_run(tmp_path):
         vqa.read_arrays(tmp_path / "oof.npz", "other")
 
 
+def test_generate_baseline_neither_drops_nor_pads_while_the_model_trains(
+    session, demo_rows, monkeypatch
+):
+    modes = []
+    collate = vqa.collate
+
+    def noted(session, prompts):
+        modes.append(session.model.training)
+        return collate(session, prompts)
+
+    monkeypatch.setattr(vqa, "collate", noted)
+    session.model.train()
+    vqa.generate_baseline(session, demo_rows.train.head(1), max_new_tokens=1)
+    assert modes == [False]
+    assert session.model.training
+
+
 def test_generate_baseline_parses_letters_strictly(session, demo_rows, monkeypatch):
     answers = vqa.generate_baseline(session, demo_rows.train.head(2))
     assert all(answer is None or answer in vqa.CHOICES for answer in answers)
