@@ -95,6 +95,16 @@ def make_jobs(options: argparse.Namespace) -> dict[str, list[vqa.WorkerJob]]:
     }
 
 
+def jobs_to_run(options: argparse.Namespace) -> dict[str, list[vqa.WorkerJob]]:
+    """`make_jobs` without those that --leave-out names; ends the program at an unknown name."""
+    jobs = make_jobs(options)
+    for name in filter(None, options.leave_out.split(",")):
+        if name not in jobs:
+            sys.exit(f"--leave-out names {name!r}; the runs are: {', '.join(jobs)}")
+        del jobs[name]
+    return jobs
+
+
 def choose_preset(options: argparse.Namespace) -> str:
     """The preset of the runs."""
     if options.tiny:
@@ -167,9 +177,7 @@ def main() -> None:
         pretend(T4, place / "t4")
     preset = choose_preset(options)
     rows = []
-    for name, jobs in make_jobs(options).items():
-        if name in options.leave_out.split(","):
-            continue
+    for name, jobs in jobs_to_run(options).items():
         config = vqa.Config.preset(preset, **settings, run_name=name.replace(" ", "_"))
         rows.append(measure(name, config, jobs, options.stages.split(",")))
     table = pd.DataFrame(rows).set_index("run").T.rename_axis("")
