@@ -7,8 +7,8 @@
 Each size is a competition of its own: the demo's training rows, and test rows on the demo's
 pictures, each row with a file of its own (a hard link), a number in its question and its choices
 shuffled. One fold of two is trained for one epoch of 200 rows. A process of its own does what the
-notebook does, with the worker process that it starts. With --kill the worker gets SIGKILL at this
-share of its scoring, and the stage is run again.
+notebook does, with the worker process that it starts. With --kill the largest table's worker gets
+SIGKILL at this share of its scoring, and the stage is run again.
 
 Prints the seconds of every step, rows a second of scoring (of time, and of the worker's time on
 the CPU, which other programs do not disturb), the peaks of memory (VmHWM; the worker's is taken
@@ -284,9 +284,9 @@ def main() -> None:
         return
     for rows, views in sizes:  # each in a process of its own, whose peak is its own
         command = [sys.executable, __file__, "--rows", str(rows), "--rotations", str(views)]
-        subprocess.run(
-            [*command, "--layers", str(options.layers), "--kill", str(options.kill)], check=True
-        )
+        # Small tables are scored before the signal comes.
+        kill = options.kill if rows == max(options.rows) else 0
+        subprocess.run([*command, "--layers", str(options.layers), "--kill", str(kill)], check=True)
 
 
 if __name__ == "__main__":
