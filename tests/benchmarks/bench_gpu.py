@@ -671,7 +671,10 @@ def measure_transformers_tower(bench: Bench) -> None:
     use_huggingfaces_forward(bench.session)
     name = "vision tower of transformers: images"
     bench.table.measure(name, fill_cache, bench.session, bench.one)
+    cache = bench.session.vision_cache
+    cache.vision_tower.to(bench.session.device)  # where `use_fast_tower` has to find it
     vqa.remove_gpu_syncs(bench.session.model)
+    cache.offload_tower()
 
 
 def measure_plain(bench: Bench) -> None:
