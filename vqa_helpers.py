@@ -50,7 +50,7 @@ above it.
    Known answers                       test rows that equal a training row
    Augmentation                        mildly changed copies of training images
 3. Model
-   Patch grids                         Qwen's images: tokens, pixel inputs, positions, features
+   Patch grids                         Qwen's images: tokens, pixels, positions, features, tower
    Tiles                               InternVL's images: the same
    Families                            what differs between families of models
    Prompt                              texts, chat messages, and the tokens of the letters
